@@ -1,0 +1,206 @@
+"""The artifact file: everything needed to rebuild a quantized model, and nothing that executes.
+
+Format 1, little-endian:
+
+    8 bytes    magic ``QATMODEL``
+    4 bytes    format version (uint32)
+    4 bytes    header length H (uint32)
+    H bytes    header, UTF-8 JSON with sorted keys: format-independent ``meta`` (model, tokenizer
+               hash, data source), ``plan``, ``coder``, ``sections`` [[name, raw bytes, coded bytes]]
+    ...        the coded sections, in header order: codes (int8, one symbol per byte, tensor after
+               tensor in plan order), steps and plain tensors (low bytes, then high bytes, of all
+               16-bit values; 32-bit values as they are)
+    32 bytes   SHA-256 of all that precedes
+
+The bytes are a function of weights, plan, meta and coder only: no time, host, run name or seed.
+Reading checks length, magic, version and hash before it believes anything else, and every size
+against the plan before it allocates.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from qat.artifact.coder import CODERS
+from qat.errors import UserError
+from qat.quantize.grid import DTYPES
+from qat.quantize.plan import Encoded, Plan
+
+MAGIC = b"QATMODEL"
+FORMAT = 1
+PREFIX = struct.Struct("<8sII")
+HASH_BYTES = 32
+WIDTHS = {"fp32": 4, "bf16": 2, "fp16": 2}
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A file read back: its meta data, plan, and float32 weights decoded from the stored codes."""
+
+    meta: dict[str, Any]
+    plan: Plan
+    weights: dict[str, Tensor]
+    num_bytes: int
+
+
+def _raw(tensor: Tensor) -> bytes:
+    return tensor.contiguous().view(torch.uint8).numpy().tobytes()
+
+
+def _split_planes(raw: bytes) -> bytes:
+    """16-bit values -> all low bytes, then all high bytes: general coders find more to share."""
+    return np.frombuffer(raw, np.uint8).reshape(-1, 2).T.tobytes()
+
+
+def _join_planes(raw: bytes) -> bytes:
+    return np.frombuffer(raw, np.uint8).reshape(2, -1).T.tobytes()
+
+
+def _stored_floats(plan: Plan) -> list[tuple[str, int]]:
+    """(storage dtype, count) of steps and plain tensors, in plan order."""
+    return [
+        (e.grid.step_dtype, math.prod(e.steps_shape)) if e.grid else (e.dtype, e.num_elements)
+        for e in plan
+    ]
+
+
+def _section_sizes(plan: Plan) -> list[tuple[str, int]]:
+    """Raw bytes of each section, from the plan alone."""
+    floats = _stored_floats(plan)
+    return [
+        ("codes", sum(e.num_elements for e in plan.on_grid)),
+        ("floats16", sum(2 * count for dtype, count in floats if WIDTHS[dtype] == 2)),
+        ("floats32", sum(4 * count for dtype, count in floats if WIDTHS[dtype] == 4)),
+    ]
+
+
+def predicted_bytes(plan: Plan) -> int:
+    """Size before coding, codes packed at their bit width: an upper estimate known before training."""
+    packed = sum(math.ceil(e.num_elements * e.grid.bits / 8) for e in plan.on_grid if e.grid)
+    return packed + sum(count * WIDTHS[dtype] for dtype, count in _stored_floats(plan))
+
+
+def pack(encoded: list[Encoded], plan: Plan, meta: Mapping[str, Any], coder: str) -> bytes:
+    """The whole file as bytes."""
+    codes, halves, words = bytearray(), bytearray(), bytearray()
+    for item in encoded:
+        if item.codes is not None:
+            codes += _raw(item.codes)
+        values = item.steps if item.steps is not None else item.plain
+        assert values is not None
+        (halves if values.element_size() == 2 else words).extend(_raw(values))
+    raws = {"codes": bytes(codes), "floats16": _split_planes(bytes(halves)), "floats32": bytes(words)}
+    coded = {name: CODERS[coder].encode(raws[name]) for name, _ in _section_sizes(plan)}
+    header = {
+        "meta": meta,
+        "plan": plan.as_json(),
+        "coder": coder,
+        "sections": [[name, size, len(coded[name])] for name, size in _section_sizes(plan)],
+    }
+    header_bytes = json.dumps(header, sort_keys=True, separators=(",", ":")).encode()
+    body = PREFIX.pack(MAGIC, FORMAT, len(header_bytes)) + header_bytes + b"".join(coded.values())
+    return body + hashlib.sha256(body).digest()
+
+
+def write_artifact(path: Path, data: bytes) -> None:
+    """Write atomically: the final name appears only when every byte is on the disk."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_artifact(path: Path) -> Artifact:
+    """Read, check and decode a file. UserError names the file and what is wrong with it."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"artifact={path}: {error.strerror or error}") from None
+    try:
+        return _unpack(data)
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError, struct.error) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"artifact={path}: not a readable artifact ({reason})") from None
+
+
+def _unpack(data: bytes) -> Artifact:
+    if len(data) < PREFIX.size + HASH_BYTES:
+        raise ValueError(f"only {len(data)} bytes long")
+    magic, version, header_bytes = PREFIX.unpack_from(data)
+    if magic != MAGIC:
+        raise ValueError("it does not begin as an artifact does")
+    if version != FORMAT:
+        raise ValueError(f"format {version}; this program reads format {FORMAT}")
+    if hashlib.sha256(data[:-HASH_BYTES]).digest() != data[-HASH_BYTES:]:
+        raise ValueError("its SHA-256 does not match: truncated or damaged")
+    end = len(data) - HASH_BYTES
+    start = PREFIX.size + header_bytes
+    if start > end:
+        raise ValueError("its header is longer than the file")
+    header = json.loads(data[PREFIX.size : start])
+    plan = Plan.from_json(header["plan"])
+    coder = CODERS[header["coder"]]
+    sizes = _section_sizes(plan)
+    if [(name, raw) for name, raw, _ in header["sections"]] != sizes:
+        raise ValueError("its sections do not have the sizes its plan asks for")
+    raws = {}
+    for name, raw_bytes, coded_bytes in header["sections"]:
+        if type(coded_bytes) is not int or not 0 <= coded_bytes <= end - start:
+            raise ValueError(f"section {name} runs past the end")
+        raws[name] = coder.decode(data[start : start + coded_bytes], raw_bytes)
+        start += coded_bytes
+    if start != end:
+        raise ValueError("bytes left over after the last section")
+    raws["floats16"] = _join_planes(raws["floats16"])
+    weights = {item.entry.name: item.decode() for item in _split(plan, raws)}
+    return Artifact(header["meta"], plan, weights, len(data))
+
+
+def _split(plan: Plan, raws: Mapping[str, bytes]) -> list[Encoded]:
+    """Cut the sections into the tensors of the plan."""
+    offsets = dict.fromkeys(raws, 0)
+
+    def take(section: str, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+        count = math.prod(shape)
+        if count == 0:
+            return torch.zeros(shape, dtype=dtype)
+        start = offsets[section]
+        offsets[section] += count * dtype.itemsize
+        raw = bytearray(raws[section][start : offsets[section]])
+        return torch.frombuffer(raw, dtype=dtype).view(shape)
+
+    def take_floats(storage: str, shape: tuple[int, ...]) -> Tensor:
+        return take("floats16" if WIDTHS[storage] == 2 else "floats32", DTYPES[storage], shape)
+
+    encoded = []
+    for entry in plan:
+        if entry.grid is None:
+            encoded.append(Encoded(entry, plain=take_floats(entry.dtype, entry.shape)))
+        else:
+            codes = take("codes", torch.int8, entry.shape)
+            if codes.numel() and not -entry.grid.qmax <= codes.min() <= codes.max() <= entry.grid.qmax:
+                raise ValueError(f"tensor {entry.name} has a code outside its grid")
+            steps = take_floats(entry.grid.step_dtype, entry.steps_shape)
+            encoded.append(Encoded(entry, codes=codes, steps=steps))
+    for item in encoded:
+        values = item.plain if item.steps is None else item.steps
+        if not torch.isfinite(values).all():
+            raise ValueError(f"tensor {item.entry.name} has a value that is not finite")
+    return encoded

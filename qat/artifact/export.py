@@ -1,0 +1,49 @@
+"""Weights -> file -> weights: always written, then read back from the disk before anyone scores it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from qat.artifact.code_bytes import count_code_bytes
+from qat.artifact.container import Artifact, pack, read_artifact, write_artifact
+from qat.quantize.plan import Plan
+
+OVERSIZE_SUFFIX = ".oversize"
+
+
+@dataclass(frozen=True)
+class Export:
+    """A written file and what it gives back. Over the limit its name ends in ``.oversize``."""
+
+    path: Path
+    artifact: Artifact
+    artifact_bytes: int
+    code_bytes: int
+    limit_bytes: int
+
+    @property
+    def is_oversize(self) -> bool:
+        return self.artifact_bytes + self.code_bytes > self.limit_bytes
+
+
+def export(
+    weights: Mapping[str, Tensor],
+    plan: Plan,
+    meta: Mapping[str, Any],
+    coder: str,
+    path: Path,
+    limit_bytes: int,
+) -> Export:
+    """Encode, write atomically, read back. ValueError if a tensor is not finite."""
+    data = pack(plan.encode(weights), plan, meta, coder)
+    code_bytes = count_code_bytes()
+    if len(data) + code_bytes > limit_bytes:
+        path = path.with_name(path.name + OVERSIZE_SUFFIX)
+    write_artifact(path, data)
+    artifact = read_artifact(path)
+    return Export(path, artifact, path.stat().st_size, code_bytes, limit_bytes)

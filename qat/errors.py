@@ -1,0 +1,13 @@
+"""The two ends of a run that are not a result and not a bug."""
+
+
+class UserError(Exception):
+    """A setting, file or machine the user can mend: one line naming it as typed, exit code 2."""
+
+    exit_code = 2
+
+
+class TrainingFailed(Exception):
+    """Training stopped by itself (loss not finite): one line naming the step, exit code 1."""
+
+    exit_code = 1

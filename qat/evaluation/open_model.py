@@ -1,0 +1,74 @@
+"""From an artifact file to what scoring it needs: model shape, tokenizer, validation text."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from qat.artifact.container import Artifact, read_artifact
+from qat.errors import UserError
+from qat.language.gpt import GPT, GPTShape
+from qat.language.source import Source, from_named, from_settings
+from qat.language.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from qat.settings.schema import DataSettings
+
+
+@dataclass(frozen=True)
+class OpenedModel:
+    artifact: Artifact
+    shape: GPTShape
+    seq_len: int
+
+
+def artifact_meta(
+    shape: GPTShape, seq_len: int, tokenizer_sha256: str, source: dict[str, Any]
+) -> dict[str, Any]:
+    """What an artifact's header says beside the plan."""
+    return {
+        "model": shape.as_dict(),
+        "seq_len": seq_len,
+        "tokenizer_sha256": tokenizer_sha256,
+        "data": source,
+    }
+
+
+def open_artifact(path: Path) -> OpenedModel:
+    """Read a file and check that it holds the tensors of the model it names. UserError if not."""
+    artifact = read_artifact(path)
+    try:
+        shape = GPTShape(**artifact.meta["model"])
+        seq_len = int(artifact.meta["seq_len"])
+        largest = max(int(size) for size in artifact.meta["model"].values())
+        if largest > max(entry.num_elements for entry in artifact.plan):
+            raise ValueError("its model is larger than its tensors")
+        with torch.device("meta"):
+            expected = {name: tuple(p.shape) for name, p in GPT(shape).named_parameters()}
+    except (KeyError, TypeError, ValueError, RuntimeError, ZeroDivisionError) as error:
+        raise UserError(f"artifact={path}: its header names no usable model ({error})") from None
+    if expected != {entry.name: entry.shape for entry in artifact.plan}:
+        raise UserError(f"artifact={path}: its tensors are not those of the model it names")
+    return OpenedModel(artifact, shape, seq_len)
+
+
+def open_validation(model: OpenedModel, data: DataSettings) -> tuple[Source, Tokenizer]:
+    """Validation text from the settings if they name some, else from the artifact's header.
+
+    UserError if it is not found, or if its tokenizer is not the artifact's.
+    """
+    typed = data.val_files or data.tokenizer or data.files or data.source != "from_artifact"
+    if typed:
+        source = from_settings(data, model.shape.vocab_size)
+    else:
+        source = from_named(model.artifact.meta.get("data") or {}, data, model.shape.vocab_size)
+    tokenizer = Tokenizer(source.tokenizer)
+    if tokenizer.sha256 != model.artifact.meta.get("tokenizer_sha256"):
+        raise UserError(
+            f"data.tokenizer={tokenizer.path}: not the tokenizer this artifact was trained with; "
+            "give data.val_files and data.tokenizer of the same vocabulary"
+        )
+    return source, tokenizer

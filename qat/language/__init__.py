@@ -1,0 +1,1 @@
+"""Text and GPT: corpora, tokenizer, shards, batches, bits per byte. Knows no quantization."""

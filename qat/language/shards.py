@@ -1,0 +1,121 @@
+"""Token shards in the challenge's own format, written once and memory-mapped ever after.
+
+A shard is 256 little-endian int32 (20240520, 1, number of tokens, zeros) followed by uint16 tokens.
+A stream is all shards of a split in name order, read as if they were one endless loop.
+"""
+
+from __future__ import annotations
+
+import os
+from bisect import bisect_right
+from itertools import accumulate
+from pathlib import Path
+
+import numpy as np
+
+from qat.errors import UserError
+
+MAGIC, VERSION = 20240520, 1
+HEADER_INTS = 256
+HEADER_BYTES = HEADER_INTS * 4
+SHARD_TOKENS = 100_000_000
+SCAN_TOKENS = 16_000_000
+
+
+class ShardWriter:
+    """Writes tokens to ``<prefix>_000000.bin``, ``<prefix>_000001.bin``, ... of a folder."""
+
+    def __init__(self, folder: Path, prefix: str, shard_tokens: int = SHARD_TOKENS) -> None:
+        self.folder, self.prefix, self.shard_tokens = folder, prefix, shard_tokens
+        self.num_tokens = 0
+        self._file = None
+        self._in_shard = 0
+        self._index = 0
+
+    def write(self, ids: list[int]) -> None:
+        self.num_tokens += len(ids)
+        tokens = np.asarray(ids, dtype="<u2")
+        while len(tokens):
+            if self._file is None:
+                path = self.folder / f"{self.prefix}_{self._index:06d}.bin"
+                self._file = open(path, "wb")  # noqa: SIM115  (closed by _finish_shard)
+                self._file.write(bytes(HEADER_BYTES))
+            part, tokens = np.split(tokens, [self.shard_tokens - self._in_shard])
+            self._file.write(part.tobytes())
+            self._in_shard += len(part)
+            if self._in_shard == self.shard_tokens:
+                self._finish_shard()
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._finish_shard()
+
+    def _finish_shard(self) -> None:
+        assert self._file is not None
+        header = np.zeros(HEADER_INTS, dtype="<i4")
+        header[:3] = MAGIC, VERSION, self._in_shard
+        self._file.seek(0)
+        self._file.write(header.tobytes())
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        self._file, self._in_shard, self._index = None, 0, self._index + 1
+
+
+def _open_shard(path: Path, setting: str) -> np.ndarray:
+    """Tokens of one shard as a memory map; UserError names the file and what is wrong."""
+    try:
+        size = path.stat().st_size
+        header = np.fromfile(path, dtype="<i4", count=HEADER_INTS)
+    except OSError as error:
+        raise UserError(f"{setting}: cannot read {path}: {error.strerror or error}") from None
+    if len(header) < HEADER_INTS or header[0] != MAGIC or header[1] != VERSION:
+        raise UserError(f"{setting}: {path} is not a token shard (wrong magic or version)")
+    num_tokens = int(header[2])
+    if num_tokens < 1 or size != HEADER_BYTES + 2 * num_tokens:
+        raise UserError(
+            f"{setting}: {path} has the wrong length: its header says {num_tokens} tokens, "
+            f"the file holds {(size - HEADER_BYTES) / 2:g}; fetch it again"
+        )
+    return np.memmap(path, dtype="<u2", mode="r", offset=HEADER_BYTES, shape=(num_tokens,))
+
+
+class TokenStream:
+    """All shards of a split, joined in name order; reading wraps around at the end.
+
+    ``setting`` is the name of the setting that chose the files, for error messages.
+    """
+
+    def __init__(self, paths: list[Path], setting: str) -> None:
+        if not paths:
+            raise UserError(f"{setting}: no shard found")
+        self.paths, self.setting = sorted(paths), setting
+        self._shards = [_open_shard(path, setting) for path in self.paths]
+        self._ends = list(accumulate(len(shard) for shard in self._shards))
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def check_ids(self, vocab_size: int) -> None:
+        """UserError if any shard holds a token id outside the vocabulary (reads every token)."""
+        for path, shard in zip(self.paths, self._shards, strict=True):
+            for start in range(0, len(shard), SCAN_TOKENS):
+                highest = int(shard[start : start + SCAN_TOKENS].max())
+                if highest >= vocab_size:
+                    raise UserError(
+                        f"{self.setting}: {path} holds token id {highest}, but the vocabulary ends at "
+                        f"{vocab_size - 1}; data.tokenizer and model.vocab_size must be the shards' own"
+                    )
+
+    def take(self, start: int, count: int) -> np.ndarray:
+        """``count`` tokens from position ``start`` (modulo the length), as int64."""
+        out = np.empty(count, dtype=np.int64)
+        filled = 0
+        while filled < count:
+            position = (start + filled) % len(self)
+            index = bisect_right(self._ends, position)
+            offset = position - (self._ends[index - 1] if index else 0)
+            part = self._shards[index][offset : offset + count - filled]
+            out[filled : filled + len(part)] = part
+            filled += len(part)
+        return out

@@ -1,0 +1,225 @@
+"""From a named source of text to shards and a tokenizer on disk.
+
+Text is split by the hash of each document (equal documents share a side, so none can be in both),
+the tokenizer is trained on the training side only, and both sides are written as shards into a cache
+folder named by everything that determines them. Published or user-given shards are used as they are.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import json
+import lzma
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import metadata
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import filelock
+
+from qat.errors import UserError
+from qat.language import corpus
+from qat.language.shards import ShardWriter
+from qat.language.tokenizer import Tokenizer, countable, train_tokenizer
+
+if TYPE_CHECKING:
+    from qat.settings.schema import DataSettings
+
+LAYOUT = 1  # of the cache; raise it when the preparation below changes what it writes
+ENCODE_DOCUMENTS = 1_024
+YARDSTICK_BYTES = 8_000_000
+SPLIT_HASH_BYTES = 8
+NOTES_FILE = "notes.json"
+
+
+@dataclass(frozen=True)
+class Source:
+    """Shards of both splits and their tokenizer. ``identity`` is what an artifact's header keeps."""
+
+    train_files: list[Path]
+    val_files: list[Path]
+    tokenizer: Path
+    identity: dict[str, Any]
+    notes: dict[str, Any]  # facts found while preparing: documents, bytes, xz yardstick
+
+
+def expand(pattern: str, setting: str) -> list[Path]:
+    """Files of a glob, in name order; UserError if there are none."""
+    files = sorted(Path(name) for name in glob.glob(pattern))
+    if not files:
+        raise UserError(f"{setting}={pattern}: no such file")
+    return files
+
+
+def from_shards(train_glob: str | None, val_glob: str, tokenizer: str) -> Source:
+    """The user's own shards in the challenge's format; no training files are needed to score."""
+    train_files = expand(train_glob, "data.train_files") if train_glob else []
+    val_files = expand(val_glob, "data.val_files")
+    if shared := {f.resolve() for f in train_files} & {f.resolve() for f in val_files}:
+        raise UserError(f"data.val_files={val_glob}: {min(shared).name} is in data.train_files too")
+    path = Path(tokenizer)
+    _check_notes(train_files + val_files, path)
+    return Source(train_files, val_files, path, {"name": "shards"}, {})
+
+
+def _check_notes(files: list[Path], tokenizer: Path) -> None:
+    """Shards made here say which tokenizer made them; another one is an error."""
+    for folder in {file.parent for file in files}:
+        notes = folder / NOTES_FILE
+        if notes.is_file():
+            expected = json.loads(notes.read_text())["tokenizer_sha256"]
+            if Tokenizer(tokenizer).sha256 != expected:
+                raise UserError(
+                    f"data.tokenizer={tokenizer}: not the tokenizer that made the shards in {folder}"
+                )
+
+
+def from_web_bible(vocab_size: int, val_fraction: float, cache_dir: Path) -> Source:
+    """The embedded default corpus."""
+    return _from_documents(
+        "web_bible", corpus.BIBLE_SHA256, corpus.web_bible, vocab_size, val_fraction, cache_dir
+    )
+
+
+def from_text(files: list[str], vocab_size: int, val_fraction: float, cache_dir: Path) -> Source:
+    """Any .txt, .jsonl or .parquet files (globs are expanded)."""
+    paths = [path for pattern in files for path in expand(pattern, "data.files")]
+    corpus.check_files(paths)
+    content = corpus.content_sha256(paths)
+    return _from_documents(
+        "text", content, lambda: corpus.text_documents(paths), vocab_size, val_fraction, cache_dir
+    )
+
+
+def from_cache(identity: dict[str, Any], cache_dir: Path) -> Source | None:
+    """The source an artifact's header names, if its prepared shards are still in the cache."""
+    folder = cache_dir / str(identity.get("cache_key", ""))
+    if not identity.get("cache_key") or not (folder / NOTES_FILE).is_file():
+        return None
+    return _prepared(folder, identity)
+
+
+def is_validation(text: str, val_fraction: float) -> bool:
+    """The side of a document: a function of its content alone."""
+    digest = hashlib.sha256(text.encode()).digest()[:SPLIT_HASH_BYTES]
+    return int.from_bytes(digest, "big") < val_fraction * 2 ** (8 * SPLIT_HASH_BYTES)
+
+
+def _from_documents(
+    name: str,
+    content_sha256: str,
+    documents: corpus.Documents,
+    vocab_size: int,
+    val_fraction: float,
+    cache_dir: Path,
+) -> Source:
+    key_parts = [LAYOUT, content_sha256, vocab_size, val_fraction, _sentencepiece_version()]
+    key = hashlib.sha256(json.dumps(key_parts).encode()).hexdigest()[:16]
+    identity = {"name": name, "cache_key": key, "val_fraction": val_fraction}
+    folder = cache_dir / key
+    cache_dir.mkdir(parents=True, exist_ok=True)
+    with filelock.FileLock(cache_dir / f"{key}.lock"):
+        if not (folder / NOTES_FILE).is_file():
+            temporary = cache_dir / f"{key}.tmp"
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir()
+            _prepare(name, documents, vocab_size, val_fraction, temporary)
+            shutil.rmtree(folder, ignore_errors=True)
+            temporary.rename(folder)
+    return _prepared(folder, identity)
+
+
+def _sentencepiece_version() -> str:
+    return metadata.version("sentencepiece")
+
+
+def _prepared(folder: Path, identity: dict[str, Any]) -> Source:
+    return Source(
+        expand(str(folder / "train_*.bin"), "data"),
+        expand(str(folder / "val_*.bin"), "data"),
+        folder / "tokenizer.model",
+        identity,
+        json.loads((folder / NOTES_FILE).read_text()),
+    )
+
+
+def _prepare(
+    name: str, documents: corpus.Documents, vocab_size: int, val_fraction: float, folder: Path
+) -> None:
+    """Tokenizer, shards and notes of one corpus into ``folder``."""
+
+    def train_side() -> Iterator[str]:
+        return (t for t in documents() if countable(t) and not is_validation(t, val_fraction))
+
+    tokenizer = train_tokenizer(train_side(), vocab_size, folder / "tokenizer.model")
+    notes: dict[str, Any] = {"tokenizer_sha256": tokenizer.sha256, "documents_left_out": 0}
+    writers = {side: ShardWriter(folder, side) for side in ("train", "val")}
+    for side in writers:
+        notes |= {f"{side}_documents": 0, f"{side}_bytes": 0}
+    sample = bytearray()
+    remaining = iter(documents())
+    while texts := list(islice(remaining, ENCODE_DOCUMENTS)):
+        usable = [text for text in texts if countable(text)]
+        notes["documents_left_out"] += len(texts) - len(usable)
+        for text, ids in zip(usable, tokenizer.encode_documents(usable), strict=True):
+            side = "val" if is_validation(text, val_fraction) else "train"
+            writers[side].write(ids)
+            raw = text.encode()
+            notes[f"{side}_documents"] += 1
+            notes[f"{side}_bytes"] += len(raw)
+            if side == "val" and len(sample) < YARDSTICK_BYTES:
+                sample += raw
+    for side, writer in writers.items():
+        writer.close()
+        if not writer.num_tokens:
+            raise UserError(
+                f"data={name}: no document falls on the {side} side "
+                f"({notes['train_documents'] + notes['val_documents']} in all, "
+                f"data.val_fraction = {val_fraction}); give more text or another fraction"
+            )
+        notes[f"{side}_tokens"] = writer.num_tokens
+    notes["val_xz_bits_per_byte"] = 8 * len(lzma.compress(bytes(sample), preset=9)) / len(sample)
+    (folder / NOTES_FILE).write_text(json.dumps(notes, indent=1))
+
+
+def _cache_dir(data: DataSettings) -> Path:
+    return Path(data.cache_dir).expanduser()
+
+
+def from_settings(data: DataSettings, vocab_size: int) -> Source:
+    """The source that settings name: given shards, else given files, else ``data.source``."""
+    if data.train_files or data.val_files or data.tokenizer:
+        for name in ("val_files", "tokenizer"):
+            if not getattr(data, name):
+                raise UserError(f"data.{name} is missing: shards need data.val_files and data.tokenizer")
+        assert data.val_files and data.tokenizer
+        return from_shards(data.train_files, data.val_files, data.tokenizer)
+    if data.files:
+        return from_text(data.files, vocab_size, data.val_fraction, _cache_dir(data))
+    if data.source == "text":
+        raise UserError("data=text: give data.files='[a.txt,b.jsonl]'")
+    if data.source == "web_bible":
+        return from_web_bible(vocab_size, data.val_fraction, _cache_dir(data))
+    from qat.language.hub import from_hub  # late: the hub's library is slow to import
+
+    return from_hub(data.repo_id, data.revision, data.dataset, data.train_shards)
+
+
+def from_named(identity: dict[str, Any], data: DataSettings, vocab_size: int) -> Source:
+    """The source an artifact's header names, found again; UserError says which settings to give."""
+    if found := from_cache(identity, _cache_dir(data)):
+        return found
+    if identity.get("name") == "web_bible":
+        return from_web_bible(vocab_size, float(identity["val_fraction"]), _cache_dir(data))
+    if identity.get("name") == "hub":
+        from qat.language.hub import from_hub
+
+        return from_hub(identity["repo_id"], identity["revision"], identity["dataset"], 1)
+    raise UserError(
+        "the artifact's validation text is not on this machine; "
+        "give data.val_files=GLOB and data.tokenizer=PATH, or data.files='[...]'"
+    )

@@ -1,0 +1,181 @@
+"""Every check of the settings that needs no model, no data and no torch.
+
+A refusal names the setting as the user typed it and says what to do. ``resolve_*`` also replace
+``auto`` and defaults that depend on other settings by concrete values, so that what is saved with a
+run is what ran.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+
+from qat.errors import UserError
+from qat.settings import machine
+from qat.settings.schema import (
+    DataSettings,
+    EvalTaskSettings,
+    ModelSettings,
+    QatSettings,
+    TrainSettings,
+)
+
+MAX_VOCAB_SIZE = 65_536  # token ids are stored as uint16
+TASKS = ("score", "sample", "report")
+TEXT_SOURCES = ("web_bible", "text", "hub")
+
+
+def _require(condition: bool, setting: str, value: object, remedy: str) -> None:
+    if not condition:
+        raise UserError(f"{setting} = {'null' if value is None else value}: {remedy}")
+
+
+def _one_of(setting: str, value: str, options: tuple[str, ...]) -> None:
+    _require(value in options, setting, value, f"choose from {', '.join(options)}")
+
+
+def _at_least(setting: str, value: float | None, lowest: int) -> None:
+    _require(value is None or value >= lowest, setting, value, f"give {lowest} or more")
+
+
+def resolve_train(settings: TrainSettings, choices: Mapping[str, str | None]) -> TrainSettings:
+    """Checked settings with ``auto`` and dependent defaults filled in. ``choices``: group -> option.
+
+    UserError for anything impossible or contradictory.
+    """
+    s = settings
+    _at_least("seed", s.seed, 0)
+    _require(
+        s.budget_seconds is not None or s.max_steps is not None,
+        "budget_seconds",
+        None,
+        "max_steps is null too, so the run would never end; give one of them",
+    )
+    _require(s.budget_seconds is None or s.budget_seconds > 0, "budget_seconds", s.budget_seconds,
+             "give more than 0 seconds, or null")
+    _at_least("max_steps", s.max_steps, 1)
+    _at_least("limit_bytes", s.limit_bytes, 1)
+    _at_least("schedule.warmdown_steps", s.schedule.warmdown_steps, 0)
+    _at_least("schedule.warmup_steps", s.schedule.warmup_steps, 0)
+    _at_least("optimizer.momentum_warmup_steps", s.optimizer.momentum_warmup_steps, 0)
+    _at_least("logger.every_steps", s.logger.every_steps, 1)
+    _one_of("precision", s.precision, ("auto", "bf16", "fp32"))
+    _one_of("eval.precision", s.eval.precision, ("fp32", "bf16"))
+    compile_choice = s.compile.lower()
+    _one_of("compile", compile_choice, ("auto", "true", "false"))
+    _one_of("logger.name", s.logger.name, ("csv", "wandb"))
+    _check_name("run_name", s.run_name)
+    _check_name("sweep_name", s.sweep_name)
+    _check_model(s.model)
+    _check_batches(s)
+    _check_data(s.data)
+    _one_of("data.source", s.data.source, TEXT_SOURCES)
+    _check_grid_choice(choices)
+    return replace(
+        s,
+        precision=machine.faster_precision() if s.precision == "auto" else s.precision,
+        compile=str(machine.has_cuda()).lower() if compile_choice == "auto" else compile_choice,
+        qat=_resolve_start(s),
+    )
+
+
+def _check_name(setting: str, name: str | None) -> None:
+    _require(
+        name is None or re.fullmatch(r"[\w][\w.+-]*", name) is not None,
+        setting,
+        name,
+        "use letters, digits, '.', '_', '+' and '-' only",
+    )
+
+
+def _check_model(m: ModelSettings) -> None:
+    for name in ("num_layers", "dim", "num_heads", "num_kv_heads", "mlp_mult"):
+        _at_least(f"model.{name}", getattr(m, name), 1)
+    _require(m.dim % m.num_heads == 0, "model.dim", m.dim,
+             f"must be a multiple of model.num_heads = {m.num_heads}")
+    _require(m.dim // m.num_heads % 2 == 0, "model.dim", m.dim,
+             f"gives odd heads of {m.dim // m.num_heads}; rotary embedding needs an even size")
+    _require(m.num_heads % m.num_kv_heads == 0, "model.num_kv_heads", m.num_kv_heads,
+             f"must divide model.num_heads = {m.num_heads}")
+    _require(1 < m.vocab_size <= MAX_VOCAB_SIZE, "model.vocab_size", m.vocab_size,
+             f"give 2 to {MAX_VOCAB_SIZE}; shards store tokens in 16 bits")
+
+
+def _check_batches(s: TrainSettings) -> None:
+    _at_least("seq_len", s.seq_len, 1)
+    _at_least("batch_tokens", s.batch_tokens, 1)
+    _at_least("eval.batch_tokens", s.eval.batch_tokens, 1)
+    _require(s.batch_tokens % s.seq_len == 0, "batch_tokens", s.batch_tokens,
+             f"must be a multiple of seq_len = {s.seq_len}")
+    world_size = machine.world_size()
+    _require(s.batch_tokens % (s.seq_len * world_size) == 0, "batch_tokens", s.batch_tokens,
+             f"must be a multiple of seq_len * ranks = {s.seq_len} * {world_size}")
+    _require(s.micro_batch_tokens >= s.seq_len, "micro_batch_tokens", s.micro_batch_tokens,
+             f"must hold one sequence of seq_len = {s.seq_len}")
+
+
+def micro_batches(s: TrainSettings) -> int:
+    """Forward passes per rank and optimizer step: the fewest that fit ``micro_batch_tokens``."""
+    sequences = s.batch_tokens // (s.seq_len * machine.world_size())
+    most = s.micro_batch_tokens // s.seq_len
+    return next(n for n in range(1, sequences + 1) if sequences % n == 0 and sequences // n <= most)
+
+
+def _check_data(d: DataSettings) -> None:
+    _require(0.0 < d.val_fraction < 1.0, "data.val_fraction", d.val_fraction,
+             "give a fraction between 0 and 1")
+    _at_least("data.train_shards", d.train_shards, 1)
+    shards = [name for name in ("train_files", "val_files", "tokenizer") if getattr(d, name)]
+    if d.files and shards:
+        raise UserError(f"data.files and data.{shards[0]} name two sources; give one of them")
+
+
+def _check_grid_choice(choices: Mapping[str, str | None]) -> None:
+    """``qat=X`` implies ``grid=X``; Hydra composes a contradiction silently."""
+    qat, grid = choices.get("qat"), choices.get("grid")
+    if qat != "none" and qat != grid:
+        raise UserError(
+            f"qat={qat} grid={grid}: training would simulate one grid and store another; "
+            f"drop grid={grid}, or say qat={grid}"
+        )
+
+
+def _resolve_start(s: TrainSettings) -> QatSettings:
+    """QAT start settings with the default filled in; ``qat=none`` accepts and ignores them."""
+    q = s.qat
+    _at_least("qat.start_step", q.start_step, 0)
+    for name in ("start_fraction", "default_start_fraction"):
+        value = getattr(q, name)
+        _require(value is None or 0.0 <= value <= 1.0, f"qat.{name}", value,
+                 "give a fraction between 0 and 1")
+    if not q.enabled:
+        return q
+    if q.start_step is not None and q.start_fraction is not None:
+        raise UserError(
+            f"qat.start_step = {q.start_step} and qat.start_fraction = {q.start_fraction}: "
+            "two starts; give one of them"
+        )
+    if q.start_step is None and q.start_fraction is None:
+        return replace(q, start_fraction=q.default_start_fraction)
+    return q
+
+
+def resolve_eval(settings: EvalTaskSettings, choices: Mapping[str, str | None]) -> EvalTaskSettings:
+    """Checked settings of eval.py, ``data.*`` included."""
+    s = settings
+    _one_of("task", s.task, TASKS)
+    if s.task == "report":
+        _require(bool(s.runs), "runs", s.runs, "give a glob of run folders, runs='logs/runs/*'")
+    else:
+        _require(bool(s.artifact) != bool(s.run), "artifact", s.artifact,
+                 "give artifact=PATH or run=RUN (one of them)")
+    _at_least("seed", s.seed, 0)
+    _at_least("seq_len", s.seq_len, 1)
+    _at_least("sample.max_tokens", s.sample.max_tokens, 1)
+    _at_least("sample.temperature", s.sample.temperature, 0)
+    _at_least("eval.batch_tokens", s.eval.batch_tokens, 1)
+    _one_of("eval.precision", s.eval.precision, ("fp32", "bf16"))
+    _check_data(s.data)
+    _one_of("data.source", s.data.source, (*TEXT_SOURCES, "from_artifact"))
+    return s

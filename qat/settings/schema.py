@@ -1,0 +1,151 @@
+"""Every setting, its type and its unit. Values live in ``conf/``; a key missing here is a typo."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from omegaconf import MISSING, OmegaConf
+
+
+@dataclass
+class ModelSettings:
+    num_layers: int = MISSING
+    dim: int = MISSING
+    num_heads: int = MISSING
+    num_kv_heads: int = MISSING
+    mlp_mult: int = MISSING
+    vocab_size: int = MISSING
+    tie_embeddings: bool = True
+    init_from: str | None = None  # a torch file of initial weights (read with weights_only)
+
+
+@dataclass
+class OptimizerSettings:
+    matrix_lr: float = 0.04  # Muon, matrices of the blocks
+    tied_embedding_lr: float = 0.05  # Adam, all else
+    embedding_lr: float = 0.6  # when untied
+    head_lr: float = 0.008
+    scalar_lr: float = 0.04  # vectors and scalars
+    momentum_start: float = 0.85  # Muon momentum grows from here ...
+    momentum: float = 0.95  # ... to here ...
+    momentum_warmup_steps: int = 500  # ... over so many steps
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.95
+
+
+@dataclass
+class ScheduleSettings:
+    warmdown_steps: int = MISSING  # the rate falls to 0 over so many last steps
+    warmup_steps: int = MISSING  # untimed priming steps; everything is restored after them
+
+
+@dataclass
+class DataSettings:
+    source: str = MISSING  # web_bible | text | hub | from_artifact
+    train_files: str | None = None  # glob of challenge shards
+    val_files: str | None = None  # glob of challenge shards
+    tokenizer: str | None = None  # a SentencePiece .model
+    files: list[str] | None = None  # .txt, .jsonl, .parquet (globs)
+    val_fraction: float = 0.05  # share of documents held out, by hash
+    cache_dir: str = "~/.cache/qat"
+    repo_id: str = "willdepueoai/parameter-golf"
+    revision: str = "main"
+    dataset: str = "fineweb10B_sp1024"
+    train_shards: int = 80
+
+
+@dataclass
+class GridSettings:
+    bits: int = MISSING
+    group_size: int | None = None  # columns per step; null = one step per row
+    step_rule: str = "amax"  # amax | percentile
+    percentile: float = 0.9999984  # a fraction, used by step_rule=percentile
+    step_floor: float = 0.0
+    step_dtype: str = "fp16"  # fp32 | bf16 | fp16, as stored
+
+
+@dataclass
+class PlanSettings:
+    rules: dict[str, str] = MISSING  # glob over parameter names -> grid | fp16 | bf16 | fp32
+    grid_min_elements: int = 0  # smaller tensors that a rule puts on the grid stay fp16
+
+
+@dataclass
+class QatSettings:
+    enabled: bool = MISSING
+    start_step: int | None = None  # so many updates use float weights first
+    start_fraction: float | None = None  # of the clock, or of max_steps
+    default_start_fraction: float = 0.5  # used when no start is given
+
+
+@dataclass
+class ArtifactSettings:
+    coder: str = "zstd"  # zstd | zlib
+
+
+@dataclass
+class EvalSettings:
+    precision: str = "fp32"  # fp32 | bf16 (autocast)
+    batch_tokens: int = 16_384  # tokens per forward pass
+
+
+@dataclass
+class LoggerSettings:
+    name: str = MISSING  # csv | wandb (beside csv)
+    project: str = "qat"
+    group: str | None = None  # null = the sweep's name
+    tags: list[str] = field(default_factory=list)
+    offline: bool = True
+    every_steps: int = 10  # write metrics.csv after so many steps
+
+
+@dataclass
+class TrainSettings:
+    profile: str = MISSING
+    seed: int = 1337
+    budget_seconds: float | None = MISSING  # training only; null = none
+    max_steps: int | None = None  # null = none
+    batch_tokens: int = MISSING  # per optimizer step, over all ranks
+    micro_batch_tokens: int = MISSING  # largest forward pass of one rank
+    seq_len: int = MISSING
+    precision: str = "auto"  # auto | bf16 | fp32 (autocast over fp32 masters)
+    compile: str = "auto"  # auto (on with CUDA) | true | false
+    limit_bytes: int = 16_000_000  # artifact + code, decimal
+    run_name: str | None = None  # null = time, qat, grid, seed
+    sweep_name: str = "sweep-${now:%Y%m%d-%H%M%S}"
+    runs_dir: str = "logs/runs"
+    model: ModelSettings = field(default_factory=ModelSettings)
+    optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
+    schedule: ScheduleSettings = field(default_factory=ScheduleSettings)
+    data: DataSettings = field(default_factory=DataSettings)
+    grid: GridSettings = field(default_factory=GridSettings)
+    plan: PlanSettings = field(default_factory=PlanSettings)
+    qat: QatSettings = field(default_factory=QatSettings)
+    artifact: ArtifactSettings = field(default_factory=ArtifactSettings)
+    eval: EvalSettings = field(default_factory=EvalSettings)
+    logger: LoggerSettings = field(default_factory=LoggerSettings)
+
+
+@dataclass
+class SampleSettings:
+    max_tokens: int = 100
+    temperature: float = 0.8  # 0 = always the likeliest token
+
+
+@dataclass
+class EvalTaskSettings:
+    task: str = "score"  # score | sample | report
+    artifact: str | None = None  # file
+    run: str | None = None  # run folder or run name; stands for its artifact
+    runs: str | None = None  # glob of run folders
+    runs_dir: str = "logs/runs"
+    prompt: str = ""
+    seed: int = 1337
+    seq_len: int | None = None  # null = the artifact's
+    sample: SampleSettings = field(default_factory=SampleSettings)
+    data: DataSettings = field(default_factory=DataSettings)
+    eval: EvalSettings = field(default_factory=EvalSettings)
+
+
+def as_yaml(settings: TrainSettings) -> str:
+    return OmegaConf.to_yaml(OmegaConf.structured(settings))

@@ -1,0 +1,1 @@
+"""Runs as evidence: folders, result rows, provenance, pairing with the baseline, reports."""

@@ -1,0 +1,74 @@
+"""A baseline's float checkpoint stored on somebody else's grid: what rounding afterwards gives."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from qat.artifact.export import export
+from qat.errors import UserError
+from qat.evaluation.open_model import artifact_meta
+from qat.evaluation.score import Scorer
+from qat.language.shards import TokenStream
+from qat.language.source import from_settings
+from qat.language.tokenizer import Tokenizer
+from qat.settings.schema import DataSettings, GridSettings, ModelSettings, PlanSettings
+from qat.study.result import Result
+from qat.study.run_folder import CHECKPOINT, EXPORTS
+from qat.training.build import plan_of, shape_of
+
+MODEL_PREFIX = "gpt."  # of the LightningModule's state
+
+
+def checkpoint_weights(path: Path) -> dict[str, torch.Tensor]:
+    """Master weights of a run's checkpoint, by the model's own names."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
+    except (OSError, KeyError, RuntimeError, ValueError) as error:
+        raise UserError(f"{path}: not a readable checkpoint ({error})") from None
+    return {k.removeprefix(MODEL_PREFIX): v for k, v in state.items() if k.startswith(MODEL_PREFIX)}
+
+
+def export_baseline(
+    folder: Path, baseline: Result, target: dict[str, Any], console: Console
+) -> dict[str, Any]:
+    """Store the baseline as ``target`` settings say, score the file; a finished export is reused."""
+    s = baseline.settings
+    shape = shape_of(ModelSettings(**s["model"]))
+    plan = plan_of(shape, GridSettings(**target["grid"]), PlanSettings(**target["plan"]))
+    label = plan.on_grid[0].grid.label  # type: ignore[union-attr]
+    coder = target["artifact"]["coder"]
+    known = folder / EXPORTS / f"{label}_{coder}_{plan.digest[:8]}.json"
+    if known.is_file():
+        return json.loads(known.read_text())
+    known.parent.mkdir(exist_ok=True)
+    data = DataSettings(**s["data"])
+    source = from_settings(data, shape.vocab_size)
+    tokenizer = Tokenizer(source.tokenizer)
+    meta = artifact_meta(shape, s["seq_len"], tokenizer.sha256, source.identity)
+    weights = checkpoint_weights(folder / CHECKPOINT)
+    done = export(weights, plan, meta, coder, known.with_suffix(".qat"), baseline.limit_bytes)
+    scorer = Scorer(
+        shape,
+        TokenStream(source.val_files, "data.val_files"),
+        tokenizer.byte_table,
+        s["seq_len"],
+        s["eval"]["batch_tokens"],
+        s["eval"]["precision"],
+        torch.device("cuda" if torch.cuda.is_available() else "cpu"),
+        console,
+    )
+    score = scorer.score(done.artifact.weights, f"{folder.name} on {label}")
+    row = {
+        "grid": label,
+        "val_loss_artifact": score.val_loss,
+        "val_bpb_artifact": score.val_bpb,
+        "artifact_bytes": done.artifact_bytes,
+        "code_bytes": done.code_bytes,
+    }
+    known.write_text(json.dumps(row))
+    return row

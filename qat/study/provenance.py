@@ -1,0 +1,66 @@
+"""Where a result comes from: code, versions, machine, command."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGES = ("torch", "lightning", "hydra-core", "torchao", "numpy", "sentencepiece", "zstandard")
+
+
+def _git(*arguments: str) -> str | None:
+    """Output of a git command in the project, None where there is no git or no repository."""
+    try:
+        done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.decode(errors="replace")
+
+
+def commit() -> str:
+    """Commit hash, with ``-dirty`` if the tree differs from it, or ``unknown`` outside git."""
+    head = _git("rev-parse", "HEAD")
+    if head is None:
+        return "unknown"
+    return head.strip() + ("-dirty" if _git("status", "--porcelain") else "")
+
+
+def dirty_diff() -> str:
+    return _git("diff", "HEAD") or ""
+
+
+def hardware(world_size: int) -> str:
+    """Ranks and processors, such as ``8x NVIDIA H100`` or ``AMD EPYC, 2 cores``."""
+    if torch.cuda.is_available():
+        return f"{world_size}x {torch.cuda.get_device_name()}"
+    name = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        lines = cpuinfo.read_text(encoding="utf-8").splitlines()
+        name = next((li.split(":")[1].strip() for li in lines if li.startswith("model name")), name)
+    ranks = f", {world_size} ranks" if world_size > 1 else ""
+    return f"{name}, {torch.get_num_threads()} threads{ranks}"
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def collect(world_size: int) -> dict[str, Any]:
+    return {
+        "commit": commit(),
+        "command": sys.argv,
+        "python": platform.python_version(),
+        "versions": {package: _version(package) for package in PACKAGES},
+        "hardware": hardware(world_size),
+    }

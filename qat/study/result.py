@@ -1,0 +1,64 @@
+"""One run, one row: the keys of ``result.json``, with units and meaning.
+
+Every started run has a row. ``status`` is finished, oversize or failed; a failed run's numbers are
+null and ``error`` says why.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+FILE = "result.json"
+
+
+@dataclass
+class Result:
+    run_name: str
+    status: str  # finished | oversize | failed
+    exit_code: int  # 0, 3 (oversize), 2 (a mistake in the settings or data), 1 (failed)
+    error: str | None
+    seed: int
+    profile: str
+    qat: str  # the option typed: none, int6, ...
+    grid: str  # the grid of the artifact, as its label
+    hardware: str
+    commit: str
+    limit_bytes: int  # for artifact and code together, decimal
+    steps: int | None = None  # optimizer updates
+    tokens: int | None = None  # trained on, repeats counted
+    epochs: float | None = None  # tokens / tokens of the training split
+    train_seconds: float | None = None  # on the training clock
+    ms_per_step: float | None = None
+    train_loss: float | None = None  # nats per token, last step
+    val_loss_float: float | None = None  # nats per token, masters
+    val_loss_artifact: float | None = None
+    val_bpb_float: float | None = None  # bits per UTF-8 byte, masters
+    val_bpb_snapped: float | None = None  # the plan applied to the masters in memory
+    val_bpb_artifact: float | None = None  # weights read back from the file
+    quant_gap_bpb: float | None = None  # artifact - float
+    artifact_bytes: int | None = None
+    code_bytes: int | None = None
+    qat_first_step: int | None = None  # number (from 1) of the first update on snapped weights
+    qat_steps: int | None = None
+    qat_never_started: bool = False  # QAT was asked for and the run ended before it
+    on_grid_share: float | None = None  # of grid-planned elements, as the forward pass saw them
+    val_xz_bits_per_byte: float | None = None  # what xz needs for the validation text
+    settings: dict[str, Any] = field(default_factory=dict)  # resolved
+
+    def write(self, folder: Path) -> None:
+        """Atomically, so that a reader never sees half a row."""
+        temporary = folder / f".{FILE}.tmp"
+        temporary.write_text(json.dumps(asdict(self), indent=1) + "\n")
+        os.replace(temporary, folder / FILE)
+
+    @staticmethod
+    def read(folder: Path) -> Result | None:
+        """The row of a run's folder; None if the run has not written one (it died or still runs)."""
+        try:
+            return Result(**json.loads((folder / FILE).read_text()))
+        except FileNotFoundError:
+            return None

@@ -1,0 +1,52 @@
+"""The folder of one run: ``<runs_dir>/<run_name>/`` or, in a sweep, ``<sweep>/<run_name>/``."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+from pathlib import Path
+
+from qat.errors import UserError
+from qat.study import provenance
+
+CONFIG, OVERRIDES, LOG, CHECKPOINT = "config.yaml", "overrides.yaml", "train.log", "checkpoint.ckpt"
+ARTIFACT, EXPORTS = "artifact.qat", "exports"
+
+
+def claim(parent: Path, typed_name: str | None, default_name: str) -> Path:
+    """Make the folder; a typed name already used is an error, a default one gets a number."""
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        if typed_name is not None:
+            folder = parent / typed_name
+            folder.mkdir()
+            return folder
+        for number in itertools.count(1):
+            folder = parent / (default_name if number == 1 else f"{default_name}-{number}")
+            if not folder.exists():
+                folder.mkdir()
+                return folder
+    except FileExistsError:
+        raise UserError(f"run_name={typed_name}: {parent / str(typed_name)} is there already; "
+                        "give another name") from None  # fmt: skip
+    except OSError as error:
+        raise UserError(f"runs_dir={parent}: cannot write there ({error.strerror})") from None
+    raise AssertionError("unreachable")
+
+
+def describe(folder: Path, config_yaml: str, overrides: list[str], world_size: int) -> None:
+    """Write everything needed to know what this run is, before it starts."""
+    (folder / CONFIG).write_text(config_yaml)
+    (folder / OVERRIDES).write_text("".join(f"- {json.dumps(line)}\n" for line in overrides))
+    (folder / "provenance.json").write_text(json.dumps(provenance.collect(world_size), indent=1))
+    if diff := provenance.dirty_diff():
+        (folder / "dirty.diff").write_text(diff)
+
+
+def open_log(folder: Path) -> logging.Handler:
+    """Send the project's log to the run's ``train.log`` too; the caller removes the handler."""
+    handler = logging.FileHandler(folder / LOG)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    logging.getLogger("qat").addHandler(handler)
+    return handler

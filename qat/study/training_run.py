@@ -1,0 +1,200 @@
+"""The life of one run as its folder tells it: started, then finished, oversize or failed.
+
+Only rank 0 claims a folder, writes and speaks; the other ranks go through the same calls in silence.
+"""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from rich.console import Console
+from rich.text import Text
+
+from qat.artifact.export import Export
+from qat.evaluation.score import Score
+from qat.language.source import Source
+from qat.quantize.grid import Grid
+from qat.quantize.plan import Plan
+from qat.settings import machine
+from qat.settings.schema import TrainSettings, as_yaml
+from qat.study import provenance, run_folder
+from qat.study.report import print_table, row_of
+from qat.study.result import Result
+from qat.training.fit import Outcome
+
+if TYPE_CHECKING:
+    from lightning.pytorch.loggers import Logger
+
+    from qat.settings.command_line import Job
+
+log = logging.getLogger("qat")
+OVERSIZE_EXIT_CODE = 3
+
+
+class _ConsoleHandler(logging.Handler):
+    """Log lines above the progress bar; warnings and errors in red."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__()
+        self.console = console
+
+    def emit(self, record: logging.LogRecord) -> None:
+        style = "bold red" if record.levelno >= logging.WARNING else ""
+        self.console.print(Text(self.format(record), style=style), soft_wrap=True)
+
+
+class TrainingRun:
+    """Folder, log, loggers and row of one run."""
+
+    def __init__(self, s: TrainSettings, job: Job) -> None:
+        self.settings, self.job = s, job
+        self.speaks = machine.rank() == 0
+        self.folder: Path | None = None
+        self.console = Console(stderr=True, quiet=not self.speaks)
+        self._handlers: list[logging.Handler] = [_ConsoleHandler(self.console)]
+        log.handlers[:] = self._handlers
+        log.setLevel(logging.INFO)
+        log.disabled = False  # Hydra disables loggers that it did not configure
+        log.propagate = False
+        self.row = Result(
+            run_name="",
+            status="failed",
+            exit_code=1,
+            error=None,
+            seed=s.seed,
+            profile=s.profile,
+            qat=job.choices.get("qat") or "none",
+            grid=Grid(**vars(s.grid)).label,
+            hardware=provenance.hardware(machine.world_size()),
+            commit=provenance.commit(),
+            limit_bytes=s.limit_bytes,
+            settings=asdict(s),
+        )
+
+    def _claim(self) -> None:
+        """Take a folder of our own and say in it what this run is."""
+        s = self.settings
+        time_name = time.strftime("%Y%m%d-%H%M%S")
+        default = f"{time_name}_{self.row.qat}_{self.row.grid}_s{s.seed}"
+        parent = self.job.sweep_dir or Path(s.runs_dir)
+        self.folder = run_folder.claim(parent, s.run_name, default)
+        self.row.run_name = self.folder.name
+        run_folder.describe(self.folder, as_yaml(s), self.job.overrides, machine.world_size())
+        self._handlers.append(run_folder.open_log(self.folder))
+
+    def start(self, source: Source, train_tokens: int, val_tokens: int, plan: Plan) -> None:
+        """Called when settings and data are known to be good."""
+        if not self.speaks:
+            return
+        self._claim()
+        s = self.settings
+        self.row.val_xz_bits_per_byte = source.notes.get("val_xz_bits_per_byte")
+        log.info("run %s (qat=%s, grid %s, seed %d)", self.folder, self.row.qat, self.row.grid, s.seed)
+        log.info(
+            "%s: %s training tokens, %s validation tokens%s",
+            source.identity["name"],
+            f"{train_tokens:,}",
+            f"{val_tokens:,}",
+            f"; xz needs {self.row.val_xz_bits_per_byte:.3f} bits per byte of the validation text"
+            if self.row.val_xz_bits_per_byte
+            else "",
+        )
+        if left_out := source.notes.get("documents_left_out"):
+            log.warning("%d documents left out: empty, or with U+2581 in them", left_out)
+        on_grid = sum(entry.num_elements for entry in plan.on_grid)
+        log.info(
+            "%s parameters, %s of them on %s; %s, %s",
+            f"{sum(entry.num_elements for entry in plan):,}",
+            f"{on_grid:,}",
+            self.row.grid,
+            s.precision,
+            "compiled" if s.compile == "true" else "eager",
+        )
+
+    def path(self, name: str) -> Path:
+        """A file of this run. Ranks that write nothing get a path that they never touch."""
+        return (self.folder or Path(tempfile.gettempdir())) / name
+
+    def loggers(self) -> list[Logger]:
+        """metrics.csv, and W&B beside it if asked for."""
+        if self.folder is None:
+            return []
+        from lightning.pytorch.loggers import CSVLogger
+
+        s = self.settings.logger
+        csv = CSVLogger(self.folder, name="", version="", flush_logs_every_n_steps=s.every_steps)
+        if s.name == "csv":
+            return [csv]
+        from qat.study.wandb_log import wandb_logger
+
+        self._wandb = wandb_logger(self.folder, self.settings, self.row, self.job.sweep_dir)
+        return [csv, self._wandb]
+
+    def finish(
+        self,
+        outcome: Outcome,
+        train_tokens: int,
+        exported: Export,
+        float_score: Score,
+        snapped_score: Score,
+        artifact_score: Score,
+    ) -> int:
+        """Fill in the row, write it, print it; returns the exit code."""
+        row, s = self.row, self.settings
+        row.status, row.exit_code = "finished", 0
+        row.steps, row.tokens = outcome.steps, outcome.tokens
+        row.epochs = outcome.tokens / train_tokens
+        row.train_seconds = outcome.train_seconds
+        row.ms_per_step = 1000 * outcome.train_seconds / outcome.steps
+        row.train_loss = outcome.train_loss
+        row.val_loss_float, row.val_bpb_float = float_score.val_loss, float_score.val_bpb
+        row.val_bpb_snapped = snapped_score.val_bpb
+        row.val_loss_artifact, row.val_bpb_artifact = artifact_score.val_loss, artifact_score.val_bpb
+        row.quant_gap_bpb = artifact_score.val_bpb - float_score.val_bpb
+        row.artifact_bytes, row.code_bytes = exported.artifact_bytes, exported.code_bytes
+        row.qat_first_step, row.qat_steps = outcome.qat_first_step, outcome.qat_steps
+        row.qat_never_started = s.qat.enabled and outcome.qat_steps == 0
+        row.on_grid_share = outcome.on_grid_share
+        if row.qat_never_started:
+            log.warning("QAT WAS ASKED FOR AND NEVER STARTED: the run ended after step %d", row.steps)
+        if exported.is_oversize:
+            row.status, row.exit_code = "oversize", OVERSIZE_EXIT_CODE
+            row.error = (
+                f"limit_bytes = {s.limit_bytes}: the artifact has {row.artifact_bytes} bytes and the "
+                f"code {row.code_bytes}; kept as {exported.path.name}"
+            )
+            log.error("error: %s", row.error)
+        self._write()
+        if self.speaks and self.job.sweep_dir is None:
+            print_table([row_of(row)])
+        return row.exit_code
+
+    def fail(self, error: str, exit_code: int) -> int:
+        """Record a failure. A single run refused before it started leaves nothing behind."""
+        self.row.status, self.row.exit_code, self.row.error = "failed", exit_code, error
+        if self.speaks and self.folder is None and self.job.sweep_dir is not None:
+            self._claim()
+        self._write()
+        return exit_code
+
+    def _write(self) -> None:
+        if self.folder is None:
+            return
+        self.row.write(self.folder)
+        if hasattr(self, "_wandb"):
+            from qat.study.wandb_log import finish_wandb
+
+            finish_wandb(self._wandb, self.row)
+
+    def close(self) -> None:
+        for handler in self._handlers:
+            log.removeHandler(handler)
+            handler.close()
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()

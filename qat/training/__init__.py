@@ -1,0 +1,1 @@
+"""Joins language and quantization: the LightningModule, its optimizers, schedule, clock and switch."""

@@ -1,0 +1,42 @@
+"""The wallclock that decides everything: rate, QAT switch and stop.
+
+It counts training only (data loading included); it stands still during priming, validation and
+export. All ranks use rank 0's reading, agreed once per step, so they take equal decisions.
+"""
+
+from __future__ import annotations
+
+import time
+
+import torch
+import torch.distributed as dist
+
+
+class TrainingClock:
+    """Seconds of training so far. ``agree`` is a collective call."""
+
+    def __init__(self, already_seconds: float = 0.0) -> None:
+        self._banked_seconds = already_seconds
+        self._started_at: float | None = None
+        self._group: dist.ProcessGroup | None = None
+
+    def start(self) -> None:
+        """Start or go on. The reading travels over gloo, so that agreeing never waits for a GPU."""
+        if dist.is_initialized() and self._group is None and dist.get_world_size() > 1:
+            self._group = dist.new_group(backend="gloo")
+        self._started_at = time.perf_counter()
+
+    def pause(self) -> None:
+        self._banked_seconds, self._started_at = self._local_seconds(), None
+
+    def _local_seconds(self) -> float:
+        running = 0.0 if self._started_at is None else time.perf_counter() - self._started_at
+        return self._banked_seconds + running
+
+    def agree(self) -> float:
+        """Rank 0's elapsed seconds, on every rank."""
+        if self._group is None:
+            return self._local_seconds()
+        reading = torch.tensor([self._local_seconds()], dtype=torch.float64)
+        dist.broadcast(reading, src=0, group=self._group)
+        return float(reading)

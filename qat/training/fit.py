@@ -1,0 +1,189 @@
+"""One training run: build the Trainer, fit until the clock says stop, say what happened."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from lightning import Callback, Trainer
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.plugins.environments import LightningEnvironment, TorchElasticEnvironment
+from torch.utils.data import DataLoader
+
+from qat.artifact.container import predicted_bytes
+from qat.language.batches import BatchShape, TrainingBatches
+from qat.language.gpt import GPT
+from qat.language.shards import TokenStream
+from qat.quantize.plan import Plan
+from qat.training.liveness import measure_on_grid_share
+from qat.training.module import QatModule
+from qat.training.progress_bar import ProgressBar
+from qat.training.schedule import Schedule
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from qat.settings.schema import TrainSettings
+
+log = logging.getLogger("qat")
+# Advice that does not apply here: batches are slices of a memory map, the folder is ours.
+LIGHTNING_NOISE = (
+    ".*does not have many workers.*",
+    ".*Experiment logs directory .* exists and is not empty.*",
+    ".*isinstance\\(treespec, LeafSpec\\).*",
+)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What training did; the trained masters are in the model it was given."""
+
+    steps: int
+    tokens: int
+    train_seconds: float
+    train_loss: float
+    qat_first_step: int | None
+    qat_steps: int
+    on_grid_share: float
+
+
+class _Forecast(Callback):
+    """As soon as the step time is known: will QAT start, will the file fit?"""
+
+    def __init__(self, plan: Plan, limit_bytes: int, code_bytes: int) -> None:
+        self.plan, self.limit_bytes, self.code_bytes = plan, limit_bytes, code_bytes
+        self.said = False
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: QatModule, outputs: object, batch: object, batch_idx: int
+    ) -> None:
+        p = pl_module.progress
+        if pl_module.step_seconds is None and p.step >= 2:  # no priming steps were asked for
+            pl_module.step_seconds = p.elapsed_seconds / p.step
+        if self.said or pl_module.step_seconds is None or not trainer.is_global_zero:
+            return
+        self.said = True
+        forecast(pl_module.schedule, pl_module.step_seconds, self.plan, self.limit_bytes, self.code_bytes)
+
+
+def forecast(
+    schedule: Schedule, step_seconds: float, plan: Plan, limit_bytes: int, code_bytes: int
+) -> None:
+    """Log the estimated last step and size, and warn about a QAT start or a size out of reach."""
+    last = schedule.last_step(step_seconds)
+    log.info("%.0f ms/step: about %.0f steps", 1000 * step_seconds, last)
+    if schedule.start_step is not None and schedule.start_step >= last:
+        log.warning(
+            "qat.start_step = %d: the run ends at about step %.0f, so QAT WILL NEVER START; "
+            "try qat.start_step=%d or qat.start_fraction=0.5",
+            schedule.start_step,
+            last,
+            last // 2,
+        )
+    if schedule.start_fraction is not None and schedule.start_fraction >= 1.0:
+        log.warning(
+            "qat.start_fraction = %g: the run is over by then, so QAT WILL NEVER START; "
+            "try qat.start_fraction=0.5",
+            schedule.start_fraction,
+        )
+    packed = predicted_bytes(plan)
+    log.info("predicted artifact: %s bytes before entropy coding", f"{packed:,}")
+    if packed + code_bytes > limit_bytes:
+        log.warning(
+            "limit_bytes = %s: the plan packs to %s bytes and the code is %s; "
+            "take a smaller model or a coarser grid",
+            f"{limit_bytes:,}",
+            f"{packed:,}",
+            f"{code_bytes:,}",
+        )
+
+
+def build_schedule(s: TrainSettings) -> Schedule:
+    return Schedule(
+        budget_seconds=s.budget_seconds,
+        max_steps=s.max_steps,
+        warmdown_steps=s.schedule.warmdown_steps,
+        momentum_start=s.optimizer.momentum_start,
+        momentum_end=s.optimizer.momentum,
+        momentum_warmup_steps=s.optimizer.momentum_warmup_steps,
+        start_step=s.qat.start_step if s.qat.enabled else None,
+        start_fraction=s.qat.start_fraction if s.qat.enabled else None,
+    )
+
+
+def build_trainer(loggers: list[Logger], callbacks: list[Callback]) -> Trainer:
+    """A Trainer on this process's device; several ranks if torchrun started them."""
+    for message in LIGHTNING_NOISE:
+        warnings.filterwarnings("ignore", message=message)
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    under_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
+    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    return Trainer(
+        accelerator="cuda" if torch.cuda.is_available() else "cpu",
+        devices=local_ranks,
+        num_nodes=world_size // local_ranks,
+        strategy="ddp" if world_size > 1 else "auto",
+        plugins=[TorchElasticEnvironment() if under_torchrun else LightningEnvironment()],
+        precision="32-true",  # autocast is ours, around the model only
+        max_epochs=1,
+        logger=loggers,
+        callbacks=callbacks,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+    )
+
+
+def fit(
+    s: TrainSettings,
+    gpt: GPT,
+    plan: Plan,
+    stream: TokenStream,
+    shape: BatchShape,
+    trainer: Trainer,
+    tokens_per_byte: float,
+    console: Console,
+    code_bytes: int,
+    checkpoint: Path,
+) -> Outcome:
+    """Train ``gpt`` in place, write the checkpoint (rank 0) and report.
+
+    TrainingFailed if a loss is not finite.
+    """
+    schedule = build_schedule(s)
+    module = QatModule(
+        gpt,
+        plan,
+        schedule,
+        s.optimizer,
+        shape.micro_batches,
+        s.schedule.warmup_steps,
+        s.precision,
+        s.compile == "true",
+        s.logger.every_steps,
+    )
+    trainer.callbacks += [
+        _Forecast(plan, s.limit_bytes, code_bytes),
+        ProgressBar(console, tokens_per_byte),
+    ]
+    batches = TrainingBatches(stream, shape, int(os.environ.get("RANK", "0")), s.schedule.warmup_steps)
+    trainer.fit(module, DataLoader(batches, batch_size=None))
+    trainer.save_checkpoint(checkpoint)
+    p = module.progress
+    probe = torch.zeros(1, shape.seq_len, dtype=torch.long, device=module.device)
+    return Outcome(
+        steps=p.step,
+        tokens=p.step * shape.batch_tokens,
+        train_seconds=p.elapsed_seconds,
+        train_loss=p.train_loss,
+        qat_first_step=p.qat_first_step,
+        qat_steps=p.qat_steps,
+        on_grid_share=measure_on_grid_share(gpt, module.switch.weights(module.masters), plan, probe),
+    )

@@ -1,0 +1,236 @@
+"""The LightningModule: one optimizer step is forward and backward passes, an update, a look at the clock.
+
+The model takes its weights as inputs of one (compiled) function, so the QAT switch changes data and
+never the graph. Lightning's batches are micro-batches; steps are counted here, because
+``trainer.global_step`` counts every optimizer of a step.
+
+The first ``warmup_steps`` steps prime caches and compilers: they are not timed, and weights,
+optimizers, random state and data position are restored after them.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import statistics
+import time
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+from lightning import LightningModule
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from qat.errors import TrainingFailed
+from qat.language.gpt import GPT
+from qat.quantize.plan import Plan
+from qat.quantize.straight_through import QatSwitch
+from qat.training.clock import TrainingClock
+from qat.training.optimizers import build_optimizers, set_rates
+from qat.training.schedule import Schedule
+
+log = logging.getLogger("qat")
+
+
+@dataclass
+class Progress:
+    """Where a run is. ``qat_first_step`` is the number (from 1) of the first update with QAT on."""
+
+    step: int = 0
+    elapsed_seconds: float = 0.0
+    train_loss: float = float("nan")
+    qat_first_step: int | None = None
+    qat_steps: int = 0
+
+
+@dataclass
+class _Saved:
+    """Everything that priming disturbs."""
+
+    weights: dict[str, Tensor]
+    optimizers: list[dict]
+    random: list[Tensor] = field(default_factory=list)
+
+
+class QatModule(LightningModule):
+    """Trains ``gpt`` on ``micro_batches`` batches per update until ``schedule`` says stop."""
+
+    def __init__(
+        self,
+        gpt: GPT,
+        plan: Plan,
+        schedule: Schedule,
+        optimizer_settings,
+        micro_batches: int,
+        warmup_steps: int,
+        precision: str,
+        compile_model: bool,
+        log_every_steps: int,
+    ) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.gpt = gpt
+        self.masters = dict(gpt.named_parameters())
+        self.schedule = schedule
+        self.switch = QatSwitch(plan)
+        self.clock = TrainingClock()
+        self.progress = Progress()
+        self.step_seconds: float | None = None  # estimated after priming
+        self._optimizer_settings = optimizer_settings
+        self._micro_batches = micro_batches
+        self._priming_left = warmup_steps
+        self._priming_seconds: list[float] = []
+        self._log_every_steps = log_every_steps
+        self._micro_losses: list[Tensor] = []
+        self._pending: list[tuple[int, float, float, bool, Tensor]] = []
+        self._micro = 0
+        self._precision = precision
+        self.loss = torch.compile(self._loss, fullgraph=True) if compile_model else self._loss
+
+    def _loss(self, weights: dict[str, Tensor], ids_BT: Tensor, targets_BT: Tensor) -> Tensor:
+        enabled = self._precision == "bf16"
+        with torch.autocast(ids_BT.device.type, torch.bfloat16, enabled=enabled):
+            return torch.func.functional_call(self.gpt, weights, (ids_BT, targets_BT))
+
+    @property
+    def is_priming(self) -> bool:
+        return self._priming_left > 0
+
+    def configure_optimizers(self) -> list[torch.optim.Optimizer]:
+        return build_optimizers(self.gpt, self._optimizer_settings)
+
+    def on_train_start(self) -> None:
+        if self.is_priming:
+            self._saved = _Saved(
+                {name: p.detach().clone() for name, p in self.masters.items()},
+                [copy.deepcopy(optimizer.state_dict()) for optimizer in self.trainer.optimizers],
+                [torch.get_rng_state(), *torch.cuda.get_rng_state_all()],
+            )
+            if self.schedule.start_step is not None or self.schedule.start_fraction is not None:
+                self.switch.refresh(self.masters, True)  # primes the snapping
+        else:
+            self._start_timing()
+        self._step_started_at = time.perf_counter()
+
+    def on_train_batch_start(self, batch: object, batch_idx: int) -> None:
+        """Only the last backward pass of a step exchanges gradients between ranks."""
+        if isinstance(self.trainer.model, DistributedDataParallel):
+            last = self._micro == self._micro_batches - 1
+            self.trainer.model.require_backward_grad_sync = last
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        loss = self.loss(self.switch.weights(self.masters), *batch)
+        self.manual_backward(loss / self._micro_batches)
+        self._micro_losses.append(loss.detach())
+        self._micro += 1
+        if self._micro == self._micro_batches:
+            self._update()
+            self._micro = 0
+
+    def _update(self) -> None:
+        p = self.progress
+        rate = self.schedule.rate(p.step, p.elapsed_seconds)
+        optimizers = self.trainer.optimizers
+        set_rates(optimizers, rate, self.schedule.momentum(p.step))
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        loss = torch.stack(self._micro_losses).mean()
+        self._micro_losses.clear()
+        if self.is_priming:
+            self._finish_priming_step()
+        else:
+            self._finish_step(rate, loss)
+
+    def _finish_priming_step(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        now = time.perf_counter()
+        self._priming_seconds.append(now - self._step_started_at)
+        self._step_started_at = now
+        self._priming_left -= 1
+        if not self.is_priming:
+            self._restore()
+            # The first step pays for compilation and cold caches.
+            self.step_seconds = statistics.median(self._priming_seconds[1:] or self._priming_seconds)
+            self._start_timing()
+
+    @torch.no_grad()
+    def _restore(self) -> None:
+        for name, parameter in self.masters.items():
+            parameter.copy_(self._saved.weights[name])
+        for optimizer, state in zip(self.trainer.optimizers, self._saved.optimizers, strict=True):
+            optimizer.load_state_dict(state)
+        torch.set_rng_state(self._saved.random[0])
+        if self._saved.random[1:]:
+            torch.cuda.set_rng_state_all(self._saved.random[1:])
+        del self._saved
+
+    def _start_timing(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        p = self.progress
+        self._switch_for_next_step()
+        self.clock.start()
+        p.elapsed_seconds = self.clock.agree()
+
+    def _switch_for_next_step(self) -> None:
+        p = self.progress
+        self.switch.refresh(self.masters, self.schedule.qat_is_on(p.step, p.elapsed_seconds))
+
+    def _finish_step(self, rate: float, loss: Tensor) -> None:
+        p = self.progress
+        p.step += 1
+        if self.switch.is_on:
+            p.qat_steps += 1
+            if p.qat_first_step is None:
+                p.qat_first_step = p.step
+                log.info("QAT on since step %d (%.1f s)", p.step, p.elapsed_seconds)
+        self._wait_for_previous_step()
+        p.elapsed_seconds = self.clock.agree()
+        self._pending.append((p.step, p.elapsed_seconds, rate, self.switch.is_on, loss))
+        is_over = self.schedule.progress(p.step, p.elapsed_seconds) >= 1.0
+        self._switch_for_next_step()
+        if is_over:
+            self._finish_training()
+        elif len(self._pending) >= self._log_every_steps:
+            self._flush_metrics()
+
+    def _wait_for_previous_step(self) -> None:
+        """Keep the host at most one step ahead of a GPU, so the clock sees what was really done."""
+        if self.device.type != "cuda":
+            return
+        if previous := getattr(self, "_step_done", None):
+            previous.synchronize()
+        self._step_done = torch.cuda.Event()
+        self._step_done.record()
+
+    def _finish_training(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        self.progress.elapsed_seconds = self.clock.agree()
+        self.clock.pause()
+        self._flush_metrics()
+        self.trainer.should_stop = True
+
+    def _flush_metrics(self) -> None:
+        """Write the losses of the last steps, averaged over ranks. TrainingFailed if one is not finite."""
+        losses = torch.stack([entry[-1] for entry in self._pending]).double()
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            dist.all_reduce(losses)
+            losses /= dist.get_world_size()
+        values = losses.tolist()
+        for (step, elapsed, rate, qat_on, _), loss in zip(self._pending, values, strict=True):
+            row = {
+                "train_loss": loss,
+                "elapsed_seconds": elapsed,
+                "rate": rate,
+                "qat_on": int(qat_on),
+            }
+            for logger in self.loggers:
+                logger.log_metrics(row, step=step)
+            if loss != loss or loss in (float("inf"), float("-inf")):
+                raise TrainingFailed(f"train loss is {loss} at step {step}; try lower learning rates")
+        self.progress.train_loss = values[-1]
+        self._pending.clear()

@@ -1,0 +1,67 @@
+"""What the clock decides: learning rate, momentum, QAT switch, stop. Pure functions of (step, time).
+
+``step`` counts finished updates from 0; ``elapsed_seconds`` is the agreed clock before the update.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """``start_step`` and ``start_fraction`` None mean QAT is never switched on."""
+
+    budget_seconds: float | None
+    max_steps: int | None
+    warmdown_steps: int
+    momentum_start: float
+    momentum_end: float
+    momentum_warmup_steps: int
+    start_step: int | None = None
+    start_fraction: float | None = None
+
+    def rate(self, step: int, elapsed_seconds: float) -> float:
+        """Multiplier of every learning rate: 1, then falling linearly to 0 at the end of the run.
+
+        By steps, over the last ``warmdown_steps``; by time, over as many seconds as that many steps
+        take at the speed measured so far. With both limits set the lower rate holds.
+        """
+        if self.warmdown_steps == 0:
+            return 1.0
+        rate = 1.0
+        if self.max_steps is not None:
+            rate = min(rate, (self.max_steps - step) / self.warmdown_steps)
+        if self.budget_seconds is not None and elapsed_seconds > 0.0:
+            warmdown_seconds = self.warmdown_steps * elapsed_seconds / max(step, 1)
+            rate = min(rate, (self.budget_seconds - elapsed_seconds) / warmdown_seconds)
+        return max(rate, 0.0)
+
+    def momentum(self, step: int) -> float:
+        if step >= self.momentum_warmup_steps:
+            return self.momentum_end
+        done = step / self.momentum_warmup_steps
+        return (1 - done) * self.momentum_start + done * self.momentum_end
+
+    def progress(self, step: int, elapsed_seconds: float) -> float:
+        """Share of the run that is over, by whichever limit is nearer; 1 means stop."""
+        by_steps = step / self.max_steps if self.max_steps is not None else 0.0
+        by_clock = elapsed_seconds / self.budget_seconds if self.budget_seconds is not None else 0.0
+        return max(by_steps, by_clock)
+
+    def qat_is_on(self, step: int, elapsed_seconds: float) -> bool:
+        """Whether update ``step + 1`` uses snapped weights."""
+        if self.start_step is not None:
+            return step >= self.start_step
+        if self.start_fraction is not None:
+            return self.progress(step, elapsed_seconds) >= self.start_fraction
+        return False
+
+    def last_step(self, step_seconds: float) -> float:
+        """Estimated number of updates of the whole run."""
+        by_steps = self.max_steps if self.max_steps is not None else math.inf
+        by_clock = math.inf
+        if self.budget_seconds is not None:
+            by_clock = math.ceil(self.budget_seconds / step_seconds)
+        return min(by_steps, by_clock)

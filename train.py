@@ -1,0 +1,115 @@
+"""Train a small GPT under a clock, store it under a byte limit, read it back, score it, write one row.
+
+    python train.py qat=int8 qat.start_step=6000
+    torchrun --standalone --nproc_per_node=8 train.py qat=int6
+    python train.py -m qat=none,int6 grid=int6 seed=1,2,3
+
+Heavy imports wait until the settings are known to be good.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+
+from qat.errors import TrainingFailed, UserError
+from qat.settings import checks, machine
+from qat.settings.command_line import Job, Program, main
+from qat.settings.schema import TrainSettings
+
+log = logging.getLogger("qat")
+
+
+def resolve(settings: TrainSettings, choices) -> TrainSettings:
+    """Everything that can be refused before data is touched."""
+    settings = checks.resolve_train(settings, choices)
+    from qat.training.build import check_coder, plan_of, shape_of
+
+    check_coder(settings)
+    plan_of(shape_of(settings.model), settings.grid, settings.plan)
+    return settings
+
+
+def run(s: TrainSettings, job: Job) -> int:
+    """One run to its row, whatever happens; returns the exit code."""
+    from qat.study.training_run import TrainingRun
+
+    training_run = TrainingRun(s, job)
+    try:
+        return train(s, training_run)
+    except (UserError, TrainingFailed) as error:
+        log.error("error: %s", error)
+        return training_run.fail(str(error), error.exit_code)
+    except Exception as error:
+        log.exception("the run failed")
+        return training_run.fail(f"{type(error).__name__}: {error}", 1)
+    finally:
+        training_run.close()
+
+
+def train(s: TrainSettings, training_run) -> int:
+    import torch
+
+    from qat.artifact.code_bytes import count_code_bytes
+    from qat.artifact.export import export
+    from qat.evaluation.open_model import artifact_meta
+    from qat.evaluation.score import Scorer
+    from qat.language.batches import BatchShape
+    from qat.language.shards import TokenStream
+    from qat.language.source import from_settings
+    from qat.language.tokenizer import Tokenizer
+    from qat.training.build import build_gpt, plan_of
+    from qat.training.fit import build_trainer, fit
+
+    source = from_settings(s.data, s.model.vocab_size)
+    tokenizer = Tokenizer(source.tokenizer)
+    tokenizer.check_vocab_size(s.model.vocab_size)
+    train_stream = TokenStream(source.train_files, "data.train_files")
+    val_stream = TokenStream(source.val_files, "data.val_files")
+    for stream in (train_stream, val_stream):
+        stream.check_ids(s.model.vocab_size)
+    gpt = build_gpt(s.model, s.seed)
+    plan = plan_of(gpt.shape, s.grid, s.plan)
+    training_run.start(source, len(train_stream), len(val_stream), plan)
+
+    trainer = build_trainer(training_run.loggers(), [])
+    batches = BatchShape(s.batch_tokens, s.seq_len, machine.world_size(), checks.micro_batches(s))
+    outcome = fit(
+        s, gpt, plan, train_stream, batches, trainer, tokenizer.tokens_per_byte(val_stream),
+        training_run.console, count_code_bytes(), training_run.path("checkpoint.ckpt"),
+    )  # fmt: skip
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    scorer = Scorer(
+        gpt.shape, val_stream, tokenizer.byte_table, s.seq_len, s.eval.batch_tokens,
+        s.eval.precision, device, training_run.console,
+    )  # fmt: skip
+    masters = {name: p.detach().cpu() for name, p in gpt.named_parameters()}
+    meta = artifact_meta(gpt.shape, s.seq_len, tokenizer.sha256, source.identity)
+    exported = None
+    if machine.rank() == 0:
+        path = training_run.path("artifact.qat")
+        exported = export(masters, plan, meta, s.artifact.coder, path, s.limit_bytes)
+    exported = trainer.strategy.broadcast(exported)
+    return training_run.finish(
+        outcome,
+        len(train_stream),
+        exported,
+        scorer.score(masters, "float weights"),
+        scorer.score(plan.snap(masters), "snapped weights"),
+        scorer.score(exported.artifact.weights, "artifact"),
+    )
+
+
+def after_sweep(folder: Path, num_jobs: int) -> int:
+    """Print the paired table of a sweep; the highest exit code of its runs."""
+    from qat.study.report import report
+
+    rows = [row for row in report(str(folder)) if not row["exported"]]
+    missing = num_jobs > len(rows) or any(row["status"] == "unfinished" for row in rows)
+    return max([row.get("exit_code", 1) for row in rows] + [int(missing)])
+
+
+if __name__ == "__main__":
+    sys.exit(main(Program("train", resolve, run, after_sweep)))
