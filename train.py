@@ -1,4 +1,4 @@
-"""Train a small GPT under a clock, store it under a byte limit, read it back, score it, write one row.
+"""Train a small GPT under a clock, store it under a byte limit, read it back, score it.
 
     python train.py qat=int8 qat.start_step=6000
     torchrun --standalone --nproc_per_node=8 train.py qat=int6
@@ -13,7 +13,7 @@ import logging
 import sys
 from pathlib import Path
 
-from qat.errors import TrainingFailed, UserError
+from qat.errors import TrainingError, UserError
 from qat.settings import checks, machine
 from qat.settings.command_line import Job, Program, main
 from qat.settings.schema import TrainSettings
@@ -38,7 +38,7 @@ def run(s: TrainSettings, job: Job) -> int:
     training_run = TrainingRun(s, job)
     try:
         return train(s, training_run)
-    except (UserError, TrainingFailed) as error:
+    except (UserError, TrainingError) as error:
         log.error("error: %s", error)
         return training_run.fail(str(error), error.exit_code)
     except Exception as error:
@@ -60,7 +60,8 @@ def train(s: TrainSettings, training_run) -> int:
     from qat.language.source import from_settings
     from qat.language.tokenizer import Tokenizer
     from qat.training.build import build_gpt, plan_of
-    from qat.training.fit import build_trainer, fit
+    from qat.training.fit import Forecast, build_trainer, fit
+    from qat.training.progress_bar import ProgressBar
 
     source = from_settings(s.data, s.model.vocab_size)
     tokenizer = Tokenizer(source.tokenizer)
@@ -71,27 +72,29 @@ def train(s: TrainSettings, training_run) -> int:
         stream.check_ids(s.model.vocab_size)
     gpt = build_gpt(s.model, s.seed)
     plan = plan_of(gpt.shape, s.grid, s.plan)
-    training_run.start(source, len(train_stream), len(val_stream), plan)
-
-    trainer = build_trainer(training_run.loggers(), [])
-    batches = BatchShape(s.batch_tokens, s.seq_len, machine.world_size(), checks.micro_batches(s))
-    outcome = fit(
-        s, gpt, plan, train_stream, batches, trainer, tokenizer.tokens_per_byte(val_stream),
-        training_run.console, count_code_bytes(), training_run.path("checkpoint.ckpt"),
-    )  # fmt: skip
-
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     scorer = Scorer(
         gpt.shape, val_stream, tokenizer.byte_table, s.seq_len, s.eval.batch_tokens,
         s.eval.precision, device, training_run.console,
     )  # fmt: skip
-    masters = {name: p.detach().cpu() for name, p in gpt.named_parameters()}
+    training_run.start(source, len(train_stream), len(val_stream), plan)
+
+    callbacks = [
+        Forecast(plan, s.limit_bytes, count_code_bytes()),
+        ProgressBar(training_run.console, tokenizer.tokens_per_byte(val_stream)),
+    ]
+    trainer = build_trainer(training_run.loggers(), callbacks)
+    shape = BatchShape(s.batch_tokens, s.seq_len, machine.world_size(), checks.micro_batches(s))
+    outcome = fit(s, gpt, plan, train_stream, shape, trainer, training_run.path("checkpoint.ckpt"))
+
+    masters = {name: p.detach().to(device) for name, p in gpt.named_parameters()}
     meta = artifact_meta(gpt.shape, s.seq_len, tokenizer.sha256, source.identity)
-    exported = None
-    if machine.rank() == 0:
-        path = training_run.path("artifact.qat")
-        exported = export(masters, plan, meta, s.artifact.coder, path, s.limit_bytes)
-    exported = trainer.strategy.broadcast(exported)
+    path = training_run.path("artifact.qat")
+    writes = machine.rank() == 0
+    exported = trainer.strategy.broadcast(
+        export(masters, plan, meta, s.artifact.coder, path, s.limit_bytes) if writes else None
+    )
+    assert exported is not None
     return training_run.finish(
         outcome,
         len(train_stream),

@@ -7,7 +7,7 @@ class UserError(Exception):
     exit_code = 2
 
 
-class TrainingFailed(Exception):
+class TrainingError(Exception):
     """Training stopped by itself (loss not finite): one line naming the step, exit code 1."""
 
     exit_code = 1

@@ -19,7 +19,9 @@ def _module_files(module: str) -> list[Path]:
     files = []
     for depth in range(1, len(parts) + 1):
         base = ROOT.joinpath(*parts[:depth])
-        files += [path for path in (base / "__init__.py", base.with_suffix(".py")) if path.is_file()]
+        files += [
+            path for path in (base / "__init__.py", base.with_suffix(".py")) if path.is_file()
+        ]
     return files
 
 

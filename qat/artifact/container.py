@@ -6,7 +6,8 @@ Format 1, little-endian:
     4 bytes    format version (uint32)
     4 bytes    header length H (uint32)
     H bytes    header, UTF-8 JSON with sorted keys: format-independent ``meta`` (model, tokenizer
-               hash, data source), ``plan``, ``coder``, ``sections`` [[name, raw bytes, coded bytes]]
+               hash, data source), ``plan``, ``coder``, ``sections`` [[name, raw bytes, coded
+               bytes]]
     ...        the coded sections, in header order: codes (int8, one symbol per byte, tensor after
                tensor in plan order), steps and plain tensors (low bytes, then high bytes, of all
                16-bit values; 32-bit values as they are)
@@ -87,7 +88,7 @@ def _section_sizes(plan: Plan) -> list[tuple[str, int]]:
 
 
 def predicted_bytes(plan: Plan) -> int:
-    """Size before coding, codes packed at their bit width: an upper estimate known before training."""
+    """Size before coding, codes packed at their bit width: known before training."""
     packed = sum(math.ceil(e.num_elements * e.grid.bits / 8) for e in plan.on_grid if e.grid)
     return packed + sum(count * WIDTHS[dtype] for dtype, count in _stored_floats(plan))
 
@@ -98,10 +99,12 @@ def pack(encoded: list[Encoded], plan: Plan, meta: Mapping[str, Any], coder: str
     for item in encoded:
         if item.codes is not None:
             codes += _raw(item.codes)
-        values = item.steps if item.steps is not None else item.plain
-        assert values is not None
-        (halves if values.element_size() == 2 else words).extend(_raw(values))
-    raws = {"codes": bytes(codes), "floats16": _split_planes(bytes(halves)), "floats32": bytes(words)}
+        (halves if item.floats.element_size() == 2 else words).extend(_raw(item.floats))
+    raws = {
+        "codes": bytes(codes),
+        "floats16": _split_planes(bytes(halves)),
+        "floats32": bytes(words),
+    }
     coded = {name: CODERS[coder].encode(raws[name]) for name, _ in _section_sizes(plan)}
     header = {
         "meta": meta,
@@ -195,12 +198,14 @@ def _split(plan: Plan, raws: Mapping[str, bytes]) -> list[Encoded]:
             encoded.append(Encoded(entry, plain=take_floats(entry.dtype, entry.shape)))
         else:
             codes = take("codes", torch.int8, entry.shape)
-            if codes.numel() and not -entry.grid.qmax <= codes.min() <= codes.max() <= entry.grid.qmax:
+            if (
+                codes.numel()
+                and not -entry.grid.qmax <= codes.min() <= codes.max() <= entry.grid.qmax
+            ):
                 raise ValueError(f"tensor {entry.name} has a code outside its grid")
             steps = take_floats(entry.grid.step_dtype, entry.steps_shape)
             encoded.append(Encoded(entry, codes=codes, steps=steps))
     for item in encoded:
-        values = item.plain if item.steps is None else item.steps
-        if not torch.isfinite(values).all():
+        if not torch.isfinite(item.floats).all():
             raise ValueError(f"tensor {item.entry.name} has a value that is not finite")
     return encoded

@@ -1,4 +1,4 @@
-"""Weights -> file -> weights: always written, then read back from the disk before anyone scores it."""
+"""Weights -> file -> weights: written, then read back from the disk before anyone scores it."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from qat.artifact.code_bytes import count_code_bytes
+from qat.errors import UserError
 from qat.artifact.container import Artifact, pack, read_artifact, write_artifact
 from qat.quantize.plan import Plan
 
@@ -39,8 +40,11 @@ def export(
     path: Path,
     limit_bytes: int,
 ) -> Export:
-    """Encode, write atomically, read back. ValueError if a tensor is not finite."""
-    data = pack(plan.encode(weights), plan, meta, coder)
+    """Encode, write atomically, read back. UserError names a tensor that cannot be stored."""
+    try:
+        data = pack(plan.encode(weights), plan, meta, coder)
+    except ValueError as error:
+        raise UserError(f"cannot store {path.name}: {error}") from None
     code_bytes = count_code_bytes()
     if len(data) + code_bytes > limit_bytes:
         path = path.with_name(path.name + OVERSIZE_SUFFIX)

@@ -1,7 +1,7 @@
 """val_loss and val_bpb of a set of weights: the one function behind every score in this project.
 
-Float, snapped and artifact weights are scored with the same precision and batch shape, so that their
-differences are quantization and nothing else.
+Float, snapped and artifact weights are scored with the same precision and batch shape, so that
+their differences are quantization and nothing else.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ class Score:
 class Scorer:
     """Scores any weights of one model shape on one validation stream.
 
-    Windows of ``seq_len`` do not overlap and the incomplete last one is dropped, as in the baseline.
-    Under torchrun the batches are dealt out to the ranks and the sums added up in float64.
-    """
+    Windows of ``seq_len`` do not overlap and the incomplete last one is dropped, as in the
+    baseline. Under torchrun the batches are dealt out to the ranks and the sums added up in
+    float64."""
 
     shape: GPTShape
     stream: TokenStream
@@ -76,9 +76,7 @@ class Scorer:
             count = min(per_batch, num_windows - first)
             ids, targets = validation_batch(self.stream, self.seq_len, first, count)
             ids, targets = ids.to(self.device), targets.to(self.device)
-            with torch.autocast(
-                self.device.type, torch.bfloat16, enabled=self.precision == "bf16"
-            ):
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
                 logits_BTV = torch.func.functional_call(gpt, placed, (ids,))
             nats = F.cross_entropy(logits_BTV.flatten(0, 1), targets.flatten(), reduction="none")
             sums[0] += nats.double().sum()

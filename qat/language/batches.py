@@ -1,8 +1,8 @@
 """Batches (B, T) as a pure function of the optimizer step: no loader state, nothing to restore.
 
-Step s takes tokens [s * (batch_tokens + 1), (s + 1) * (batch_tokens + 1)) of the stream; x is all but
-the last, y all but the first. Ranks and micro-batches cut that one span into consecutive pieces, so
-the data of a step does not depend on how many of them there are.
+Step s takes tokens [s * (batch_tokens + 1), (s + 1) * (batch_tokens + 1)) of the stream; x is all
+but the last, y all but the first. Ranks and micro-batches cut that one span into consecutive
+pieces, so the data of a step does not depend on how many of them there are.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from qat.language.shards import TokenStream
 
 @dataclass(frozen=True)
 class BatchShape:
-    """How one optimizer step is cut: tokens per step, per sequence, ranks, micro-batches per rank."""
+    """How a step is cut: tokens per step and sequence, ranks, micro-batches per rank."""
 
     batch_tokens: int
     seq_len: int
@@ -42,13 +42,18 @@ def micro_batch(
 
 
 class TrainingBatches(IterableDataset):
-    """Endless micro-batches of one rank: ``priming_steps`` steps first, then again from ``first_step``.
+    """Endless micro-batches of one rank: ``priming_steps`` first, then from ``first_step`` again.
 
     Whoever reads it stops when the clock does.
     """
 
     def __init__(
-        self, stream: TokenStream, shape: BatchShape, rank: int, priming_steps: int, first_step: int = 0
+        self,
+        stream: TokenStream,
+        shape: BatchShape,
+        rank: int,
+        priming_steps: int,
+        first_step: int = 0,
     ) -> None:
         self.stream, self.shape, self.rank = stream, shape, rank
         self.priming_steps, self.first_step = priming_steps, first_step
@@ -67,7 +72,7 @@ class TrainingBatches(IterableDataset):
 
 
 def validation_windows(stream: TokenStream, seq_len: int) -> int:
-    """Number of non-overlapping windows of ``seq_len`` targets; the incomplete last one is dropped."""
+    """Number of non-overlapping windows of ``seq_len``; an incomplete last one is dropped."""
     return (len(stream) - 1) // seq_len
 
 

@@ -1,8 +1,8 @@
 """Bits per byte: sum of nats in float64 / (ln 2 * UTF-8 bytes of the text that was predicted).
 
-A byte table says how many bytes each token stands for, by the challenge's rule: control, unknown and
-unused pieces stand for 0 bytes and act as a boundary; byte pieces for 1; any other piece for its
-UTF-8 length without the leading U+2581, plus 1 for that space unless the previous token is a
+A byte table says how many bytes each token stands for, by the challenge's rule: control, unknown
+and unused pieces stand for 0 bytes and act as a boundary; byte pieces for 1; any other piece for
+its UTF-8 length without the leading U+2581, plus 1 for that space unless the previous token is a
 boundary (SentencePiece puts a space in front of every text that the text does not have).
 """
 

@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator
 from importlib import metadata
+from itertools import pairwise
 from pathlib import Path
 
 from qat.errors import UserError
@@ -39,22 +40,21 @@ def web_bible() -> list[str]:
         raise UserError(
             f"data=web_bible: {BIBLE_PACKAGE}=={BIBLE_VERSION} is not installed; run `make setup`"
         ) from None
-    call = next(
-        (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)), None
-    )
+    call = next((node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)), None)
     if call is None or len(call.args) < 3:
         raise UserError(f"data=web_bible: {path} does not hold the text of {BIBLE_VERSION}")
     text, verse_starts = ast.literal_eval(call.args[1]), ast.literal_eval(call.args[2])
     if hashlib.sha256(text.encode()).hexdigest() != BIBLE_SHA256:
         raise UserError(
-            f"data=web_bible: {path} is not the pinned text; install {BIBLE_PACKAGE}=={BIBLE_VERSION}"
+            f"data=web_bible: {path} is not the pinned text; "
+            f"install {BIBLE_PACKAGE}=={BIBLE_VERSION}"
         )
     chapter_starts: dict[int, int] = {}
     for verse_id, start in sorted(verse_starts.items()):
         chapter_starts.setdefault(verse_id // VERSES_PER_CHAPTER_ID, start)
     starts = [*chapter_starts.values(), len(text)]
     mended = text.replace("`", "'")
-    return [mended[a:b].strip() for a, b in zip(starts, starts[1:], strict=False)]
+    return [mended[a:b].strip() for a, b in pairwise(starts)]
 
 
 def _passages(path: Path) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""The challenge's baseline GPT: small, U-net skips, ReLU^2, grouped-query attention, softcapped logits.
+"""The challenge's baseline GPT: U-net skips, ReLU^2, grouped-query attention, softcapped logits.
 
 Parameter names, shapes and initialisation order are those of the parameter-golf baseline, so that
 weights travel between that trainer and this one, and one seed gives both the same start. The model
@@ -92,7 +92,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and MLP, each scaled per channel; ``resid_mix`` blends in the first hidden state."""
+    """Attention and MLP, scaled per channel; ``resid_mix`` blends in the first hidden state."""
 
     def __init__(self, shape: GPTShape) -> None:
         super().__init__()
@@ -129,7 +129,7 @@ class GPT(nn.Module):
         self._initialise()
 
     def _initialise(self) -> None:
-        """Output projections start at zero; a tied embedding starts small, as it is the head too."""
+        """Output projections start at zero; a tied embedding, being the head too, starts small."""
         if self.lm_head is None:
             nn.init.normal_(self.tok_emb.weight, std=OUTPUT_STD_TIED)
         else:

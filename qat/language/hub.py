@@ -19,9 +19,9 @@ LISTING_TIMEOUT_SECONDS = 20
 def from_hub(repo_id: str, revision: str, dataset: str, train_shards: int) -> Source:
     """The first ``train_shards`` training shards, all validation shards and the tokenizer.
 
-    ``dataset`` is a family such as ``fineweb10B_sp1024``; its tokenizer is ``fineweb_1024_bpe.model``.
-    UserError when the hub cannot be reached (with the command that fetches by hand) or has no such
-    files.
+    ``dataset`` is a family such as ``fineweb10B_sp1024``; its tokenizer is
+    ``fineweb_1024_bpe.model``. UserError when the hub cannot be reached (with the command that
+    fetches by hand) or has no such files.
     """
     import huggingface_hub
 
@@ -31,7 +31,9 @@ def from_hub(repo_id: str, revision: str, dataset: str, train_shards: int) -> So
     try:
         names = _repository_files(repo_id, revision)
         tokenizers = [name for name in names if name.endswith(f"/{tokenizer_name}")]
-        train = [n for n in names if re.search(rf"/{re.escape(dataset)}/fineweb_train_\d+\.bin$", n)]
+        train = [
+            n for n in names if re.search(rf"/{re.escape(dataset)}/fineweb_train_\d+\.bin$", n)
+        ]
         val = [n for n in names if re.search(rf"/{re.escape(dataset)}/fineweb_val_\d+\.bin$", n)]
         if not (vocab and tokenizers and train and val):
             raise UserError(f"data.dataset={dataset}: {where} has no such shards and tokenizer")
@@ -59,8 +61,8 @@ def from_hub(repo_id: str, revision: str, dataset: str, train_shards: int) -> So
     except Exception as error:  # the hub's HTTP library, and so its errors, differ by version
         reason = " ".join(str(error).split())[:160]
         raise UserError(
-            f"data=fineweb_sp1024: cannot fetch from the hub ({reason}); on a connected machine run "
-            f"`hf download {repo_id} --repo-type dataset --revision {revision} "
+            f"data=fineweb_sp1024: cannot fetch from the hub ({reason}); on a connected machine "
+            f"run `hf download {repo_id} --repo-type dataset --revision {revision} "
             f"--include '*{dataset}*' --include '*{tokenizer_name}'`, copy its cache here, or give "
             "data.train_files, data.val_files and data.tokenizer"
         ) from None

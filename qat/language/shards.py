@@ -10,6 +10,7 @@ import os
 from bisect import bisect_right
 from itertools import accumulate
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -28,7 +29,7 @@ class ShardWriter:
     def __init__(self, folder: Path, prefix: str, shard_tokens: int = SHARD_TOKENS) -> None:
         self.folder, self.prefix, self.shard_tokens = folder, prefix, shard_tokens
         self.num_tokens = 0
-        self._file = None
+        self._file: BinaryIO | None = None
         self._in_shard = 0
         self._index = 0
 
@@ -103,8 +104,8 @@ class TokenStream:
                 highest = int(shard[start : start + SCAN_TOKENS].max())
                 if highest >= vocab_size:
                     raise UserError(
-                        f"{self.setting}: {path} holds token id {highest}, but the vocabulary ends at "
-                        f"{vocab_size - 1}; data.tokenizer and model.vocab_size must be the shards' own"
+                        f"{self.setting}: {path} holds token id {highest}, but the vocabulary "
+                        f"ends at {vocab_size - 1}; give the shards' own data.tokenizer"
                     )
 
     def take(self, start: int, count: int) -> np.ndarray:

@@ -1,9 +1,9 @@
 """From a named source of text to shards and a tokenizer on disk.
 
 Text is split by the hash of each document (equal documents share a side, so none can be in both),
-the tokenizer is trained on the training side only, and both sides are written as shards into a cache
-folder named by everything that determines them. Published or user-given shards are used as they are.
-"""
+the tokenizer is trained on the training side only, and both sides are written as shards into a
+cache folder named by everything that determines them. Published or user-given shards are used as
+they are."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ NOTES_FILE = "notes.json"
 
 @dataclass(frozen=True)
 class Source:
-    """Shards of both splits and their tokenizer. ``identity`` is what an artifact's header keeps."""
+    """Shards of both splits and their tokenizer. ``identity`` goes into artifacts' headers."""
 
     train_files: list[Path]
     val_files: list[Path]
@@ -74,7 +74,7 @@ def _check_notes(files: list[Path], tokenizer: Path) -> None:
             expected = json.loads(notes.read_text())["tokenizer_sha256"]
             if Tokenizer(tokenizer).sha256 != expected:
                 raise UserError(
-                    f"data.tokenizer={tokenizer}: not the tokenizer that made the shards in {folder}"
+                    f"data.tokenizer={tokenizer}: another tokenizer made the shards in {folder}"
                 )
 
 
@@ -195,8 +195,11 @@ def from_settings(data: DataSettings, vocab_size: int) -> Source:
     if data.train_files or data.val_files or data.tokenizer:
         for name in ("val_files", "tokenizer"):
             if not getattr(data, name):
-                raise UserError(f"data.{name} is missing: shards need data.val_files and data.tokenizer")
-        assert data.val_files and data.tokenizer
+                raise UserError(
+                    f"data.{name} is missing: shards need data.val_files and data.tokenizer"
+                )
+        assert data.val_files
+        assert data.tokenizer
         return from_shards(data.train_files, data.val_files, data.tokenizer)
     if data.files:
         return from_text(data.files, vocab_size, data.val_fraction, _cache_dir(data))

@@ -1,4 +1,4 @@
-"""SentencePiece tokenizers: train one on the training split, load any, count the bytes of its pieces."""
+"""SentencePiece tokenizers: train on the training split, load any, count the bytes of pieces."""
 
 from __future__ import annotations
 
@@ -32,7 +32,9 @@ class Tokenizer:
             self.pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
         except (OSError, RuntimeError) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise UserError(f"data.tokenizer={path}: not a SentencePiece model ({reason})") from None
+            raise UserError(
+                f"data.tokenizer={path}: not a SentencePiece model ({reason})"
+            ) from None
         self.sha256 = hashlib.sha256(model).hexdigest()
         self.vocab_size: int = self.pieces.vocab_size()
 

@@ -1,1 +1,1 @@
-"""Grids, plans and the straight-through switch: tensors only, imports torch and nothing above it."""
+"""Grids, plans and the straight-through switch: tensors only, imports torch alone."""

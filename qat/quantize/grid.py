@@ -14,7 +14,8 @@ per group of ``group_size`` columns (the last group of a row may be shorter):
 
 A step that is zero after rounding (an all-zero row, or one too small for fp16) gives zero codes and
 zero weights. Steps that overflow their dtype and weights that are not finite are errors of
-``check_finite``, which names the tensor; the hot path does not look, since looking would stall a GPU.
+``check_finite``, which names the tensor; the hot path does not look, since looking would stall a
+GPU.
 
 Division by the step, not multiplication by its reciprocal: the two differ in the last bit.
 """
@@ -34,7 +35,7 @@ MIN_BITS, MAX_BITS = 2, 8
 
 @dataclass(frozen=True)
 class Grid:
-    """One grid. ``group_size`` None means one step per row; ``percentile`` is a fraction in (0, 1]."""
+    """One grid. ``group_size`` None: one step per row; ``percentile``: a fraction in (0, 1]."""
 
     bits: int
     group_size: int | None = None
@@ -85,7 +86,7 @@ def as_rows(w: Tensor) -> Tensor:
 
 
 def row_quantile(magnitude: Tensor, q: float) -> Tensor:
-    """``torch.quantile(magnitude, q, dim=-1)``, bit for bit, for non-negative rows; (..., n) -> (...).
+    """``torch.quantile(magnitude, q, dim=-1)``, bit for bit; (..., n) -> (...), n up to 2^24.
 
     The interpolated quantile of a row shorter than 1 / (1 - q) lies between its two largest
     entries, so no sort is needed; longer rows are sorted.
@@ -160,5 +161,6 @@ def check_finite(name: str, w: Tensor, steps: Tensor) -> None:
     if len(bad_rows):
         dtype = str(steps.dtype).removeprefix("torch.")
         raise ValueError(
-            f"tensor {name}, row {int(bad_rows[0])}: its step overflows {dtype}; use a wider step_dtype"
+            f"tensor {name}, row {int(bad_rows[0])}: its step overflows {dtype}; "
+            "use a wider step_dtype"
         )

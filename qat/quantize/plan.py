@@ -61,12 +61,20 @@ class Encoded:
     steps: Tensor | None = None
     plain: Tensor | None = None
 
+    @property
+    def floats(self) -> Tensor:
+        """The part stored as floats: steps, or the plain values."""
+        values = self.plain if self.steps is None else self.steps
+        assert values is not None
+        return values
+
     def decode(self) -> Tensor:
         """Float32 weights."""
         if self.entry.grid is None:
             assert self.plain is not None
             return self.plain.float()
-        assert self.codes is not None and self.steps is not None
+        assert self.codes is not None
+        assert self.steps is not None
         return decode(self.codes, self.steps, self.entry.grid)
 
 
@@ -115,7 +123,12 @@ class Plan:
     def rows(self) -> list[tuple[str, str, str, int]]:
         """(name, shape, storage, elements) per tensor, for printing."""
         return [
-            (e.name, "x".join(map(str, e.shape)), e.grid.label if e.grid else e.dtype, e.num_elements)
+            (
+                e.name,
+                "x".join(map(str, e.shape)),
+                e.grid.label if e.grid else e.dtype,
+                e.num_elements,
+            )
             for e in self
         ]
 
@@ -154,10 +167,10 @@ def build_plan(
 ) -> Plan:
     """Give each tensor the storage of the first glob in ``rules`` that matches its name.
 
-    A rule is ``grid``, ``fp16``, ``bf16`` or ``fp32``; tensors that a rule puts on the grid but that
-    have fewer than ``grid_min_elements`` elements are kept as fp16, as in the challenge's export.
-    ValueError: a tensor without a rule, an unknown rule, or a plan with nothing on the grid.
-    """
+    A rule is ``grid``, ``fp16``, ``bf16`` or ``fp32``; tensors that a rule puts on the grid but
+    that have fewer than ``grid_min_elements`` elements are kept as fp16, as in the challenge's
+    export. ValueError: a tensor without a rule, an unknown rule, or a plan with nothing on the
+    grid."""
     entries = []
     for name, shape in shapes.items():
         rule = next((rule for glob, rule in rules.items() if fnmatchcase(name, glob)), None)

@@ -1,10 +1,10 @@
 """The QAT switch: master weights -> the weights the model sees.
 
 The model takes its weights as inputs, so fake quantization never enters its graph: while the switch
-is off it sees the masters, while it is on it sees ``plan.snap(masters)``, computed once per optimizer
-step outside the model. Both go through the same per-tensor autograd node, so that the compiled model
-cannot tell them apart (no recompile at the switch) and gradients reach each master on its own (DDP
-overlaps its all-reduce).
+is off it sees the masters, while it is on it sees ``plan.snap(masters)``, computed once per
+optimizer step outside the model. Both go through the same per-tensor autograd node, so that the
+compiled model cannot tell them apart (no recompile at the switch) and gradients reach each master
+on its own (DDP overlaps its all-reduce).
 
 Gradient rule: identity, the straight-through estimator of Bengio et al. (arXiv 1308.3432).
 """

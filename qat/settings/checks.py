@@ -40,7 +40,7 @@ def _at_least(setting: str, value: float | None, lowest: int) -> None:
 
 
 def resolve_train(settings: TrainSettings, choices: Mapping[str, str | None]) -> TrainSettings:
-    """Checked settings with ``auto`` and dependent defaults filled in. ``choices``: group -> option.
+    """Checked settings, ``auto`` and defaults filled in. ``choices``: group -> option.
 
     UserError for anything impossible or contradictory.
     """
@@ -52,8 +52,12 @@ def resolve_train(settings: TrainSettings, choices: Mapping[str, str | None]) ->
         None,
         "max_steps is null too, so the run would never end; give one of them",
     )
-    _require(s.budget_seconds is None or s.budget_seconds > 0, "budget_seconds", s.budget_seconds,
-             "give more than 0 seconds, or null")
+    _require(
+        s.budget_seconds is None or s.budget_seconds > 0,
+        "budget_seconds",
+        s.budget_seconds,
+        "give more than 0 seconds, or null",
+    )
     _at_least("max_steps", s.max_steps, 1)
     _at_least("limit_bytes", s.limit_bytes, 1)
     _at_least("schedule.warmdown_steps", s.schedule.warmdown_steps, 0)
@@ -92,27 +96,55 @@ def _check_name(setting: str, name: str | None) -> None:
 def _check_model(m: ModelSettings) -> None:
     for name in ("num_layers", "dim", "num_heads", "num_kv_heads", "mlp_mult"):
         _at_least(f"model.{name}", getattr(m, name), 1)
-    _require(m.dim % m.num_heads == 0, "model.dim", m.dim,
-             f"must be a multiple of model.num_heads = {m.num_heads}")
-    _require(m.dim // m.num_heads % 2 == 0, "model.dim", m.dim,
-             f"gives odd heads of {m.dim // m.num_heads}; rotary embedding needs an even size")
-    _require(m.num_heads % m.num_kv_heads == 0, "model.num_kv_heads", m.num_kv_heads,
-             f"must divide model.num_heads = {m.num_heads}")
-    _require(1 < m.vocab_size <= MAX_VOCAB_SIZE, "model.vocab_size", m.vocab_size,
-             f"give 2 to {MAX_VOCAB_SIZE}; shards store tokens in 16 bits")
+    _require(
+        m.dim % m.num_heads == 0,
+        "model.dim",
+        m.dim,
+        f"must be a multiple of model.num_heads = {m.num_heads}",
+    )
+    _require(
+        m.dim // m.num_heads % 2 == 0,
+        "model.dim",
+        m.dim,
+        f"gives odd heads of {m.dim // m.num_heads}; rotary embedding needs an even size",
+    )
+    _require(
+        m.num_heads % m.num_kv_heads == 0,
+        "model.num_kv_heads",
+        m.num_kv_heads,
+        f"must divide model.num_heads = {m.num_heads}",
+    )
+    _require(
+        1 < m.vocab_size <= MAX_VOCAB_SIZE,
+        "model.vocab_size",
+        m.vocab_size,
+        f"give 2 to {MAX_VOCAB_SIZE}; shards store tokens in 16 bits",
+    )
 
 
 def _check_batches(s: TrainSettings) -> None:
     _at_least("seq_len", s.seq_len, 1)
     _at_least("batch_tokens", s.batch_tokens, 1)
     _at_least("eval.batch_tokens", s.eval.batch_tokens, 1)
-    _require(s.batch_tokens % s.seq_len == 0, "batch_tokens", s.batch_tokens,
-             f"must be a multiple of seq_len = {s.seq_len}")
+    _require(
+        s.batch_tokens % s.seq_len == 0,
+        "batch_tokens",
+        s.batch_tokens,
+        f"must be a multiple of seq_len = {s.seq_len}",
+    )
     world_size = machine.world_size()
-    _require(s.batch_tokens % (s.seq_len * world_size) == 0, "batch_tokens", s.batch_tokens,
-             f"must be a multiple of seq_len * ranks = {s.seq_len} * {world_size}")
-    _require(s.micro_batch_tokens >= s.seq_len, "micro_batch_tokens", s.micro_batch_tokens,
-             f"must hold one sequence of seq_len = {s.seq_len}")
+    _require(
+        s.batch_tokens % (s.seq_len * world_size) == 0,
+        "batch_tokens",
+        s.batch_tokens,
+        f"must be a multiple of seq_len * ranks = {s.seq_len} * {world_size}",
+    )
+    _require(
+        s.micro_batch_tokens >= s.seq_len,
+        "micro_batch_tokens",
+        s.micro_batch_tokens,
+        f"must hold one sequence of seq_len = {s.seq_len}",
+    )
 
 
 def micro_batches(s: TrainSettings) -> int:
@@ -123,8 +155,12 @@ def micro_batches(s: TrainSettings) -> int:
 
 
 def _check_data(d: DataSettings) -> None:
-    _require(0.0 < d.val_fraction < 1.0, "data.val_fraction", d.val_fraction,
-             "give a fraction between 0 and 1")
+    _require(
+        0.0 < d.val_fraction < 1.0,
+        "data.val_fraction",
+        d.val_fraction,
+        "give a fraction between 0 and 1",
+    )
     _at_least("data.train_shards", d.train_shards, 1)
     shards = [name for name in ("train_files", "val_files", "tokenizer") if getattr(d, name)]
     if d.files and shards:
@@ -147,8 +183,12 @@ def _resolve_start(s: TrainSettings) -> QatSettings:
     _at_least("qat.start_step", q.start_step, 0)
     for name in ("start_fraction", "default_start_fraction"):
         value = getattr(q, name)
-        _require(value is None or 0.0 <= value <= 1.0, f"qat.{name}", value,
-                 "give a fraction between 0 and 1")
+        _require(
+            value is None or 0.0 <= value <= 1.0,
+            f"qat.{name}",
+            value,
+            "give a fraction between 0 and 1",
+        )
     if not q.enabled:
         return q
     if q.start_step is not None and q.start_fraction is not None:
@@ -168,8 +208,12 @@ def resolve_eval(settings: EvalTaskSettings, choices: Mapping[str, str | None]) 
     if s.task == "report":
         _require(bool(s.runs), "runs", s.runs, "give a glob of run folders, runs='logs/runs/*'")
     else:
-        _require(bool(s.artifact) != bool(s.run), "artifact", s.artifact,
-                 "give artifact=PATH or run=RUN (one of them)")
+        _require(
+            bool(s.artifact) != bool(s.run),
+            "artifact",
+            s.artifact,
+            "give artifact=PATH or run=RUN (one of them)",
+        )
     _at_least("seed", s.seed, 0)
     _at_least("seq_len", s.seq_len, 1)
     _at_least("sample.max_tokens", s.sample.max_tokens, 1)

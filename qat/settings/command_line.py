@@ -32,7 +32,7 @@ from qat.settings.schema import EvalTaskSettings, TrainSettings
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 SCHEMAS = {"train": TrainSettings, "eval": EvalTaskSettings}
-# Values that are prose or paths, taken as typed: Hydra's grammar would trip over ',' or '(' in them.
+# Prose and paths, taken as typed: Hydra's grammar would trip over ',' or '(' in them.
 VERBATIM_KEYS = ("prompt", "artifact", "run", "runs")
 SWEEP_FLAGS = ("-m", "--multirun")
 
@@ -48,7 +48,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Program:
-    """train.py or eval.py. ``resolve`` checks and completes settings, ``run`` returns an exit code."""
+    """train.py or eval.py: ``resolve`` completes settings, ``run`` returns an exit code."""
 
     config_name: str
     resolve: Callable[[Any, Mapping[str, str | None]], Any]
@@ -92,13 +92,19 @@ def _main(program: Program) -> int:
             list(run.overrides.task),
             Path(run.sweep.dir) if run.mode == RunMode.MULTIRUN else None,
         )
-        settings = program.resolve(OmegaConf.to_object(config), job.choices)
-        exit_codes.append(program.run(settings, job))
+        try:
+            settings = program.resolve(OmegaConf.to_object(config), job.choices)
+            exit_codes.append(program.run(settings, job))
+        except UserError as error:  # here, because Hydra would add lines of its own
+            say_error(str(error))
+            exit_codes.append(error.exit_code)
         if job.sweep_dir is not None:
             sweep_dirs.add(job.sweep_dir)
 
     sys.argv[1:] = arguments
-    hydra.main(version_base="1.3", config_path=str(CONF), config_name=program.config_name)(run_job)()
+    hydra.main(version_base="1.3", config_path=str(CONF), config_name=program.config_name)(
+        run_job
+    )()
     if is_sweep and program.after_sweep and sweep_dirs:
         return max(program.after_sweep(sweep_dirs.pop(), num_jobs), *exit_codes, 0)
     return max(exit_codes, default=0)
@@ -138,7 +144,7 @@ def known_keys(schema: type, prefix: str = "") -> set[str]:
     for field in fields(schema):
         kind = get_type_hints(schema)[field.name]
         keys.add(prefix + field.name)
-        if is_dataclass(kind):
+        if isinstance(kind, type) and is_dataclass(kind):
             keys |= known_keys(kind, f"{prefix}{field.name}.")
     return keys
 
@@ -169,9 +175,11 @@ def _refuse_unknown_additions(arguments: list[str], config_name: str) -> None:
 
 
 def _check_sweep(program: Program, arguments: list[str]) -> int:
-    """Compose and check every job of a sweep before the first starts; returns how many there are."""
+    """Compose and check every job of a sweep before the first starts; returns their number."""
     if machine.world_size() > 1:
-        raise UserError("-m: a sweep starts its own jobs; run it without torchrun, or one job per torchrun")
+        raise UserError(
+            "-m: a sweep starts its own jobs; run it without torchrun, or one job per torchrun"
+        )
     overrides = [a for a in arguments if not a.startswith("-")]
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
 
@@ -184,7 +192,9 @@ def _check_sweep(program: Program, arguments: list[str]) -> int:
         params = compose(plain).hydra.sweeper.get("params") or {}
         typed = {o.get_key_element() for o in parsed}
         if twice := typed & set(params):
-            raise UserError(f"{min(twice)}: the experiment sweeps it already; drop it from the command")
+            raise UserError(
+                f"{min(twice)}: the experiment sweeps it already; drop it from the command"
+            )
         lines = parser.parse_overrides([f"{key}={value}" for key, value in params.items()]) + parsed
         choices = [
             [f"{o.get_key_element()}={value}" for value in o.sweep_string_iterator()]

@@ -53,8 +53,8 @@ def has_cuda() -> bool:
 def faster_precision() -> str:
     """bf16 where the hardware multiplies it natively, else fp32; no timing, so runs agree.
 
-    Measured on 2 cores with avx512_bf16, 4x288 model: bf16 12,000 tokens/s, fp32 7,000. Without such
-    instructions bf16 is emulated and the slower one.
+    Measured on 2 cores with avx512_bf16, 4x288 model: bf16 12,000 tokens/s, fp32 7,000. Without
+    such instructions bf16 is emulated and the slower one.
     """
     if has_cuda():
         return "bf16"

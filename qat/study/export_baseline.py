@@ -36,7 +36,7 @@ def checkpoint_weights(path: Path) -> dict[str, torch.Tensor]:
 def export_baseline(
     folder: Path, baseline: Result, target: dict[str, Any], console: Console
 ) -> dict[str, Any]:
-    """Store the baseline as ``target`` settings say, score the file; a finished export is reused."""
+    """Store the baseline as ``target`` settings say and score it; a finished export is reused."""
     s = baseline.settings
     shape = shape_of(ModelSettings(**s["model"]))
     plan = plan_of(shape, GridSettings(**target["grid"]), PlanSettings(**target["plan"]))

@@ -88,38 +88,36 @@ def _unfinished_row(folder: Path) -> dict[str, Any]:
 def build_rows(folders: list[Path], console: Console) -> list[dict[str, Any]]:
     """One row per run, in the order given, baselines exported where a QAT run needs it."""
     results = {folder: Result.read(folder) for folder in folders}
-    rows: list[dict[str, Any]] = []
-    baselines: dict[tuple[str, str], dict[str, Any]] = {}
-    checkpoints: dict[str, tuple[Path, Result]] = {}
+    stored: dict[tuple[str, str], dict[str, Any]] = {}  # (identity, storage) -> baseline's row
+    trained: dict[str, tuple[Path, Result]] = {}  # identity -> baseline's folder and result
     for folder, result in results.items():
         if result is not None and result.qat == "none" and result.val_bpb_float is not None:
-            key = identity(result.settings)
-            checkpoints[key] = (folder, result)
-            baselines[key, storage(result.settings)] = row_of(result)
+            stored[identity(result.settings), storage(result.settings)] = row_of(result)
+            trained[identity(result.settings)] = folder, result
+    rows: list[dict[str, Any]] = []
     for folder, result in results.items():
         if result is None:
             rows.append(_unfinished_row(folder))
             continue
         row = row_of(result)
-        if result.qat != "none" and result.val_bpb_artifact is not None:
-            key = identity(result.settings), storage(result.settings)
-            if key not in baselines and key[0] in checkpoints:
-                baseline_folder, baseline = checkpoints[key[0]]
-                exported = export_baseline(baseline_folder, baseline, result.settings, console)
-                baselines[key] = _exported_row(baseline, exported)
-                rows.append(baselines[key])
-            if key in baselines:
-                row["delta_bpb"] = result.val_bpb_artifact - baselines[key]["val_bpb_artifact"]
-            else:
-                row["note"] = "; ".join(filter(None, [row["note"], "no baseline in this report"]))
         rows.append(row)
+        if result.qat == "none" or result.val_bpb_artifact is None:
+            continue
+        wanted = identity(result.settings), storage(result.settings)
+        if wanted not in stored and wanted[0] in trained:
+            baseline_folder, baseline = trained[wanted[0]]
+            exported = export_baseline(baseline_folder, baseline, result.settings, console)
+            stored[wanted] = _exported_row(baseline, exported)
+            rows.insert(-1, stored[wanted])
+        if wanted in stored:
+            row["delta_bpb"] = result.val_bpb_artifact - stored[wanted]["val_bpb_artifact"]
+        else:
+            row["note"] = "; ".join(filter(None, [row["note"], "no baseline in this report"]))
     return rows
 
 
 def _cells(row: dict[str, Any]) -> list[str]:
-    return [
-        "" if row.get(key) is None else form.format(row[key]) for key, form in COLUMNS.values()
-    ]
+    return ["" if row.get(key) is None else form.format(row[key]) for key, form in COLUMNS.values()]
 
 
 def print_table(rows: list[dict[str, Any]]) -> None:
@@ -154,7 +152,7 @@ def run_folders(pattern: str) -> list[Path]:
 
 
 def report(pattern: str) -> list[dict[str, Any]]:
-    """Print the table; write ``report.md`` and ``report.json`` beside the runs. Returns the rows."""
+    """Print the table, write ``report.md`` and ``report.json`` beside the runs, return the rows."""
     folders = run_folders(pattern)
     rows = build_rows(folders, Console(stderr=True))
     print_table(rows)

@@ -57,7 +57,7 @@ class Result:
 
     @staticmethod
     def read(folder: Path) -> Result | None:
-        """The row of a run's folder; None if the run has not written one (it died or still runs)."""
+        """The row of a run's folder; None if it wrote none (it died or still runs)."""
         try:
             return Result(**json.loads((folder / FILE).read_text()))
         except FileNotFoundError:

@@ -1,7 +1,7 @@
 """The life of one run as its folder tells it: started, then finished, oversize or failed.
 
-Only rank 0 claims a folder, writes and speaks; the other ranks go through the same calls in silence.
-"""
+Only rank 0 claims a folder, writes and speaks; the other ranks go through the same calls in
+silence."""
 
 from __future__ import annotations
 
@@ -95,7 +95,9 @@ class TrainingRun:
         self._claim()
         s = self.settings
         self.row.val_xz_bits_per_byte = source.notes.get("val_xz_bits_per_byte")
-        log.info("run %s (qat=%s, grid %s, seed %d)", self.folder, self.row.qat, self.row.grid, s.seed)
+        log.info(
+            "run %s (qat=%s, grid %s, seed %d)", self.folder, self.row.qat, self.row.grid, s.seed
+        )
         log.info(
             "%s: %s training tokens, %s validation tokens%s",
             source.identity["name"],
@@ -155,19 +157,24 @@ class TrainingRun:
         row.train_loss = outcome.train_loss
         row.val_loss_float, row.val_bpb_float = float_score.val_loss, float_score.val_bpb
         row.val_bpb_snapped = snapped_score.val_bpb
-        row.val_loss_artifact, row.val_bpb_artifact = artifact_score.val_loss, artifact_score.val_bpb
+        row.val_loss_artifact, row.val_bpb_artifact = (
+            artifact_score.val_loss,
+            artifact_score.val_bpb,
+        )
         row.quant_gap_bpb = artifact_score.val_bpb - float_score.val_bpb
         row.artifact_bytes, row.code_bytes = exported.artifact_bytes, exported.code_bytes
         row.qat_first_step, row.qat_steps = outcome.qat_first_step, outcome.qat_steps
         row.qat_never_started = s.qat.enabled and outcome.qat_steps == 0
         row.on_grid_share = outcome.on_grid_share
         if row.qat_never_started:
-            log.warning("QAT WAS ASKED FOR AND NEVER STARTED: the run ended after step %d", row.steps)
+            log.warning(
+                "QAT WAS ASKED FOR AND NEVER STARTED: the run ended after step %d", row.steps
+            )
         if exported.is_oversize:
             row.status, row.exit_code = "oversize", OVERSIZE_EXIT_CODE
             row.error = (
-                f"limit_bytes = {s.limit_bytes}: the artifact has {row.artifact_bytes} bytes and the "
-                f"code {row.code_bytes}; kept as {exported.path.name}"
+                f"limit_bytes = {s.limit_bytes}: the artifact has {row.artifact_bytes} bytes and "
+                f"the code {row.code_bytes}; kept as {exported.path.name}"
             )
             log.error("error: %s", row.error)
         self._write()

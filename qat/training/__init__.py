@@ -1,1 +1,1 @@
-"""Joins language and quantization: the LightningModule, its optimizers, schedule, clock and switch."""
+"""Joins language and quantization: LightningModule, optimizers, schedule, clock, switch."""

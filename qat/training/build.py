@@ -52,5 +52,7 @@ def build_gpt(m: ModelSettings, seed: int) -> GPT:
         gpt.load_state_dict(weights)
     except Exception as error:  # torch raises many kinds for a file that is not weights
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"model.init_from={m.init_from}: not weights of this model ({reason})") from None
+        raise UserError(
+            f"model.init_from={m.init_from}: not weights of this model ({reason})"
+        ) from None
     return gpt

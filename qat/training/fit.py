@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from lightning import Callback, Trainer
+from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins.environments import LightningEnvironment, TorchElasticEnvironment
 from torch.utils.data import DataLoader
@@ -20,14 +20,10 @@ from qat.language.batches import BatchShape, TrainingBatches
 from qat.language.gpt import GPT
 from qat.language.shards import TokenStream
 from qat.quantize.plan import Plan
-from qat.training.liveness import measure_on_grid_share
 from qat.training.module import QatModule
-from qat.training.progress_bar import ProgressBar
 from qat.training.schedule import Schedule
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from qat.settings.schema import TrainSettings
 
 log = logging.getLogger("qat")
@@ -52,7 +48,7 @@ class Outcome:
     on_grid_share: float
 
 
-class _Forecast(Callback):
+class Forecast(Callback):
     """As soon as the step time is known: will QAT start, will the file fit?"""
 
     def __init__(self, plan: Plan, limit_bytes: int, code_bytes: int) -> None:
@@ -60,15 +56,23 @@ class _Forecast(Callback):
         self.said = False
 
     def on_train_batch_end(
-        self, trainer: Trainer, pl_module: QatModule, outputs: object, batch: object, batch_idx: int
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: object,
+        batch: object,
+        batch_idx: int,
     ) -> None:
+        assert isinstance(pl_module, QatModule)
         p = pl_module.progress
         if pl_module.step_seconds is None and p.step >= 2:  # no priming steps were asked for
             pl_module.step_seconds = p.elapsed_seconds / p.step
         if self.said or pl_module.step_seconds is None or not trainer.is_global_zero:
             return
         self.said = True
-        forecast(pl_module.schedule, pl_module.step_seconds, self.plan, self.limit_bytes, self.code_bytes)
+        forecast(
+            pl_module.schedule, pl_module.step_seconds, self.plan, self.limit_bytes, self.code_bytes
+        )
 
 
 def forecast(
@@ -117,7 +121,7 @@ def build_schedule(s: TrainSettings) -> Schedule:
 
 
 def build_trainer(loggers: list[Logger], callbacks: list[Callback]) -> Trainer:
-    """A Trainer on this process's device; several ranks if torchrun started them."""
+    """A Trainer on this process's device, one of several ranks if torchrun started them."""
     for message in LIGHTNING_NOISE:
         warnings.filterwarnings("ignore", message=message)
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
@@ -148,20 +152,16 @@ def fit(
     stream: TokenStream,
     shape: BatchShape,
     trainer: Trainer,
-    tokens_per_byte: float,
-    console: Console,
-    code_bytes: int,
     checkpoint: Path,
 ) -> Outcome:
-    """Train ``gpt`` in place, write the checkpoint (rank 0) and report.
+    """Train ``gpt`` in place, write the checkpoint (rank 0) and say what happened.
 
-    TrainingFailed if a loss is not finite.
+    TrainingError if a loss is not finite.
     """
-    schedule = build_schedule(s)
     module = QatModule(
         gpt,
         plan,
-        schedule,
+        build_schedule(s),
         s.optimizer,
         shape.micro_batches,
         s.schedule.warmup_steps,
@@ -169,15 +169,10 @@ def fit(
         s.compile == "true",
         s.logger.every_steps,
     )
-    trainer.callbacks += [
-        _Forecast(plan, s.limit_bytes, code_bytes),
-        ProgressBar(console, tokens_per_byte),
-    ]
-    batches = TrainingBatches(stream, shape, int(os.environ.get("RANK", "0")), s.schedule.warmup_steps)
+    batches = TrainingBatches(stream, shape, trainer.global_rank, s.schedule.warmup_steps)
     trainer.fit(module, DataLoader(batches, batch_size=None))
     trainer.save_checkpoint(checkpoint)
     p = module.progress
-    probe = torch.zeros(1, shape.seq_len, dtype=torch.long, device=module.device)
     return Outcome(
         steps=p.step,
         tokens=p.step * shape.batch_tokens,
@@ -185,5 +180,5 @@ def fit(
         train_loss=p.train_loss,
         qat_first_step=p.qat_first_step,
         qat_steps=p.qat_steps,
-        on_grid_share=measure_on_grid_share(gpt, module.switch.weights(module.masters), plan, probe),
+        on_grid_share=module.on_grid_share,
     )

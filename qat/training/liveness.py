@@ -1,4 +1,4 @@
-"""Proof that QAT happened: the weights that the model's modules really held during a forward pass."""
+"""Proof that QAT happened: the weights that the modules really held in a forward pass."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ from qat.quantize.straight_through import on_grid_share
 
 
 @torch.no_grad()
-def weights_seen(model: nn.Module, weights: Mapping[str, Tensor], ids_BT: Tensor) -> dict[str, Tensor]:
-    """Run ``model`` with ``weights`` and return each parameter as its module held it when called."""
+def weights_seen(
+    model: nn.Module, weights: Mapping[str, Tensor], ids_BT: Tensor
+) -> dict[str, Tensor]:
+    """Run ``model`` with ``weights``; each parameter as its module held it when called."""
     seen: dict[str, Tensor] = {}
 
     def record(prefix: str):

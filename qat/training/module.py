@@ -1,4 +1,4 @@
-"""The LightningModule: one optimizer step is forward and backward passes, an update, a look at the clock.
+"""The LightningModule: a step is forward and backward passes, an update, a look at the clock.
 
 The model takes its weights as inputs of one (compiled) function, so the QAT switch changes data and
 never the graph. Lightning's batches are micro-batches; steps are counted here, because
@@ -22,15 +22,17 @@ from lightning import LightningModule
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from qat.errors import TrainingFailed
+from qat.errors import TrainingError
 from qat.language.gpt import GPT
 from qat.quantize.plan import Plan
 from qat.quantize.straight_through import QatSwitch
 from qat.training.clock import TrainingClock
+from qat.training.liveness import measure_on_grid_share
 from qat.training.optimizers import build_optimizers, set_rates
 from qat.training.schedule import Schedule
 
 log = logging.getLogger("qat")
+PROBE_TOKENS = 8
 
 
 @dataclass
@@ -77,6 +79,7 @@ class QatModule(LightningModule):
         self.clock = TrainingClock()
         self.progress = Progress()
         self.step_seconds: float | None = None  # estimated after priming
+        self.on_grid_share = float("nan")  # as a forward pass after the last update sees it
         self._optimizer_settings = optimizer_settings
         self._micro_batches = micro_batches
         self._priming_left = warmup_steps
@@ -153,7 +156,9 @@ class QatModule(LightningModule):
         if not self.is_priming:
             self._restore()
             # The first step pays for compilation and cold caches.
-            self.step_seconds = statistics.median(self._priming_seconds[1:] or self._priming_seconds)
+            self.step_seconds = statistics.median(
+                self._priming_seconds[1:] or self._priming_seconds
+            )
             self._start_timing()
 
     @torch.no_grad()
@@ -212,10 +217,13 @@ class QatModule(LightningModule):
         self.progress.elapsed_seconds = self.clock.agree()
         self.clock.pause()
         self._flush_metrics()
+        probe = torch.zeros(1, PROBE_TOKENS, dtype=torch.long, device=self.device)
+        weights = self.switch.weights(self.masters)
+        self.on_grid_share = measure_on_grid_share(self.gpt, weights, self.switch.plan, probe)
         self.trainer.should_stop = True
 
     def _flush_metrics(self) -> None:
-        """Write the losses of the last steps, averaged over ranks. TrainingFailed if one is not finite."""
+        """Write the last steps' losses, averaged over ranks. TrainingError if one is not finite."""
         losses = torch.stack([entry[-1] for entry in self._pending]).double()
         if dist.is_initialized() and dist.get_world_size() > 1:
             dist.all_reduce(losses)
@@ -231,6 +239,8 @@ class QatModule(LightningModule):
             for logger in self.loggers:
                 logger.log_metrics(row, step=step)
             if loss != loss or loss in (float("inf"), float("-inf")):
-                raise TrainingFailed(f"train loss is {loss} at step {step}; try lower learning rates")
+                raise TrainingError(
+                    f"train loss is {loss} at step {step}; try lower learning rates"
+                )
         self.progress.train_loss = values[-1]
         self._pending.clear()

@@ -1,7 +1,7 @@
 """Muon for the matrices of the blocks, Adam for everything else, at the baseline's rates.
 
-torch's Muon follows the baseline's loss curve within 5e-4 over 20 steps (tests/training), so there is
-no other here. ``base_lr`` is kept in each parameter group; the schedule multiplies it.
+torch's Muon follows the baseline's loss curve within 5e-4 over 20 steps (tests/training), so there
+is no other here. ``base_lr`` is kept in each parameter group; the schedule multiplies it.
 """
 
 from __future__ import annotations
@@ -30,7 +30,10 @@ def build_optimizers(gpt: GPT, settings: OptimizerSettings) -> list[Optimizer]:
     scalars = [p for p in gpt.parameters() if id(p) not in taken]
     tied = gpt.lm_head is None
     groups = [
-        {"params": [embedding], "lr": settings.tied_embedding_lr if tied else settings.embedding_lr},
+        {
+            "params": [embedding],
+            "lr": settings.tied_embedding_lr if tied else settings.embedding_lr,
+        },
         {"params": scalars, "lr": settings.scalar_lr},
     ]
     if heads:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 
-from lightning import Callback, Trainer
+from lightning import Callback, LightningModule, Trainer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
@@ -33,7 +33,7 @@ class ProgressBar(Callback):
             disable=not console.is_terminal,
         )
 
-    def on_train_start(self, trainer: Trainer, pl_module: QatModule) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.is_global_zero:
             self._bar.start()
             self._task = self._bar.add_task("priming", total=1.0, state="")
@@ -46,8 +46,14 @@ class ProgressBar(Callback):
         return f"step {p.step} {p.elapsed_seconds:.1f} s{loss}{qat}"
 
     def on_train_batch_end(
-        self, trainer: Trainer, pl_module: QatModule, outputs: object, batch: object, batch_idx: int
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: object,
+        batch: object,
+        batch_idx: int,
     ) -> None:
+        assert isinstance(pl_module, QatModule)
         p = pl_module.progress
         if self._task is None or p.step == self._shown_step:
             return
@@ -62,8 +68,10 @@ class ProgressBar(Callback):
                 self._task, description="training", completed=done, state=self._state(pl_module)
             )
 
-    def on_train_end(self, trainer: Trainer, pl_module: QatModule) -> None:
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._bar.stop()
 
-    def on_exception(self, trainer: Trainer, pl_module: QatModule, exception: BaseException) -> None:
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
         self._bar.stop()

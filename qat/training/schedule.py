@@ -1,4 +1,4 @@
-"""What the clock decides: learning rate, momentum, QAT switch, stop. Pure functions of (step, time).
+"""What the clock decides: rate, momentum, QAT switch, stop. Pure functions of (step, time).
 
 ``step`` counts finished updates from 0; ``elapsed_seconds`` is the agreed clock before the update.
 """

@@ -1,0 +1,119 @@
+"""Shared ways to run the two programs, on a corpus small enough for seconds."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import random
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+GOLF = Path(__file__).parent / "data" / "golf"
+# A model and a clock of seconds; every run of the tests that does not say otherwise.
+TINY = (
+    "profile=laptop", "model.num_layers=2", "model.dim=64", "model.num_heads=4",
+    "model.num_kv_heads=2", "model.vocab_size=320", "seq_len=32", "batch_tokens=256",
+    "micro_batch_tokens=256", "budget_seconds=null", "max_steps=12", "schedule.warmdown_steps=4",
+    "schedule.warmup_steps=1", "eval.batch_tokens=2048", "precision=fp32",
+)  # fmt: skip
+
+torch.set_num_threads(2)
+
+
+@dataclass(frozen=True)
+class Done:
+    """Exit code and output of one call of a program."""
+
+    code: int
+    out: str
+    err: str
+
+
+def _call(script: str, arguments: list[str]) -> Done:
+    """Run train.py or eval.py in this process, as its ``__main__`` would."""
+    import eval as eval_program
+    import train as train_program
+    from qat.settings.checks import resolve_eval
+    from qat.settings.command_line import Program, main
+
+    programs = {
+        "train.py": Program(
+            "train", train_program.resolve, train_program.run, train_program.after_sweep
+        ),
+        "eval.py": Program("eval", resolve_eval, eval_program.run),
+    }
+    out, err, argv = io.StringIO(), io.StringIO(), sys.argv
+    sys.argv = [str(ROOT / script), *arguments]
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            code = main(programs[script])
+    finally:
+        sys.argv = argv
+    return Done(code, out.getvalue(), err.getvalue())
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """About 300 kB of sentences made from a few words, as one .txt file."""
+    words = "the a light dark water day night saw made called and of in over earth sea sky was good"
+    chooser = random.Random(1)
+    lines = []
+    for _ in range(6000):
+        count = chooser.randint(5, 12)
+        lines.append(" ".join(chooser.choice(words.split()) for _ in range(count)) + ".\n")
+        if chooser.random() < 0.1:
+            lines.append("\n")
+    path = tmp_path_factory.mktemp("corpus") / "words.txt"
+    path.write_text("".join(lines))
+    return path
+
+
+@pytest.fixture(scope="session")
+def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="session")
+def tiny(corpus: Path, cache_dir: Path) -> list[str]:
+    """Overrides of a tiny run on the tiny corpus."""
+    return [*TINY, f"data.files=[{corpus}]", f"data.cache_dir={cache_dir}"]
+
+
+@pytest.fixture()
+def train(tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Done]:
+    """train(*overrides): a tiny run in ``tmp_path``."""
+    monkeypatch.chdir(tmp_path)
+    return lambda *overrides: _call("train.py", [*tiny, *overrides])
+
+
+@pytest.fixture()
+def program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Done]:
+    """program(script, *arguments): exactly these arguments, in ``tmp_path``."""
+    monkeypatch.chdir(tmp_path)
+    return lambda script, *arguments: _call(script, list(arguments))
+
+
+@pytest.fixture(scope="session")
+def finished(tiny: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of one finished int6 run, shared and only read."""
+    parent = tmp_path_factory.mktemp("finished")
+    before = os.getcwd()
+    os.chdir(parent)
+    try:
+        done = _call("train.py", [*tiny, "qat=int6", "qat.start_step=5", "run_name=shared"])
+    finally:
+        os.chdir(before)
+    assert done.code == 0, done.err
+    return parent / "logs" / "runs" / "shared"
+
+
+def result_of(folder: Path) -> dict:
+    return json.loads((folder / "result.json").read_text())

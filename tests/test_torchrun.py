@@ -1,0 +1,62 @@
+"""Two ranks over gloo on loopback: one folder, one voice, the same artifact score as one process."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT, result_of
+
+
+def torchrun(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+               str(ROOT / "train.py"), *arguments]  # fmt: skip
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    return subprocess.run(
+        command, capture_output=True, text=True, cwd=cwd, env=environment, timeout=300
+    )
+
+
+def test_two_ranks_train_one_run(tiny: list[str], tmp_path: Path, program, cache_dir: Path) -> None:
+    done = torchrun(*tiny, "qat=int6", "qat.start_step=5", "run_name=two", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert [p.name for p in (tmp_path / "logs/runs").iterdir()] == ["two"]
+    assert done.stderr.count("QAT on since step 6 (") == 1
+    assert done.stdout.count("QAT against its no-QAT baseline") == 1
+    folder = tmp_path / "logs/runs/two"
+    result = result_of(folder)
+    assert (result["qat_first_step"], result["qat_steps"], result["steps"]) == (6, 7, 12)
+    assert result["on_grid_share"] == 1.0
+    assert abs(result["val_bpb_snapped"] - result["val_bpb_artifact"]) < 1e-9
+    scored = program(
+        "eval.py", f"artifact={folder}/artifact.qat", f"data.cache_dir={cache_dir}",
+        "eval.batch_tokens=2048",
+    )  # fmt: skip
+    match = re.search(r"^val_bpb\s+(\S+)$", scored.out, re.MULTILINE)
+    assert match, scored.err
+    assert float(match[1]) == pytest.approx(result["val_bpb_artifact"], abs=1e-6)
+
+
+def test_two_ranks_follow_the_one_rank_curve(tiny: list[str], tmp_path: Path, train) -> None:
+    done = torchrun(*tiny, "run_name=two", "logger.every_steps=1", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert train("run_name=one", "logger.every_steps=1").code == 0
+
+    def losses(name: str) -> list[float]:
+        lines = (tmp_path / f"logs/runs/{name}/metrics.csv").read_text().splitlines()
+        column = lines[0].split(",").index("train_loss")
+        return [float(line.split(",")[column]) for line in lines[1:]]
+
+    assert losses("one") == pytest.approx(losses("two"), abs=1e-3)
+
+
+def test_a_mistake_is_said_once(tiny: list[str], tmp_path: Path) -> None:
+    done = torchrun(*tiny, "batch_tokens=32", cwd=tmp_path)
+    assert done.returncode != 0
+    assert done.stderr.count("error: batch_tokens = 32") == 1
+    assert not (tmp_path / "logs").exists()

@@ -1,0 +1,211 @@
+"""Training as the programs do it: the baseline's curve, priming, the switch, one model graph."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+from qat.language.batches import BatchShape, TrainingBatches
+from qat.language.gpt import GPT, GPTShape
+from qat.language.shards import TokenStream
+from qat.quantize.grid import Grid
+from qat.quantize.plan import build_plan
+from qat.settings.schema import OptimizerSettings
+from qat.training.clock import TrainingClock
+from qat.training.fit import build_trainer
+from qat.training.liveness import weights_seen
+from qat.training.module import QatModule
+from qat.training.schedule import Schedule
+from tests.conftest import GOLF, Done, result_of
+
+RUNS = Path("logs/runs")
+
+
+def metrics(folder: Path) -> list[dict[str, str]]:
+    with open(folder / "metrics.csv") as file:
+        return list(csv.DictReader(file))
+
+
+def test_the_baselines_loss_curve(program) -> None:
+    """From the baseline's initial weights, on its tokens, with its schedule: its losses."""
+    done = program(
+        "train.py", "profile=laptop", "seed=1337", "run_name=curve",
+        f"data.train_files={GOLF}/fineweb_train_*.bin", f"data.val_files={GOLF}/fineweb_val_*.bin",
+        f"data.tokenizer={GOLF}/tokenizer.model", "model.num_layers=3", "model.dim=320",
+        "model.num_heads=5", "model.num_kv_heads=1", "model.mlp_mult=3", "model.vocab_size=512",
+        "model.tie_embeddings=false", "seq_len=128", "batch_tokens=2048", "precision=fp32",
+        "budget_seconds=null", "max_steps=60", "schedule.warmdown_steps=30",
+        "schedule.warmup_steps=1",
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    reference = json.loads((GOLF / "fp32_run.json").read_text())
+    ours = [float(row["train_loss"]) for row in metrics(RUNS / "curve")]
+    off = [abs(a - b) for a, b in zip(ours, reference["train_losses"], strict=True)]
+    assert max(off[:20]) < 1e-3
+    assert max(off) < 1e-2
+    result = result_of(RUNS / "curve")
+    assert result["val_bpb_float"] == pytest.approx(reference["val_bpb"], abs=0.005)
+
+
+def test_start_step_counts_updates(train) -> None:
+    assert train("qat=int6", "qat.start_step=5", "run_name=a").code == 0
+    result = result_of(RUNS / "a")
+    assert (result["qat_first_step"], result["qat_steps"]) == (6, 7)
+    assert [int(row["qat_on"]) for row in metrics(RUNS / "a")] == [0] * 5 + [1] * 7
+    assert result["on_grid_share"] == 1.0
+    assert result["steps"] == 12
+    assert result["tokens"] == 12 * 256
+
+
+def test_always_on_by_fraction_and_the_default(train) -> None:
+    train("qat=int4", "qat.start_step=0", "run_name=always")
+    assert result_of(RUNS / "always")["qat_steps"] == 12
+    train("qat=int4", "qat.start_fraction=0.75", "run_name=late")
+    assert result_of(RUNS / "late")["qat_first_step"] == 10
+    train("qat=int4", "run_name=default")
+    assert result_of(RUNS / "default")["qat_first_step"] == 7
+
+
+def test_a_start_out_of_reach_is_said_loudly_and_marked(train) -> None:
+    done = train("qat=int8", "qat.start_step=6000", "run_name=never")
+    assert done.code == 0
+    assert "QAT WILL NEVER START" in done.err
+    assert "qat.start_fraction" in done.err
+    result = result_of(RUNS / "never")
+    assert result["qat_never_started"] is True
+    assert result["qat_steps"] == 0
+    assert result["qat_first_step"] is None
+    assert result["on_grid_share"] < 1.0
+
+
+def test_float_steps_before_the_switch_are_the_baselines(train) -> None:
+    """The same losses bit for bit until the switch, others after it."""
+    train("qat=none", "run_name=none")
+    train("qat=int4", "qat.start_step=6", "run_name=qat")
+    none = [row["train_loss"] for row in metrics(RUNS / "none")]
+    qat = [row["train_loss"] for row in metrics(RUNS / "qat")]
+    assert none[:6] == qat[:6]
+    assert none[6] != qat[6]
+
+
+@pytest.mark.parametrize("warmup_steps", [0, 1, 4])
+def test_priming_leaves_no_trace(train, warmup_steps: int) -> None:
+    train("qat=int6", "qat.start_step=6", f"schedule.warmup_steps={warmup_steps}", "run_name=p")
+    train("qat=int6", "qat.start_step=6", "schedule.warmup_steps=2", "run_name=q")
+    assert [r["train_loss"] for r in metrics(RUNS / "p")] == [
+        r["train_loss"] for r in metrics(RUNS / "q")
+    ]
+    a, b = (RUNS / name / "artifact.qat" for name in "pq")
+    assert a.read_bytes() == b.read_bytes()
+
+
+def test_micro_batches_change_nothing_but_rounding(train) -> None:
+    train("run_name=whole")
+    train("micro_batch_tokens=64", "run_name=pieces")
+    whole = [float(r["train_loss"]) for r in metrics(RUNS / "whole")]
+    pieces = [float(r["train_loss"]) for r in metrics(RUNS / "pieces")]
+    assert whole == pytest.approx(pieces, abs=1e-4)
+
+
+def test_the_clock_ends_the_run_within_one_step(train) -> None:
+    done = train("budget_seconds=1.5", "max_steps=null", "run_name=clock")
+    assert done.code == 0, done.err
+    times = [float(row["elapsed_seconds"]) for row in metrics(RUNS / "clock")]
+    assert times == sorted(times)
+    assert times[-1] >= 1.5
+    assert times[-2] < 1.5
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(train) -> None:
+    done = train("optimizer.tied_embedding_lr=1e30", "run_name=nan", "logger.every_steps=1")
+    assert done.code == 1
+    assert "at step" in done.err
+    assert result_of(RUNS / "nan")["status"] == "failed"
+    assert not list((RUNS / "nan").glob("*artifact*"))
+
+
+def module(compile_model: bool, start_step: int | None, max_steps: int) -> QatModule:
+    torch.manual_seed(0)
+    gpt = GPT(GPTShape(512, 2, 32, 4, 2, 2, True))
+    shapes = {name: tuple(p.shape) for name, p in gpt.named_parameters()}
+    plan = build_plan(shapes, Grid(4), {"*.weight": "grid", "*": "fp16"})
+    schedule = Schedule(None, max_steps, 2, 0.85, 0.95, 500, start_step)
+    return QatModule(gpt, plan, schedule, OptimizerSettings(), 1, 1, "fp32", compile_model, 1)
+
+
+def fit(module: QatModule) -> None:
+    stream = TokenStream([GOLF / "fineweb_train_000000.bin"], "data.train_files")
+    batches = TrainingBatches(stream, BatchShape(256, 32), 0, 1)
+    loader = torch.utils.data.DataLoader(batches, batch_size=None)
+    build_trainer([], []).fit(module, loader)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_one_model_graph_before_and_after_the_switch() -> None:
+    """Promise 3 in the real training loop: Lightning, compiled model, switch at step 3."""
+    torch._dynamo.reset()
+    counters.clear()
+    under_test = module(compile_model=True, start_step=3, max_steps=6)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        # The stance allows the first compilation and forbids every later one.
+        fit(under_test)
+    assert under_test.progress.qat_steps == 3
+    assert counters["stats"]["unique_graphs"] == 1
+    torch._dynamo.reset()
+
+
+def test_masters_stay_off_the_grid_while_the_model_sees_it() -> None:
+    under_test = module(compile_model=False, start_step=0, max_steps=4)
+    fit(under_test)
+    ids = torch.zeros(1, 8, dtype=torch.long)
+    seen = weights_seen(under_test.gpt, under_test.switch.weights(under_test.masters), ids)
+    assert set(seen) == set(under_test.masters)
+    stored = under_test.switch.plan.snap(under_test.masters)
+    for name, w in seen.items():
+        assert torch.equal(w, stored[name]), name
+    assert not torch.equal(under_test.masters["tok_emb.weight"], stored["tok_emb.weight"])
+    assert under_test.on_grid_share == 1.0
+
+
+def test_liveness_sees_a_snapped_copy_that_is_not_used() -> None:
+    """The planted fault: one matrix of the forward pass is the master after all."""
+    under_test = module(compile_model=False, start_step=0, max_steps=2)
+    weights = under_test.switch.weights
+    name = "blocks.1.mlp.fc.weight"
+    under_test.switch.weights = lambda masters: weights(masters) | {name: masters[name]}  # type: ignore[method-assign]
+    fit(under_test)
+    assert under_test.on_grid_share < 0.95
+
+
+def test_the_clock_stands_still_while_paused(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+    clock = TrainingClock(already_seconds=5.0)
+    clock.start()
+    now[0] += 2.0
+    assert clock.agree() == 7.0
+    clock.pause()
+    now[0] += 50.0
+    assert clock.agree() == 7.0
+    clock.start()
+    now[0] += 1.0
+    assert clock.agree() == 8.0
+
+
+def test_initial_weights_from_a_file(train, tmp_path: Path) -> None:
+    torch.manual_seed(7)
+    gpt = GPT(GPTShape(320, 2, 64, 4, 2, 2, True))
+    torch.save(gpt.state_dict(), tmp_path / "init.pt")
+    assert train("model.init_from=init.pt", "max_steps=1", "run_name=from").code == 0
+    assert train("seed=7", "max_steps=1", "run_name=seed").code == 0
+    a, b = (result_of(RUNS / name)["train_loss"] for name in ("from", "seed"))
+    assert a == b
+    torch.save({"weights": [1]}, tmp_path / "bad.pt")
+    done: Done = train("model.init_from=bad.pt")
+    assert done.code == 2
+    assert "model.init_from=bad.pt" in done.err
