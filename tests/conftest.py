@@ -87,14 +87,14 @@ def tiny(corpus: Path, cache_dir: Path) -> list[str]:
     return [*TINY, f"data.files=[{corpus}]", f"data.cache_dir={cache_dir}"]
 
 
-@pytest.fixture()
+@pytest.fixture
 def train(tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Done]:
     """train(*overrides): a tiny run in ``tmp_path``."""
     monkeypatch.chdir(tmp_path)
     return lambda *overrides: _call("train.py", [*tiny, *overrides])
 
 
-@pytest.fixture()
+@pytest.fixture
 def program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Done]:
     """program(script, *arguments): exactly these arguments, in ``tmp_path``."""
     monkeypatch.chdir(tmp_path)

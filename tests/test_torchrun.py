@@ -1,4 +1,4 @@
-"""Two ranks over gloo on loopback: one folder, one voice, the same artifact score as one process."""
+"""Two ranks over gloo on loopback: one folder, one voice, the score of one process."""
 
 from __future__ import annotations
 

@@ -10,8 +10,8 @@ from typing import Any
 from torch import Tensor
 
 from qat.artifact.code_bytes import count_code_bytes
-from qat.errors import UserError
 from qat.artifact.container import Artifact, pack, read_artifact, write_artifact
+from qat.errors import UserError
 from qat.quantize.plan import Plan
 
 OVERSIZE_SUFFIX = ".oversize"

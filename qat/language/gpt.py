@@ -155,9 +155,13 @@ class GPT(nn.Module):
 
     def logits(self, ids_BT: Tensor) -> Tensor:
         """Float32 logits (B, T, V), softcapped by tanh."""
-        head = self.tok_emb.weight if self.lm_head is None else self.lm_head.weight
-        raw_BTV = F.linear(self.hidden(ids_BT), head)
-        return (LOGIT_SOFTCAP * torch.tanh(raw_BTV / LOGIT_SOFTCAP)).float()
+        hidden_BTC = self.hidden(ids_BT)
+        if self.lm_head is None:
+            raw_BTV = F.linear(hidden_BTC, self.tok_emb.weight)
+        else:
+            raw_BTV = self.lm_head(hidden_BTC)
+        # In float32 also under autocast: bfloat16 has no room for logits near the cap.
+        return LOGIT_SOFTCAP * torch.tanh(raw_BTV.float() / LOGIT_SOFTCAP)
 
     def forward(self, ids_BT: Tensor, targets_BT: Tensor | None = None) -> Tensor:
         logits_BTV = self.logits(ids_BT)

@@ -52,10 +52,14 @@ class QatSwitch:
 
 @torch.no_grad()
 def on_grid_share(seen: Mapping[str, Tensor], masters: Mapping[str, Tensor], plan: Plan) -> float:
-    """Share of the elements planned for a grid whose seen value is the one a file would store."""
+    """Share of the elements planned for a grid whose seen value is the one a file would store.
+
+    A tensor that was not seen at all counts as off its grid.
+    """
     total = matching = 0
     for entry in plan.on_grid:
         stored = entry.snap(masters[entry.name].detach())
-        matching += int((seen[entry.name] == stored).sum())
         total += entry.num_elements
+        if entry.name in seen:
+            matching += int((seen[entry.name] == stored).sum())
     return matching / total

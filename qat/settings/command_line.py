@@ -81,6 +81,8 @@ def _main(program: Program) -> int:
         arguments = _with_profile(arguments)
     _refuse_unknown_additions(arguments, program.config_name)
     is_sweep = any(flag in arguments for flag in SWEEP_FLAGS)
+    if is_sweep:  # anywhere on the line; argparse wants it before the overrides
+        arguments = ["-m", *(a for a in arguments if a not in SWEEP_FLAGS)]
     num_jobs = _check_sweep(program, arguments) if is_sweep else 1
     exit_codes: list[int] = []
     sweep_dirs: set[Path] = set()

@@ -85,9 +85,16 @@ def _unfinished_row(folder: Path) -> dict[str, Any]:
             "note": f"{folder.name}: no result; it died or is still running"}  # fmt: skip
 
 
+def _order(folder: Path, result: Result | None) -> tuple:
+    if result is None:
+        return (1, 0, True, folder.name)
+    return (0, result.seed, result.qat != "none", folder.name)
+
+
 def build_rows(folders: list[Path], console: Console) -> list[dict[str, Any]]:
-    """One row per run, in the order given, baselines exported where a QAT run needs it."""
-    results = {folder: Result.read(folder) for folder in folders}
+    """One row per run, by seed and baselines first; a baseline is exported where an arm needs it."""
+    read = [(folder, Result.read(folder)) for folder in folders]
+    results = dict(sorted(read, key=lambda pair: _order(*pair)))
     stored: dict[tuple[str, str], dict[str, Any]] = {}  # (identity, storage) -> baseline's row
     trained: dict[str, tuple[Path, Result]] = {}  # identity -> baseline's folder and result
     for folder, result in results.items():

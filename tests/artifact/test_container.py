@@ -1,4 +1,4 @@
-"""The file: what went in comes out bit for bit, equal inputs give equal bytes, damage is noticed."""
+"""The file: what goes in comes out bit for bit, equal inputs give equal bytes, damage is seen."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from qat.quantize.plan import Plan, build_plan
 
 META = {"model": {"dim": 48}, "tokenizer_sha256": "ab"}
 RULES = {"gain": "fp32", "scale": "fp16", "mix": "bf16", "*": "grid"}
+INT6 = Grid(6)
 GRIDS = [
     Grid(bits, group_size, rule, step_dtype=dtype)
     for bits in (8, 6, 5, 4, 2)
@@ -42,7 +43,7 @@ def plan_for(grid: Grid) -> Plan:
     return build_plan({name: tuple(w.shape) for name, w in weights().items()}, grid, RULES)
 
 
-def packed(grid: Grid = Grid(6), coder: str = "zstd", seed: int = 0) -> bytes:
+def packed(grid: Grid = INT6, coder: str = "zstd", seed: int = 0) -> bytes:
     plan = plan_for(grid)
     return pack(plan.encode(weights(seed)), plan, META, coder)
 

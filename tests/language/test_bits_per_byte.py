@@ -43,14 +43,14 @@ def test_bytes_of_a_text_are_the_sum_over_its_tokens(tokenizer: Tokenizer, text:
 
 
 def test_text_that_cannot_be_counted_is_known(tokenizer: Tokenizer) -> None:
-    """U+2581 is the space mark itself; the test above would fail on it, so it is left out of data."""
+    """U+2581 is the space mark itself: the test above would fail, so it is left out of data."""
     assert not countable(f"a{SPACE}b")
     assert not countable("")
     assert counted(tokenizer, f"a{SPACE}b") != len(f"a{SPACE}b".encode())
 
 
 def test_a_space_after_a_boundary_is_not_counted_twice(tokenizer: Tokenizer) -> None:
-    """Two documents in one stream: BOS between them carries no bytes and swallows the dummy space."""
+    """Two documents in a stream: BOS between them has no bytes and swallows the dummy space."""
     ids = torch.tensor(tokenizer.encode_document("one") + tokenizer.encode_document("two words"))
     table = tokenizer.byte_table
     assert int(table.count(ids[:-1], ids[1:]).sum()) == len("one") + len("two words")

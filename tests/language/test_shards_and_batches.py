@@ -80,7 +80,7 @@ def test_a_token_outside_the_vocabulary_is_found(tmp_path: Path) -> None:
     stream.check_ids(513)
 
 
-@pytest.fixture()
+@pytest.fixture
 def stream(tmp_path: Path) -> TokenStream:
     return write(tmp_path, list(np.random.default_rng(0).integers(0, 999, 5000)), 700)
 

@@ -1,4 +1,4 @@
-"""Text to shards: documents stay whole, the split is by content, the tokenizer sees only training."""
+"""Text to shards: documents stay whole, the split is by content and holds."""
 
 from __future__ import annotations
 

@@ -82,7 +82,7 @@ def test_negative_zero_is_stored_as_zero() -> None:
 
 
 def test_the_step_is_rounded_before_codes_are_computed() -> None:
-    """The classic mismatch, codes from the fp32 step and weights from its fp16 rounding, differs."""
+    """The classic mismatch, codes from the fp32 step and weights from its fp16 one, differs."""
     w = torch.randn(256, 512, generator=torch.Generator().manual_seed(0))
     grid = Grid(8)
     step32 = w.abs().amax(1, keepdim=True) / 127
@@ -117,7 +117,7 @@ def test_quantile_does_not_sort_short_rows(monkeypatch: pytest.MonkeyPatch) -> N
 def test_not_finite_weights_are_named(bad: float) -> None:
     w = torch.ones(3, 4)
     w[1, 2] = bad
-    with pytest.raises(ValueError, match="tensor blocks.0 holds"):
+    with pytest.raises(ValueError, match=r"tensor blocks\.0 holds"):
         check_finite("blocks.0", w, encode(torch.ones(3, 4), Grid(8))[1])
 
 

@@ -17,7 +17,7 @@ SHAPE = GPTShape(128, 2, 32, 4, 2, 2, True)
 RULES = {"*.weight": "grid", "*": "fp16"}
 
 
-@pytest.fixture()
+@pytest.fixture
 def model() -> GPT:
     torch.manual_seed(0)
     model = GPT(SHAPE)
@@ -27,7 +27,7 @@ def model() -> GPT:
     return model
 
 
-@pytest.fixture()
+@pytest.fixture
 def plan(model: GPT) -> Plan:
     return build_plan({n: tuple(p.shape) for n, p in model.named_parameters()}, Grid(4), RULES)
 
@@ -56,7 +56,7 @@ def test_gradient_passes_straight_to_every_master(model: GPT, plan: Plan) -> Non
         assert torch.equal(masters[name].grad, p.grad), name
 
 
-@pytest.fixture()
+@pytest.fixture
 def _fresh_dynamo() -> Iterator[None]:
     torch._dynamo.reset()
     counters.clear()

@@ -62,7 +62,7 @@ CASES: list[tuple[tuple[str, ...], str]] = [
     (("data.tokenizer=x.model",), "data.files and data.tokenizer name two sources"),
     (("seq_len=65536", "batch_tokens=65536", "micro_batch_tokens=65536"), "seq_len = 65536"),
     (("model.init_from=none.pt",), "model.init_from=none.pt: not weights of this model"),
-    (("plan.rules={}",), "plan.rules: no pattern matches"),
+    (("plan.rules={skip_weights: int9}",), "plan.rules: 'int9' for skip_weights"),
     (("-m", "seed=1,2", "run_name=same"), "run_name=same: 2 jobs would share it"),
     (("-m", "seed=1,-2"), "seed = -2: give 0 or more"),
     (("-m", "qat=none,int6", "grid=int4"), "qat=int6 grid=int4"),

@@ -1,4 +1,4 @@
-"""Sweeps leave one folder per job, failures included; the report pairs each arm with its baseline."""
+"""Sweeps leave one folder per job, failures too; the report pairs arms with baselines."""
 
 from __future__ import annotations
 

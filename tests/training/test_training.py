@@ -109,7 +109,7 @@ def test_micro_batches_change_nothing_but_rounding(train) -> None:
     train("micro_batch_tokens=64", "run_name=pieces")
     whole = [float(r["train_loss"]) for r in metrics(RUNS / "whole")]
     pieces = [float(r["train_loss"]) for r in metrics(RUNS / "pieces")]
-    assert whole == pytest.approx(pieces, abs=1e-4)
+    assert whole == pytest.approx(pieces, abs=1e-3)
 
 
 def test_the_clock_ends_the_run_within_one_step(train) -> None:
@@ -151,8 +151,7 @@ def test_one_model_graph_before_and_after_the_switch() -> None:
     torch._dynamo.reset()
     counters.clear()
     under_test = module(compile_model=True, start_step=3, max_steps=6)
-    with torch.compiler.set_stance("fail_on_recompile"):
-        # The stance allows the first compilation and forbids every later one.
+    with torch._dynamo.config.patch(error_on_recompile=True):
         fit(under_test)
     assert under_test.progress.qat_steps == 3
     assert counters["stats"]["unique_graphs"] == 1
