@@ -92,7 +92,7 @@ def _order(folder: Path, result: Result | None) -> tuple:
 
 
 def build_rows(folders: list[Path], console: Console) -> list[dict[str, Any]]:
-    """One row per run, by seed and baselines first; a baseline is exported where an arm needs it."""
+    """One row per run, by seed, baselines first; they are exported where an arm needs it."""
     read = [(folder, Result.read(folder)) for folder in folders]
     results = dict(sorted(read, key=lambda pair: _order(*pair)))
     stored: dict[tuple[str, str], dict[str, Any]] = {}  # (identity, storage) -> baseline's row
