@@ -24,10 +24,11 @@ log = logging.getLogger("qat")
 def resolve(settings: TrainSettings, choices) -> TrainSettings:
     """Everything that can be refused before data is touched."""
     settings = checks.resolve_train(settings, choices)
-    from qat.training.build import check_coder, plan_of, shape_of
+    from qat.training.build import check_coder, plan_of, shape_of, switch_of
 
     check_coder(settings)
-    plan_of(shape_of(settings.model), settings.grid, settings.plan)
+    plan = plan_of(shape_of(settings.model), settings.grid, settings.plan)
+    switch_of(plan, settings.qat, settings.seed)
     return settings
 
 
@@ -88,11 +89,14 @@ def train(s: TrainSettings, training_run) -> int:
     outcome = fit(s, gpt, plan, train_stream, shape, trainer, training_run.path("checkpoint.ckpt"))
 
     masters = {name: p.detach().to(device) for name, p in gpt.named_parameters()}
+    steps = {name: step.to(device) for name, step in outcome.learned_steps.items()}
     meta = artifact_meta(gpt.shape, s.seq_len, tokenizer.sha256, source.identity)
     path = training_run.path("artifact.qat")
     writes = machine.rank() == 0
     exported = trainer.strategy.broadcast(
-        export(masters, plan, meta, s.artifact.coder, path, s.limit_bytes) if writes else None
+        export(masters, plan, meta, s.artifact.coder, path, s.limit_bytes, steps)
+        if writes
+        else None
     )
     assert exported is not None
     return training_run.finish(
@@ -100,7 +104,7 @@ def train(s: TrainSettings, training_run) -> int:
         len(train_stream),
         exported,
         scorer.score(masters, "float weights"),
-        scorer.score(plan.snap(masters), "snapped weights"),
+        scorer.score(plan.snap(masters, steps), "snapped weights"),
         scorer.score(exported.artifact.weights, "artifact"),
     )
 

@@ -8,9 +8,9 @@ Format 1, little-endian:
     H bytes    header, UTF-8 JSON with sorted keys: format-independent ``meta`` (model, tokenizer
                hash, data source), ``plan``, ``coder``, ``sections`` [[name, raw bytes, coded
                bytes]]
-    ...        the coded sections, in header order: codes (int8, one symbol per byte, tensor after
-               tensor in plan order), steps and plain tensors (low bytes, then high bytes, of all
-               16-bit values; 32-bit values as they are)
+    ...        the coded sections, in header order: codes (int8, one symbol per byte, then the zero
+               points of an asymmetric grid; tensor after tensor in plan order), steps and plain
+               tensors (low bytes, then high bytes, of all 16-bit values; 32-bit values as is)
     32 bytes   SHA-256 of all that precedes
 
 The bytes are a function of weights, plan, meta and coder only: no time, host, run name or seed.
@@ -36,8 +36,9 @@ from torch import Tensor
 
 from qat.artifact.coder import CODERS
 from qat.errors import UserError
-from qat.quantize.grid import DTYPES
-from qat.quantize.plan import Encoded, Plan
+from qat.quantize.grid import DTYPES, FP8
+from qat.quantize.plan import Encoded, Entry, Plan
+from qat.quantize.rounding import Codes
 
 MAGIC = b"QATMODEL"
 FORMAT = 1
@@ -77,11 +78,17 @@ def _stored_floats(plan: Plan) -> list[tuple[str, int]]:
     ]
 
 
+def _num_zeros(entry: Entry) -> int:
+    """Zero points of a tensor, one byte each."""
+    has_zeros = entry.grid is not None and entry.grid.range == "asymmetric"
+    return math.prod(entry.steps_shape) if has_zeros else 0
+
+
 def _section_sizes(plan: Plan) -> list[tuple[str, int]]:
     """Raw bytes of each section, from the plan alone."""
     floats = _stored_floats(plan)
     return [
-        ("codes", sum(e.num_elements for e in plan.on_grid)),
+        ("codes", sum(e.num_elements + _num_zeros(e) for e in plan.on_grid)),
         ("floats16", sum(2 * count for dtype, count in floats if WIDTHS[dtype] == 2)),
         ("floats32", sum(4 * count for dtype, count in floats if WIDTHS[dtype] == 4)),
     ]
@@ -89,7 +96,11 @@ def _section_sizes(plan: Plan) -> list[tuple[str, int]]:
 
 def predicted_bytes(plan: Plan) -> int:
     """Size before coding, codes packed at their bit width: known before training."""
-    packed = sum(math.ceil(e.num_elements * e.grid.bits / 8) for e in plan.on_grid if e.grid)
+    packed = sum(
+        math.ceil(e.num_elements * e.grid.code_bits / 8) + _num_zeros(e)
+        for e in plan.on_grid
+        if e.grid
+    )
     return packed + sum(count * WIDTHS[dtype] for dtype, count in _stored_floats(plan))
 
 
@@ -97,8 +108,10 @@ def pack(encoded: list[Encoded], plan: Plan, meta: Mapping[str, Any], coder: str
     """The whole file as bytes."""
     codes, halves, words = bytearray(), bytearray(), bytearray()
     for item in encoded:
-        if item.codes is not None:
-            codes += _raw(item.codes)
+        if item.coded is not None:
+            codes += _raw(item.coded.codes)
+            if item.coded.zeros is not None:
+                codes += _raw(item.coded.zeros)
         (halves if item.floats.element_size() == 2 else words).extend(_raw(item.floats))
     raws = {
         "codes": bytes(codes),
@@ -198,14 +211,15 @@ def _split(plan: Plan, raws: Mapping[str, bytes]) -> list[Encoded]:
             encoded.append(Encoded(entry, plain=take_floats(entry.dtype, entry.shape)))
         else:
             codes = take("codes", torch.int8, entry.shape)
-            if (
-                codes.numel()
-                and not -entry.grid.qmax <= codes.min() <= codes.max() <= entry.grid.qmax
-            ):
+            low, high = entry.grid.code_limits
+            is_int = entry.grid.levels not in FP8
+            if is_int and codes.numel() and not low <= codes.min() <= codes.max() <= high:
                 raise ValueError(f"tensor {entry.name} has a code outside its grid")
+            has_zeros = _num_zeros(entry) > 0
+            zeros = take("codes", torch.int8, entry.steps_shape) if has_zeros else None
             steps = take_floats(entry.grid.step_dtype, entry.steps_shape)
-            encoded.append(Encoded(entry, codes=codes, steps=steps))
+            encoded.append(Encoded(entry, Codes(codes, steps, zeros)))
     for item in encoded:
-        if not torch.isfinite(item.floats).all():
+        if not torch.isfinite(item.floats).all() or not torch.isfinite(item.decode()).all():
             raise ValueError(f"tensor {item.entry.name} has a value that is not finite")
     return encoded

@@ -12,7 +12,7 @@ from torch import Tensor
 from qat.artifact.code_bytes import count_code_bytes
 from qat.artifact.container import Artifact, pack, read_artifact, write_artifact
 from qat.errors import UserError
-from qat.quantize.plan import Plan
+from qat.quantize.plan import NONE_LEARNED, Plan, Steps
 
 OVERSIZE_SUFFIX = ".oversize"
 
@@ -39,10 +39,11 @@ def export(
     coder: str,
     path: Path,
     limit_bytes: int,
+    learned_steps: Steps = NONE_LEARNED,
 ) -> Export:
     """Encode, write atomically, read back. UserError names a tensor that cannot be stored."""
     try:
-        data = pack(plan.encode(weights), plan, meta, coder)
+        data = pack(plan.encode(weights, learned_steps), plan, meta, coder)
     except ValueError as error:
         raise UserError(f"cannot store {path.name}: {error}") from None
     code_bytes = count_code_bytes()

@@ -1,23 +1,27 @@
-"""THE grid: the only place where weights are rounded.
+"""THE grid: which values a weight may take, said once for training, post-training and export.
 
-A grid says which values a weight may take. ``encode`` turns weights into integer codes and steps,
-``decode`` turns them back, and ``snap`` is decode of encode: literally, so that the weight a model
-trains with is the weight its artifact stores, bit for bit. Training, post-training and export all
-call these functions and nothing else rounds.
+Levels (``weight = (code - zero) * step`` in float32; an fp8 code is a float of that format):
 
-Symmetric integer grids, ``code`` in [-qmax, qmax] with qmax = 2^(bits-1) - 1, one step per row or
-per group of ``group_size`` columns (the last group of a row may be shorter):
+    int, symmetric      codes in [-qmax, qmax], qmax = 2^(bits-1) - 1;  step = clip / qmax
+    int, full           codes in [-qmax-1, qmax], as in torchao;        step = clip / (qmax + 1/2)
+    int, asymmetric     the same codes, a zero point per group;         step = (max - min) / levels
+    ternary, binary     -1, 0, 1 (arXiv 2402.17764) and -1, 1;          step = mean|w|
+    fp8_e4m3, fp8_e5m2  the values of the format;                       step = clip / largest
 
-    clip = amax: max|w|            percentile: linear-interpolated quantile of |w|
-    step = max(clip / qmax, step_floor), rounded to its storage dtype *before* codes are computed
-    code = round_half_even(w / step), clamped;   weight = code * step, in float32
+``clip`` is found per row, per group of ``group_size`` columns (the last may be shorter) or per
+tensor:
 
-A step that is zero after rounding (an all-zero row, or one too small for fp16) gives zero codes and
-zero weights. Steps that overflow their dtype and weights that are not finite are errors of
-``check_finite``, which names the tensor; the hot path does not look, since looking would stall a
-GPU.
+    amax     max|w|               percentile  quantile of |w|
+    sigma    sigma * std(w)       mse         the share of max|w| with the least square error
+    fixed    step = fixed_step    learned     a parameter (LSQ, arXiv 1902.08153); mse without one
 
-Division by the step, not multiplication by its reciprocal: the two differ in the last bit.
+The step is rounded to its storage dtype *before* codes are computed. Two grids store another step
+than they code with, on purpose: ``code_step_dtype`` (the challenge's own int8 file codes with the
+float32 step and decodes with its float16 rounding) and ``refit`` (ternary: the stored step is
+divided by mean|code|, which undoes the shrinkage of mean|w|).
+
+``step_floor`` is a lower bound of the step. In the challenge's file it is 1/127: a row is treated
+as if max|w| >= 1, so one with max|w| = 0.2 keeps 51 levels of 255. SDClip: PR 1394.
 """
 
 from __future__ import annotations
@@ -26,141 +30,128 @@ import math
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-STEP_RULES = ("amax", "percentile")
+FP8 = {"fp8_e4m3": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
+LEVELS = ("int", "ternary", "binary", *FP8)
+RANGES = ("symmetric", "full", "asymmetric")
+STEP_RULES = ("amax", "percentile", "sigma", "mse", "fixed", "absmean", "learned")
 MIN_BITS, MAX_BITS = 2, 8
 
 
 @dataclass(frozen=True)
 class Grid:
-    """One grid. ``group_size`` None: one step per row; ``percentile``: a fraction in (0, 1]."""
+    """One grid; every field is described in the module's text. ValueError for what cannot be."""
 
-    bits: int
-    group_size: int | None = None
+    levels: str = "int"
+    bits: int | None = None  # of int levels
+    range: str = "symmetric"
+    group_size: int | None = None  # None: one step per row
+    per_tensor: bool = False
     step_rule: str = "amax"
-    percentile: float = 0.9999984
+    percentile: float = 0.9999984  # a fraction in (0, 1]
+    sigma: float = 12.85
+    fixed_step: float | None = None
     step_floor: float = 0.0
     step_dtype: str = "fp16"
+    code_step_dtype: str | None = None
+    refit: bool = False
 
     def __post_init__(self) -> None:
-        if not MIN_BITS <= self.bits <= MAX_BITS:
-            raise ValueError(f"bits = {self.bits}: give {MIN_BITS} to {MAX_BITS}")
-        if self.group_size is not None and self.group_size < 1:
-            raise ValueError(f"group_size = {self.group_size}: give 1 or more, or null for per row")
-        if self.step_rule not in STEP_RULES:
-            raise ValueError(f"step_rule = {self.step_rule}: choose from {', '.join(STEP_RULES)}")
-        if not 0.0 < self.percentile <= 1.0:
-            raise ValueError(f"percentile = {self.percentile}: give a fraction in (0, 1]")
-        if not 0.0 <= self.step_floor < math.inf:
-            raise ValueError(f"step_floor = {self.step_floor}: give 0 or more")
-        if self.step_dtype not in DTYPES:
-            raise ValueError(f"step_dtype = {self.step_dtype}: choose from {', '.join(DTYPES)}")
+        def require(condition: bool, field: str, remedy: str) -> None:
+            if not condition:
+                raise ValueError(f"{field} = {getattr(self, field)}: {remedy}")
+
+        def one_of(field: str, options: tuple[str, ...]) -> None:
+            require(getattr(self, field) in options, field, f"choose from {', '.join(options)}")
+
+        one_of("levels", LEVELS)
+        one_of("range", RANGES)
+        one_of("step_rule", STEP_RULES)
+        one_of("step_dtype", tuple(DTYPES))
+        if self.code_step_dtype is not None:
+            one_of("code_step_dtype", tuple(DTYPES))
+        is_int = self.levels == "int"
+        given = self.bits is not None and MIN_BITS <= self.bits <= MAX_BITS
+        require(
+            given if is_int else self.bits is None,
+            "bits",
+            f"give {MIN_BITS} to {MAX_BITS}" if is_int else f"{self.levels} has its own levels",
+        )
+        require(is_int or self.range == "symmetric", "range", f"{self.levels} levels are symmetric")
+        require(
+            self.range != "asymmetric" or self.step_rule == "amax",
+            "step_rule",
+            "range=asymmetric takes step_rule=amax",
+        )
+        require(
+            self.group_size is None or self.group_size >= 1,
+            "group_size",
+            "give 1 or more, or null for per row",
+        )
+        require(not self.per_tensor or self.group_size is None, "per_tensor", "drop group_size")
+        require(0.0 < self.percentile <= 1.0, "percentile", "give a fraction in (0, 1]")
+        require(0.0 < self.sigma < math.inf, "sigma", "give more than 0")
+        require(
+            (self.step_rule == "fixed") == (self.fixed_step is not None),
+            "fixed_step",
+            "goes with step_rule=fixed",
+        )
+        require(
+            self.fixed_step is None or 0.0 < self.fixed_step < math.inf,
+            "fixed_step",
+            "give more than 0",
+        )
+        require(0.0 <= self.step_floor < math.inf, "step_floor", "give 0 or more")
+        require(
+            self.step_rule != "learned" or self.levels in ("int", "ternary"),
+            "step_rule",
+            f"{self.levels} steps cannot be learned",
+        )
+        require(not self.refit or self.levels == "ternary", "refit", "is for ternary levels")
 
     @property
-    def qmax(self) -> int:
-        return 2 ** (self.bits - 1) - 1
+    def code_limits(self) -> tuple[float, float]:
+        """Lowest and highest code, as numbers (fp8: of the format)."""
+        if self.levels in FP8:
+            largest = torch.finfo(FP8[self.levels]).max
+            return -largest, largest
+        if self.bits is None:
+            return -1, 1
+        half = 2 ** (self.bits - 1)
+        return (1 - half if self.range == "symmetric" else -half), half - 1
+
+    @property
+    def code_bits(self) -> float:
+        """Bits of one code when packed as tightly as its number of levels allows."""
+        levels = {"ternary": 3, "binary": 2, "fp8_e4m3": 256, "fp8_e5m2": 256}
+        return float(self.bits) if self.bits is not None else math.log2(levels[self.levels])
 
     @property
     def label(self) -> str:
-        """Short name that says every field that differs from a plain per-row amax grid."""
-        parts = [f"int{self.bits}"]
-        if self.group_size is not None:
-            parts.append(f"g{self.group_size}")
-        if self.step_rule == "percentile":
-            parts.append(f"p{self.percentile:g}")
-        if self.step_floor:
-            parts.append(f"floor{self.step_floor:g}")
-        if self.step_dtype != "fp16":
-            parts.append(self.step_dtype)
+        """Short name that says every field that differs from a plain per-row grid."""
+        parts = [f"int{self.bits}" if self.levels == "int" else self.levels]
+        parts += [] if self.range == "symmetric" else [self.range]
+        parts += [f"g{self.group_size}"] if self.group_size is not None else []
+        parts += ["tensor"] if self.per_tensor else []
+        rules = {
+            "percentile": f"p{self.percentile:g}",
+            "sigma": f"sigma{self.sigma:g}",
+            "fixed": f"fixed{self.fixed_step}",
+            "mse": "mse",
+            "learned": "learned",
+        }
+        parts += [rules[self.step_rule]] if self.step_rule in rules else []
+        parts += [f"floor{self.step_floor:g}"] if self.step_floor else []
+        parts += [self.step_dtype] if self.step_dtype != "fp16" else []
+        parts += [f"code{self.code_step_dtype}"] if self.code_step_dtype else []
+        parts += ["refit"] if self.refit else []
         return "_".join(parts)
 
-    def num_groups(self, columns: int) -> int:
-        return 1 if self.group_size is None else math.ceil(columns / self.group_size)
-
-
-def as_rows(w: Tensor) -> Tensor:
-    """Any tensor as (rows, columns): a vector is one row, trailing dimensions are flattened."""
-    return w.reshape(1, -1) if w.dim() < 2 else w.flatten(1)
-
-
-def row_quantile(magnitude: Tensor, q: float) -> Tensor:
-    """``torch.quantile(magnitude, q, dim=-1)``, bit for bit; (..., n) -> (...), n up to 2^24.
-
-    The interpolated quantile of a row shorter than 1 / (1 - q) lies between its two largest
-    entries, so no sort is needed; longer rows are sorted.
-    """
-    n = magnitude.size(-1)
-    rank = torch.tensor(q, dtype=torch.float32) * (n - 1)
-    below = int(rank.floor())
-    if n == 1 or below == n - 1:
-        return magnitude.amax(-1)
-    if below < n - 2:
-        return torch.quantile(magnitude, q, dim=-1)
-    first, second = magnitude.topk(2, dim=-1).values.unbind(-1)
-    return torch.lerp(second, first, float(rank - below))
-
-
-def _clip(group: Tensor, grid: Grid) -> Tensor:
-    """Largest magnitude to represent; (..., n) -> (...)."""
-    magnitude = group.abs()
-    if grid.step_rule == "percentile":
-        return row_quantile(magnitude, grid.percentile)
-    return magnitude.amax(-1)
-
-
-def find_steps(w: Tensor, grid: Grid) -> Tensor:
-    """Steps in their storage dtype, shape (rows, groups); ``w`` is float32 of any shape."""
-    rows = as_rows(w)
-    size = grid.group_size or rows.size(1)
-    whole = rows.size(1) // size * size
-    clips = []
-    if whole:
-        clips.append(_clip(rows[:, :whole].unflatten(1, (-1, size)), grid))
-    if whole < rows.size(1):
-        clips.append(_clip(rows[:, None, whole:], grid))
-    clip = torch.cat(clips, dim=1)
-    return (clip / grid.qmax).clamp_min(grid.step_floor).to(DTYPES[grid.step_dtype])
-
-
-def _per_column(steps: Tensor, grid: Grid, columns: int) -> Tensor:
-    """(rows, groups) steps as float32, broadcastable to (rows, columns)."""
-    steps = steps.float()
-    if grid.group_size is None:
-        return steps
-    return steps.repeat_interleave(grid.group_size, dim=1)[:, :columns]
-
-
-def encode(w: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
-    """Float32 weights -> (int8 codes of the same shape, steps (rows, groups) in their dtype)."""
-    steps = find_steps(w, grid)
-    rows = as_rows(w)
-    divisor = _per_column(steps, grid, rows.size(1))
-    divisor = torch.where(divisor > 0, divisor, torch.inf)
-    codes = (rows / divisor).round_().clamp_(-grid.qmax, grid.qmax)
-    return codes.to(torch.int8).view(w.shape), steps
-
-
-def decode(codes: Tensor, steps: Tensor, grid: Grid) -> Tensor:
-    """Codes and steps -> float32 weights of the codes' shape."""
-    rows = as_rows(codes)
-    return (rows.float() * _per_column(steps, grid, rows.size(1))).view(codes.shape)
-
-
-def snap(w: Tensor, grid: Grid) -> Tensor:
-    """The weight that an artifact on this grid would give back for ``w``."""
-    return decode(*encode(w, grid), grid)
-
-
-def check_finite(name: str, w: Tensor, steps: Tensor) -> None:
-    """Raise ValueError naming the tensor (and row) if its weights or steps are not finite."""
-    if not torch.isfinite(w).all():
-        raise ValueError(f"tensor {name} holds NaN or infinity")
-    bad_rows = (~torch.isfinite(steps)).any(dim=1).nonzero().flatten()
-    if len(bad_rows):
-        dtype = str(steps.dtype).removeprefix("torch.")
-        raise ValueError(
-            f"tensor {name}, row {int(bad_rows[0])}: its step overflows {dtype}; "
-            "use a wider step_dtype"
-        )
+    def steps_shape(self, shape: tuple[int, ...]) -> tuple[int, int]:
+        """(rows, groups) of a tensor of this shape."""
+        if self.per_tensor or len(shape) < 2:
+            rows, columns = 1, math.prod(shape)
+        else:
+            rows, columns = shape[0], math.prod(shape[1:])
+        return rows, 1 if self.group_size is None else math.ceil(columns / self.group_size)

@@ -17,10 +17,11 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor
 
-from qat.quantize.grid import DTYPES, Grid, check_finite, decode, encode
+from qat.quantize.grid import DTYPES, Grid
+from qat.quantize.rounding import Codes, check_finite, decode, encode, snap
 
-GRID = "grid"
-STORAGE = (GRID, "fp16", "bf16", "fp32")
+Steps = Mapping[str, Tensor]  # learned steps (rows, groups) by tensor name
+NONE_LEARNED: Steps = {}
 
 
 @dataclass(frozen=True)
@@ -40,16 +41,13 @@ class Entry:
     def steps_shape(self) -> tuple[int, int]:
         """(rows, groups) of a tensor on a grid."""
         assert self.grid is not None
-        rows, columns = (1, self.num_elements) if len(self.shape) < 2 else self._rows_columns()
-        return rows, self.grid.num_groups(columns)
+        return self.grid.steps_shape(self.shape)
 
-    def _rows_columns(self) -> tuple[int, int]:
-        return self.shape[0], math.prod(self.shape[1:])
-
-    def snap(self, w: Tensor) -> Tensor:
+    def snap(self, w: Tensor, steps: Tensor | None = None) -> Tensor:
+        """``w`` as a file would give it back."""
         if self.grid is None:
             return w.to(DTYPES[self.dtype]).float()
-        return decode(*encode(w, self.grid), self.grid)
+        return snap(w, self.grid, steps)
 
 
 @dataclass(frozen=True)
@@ -57,25 +55,22 @@ class Encoded:
     """What a file stores of one tensor: codes and steps, or the plain values in storage dtype."""
 
     entry: Entry
-    codes: Tensor | None = None
-    steps: Tensor | None = None
+    coded: Codes | None = None
     plain: Tensor | None = None
 
     @property
     def floats(self) -> Tensor:
         """The part stored as floats: steps, or the plain values."""
-        values = self.plain if self.steps is None else self.steps
+        values = self.plain if self.coded is None else self.coded.steps
         assert values is not None
         return values
 
     def decode(self) -> Tensor:
         """Float32 weights."""
-        if self.entry.grid is None:
-            assert self.plain is not None
-            return self.plain.float()
-        assert self.codes is not None
-        assert self.steps is not None
-        return decode(self.codes, self.steps, self.entry.grid)
+        if self.coded is None:
+            return self.floats.float()
+        assert self.entry.grid is not None
+        return decode(self.coded, self.entry.grid)
 
 
 class Plan:
@@ -100,12 +95,12 @@ class Plan:
         return hashlib.sha256(json.dumps(self.as_json()).encode()).hexdigest()
 
     @torch.no_grad()
-    def snap(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def snap(self, weights: Mapping[str, Tensor], steps: Steps = NONE_LEARNED) -> dict[str, Tensor]:
         """Masters -> the weights a file written from them gives back."""
-        return {entry.name: entry.snap(weights[entry.name].detach()) for entry in self}
+        return {e.name: e.snap(weights[e.name].detach(), steps.get(e.name)) for e in self}
 
     @torch.no_grad()
-    def encode(self, weights: Mapping[str, Tensor]) -> list[Encoded]:
+    def encode(self, weights: Mapping[str, Tensor], steps: Steps = NONE_LEARNED) -> list[Encoded]:
         """Masters -> what a file stores. ValueError names a tensor that is not finite."""
         encoded = []
         for entry in self:
@@ -115,22 +110,20 @@ class Plan:
                 check_finite(entry.name, w, plain.reshape(1, -1))
                 encoded.append(Encoded(entry, plain=plain.cpu()))
             else:
-                codes, steps = encode(w, entry.grid)
-                check_finite(entry.name, w, steps)
-                encoded.append(Encoded(entry, codes=codes.cpu(), steps=steps.cpu()))
+                codes, found, zeros = encode(w, entry.grid, steps.get(entry.name))
+                check_finite(entry.name, w, found)
+                kept = Codes(codes.cpu(), found.cpu(), None if zeros is None else zeros.cpu())
+                encoded.append(Encoded(entry, kept))
         return encoded
 
-    def rows(self) -> list[tuple[str, str, str, int]]:
-        """(name, shape, storage, elements) per tensor, for printing."""
-        return [
-            (
-                e.name,
-                "x".join(map(str, e.shape)),
-                e.grid.label if e.grid else e.dtype,
-                e.num_elements,
-            )
-            for e in self
-        ]
+    @property
+    def label(self) -> str:
+        """The grids' labels, the one with most elements first."""
+        elements: dict[str, int] = {}
+        for entry in self.on_grid:
+            assert entry.grid is not None
+            elements[entry.grid.label] = elements.get(entry.grid.label, 0) + entry.num_elements
+        return "+".join(sorted(elements, key=lambda label: (-elements[label], label)))
 
     def as_json(self) -> list[dict]:
         """Plain data from which ``from_json`` rebuilds an equal plan."""
@@ -161,29 +154,31 @@ class Plan:
 
 def build_plan(
     shapes: Mapping[str, tuple[int, ...]],
-    grid: Grid,
+    grids: Mapping[str, Grid],
     rules: Mapping[str, str],
     grid_min_elements: int = 0,
 ) -> Plan:
     """Give each tensor the storage of the first glob in ``rules`` that matches its name.
 
-    A rule is ``grid``, ``fp16``, ``bf16`` or ``fp32``; tensors that a rule puts on the grid but
-    that have fewer than ``grid_min_elements`` elements are kept as fp16, as in the challenge's
-    export. ValueError: a tensor without a rule, an unknown rule, or a plan with nothing on the
-    grid."""
+    A rule is the name of a grid in ``grids``, or fp16, bf16 or fp32. Tensors that a rule puts on a
+    grid but that have fewer than ``grid_min_elements`` elements stay fp16, as in the challenge's
+    export. ValueError: a tensor without a rule, an unknown rule, or nothing on any grid.
+    """
     entries = []
     for name, shape in shapes.items():
         rule = next((rule for glob, rule in rules.items() if fnmatchcase(name, glob)), None)
         if rule is None:
             raise ValueError(f"plan.rules: no pattern matches {name}; end the rules with '*'")
-        if rule not in STORAGE:
-            raise ValueError(f"plan.rules: {rule!r} for {name}: choose from {', '.join(STORAGE)}")
-        small = rule == GRID and math.prod(shape) < grid_min_elements
-        if rule == GRID and not small:
-            entries.append(Entry(name, tuple(shape), grid))
+        if rule not in grids and rule not in DTYPES:
+            options = ", ".join([*grids, *DTYPES])
+            raise ValueError(f"plan.rules: {rule!r} for {name}: choose from {options}")
+        if rule in DTYPES:
+            entries.append(Entry(name, tuple(shape), None, rule))
+        elif math.prod(shape) < grid_min_elements:
+            entries.append(Entry(name, tuple(shape), None, "fp16"))
         else:
-            entries.append(Entry(name, tuple(shape), None, "fp16" if small else rule))
+            entries.append(Entry(name, tuple(shape), grids[rule]))
     plan = Plan(entries)
     if not plan.on_grid:
-        raise ValueError("plan.rules: nothing lives on the grid; give a matrix the rule 'grid'")
+        raise ValueError("plan.rules: nothing lives on a grid; give a matrix the rule 'grid'")
     return plan

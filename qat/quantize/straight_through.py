@@ -1,64 +1,157 @@
 """The QAT switch: master weights -> the weights the model sees.
 
 The model takes its weights as inputs, so fake quantization never enters its graph: while the switch
-is off it sees the masters, while it is on it sees ``plan.snap(masters)``, computed once per
+is off it sees the masters, while it is on what the gradient rule makes of them, computed once per
 optimizer step outside the model. Both go through the same per-tensor autograd node, so that the
 compiled model cannot tell them apart (no recompile at the switch) and gradients reach each master
 on its own (DDP overlaps its all-reduce).
-
-Gradient rule: identity, the straight-through estimator of Bengio et al. (arXiv 1308.3432).
 """
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from qat.quantize.plan import Plan
+from qat.quantize.gradients import Seen, see, sum_per_step, supports
+from qat.quantize.grid import Grid
+from qat.quantize.plan import Entry, Plan
+from qat.quantize.rounding import encode
 
 
 class _StraightThrough(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, master: Tensor, seen: Tensor) -> Tensor:
-        return seen.view_as(seen)
+    """(master, learned step or None, seen, slopes) -> seen; gradients as the rule says."""
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
-        return gradient, None
+    def forward(ctx, master, step, weight, slope, step_slope, grid) -> Tensor:
+        ctx.grid, ctx.step_like = grid, step
+        ctx.save_for_backward(slope, step_slope)
+        return weight.view_as(weight)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        slope, step_slope = ctx.saved_tensors
+        to_step = None
+        if ctx.step_like is not None:  # a zero gradient while off: DDP waits for every parameter
+            to_step = (
+                torch.zeros_like(ctx.step_like)
+                if step_slope is None
+                else sum_per_step(gradient * step_slope, ctx.grid)
+            )
+        return (gradient if slope is None else gradient * slope), to_step, None, None, None, None
 
 
-class QatSwitch:
-    """Gives the weights for the next forward pass; call ``refresh`` after every optimizer step."""
+def _key(name: str) -> str:
+    """Parameter names of modules may not hold dots."""
+    return name.replace(".", "/")
 
-    def __init__(self, plan: Plan) -> None:
-        self.plan = plan
+
+class QatSwitch(nn.Module):
+    """Gives the weights for the next forward pass; call ``refresh`` after every optimizer step.
+
+    Its only parameters are learned steps, which exist if a grid of the plan has step_rule=learned;
+    they are found by that grid's rule when QAT is first switched on.
+    """
+
+    def __init__(self, plan: Plan, rule: str = "identity", seed: int = 0) -> None:
+        super().__init__()
+        for entry in plan.on_grid:
+            assert entry.grid is not None
+            if not supports(rule, entry.grid):
+                raise ValueError(f"gradient = {rule}: not for {entry.grid.label}")
+        self.plan, self.rule, self.seed = plan, rule, seed
         self.is_on = False
-        self._snapped: dict[str, Tensor] = {}
+        self._seen: dict[str, Seen] = {}
+        self._steps_found = False
+        self._learned = nn.ParameterDict(
+            {
+                _key(entry.name): nn.Parameter(torch.zeros(entry.steps_shape))
+                for entry in plan.on_grid
+                if entry.grid is not None and entry.grid.step_rule == "learned"
+            }
+        )
 
-    def refresh(self, masters: Mapping[str, Tensor], is_on: bool) -> None:
-        """Snap all masters if QAT is on; with QAT off nothing is computed."""
+    @property
+    def learned_steps(self) -> dict[str, Tensor]:
+        """Tensor name -> its learned steps (rows, groups); empty until QAT was switched on."""
+        if not self._steps_found:
+            return {}
+        return {name.replace("/", "."): step for name, step in self._learned.items()}
+
+    @torch.no_grad()
+    def refresh(
+        self,
+        masters: Mapping[str, Tensor],
+        is_on: bool,
+        step: int = 0,
+        progress: float = 0.0,
+        blend: float = 1.0,
+    ) -> None:
+        """Prepare the next forward pass; with QAT off nothing is computed.
+
+        ``step`` seeds the noise, ``progress`` (0 to 1) anneals soft rounding, ``blend`` mixes
+        masters (0) and seen weights (1).
+        """
         self.is_on = is_on
-        self._snapped = self.plan.snap(masters) if is_on else {}
+        self._seen = {}
+        if not is_on:
+            return
+        if not self._steps_found:
+            self._find_steps(masters)
+        for entry in self.plan:
+            seen = self._see(entry, masters[entry.name].detach(), step, progress)
+            if blend < 1.0:
+                seen = seen._replace(weight=masters[entry.name].detach().lerp(seen.weight, blend))
+            self._seen[entry.name] = seen
+
+    def _see(self, entry: Entry, w: Tensor, step: int, progress: float) -> Seen:
+        if entry.grid is None:
+            return Seen(entry.snap(w))
+        generator = None
+        if self.rule == "noise":  # equal on every rank, other for every tensor and step
+            generator = torch.Generator(w.device)
+            generator.manual_seed(zlib.crc32(f"{self.seed} {step} {entry.name}".encode()))
+        steps = self.learned_steps.get(entry.name)
+        return see(w, entry.grid, self.rule, steps, progress, generator)
+
+    def _find_steps(self, masters: Mapping[str, Tensor]) -> None:
+        self._steps_found = True
+        for name, steps in self.learned_steps.items():
+            grid = self.plan.entries[name].grid
+            assert grid is not None
+            steps.copy_(encode(masters[name].detach(), grid).steps.float())
+
+    def forget_steps(self) -> None:
+        """Find learned steps anew at the next switch-on (after priming)."""
+        self._steps_found = False
 
     def weights(self, masters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Name -> weight as the model sees it, with gradients passing straight to the master."""
-        return {
-            name: _StraightThrough.apply(master, self._snapped.get(name, master.detach()))
-            for name, master in masters.items()
-        }
+        """Name -> weight as the model sees it, with gradients passing to the master."""
+        return {name: self._apply_rule(name, master) for name, master in masters.items()}
+
+    def _apply_rule(self, name: str, master: Tensor) -> Tensor:
+        seen = self._seen.get(name) or Seen(master.detach())
+        steps = self._learned.get(_key(name))
+        grid: Grid | None = self.plan.entries[name].grid
+        return _StraightThrough.apply(master, steps, seen.weight, seen.slope, seen.step_slope, grid)
 
 
 @torch.no_grad()
-def on_grid_share(seen: Mapping[str, Tensor], masters: Mapping[str, Tensor], plan: Plan) -> float:
+def on_grid_share(
+    seen: Mapping[str, Tensor],
+    masters: Mapping[str, Tensor],
+    plan: Plan,
+    steps: Mapping[str, Tensor] | None = None,
+) -> float:
     """Share of the elements planned for a grid whose seen value is the one a file would store.
 
     A tensor that was not seen at all counts as off its grid.
     """
     total = matching = 0
     for entry in plan.on_grid:
-        stored = entry.snap(masters[entry.name].detach())
+        stored = entry.snap(masters[entry.name].detach(), (steps or {}).get(entry.name))
         total += entry.num_elements
         if entry.name in seen:
             matching += int((seen[entry.name] == stored).sum())

@@ -22,6 +22,7 @@ from qat.settings.schema import (
 )
 
 MAX_VOCAB_SIZE = 65_536  # token ids are stored as uint16
+GRADIENT_RULES = ("identity", "clipped", "soft_round", "noise")
 TASKS = ("score", "sample", "report")
 TEXT_SOURCES = ("web_bible", "text", "hub")
 
@@ -75,7 +76,7 @@ def resolve_train(settings: TrainSettings, choices: Mapping[str, str | None]) ->
     _check_batches(s)
     _check_data(s.data)
     _one_of("data.source", s.data.source, TEXT_SOURCES)
-    _check_grid_choice(choices)
+    _check_implied_choices(s.qat, choices)
     return replace(
         s,
         precision=machine.faster_precision() if s.precision == "auto" else s.precision,
@@ -167,21 +168,26 @@ def _check_data(d: DataSettings) -> None:
         raise UserError(f"data.files and data.{shards[0]} name two sources; give one of them")
 
 
-def _check_grid_choice(choices: Mapping[str, str | None]) -> None:
-    """``qat=X`` implies ``grid=X``; Hydra composes a contradiction silently."""
-    qat, grid = choices.get("qat"), choices.get("grid")
-    if qat != "none" and qat != grid:
-        raise UserError(
-            f"qat={qat} grid={grid}: training would simulate one grid and store another; "
-            f"drop grid={grid}, or say qat={grid}"
-        )
+def _check_implied_choices(q: QatSettings, choices: Mapping[str, str | None]) -> None:
+    """``qat=X`` stands for a grid (and a plan); Hydra composes a contradiction silently."""
+    if not q.enabled:
+        return
+    qat = choices.get("qat")
+    for group, implied in (("grid", q.grid), ("plan", q.plan)):
+        chosen = choices.get(group)
+        if implied is not None and chosen != implied:
+            raise UserError(
+                f"qat={qat} {group}={chosen}: training would simulate one {group} and store "
+                f"another; drop {group}={chosen}, or choose another qat="
+            )
 
 
 def _resolve_start(s: TrainSettings) -> QatSettings:
-    """QAT start settings with the default filled in; ``qat=none`` accepts and ignores them."""
+    """QAT settings with the default start filled in; ``qat=none`` accepts and ignores them."""
     q = s.qat
-    _at_least("qat.start_step", q.start_step, 0)
-    for name in ("start_fraction", "default_start_fraction"):
+    for name in ("start_step", "stop_step", "ramp_steps"):
+        _at_least(f"qat.{name}", getattr(q, name), 0)
+    for name in ("start_fraction", "start_lr_scale", "default_start_fraction"):
         value = getattr(q, name)
         _require(
             value is None or 0.0 <= value <= 1.0,
@@ -189,16 +195,18 @@ def _resolve_start(s: TrainSettings) -> QatSettings:
             value,
             "give a fraction between 0 and 1",
         )
+    _one_of("qat.gradient", q.gradient, GRADIENT_RULES)
     if not q.enabled:
         return q
-    if q.start_step is not None and q.start_fraction is not None:
+    starts = ("start_step", "start_fraction", "start_lr_scale")
+    typed = [f"qat.{name} = {getattr(q, name)}" for name in starts if getattr(q, name) is not None]
+    if len(typed) > 1:
+        raise UserError(f"{' and '.join(typed)}: {len(typed)} starts; give one of them")
+    if q.stop_step is not None and q.start_step is not None and q.stop_step <= q.start_step:
         raise UserError(
-            f"qat.start_step = {q.start_step} and qat.start_fraction = {q.start_fraction}: "
-            "two starts; give one of them"
+            f"qat.stop_step = {q.stop_step}: must be more than qat.start_step = {q.start_step}"
         )
-    if q.start_step is None and q.start_fraction is None:
-        return replace(q, start_fraction=q.default_start_fraction)
-    return q
+    return q if typed else replace(q, start_fraction=q.default_start_fraction)
 
 
 def resolve_eval(settings: EvalTaskSettings, choices: Mapping[str, str | None]) -> EvalTaskSettings:

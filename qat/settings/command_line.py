@@ -81,8 +81,7 @@ def _main(program: Program) -> int:
         arguments = _with_profile(arguments)
     _refuse_unknown_additions(arguments, program.config_name)
     is_sweep = any(flag in arguments for flag in SWEEP_FLAGS)
-    if is_sweep:  # anywhere on the line; argparse wants it before the overrides
-        arguments = ["-m", *(a for a in arguments if a not in SWEEP_FLAGS)]
+    arguments = _overrides_together(arguments)
     num_jobs = _check_sweep(program, arguments) if is_sweep else 1
     exit_codes: list[int] = []
     sweep_dirs: set[Path] = set()
@@ -110,6 +109,15 @@ def _main(program: Program) -> int:
     if is_sweep and program.after_sweep and sweep_dirs:
         return max(program.after_sweep(sweep_dirs.pop(), num_jobs), *exit_codes, 0)
     return max(exit_codes, default=0)
+
+
+def _overrides_together(arguments: list[str]) -> list[str]:
+    """Settings first, flags after them: argparse refuses settings on both sides of a flag."""
+    return sorted(arguments, key=lambda a: not _is_setting(a))
+
+
+def _is_setting(argument: str) -> bool:
+    return "=" in argument and not argument.startswith("-")
 
 
 def _quote(argument: str) -> str:
@@ -182,7 +190,7 @@ def _check_sweep(program: Program, arguments: list[str]) -> int:
         raise UserError(
             "-m: a sweep starts its own jobs; run it without torchrun, or one job per torchrun"
         )
-    overrides = [a for a in arguments if not a.startswith("-")]
+    overrides = [a for a in arguments if _is_setting(a)]
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
 
         def compose(lines: list[str]) -> DictConfig:

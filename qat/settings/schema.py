@@ -26,6 +26,7 @@ class OptimizerSettings:
     embedding_lr: float = 0.6  # when untied
     head_lr: float = 0.008
     scalar_lr: float = 0.04  # vectors and scalars
+    learned_step_lr: float = 1e-4  # steps of grids with step_rule=learned
     momentum_start: float = 0.85  # Muon momentum grows from here ...
     momentum: float = 0.95  # ... to here ...
     momentum_warmup_steps: int = 500  # ... over so many steps
@@ -55,26 +56,41 @@ class DataSettings:
 
 
 @dataclass
-class GridSettings:
-    bits: int = MISSING
+class GridSettings:  # meanings: qat/quantize/grid.py
+    levels: str = "int"  # int | ternary | binary | fp8_e4m3 | fp8_e5m2
+    bits: int | None = None  # of int levels, 2 to 8
+    range: str = "symmetric"  # symmetric | full | asymmetric
     group_size: int | None = None  # columns per step; null = one step per row
-    step_rule: str = "amax"  # amax | percentile
+    per_tensor: bool = False
+    step_rule: str = "amax"  # amax | percentile | sigma | mse | fixed | absmean | learned
     percentile: float = 0.9999984  # a fraction, used by step_rule=percentile
+    sigma: float = 12.85  # clip in standard deviations, used by step_rule=sigma
+    fixed_step: float | None = None  # used by step_rule=fixed
     step_floor: float = 0.0
     step_dtype: str = "fp16"  # fp32 | bf16 | fp16, as stored
+    code_step_dtype: str | None = None  # null = step_dtype
+    refit: bool = False  # ternary: undo the shrinkage of mean|w|
 
 
 @dataclass
 class PlanSettings:
-    rules: dict[str, str] = MISSING  # glob over parameter names -> grid | fp16 | bf16 | fp32
+    # glob over parameter names -> grid, a name in ``grids``, fp16, bf16 or fp32
+    rules: dict[str, str] = MISSING
+    grids: dict[str, GridSettings] = field(default_factory=dict)  # beside the one named grid
     grid_min_elements: int = 0  # smaller tensors that a rule puts on the grid stay fp16
 
 
 @dataclass
 class QatSettings:
     enabled: bool = MISSING
+    grid: str | None = None  # the grid= and plan= options that this arm stands for
+    plan: str | None = None
+    gradient: str = "identity"  # identity | clipped | soft_round | noise
     start_step: int | None = None  # so many updates use float weights first
     start_fraction: float | None = None  # of the clock, or of max_steps
+    start_lr_scale: float | None = None  # once the rate has fallen to this share of its peak
+    stop_step: int | None = None  # updates after this one use float weights again
+    ramp_steps: int = 0  # blend from float to snapped weights over so many updates
     default_start_fraction: float = 0.5  # used when no start is given
 
 

@@ -39,8 +39,10 @@ def export_baseline(
     """Store the baseline as ``target`` settings say and score it; a finished export is reused."""
     s = baseline.settings
     shape = shape_of(ModelSettings(**s["model"]))
-    plan = plan_of(shape, GridSettings(**target["grid"]), PlanSettings(**target["plan"]))
-    label = plan.on_grid[0].grid.label  # type: ignore[union-attr]
+    wanted = target["plan"]
+    grids = {name: GridSettings(**grid) for name, grid in wanted["grids"].items()}
+    plan = plan_of(shape, GridSettings(**target["grid"]), PlanSettings(**wanted | {"grids": grids}))
+    label = plan.label
     coder = target["artifact"]["coder"]
     known = folder / EXPORTS / f"{label}_{coder}_{plan.digest[:8]}.json"
     if known.is_file():

@@ -43,9 +43,11 @@ class Result:
     artifact_bytes: int | None = None
     code_bytes: int | None = None
     qat_first_step: int | None = None  # number (from 1) of the first update on snapped weights
+    qat_last_step: int | None = None
     qat_steps: int | None = None
     qat_never_started: bool = False  # QAT was asked for and the run ended before it
     on_grid_share: float | None = None  # of grid-planned elements, as the forward pass saw them
+    nonzero_gradient_share: float | None = None  # of grid-planned masters, for one sequence
     val_xz_bits_per_byte: float | None = None  # what xz needs for the validation text
     settings: dict[str, Any] = field(default_factory=dict)  # resolved
 

@@ -19,13 +19,13 @@ from rich.text import Text
 from qat.artifact.export import Export
 from qat.evaluation.score import Score
 from qat.language.source import Source
-from qat.quantize.grid import Grid
 from qat.quantize.plan import Plan
 from qat.settings import machine
 from qat.settings.schema import TrainSettings, as_yaml
 from qat.study import provenance, run_folder
 from qat.study.report import print_table, row_of
 from qat.study.result import Result
+from qat.training.build import plan_of, shape_of
 from qat.training.fit import Outcome
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ class TrainingRun:
             seed=s.seed,
             profile=s.profile,
             qat=job.choices.get("qat") or "none",
-            grid=Grid(**vars(s.grid)).label,
+            grid=plan_of(shape_of(s.model), s.grid, s.plan).label,
             hardware=provenance.hardware(machine.world_size()),
             commit=provenance.commit(),
             limit_bytes=s.limit_bytes,
@@ -165,7 +165,18 @@ class TrainingRun:
         row.artifact_bytes, row.code_bytes = exported.artifact_bytes, exported.code_bytes
         row.qat_first_step, row.qat_steps = outcome.qat_first_step, outcome.qat_steps
         row.qat_never_started = s.qat.enabled and outcome.qat_steps == 0
+        row.qat_last_step = outcome.qat_last_step
         row.on_grid_share = outcome.on_grid_share
+        row.nonzero_gradient_share = outcome.nonzero_gradient_share
+        log.info(
+            "liveness: %.4f of planned weights on their grid, %.4f of their gradients not zero, "
+            "%d QAT steps (%s to %s)",
+            outcome.on_grid_share,
+            outcome.nonzero_gradient_share,
+            outcome.qat_steps,
+            outcome.qat_first_step,
+            outcome.qat_last_step,
+        )
         if row.qat_never_started:
             log.warning(
                 "QAT WAS ASKED FOR AND NEVER STARTED: the run ended after step %d", row.steps

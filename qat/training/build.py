@@ -11,9 +11,18 @@ from qat.errors import UserError
 from qat.language.gpt import GPT, GPTShape
 from qat.quantize.grid import Grid
 from qat.quantize.plan import Plan, build_plan
+from qat.quantize.straight_through import QatSwitch
 
 if TYPE_CHECKING:
-    from qat.settings.schema import GridSettings, ModelSettings, PlanSettings, TrainSettings
+    from qat.settings.schema import (
+        GridSettings,
+        ModelSettings,
+        PlanSettings,
+        QatSettings,
+        TrainSettings,
+    )
+
+GRID = "grid"  # the name in plan.rules of the grid that grid= chooses
 
 
 def shape_of(m: ModelSettings) -> GPTShape:
@@ -22,18 +31,30 @@ def shape_of(m: ModelSettings) -> GPTShape:
     )
 
 
+def _grid_of(setting: str, g: GridSettings) -> Grid:
+    try:
+        return Grid(**vars(g))
+    except ValueError as error:
+        raise UserError(f"{setting}.{error}") from None
+
+
 def plan_of(shape: GPTShape, grid: GridSettings, plan: PlanSettings) -> Plan:
     """The plan of a model of this shape; nothing is allocated."""
-    try:
-        the_grid = Grid(**vars(grid))
-    except ValueError as error:
-        raise UserError(f"grid.{error}") from None
+    grids = {GRID: _grid_of("grid", grid)}
+    grids |= {name: _grid_of(f"plan.grids.{name}", g) for name, g in plan.grids.items()}
     with torch.device("meta"):
         shapes = {name: tuple(p.shape) for name, p in GPT(shape).named_parameters()}
     try:
-        return build_plan(shapes, the_grid, plan.rules, plan.grid_min_elements)
+        return build_plan(shapes, grids, plan.rules, plan.grid_min_elements)
     except ValueError as error:
         raise UserError(str(error)) from None
+
+
+def switch_of(plan: Plan, q: QatSettings, seed: int) -> QatSwitch:
+    try:
+        return QatSwitch(plan, q.gradient if q.enabled else "identity", seed)
+    except ValueError as error:
+        raise UserError(f"qat.{error}") from None
 
 
 def check_coder(s: TrainSettings) -> None:

@@ -20,6 +20,7 @@ from qat.language.batches import BatchShape, TrainingBatches
 from qat.language.gpt import GPT
 from qat.language.shards import TokenStream
 from qat.quantize.plan import Plan
+from qat.training.build import switch_of
 from qat.training.module import QatModule
 from qat.training.schedule import Schedule
 
@@ -44,8 +45,11 @@ class Outcome:
     train_seconds: float
     train_loss: float
     qat_first_step: int | None
+    qat_last_step: int | None
     qat_steps: int
     on_grid_share: float
+    nonzero_gradient_share: float
+    learned_steps: dict[str, torch.Tensor]
 
 
 class Forecast(Callback):
@@ -117,6 +121,9 @@ def build_schedule(s: TrainSettings) -> Schedule:
         momentum_warmup_steps=s.optimizer.momentum_warmup_steps,
         start_step=s.qat.start_step if s.qat.enabled else None,
         start_fraction=s.qat.start_fraction if s.qat.enabled else None,
+        start_lr_scale=s.qat.start_lr_scale if s.qat.enabled else None,
+        stop_step=s.qat.stop_step,
+        ramp_steps=s.qat.ramp_steps,
     )
 
 
@@ -160,7 +167,7 @@ def fit(
     """
     module = QatModule(
         gpt,
-        plan,
+        switch_of(plan, s.qat, s.seed),
         build_schedule(s),
         s.optimizer,
         shape.micro_batches,
@@ -179,6 +186,9 @@ def fit(
         train_seconds=p.elapsed_seconds,
         train_loss=p.train_loss,
         qat_first_step=p.qat_first_step,
+        qat_last_step=p.qat_last_step,
         qat_steps=p.qat_steps,
         on_grid_share=module.on_grid_share,
+        nonzero_gradient_share=module.nonzero_gradient_share,
+        learned_steps={name: w.detach() for name, w in module.switch.learned_steps.items()},
     )

@@ -7,8 +7,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from qat.errors import TrainingError
 from qat.quantize.plan import Plan
-from qat.quantize.straight_through import on_grid_share
+from qat.quantize.straight_through import QatSwitch, on_grid_share
 
 
 @torch.no_grad()
@@ -34,9 +35,29 @@ def weights_seen(
     return seen
 
 
+def check_all_seen(model: nn.Module, weights: Mapping[str, Tensor], ids_BT: Tensor) -> None:
+    """TrainingError naming a weight that the forward pass does not take from ``weights``."""
+    seen = weights_seen(model, weights, ids_BT)
+    for name, weight in weights.items():
+        if name not in seen or not torch.equal(seen[name], weight):
+            raise TrainingError(
+                f"{name}: the forward pass does not use this weight through the copy handed to it, "
+                "so quantizing it in training would have no effect"
+            )
+
+
+def nonzero_gradient_share(loss: Tensor, masters: Mapping[str, Tensor], plan: Plan) -> float:
+    """Share of grid-planned elements whose master gets a gradient other than 0 from ``loss``."""
+    names = [entry.name for entry in plan.on_grid]
+    gradients = torch.autograd.grad(loss, [masters[name] for name in names])
+    nonzero = sum(int(g.count_nonzero()) for g in gradients)
+    return nonzero / sum(g.numel() for g in gradients)
+
+
 def measure_on_grid_share(
-    model: nn.Module, weights: Mapping[str, Tensor], plan: Plan, ids_BT: Tensor
+    model: nn.Module, weights: Mapping[str, Tensor], switch: QatSwitch, ids_BT: Tensor
 ) -> float:
     """Share of grid-planned elements that a forward pass saw on their grid; 1.0 while QAT is on."""
     seen = weights_seen(model, weights, ids_BT)
-    return on_grid_share(seen, dict(model.named_parameters()), plan)
+    masters = dict(model.named_parameters())
+    return on_grid_share(seen, masters, switch.plan, switch.learned_steps)

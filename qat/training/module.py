@@ -24,15 +24,14 @@ from torch.nn.parallel import DistributedDataParallel
 
 from qat.errors import TrainingError
 from qat.language.gpt import GPT
-from qat.quantize.plan import Plan
 from qat.quantize.straight_through import QatSwitch
 from qat.training.clock import TrainingClock
-from qat.training.liveness import measure_on_grid_share
+from qat.training.liveness import check_all_seen, measure_on_grid_share, nonzero_gradient_share
 from qat.training.optimizers import build_optimizers, set_rates
 from qat.training.schedule import Schedule
 
 log = logging.getLogger("qat")
-PROBE_TOKENS = 8
+PROBE_TOKENS = 8  # of the forward pass that checks which weights a model uses
 
 
 @dataclass
@@ -43,6 +42,7 @@ class Progress:
     elapsed_seconds: float = 0.0
     train_loss: float = float("nan")
     qat_first_step: int | None = None
+    qat_last_step: int | None = None
     qat_steps: int = 0
 
 
@@ -61,7 +61,7 @@ class QatModule(LightningModule):
     def __init__(
         self,
         gpt: GPT,
-        plan: Plan,
+        switch: QatSwitch,
         schedule: Schedule,
         optimizer_settings,
         micro_batches: int,
@@ -75,11 +75,12 @@ class QatModule(LightningModule):
         self.gpt = gpt
         self.masters = dict(gpt.named_parameters())
         self.schedule = schedule
-        self.switch = QatSwitch(plan)
+        self.switch = switch
         self.clock = TrainingClock()
         self.progress = Progress()
         self.step_seconds: float | None = None  # estimated after priming
         self.on_grid_share = float("nan")  # as a forward pass after the last update sees it
+        self.nonzero_gradient_share = float("nan")
         self._optimizer_settings = optimizer_settings
         self._micro_batches = micro_batches
         self._priming_left = warmup_steps
@@ -88,6 +89,7 @@ class QatModule(LightningModule):
         self._micro_losses: list[Tensor] = []
         self._pending: list[tuple[int, float, float, bool, Tensor]] = []
         self._micro = 0
+        self._switched_at: float | None = None  # progress of the run at the switch
         self._precision = precision
         self.loss = torch.compile(self._loss, fullgraph=True) if compile_model else self._loss
 
@@ -101,16 +103,19 @@ class QatModule(LightningModule):
         return self._priming_left > 0
 
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
-        return build_optimizers(self.gpt, self._optimizer_settings)
+        learned_steps = list(self.switch.parameters())
+        return build_optimizers(self.gpt, self._optimizer_settings, learned_steps)
 
     def on_train_start(self) -> None:
+        probe = torch.zeros(1, PROBE_TOKENS, dtype=torch.long, device=self.device)
+        check_all_seen(self.gpt, self.switch.plan.snap(self.masters), probe)
         if self.is_priming:
             self._saved = _Saved(
                 {name: p.detach().clone() for name, p in self.masters.items()},
                 [copy.deepcopy(optimizer.state_dict()) for optimizer in self.trainer.optimizers],
                 [torch.get_rng_state(), *torch.cuda.get_rng_state_all()],
             )
-            if self.schedule.start_step is not None or self.schedule.start_fraction is not None:
+            if self.schedule.asks_for_qat:
                 self.switch.refresh(self.masters, True)  # primes the snapping
         else:
             self._start_timing()
@@ -123,6 +128,7 @@ class QatModule(LightningModule):
             self.trainer.model.require_backward_grad_sync = last
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        self._last_batch = batch
         loss = self.loss(self.switch.weights(self.masters), *batch)
         self.manual_backward(loss / self._micro_batches)
         self._micro_losses.append(loss.detach())
@@ -171,6 +177,7 @@ class QatModule(LightningModule):
         if self._saved.random[1:]:
             torch.cuda.set_rng_state_all(self._saved.random[1:])
         del self._saved
+        self.switch.forget_steps()
 
     def _start_timing(self) -> None:
         if self.device.type == "cuda":
@@ -181,14 +188,22 @@ class QatModule(LightningModule):
         p.elapsed_seconds = self.clock.agree()
 
     def _switch_for_next_step(self) -> None:
-        p = self.progress
-        self.switch.refresh(self.masters, self.schedule.qat_is_on(p.step, p.elapsed_seconds))
+        """Snap for the next update, if QAT is (still) on by then."""
+        p, s = self.progress, self.schedule
+        now = s.progress(p.step, p.elapsed_seconds)
+        if self._switched_at is None and s.qat_starts(p.step, p.elapsed_seconds):
+            self._switched_at = now
+        start = self._switched_at
+        is_on = start is not None and not s.qat_stopped(p.step)
+        done = (now - start) / (1.0 - start) if start is not None and start < 1.0 else 1.0
+        self.switch.refresh(self.masters, is_on, p.step, done, s.blend(p.qat_steps))
 
     def _finish_step(self, rate: float, loss: Tensor) -> None:
         p = self.progress
         p.step += 1
         if self.switch.is_on:
             p.qat_steps += 1
+            p.qat_last_step = p.step
             if p.qat_first_step is None:
                 p.qat_first_step = p.step
                 log.info("QAT on since step %d (%.1f s)", p.step, p.elapsed_seconds)
@@ -217,10 +232,16 @@ class QatModule(LightningModule):
         self.progress.elapsed_seconds = self.clock.agree()
         self.clock.pause()
         self._flush_metrics()
-        probe = torch.zeros(1, PROBE_TOKENS, dtype=torch.long, device=self.device)
-        weights = self.switch.weights(self.masters)
-        self.on_grid_share = measure_on_grid_share(self.gpt, weights, self.switch.plan, probe)
+        self._measure_liveness()
         self.trainer.should_stop = True
+
+    def _measure_liveness(self) -> None:
+        """What the next update would see: weights on the grid, gradients that arrive."""
+        ids, targets = (part[:1] for part in self._last_batch)
+        weights = self.switch.weights(self.masters)
+        self.on_grid_share = measure_on_grid_share(self.gpt, weights, self.switch, ids)
+        loss = self._loss(weights, ids, targets)
+        self.nonzero_gradient_share = nonzero_gradient_share(loss, self.masters, self.switch.plan)
 
     def _flush_metrics(self) -> None:
         """Write the last steps' losses, averaged over ranks. TrainingError if one is not finite."""

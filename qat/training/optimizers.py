@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 from torch.optim import Optimizer
 
 from qat.language.gpt import GPT
@@ -19,12 +20,14 @@ if TYPE_CHECKING:
 ADAM_EPS = 1e-8
 
 
-def build_optimizers(gpt: GPT, settings: OptimizerSettings) -> list[Optimizer]:
-    """[Muon, Adam]; every parameter in exactly one group."""
+def build_optimizers(
+    gpt: GPT, settings: OptimizerSettings, learned_steps: list[nn.Parameter]
+) -> list[Optimizer]:
+    """[Muon, Adam]; every parameter in exactly one group, learned steps of a grid in Adam's."""
     embedding = gpt.tok_emb.weight
     heads = [] if gpt.lm_head is None else [gpt.lm_head.weight]
     taken = {id(p) for p in (embedding, *heads)}
-    linear = (module for module in gpt.blocks.modules() if isinstance(module, torch.nn.Linear))
+    linear = (module for module in gpt.blocks.modules() if isinstance(module, nn.Linear))
     matrices = [module.weight for module in linear]
     taken |= {id(p) for p in matrices}
     scalars = [p for p in gpt.parameters() if id(p) not in taken]
@@ -38,6 +41,8 @@ def build_optimizers(gpt: GPT, settings: OptimizerSettings) -> list[Optimizer]:
     ]
     if heads:
         groups.append({"params": heads, "lr": settings.head_lr})
+    if learned_steps:
+        groups.append({"params": learned_steps, "lr": settings.learned_step_lr})
     muon = torch.optim.Muon(
         matrices,
         lr=settings.matrix_lr,

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Schedule:
-    """``start_step`` and ``start_fraction`` None mean QAT is never switched on."""
+    """All three starts None mean QAT is never switched on."""
 
     budget_seconds: float | None
     max_steps: int | None
@@ -21,6 +21,9 @@ class Schedule:
     momentum_warmup_steps: int
     start_step: int | None = None
     start_fraction: float | None = None
+    start_lr_scale: float | None = None
+    stop_step: int | None = None
+    ramp_steps: int = 0
 
     def rate(self, step: int, elapsed_seconds: float) -> float:
         """Multiplier of every learning rate: 1, then falling linearly to 0 at the end of the run.
@@ -50,13 +53,27 @@ class Schedule:
         by_clock = elapsed_seconds / self.budget_seconds if self.budget_seconds is not None else 0.0
         return max(by_steps, by_clock)
 
-    def qat_is_on(self, step: int, elapsed_seconds: float) -> bool:
-        """Whether update ``step + 1`` uses snapped weights."""
+    @property
+    def asks_for_qat(self) -> bool:
+        return not (self.start_step is self.start_fraction is self.start_lr_scale is None)
+
+    def qat_starts(self, step: int, elapsed_seconds: float) -> bool:
+        """Whether update ``step + 1`` may be the first on snapped weights (or come after it)."""
         if self.start_step is not None:
             return step >= self.start_step
         if self.start_fraction is not None:
             return self.progress(step, elapsed_seconds) >= self.start_fraction
+        if self.start_lr_scale is not None:
+            return self.rate(step, elapsed_seconds) <= self.start_lr_scale
         return False
+
+    def qat_stopped(self, step: int) -> bool:
+        """Whether update ``step + 1`` comes after the last one that may be on snapped weights."""
+        return self.stop_step is not None and step >= self.stop_step
+
+    def blend(self, qat_steps: int) -> float:
+        """Share of the snapped weights in the update after ``qat_steps`` updates with QAT on."""
+        return min(1.0, (qat_steps + 1) / (self.ramp_steps + 1))
 
     def last_step(self, step_seconds: float) -> float:
         """Estimated number of updates of the whole run."""

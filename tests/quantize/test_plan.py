@@ -19,16 +19,18 @@ def shapes_of(model: torch.nn.Module) -> dict[str, tuple[int, ...]]:
 
 def test_every_tensor_is_planned_and_a_tied_one_once() -> None:
     model = GPT(SHAPE)
-    plan = build_plan(shapes_of(model), Grid(6), RULES)
+    plan = build_plan(shapes_of(model), {"grid": Grid(bits=6)}, RULES)
     assert {e.name for e in plan} == set(dict(model.named_parameters()))
     assert sum(e.name == "tok_emb.weight" for e in plan) == 1
     assert not any(e.name.startswith("lm_head") for e in plan)
-    assert plan.entries["tok_emb.weight"].grid == Grid(6)
+    assert plan.entries["tok_emb.weight"].grid == Grid(bits=6)
     assert plan.entries["blocks.0.resid_mix"].dtype == "fp16"
 
 
 def test_small_matrices_stay_fp16() -> None:
-    plan = build_plan(shapes_of(GPT(SHAPE)), Grid(8), RULES, grid_min_elements=64 * 64 + 1)
+    plan = build_plan(
+        shapes_of(GPT(SHAPE)), {"grid": Grid(bits=8)}, RULES, grid_min_elements=64 * 64 + 1
+    )
     assert plan.entries["blocks.0.attn.c_q.weight"].dtype == "fp16"
     assert plan.entries["blocks.0.mlp.fc.weight"].grid is not None
 
@@ -40,7 +42,7 @@ def test_snapped_means_the_whole_plan() -> None:
         for p in model.parameters():
             p.normal_()
     masters = dict(model.named_parameters())
-    plan = build_plan(shapes_of(model), Grid(6), RULES)
+    plan = build_plan(shapes_of(model), {"grid": Grid(bits=6)}, RULES)
     snapped = plan.snap(masters)
     mix = masters["blocks.1.resid_mix"]
     assert torch.equal(snapped["blocks.1.resid_mix"], mix.half().float())
@@ -51,8 +53,21 @@ def test_snapped_means_the_whole_plan() -> None:
 
 
 def test_json_round_trip() -> None:
-    plan = build_plan(shapes_of(GPT(SHAPE)), Grid(4, group_size=48, step_dtype="bf16"), RULES)
+    grid = Grid(bits=4, group_size=48, step_dtype="bf16")
+    plan = build_plan(shapes_of(GPT(SHAPE)), {"grid": grid}, RULES)
     assert Plan.from_json(plan.as_json()) == plan
+
+
+def test_mixed_precision_by_name() -> None:
+    grids = {"grid": Grid(bits=6), "small": Grid(bits=5), "wide": Grid(bits=8)}
+    rules = {"*_scale": "fp32", "*.mlp.*": "small", "*.attn.c_*": "grid", "tok_emb.*": "wide",
+             "*": "fp16"}  # fmt: skip
+    plan = build_plan(shapes_of(GPT(SHAPE)), grids, rules)
+    assert plan.entries["blocks.0.mlp.fc.weight"].grid == grids["small"]
+    assert plan.entries["blocks.2.attn.c_q.weight"].grid == grids["grid"]
+    assert plan.entries["blocks.2.attn.proj.weight"].dtype == "fp16"
+    assert plan.entries["tok_emb.weight"].grid == grids["wide"]
+    assert plan.label == "int5+int6+int8"
 
 
 @pytest.mark.parametrize(
@@ -60,9 +75,9 @@ def test_json_round_trip() -> None:
     [
         ({"*.weight": "grid"}, "no pattern matches"),
         ({"*": "int8"}, "choose from grid"),
-        ({"*": "fp16"}, "nothing lives on the grid"),
+        ({"*": "fp16"}, "nothing lives on a grid"),
     ],
 )
 def test_bad_rules_are_named(rules: dict[str, str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        build_plan(shapes_of(GPT(SHAPE)), Grid(8), rules)
+        build_plan(shapes_of(GPT(SHAPE)), {"grid": Grid(bits=8)}, rules)

@@ -27,9 +27,14 @@ def model() -> GPT:
     return model
 
 
+def plan_on(model: GPT, grid: Grid) -> Plan:
+    shapes = {n: tuple(p.shape) for n, p in model.named_parameters()}
+    return build_plan(shapes, {"grid": grid}, RULES)
+
+
 @pytest.fixture
 def plan(model: GPT) -> Plan:
-    return build_plan({n: tuple(p.shape) for n, p in model.named_parameters()}, Grid(4), RULES)
+    return plan_on(model, Grid(bits=4))
 
 
 def test_off_gives_masters_and_on_gives_stored_weights(model: GPT, plan: Plan) -> None:

@@ -25,15 +25,21 @@ CASES: list[tuple[tuple[str, ...], str]] = [
     (("~seed",), "~seed: settings cannot be removed"),
     (("seed=abc",), "seed=abc: Value 'abc' of type 'str' could not be converted to Integer"),
     (("model.tie_embeddings=perhaps",), "model.tie_embeddings=perhaps"),
-    (("qat=int66",), "qat=int66: no such option; choose from int4"),
+    (("qat=int66",), "qat=int66: no such option; choose from binary, "),
     (("data=wikipedia",), "data=wikipedia: no such option"),
     (("seed=1,2",), "seed=1,2: several values; add -m"),
     (("seed",), "seed: cannot be read as setting=value"),
     (("qat=int6", "qat.start_step=-1"), "qat.start_step = -1: give 0 or more"),
     (("qat.start_step=-1",), "qat.start_step = -1: give 0 or more"),
-    (("qat=int6", "qat.start_step=5", "qat.start_fraction=0.5"), "two starts"),
+    (("qat=int6", "qat.start_step=5", "qat.start_fraction=0.5"), "2 starts"),
     (("qat=int6", "qat.start_fraction=1.5"), "qat.start_fraction = 1.5"),
     (("qat=int6", "grid=int4"), "qat=int6 grid=int4: training would simulate one grid"),
+    (("qat=int6", "qat.start_step=5", "qat.start_lr_scale=0.5"), "2 starts; give one of them"),
+    (("qat=int6", "qat.start_step=5", "qat.stop_step=3"), "qat.stop_step = 3: must be more than"),
+    (("qat=int6", "qat.gradient=magic"), "qat.gradient = magic: choose from"),
+    (("qat=fp8_e4m3", "qat.gradient=noise"), "qat.gradient = noise: not for fp8_e4m3"),
+    (("qat=int8_golf", "plan=matrices"), "qat=int8_golf plan=matrices"),
+    (("grid.levels=octal",), "grid.levels = octal"),
     (("grid.bits=40",), "grid.bits = 40: give 2 to 8"),
     (("grid.step_rule=max",), "grid.step_rule = max"),
     (("model.dim=66",), "model.dim = 66: must be a multiple of model.num_heads = 4"),
@@ -133,7 +139,7 @@ def test_validation_text_that_is_gone_names_the_settings(program, finished: Path
     assert "data.files" in done.err
 
 
-@pytest.mark.parametrize("arguments", [["seeed=1"], ["--help"], ["-m", "seed=1,2", "qat=int7"]])
+@pytest.mark.parametrize("arguments", [["seeed=1"], ["--help"], ["-m", "seed=1,2", "qat=int77"]])
 def test_mistakes_and_help_do_not_wait_for_torch(arguments: list[str], tmp_path: Path) -> None:
     """As a real process: exit code, one line, and torch never imported."""
     command = [sys.executable, "-X", "importtime", str(ROOT / "train.py"), *arguments]

@@ -46,11 +46,11 @@ def test_momentum_grows_to_its_end() -> None:
 
 def test_start_by_step_by_fraction_and_never() -> None:
     by_step = schedule(max_steps=12, start_step=5)
-    assert [by_step.qat_is_on(step, 0.0) for step in (0, 4, 5, 11)] == [False, False, True, True]
+    assert [by_step.qat_starts(step, 0.0) for step in (0, 4, 5, 11)] == [False, False, True, True]
     by_clock = schedule(budget_seconds=100.0, start_fraction=0.5)
-    assert [by_clock.qat_is_on(7, t) for t in (0.0, 49.9, 50.0)] == [False, False, True]
-    assert schedule(max_steps=1, start_step=0).qat_is_on(0, 0.0)
-    assert not schedule(max_steps=12).qat_is_on(11, 0.0)
+    assert [by_clock.qat_starts(7, t) for t in (0.0, 49.9, 50.0)] == [False, False, True]
+    assert schedule(max_steps=1, start_step=0).qat_starts(0, 0.0)
+    assert not schedule(max_steps=12).qat_starts(11, 0.0)
 
 
 def test_the_nearer_limit_ends_the_run() -> None:
@@ -59,3 +59,14 @@ def test_the_nearer_limit_ends_the_run() -> None:
     assert s.progress(50, 10.0) >= 1.0
     assert s.last_step(0.05) == 100
     assert s.last_step(1.0) == 10
+
+
+def test_start_by_rate_stop_and_ramp() -> None:
+    s = schedule(max_steps=60, start_lr_scale=0.5, stop_step=50, ramp_steps=3)
+    assert not s.qat_starts(44, 0.0)
+    assert s.qat_starts(45, 0.0)
+    assert [s.qat_stopped(step) for step in (49, 50)] == [False, True]
+    assert [s.blend(n) for n in (0, 1, 2, 3, 9)] == [0.25, 0.5, 0.75, 1.0, 1.0]
+    assert schedule(max_steps=1).blend(0) == 1.0
+    assert s.asks_for_qat
+    assert not schedule(max_steps=1).asks_for_qat

@@ -10,11 +10,13 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
+from qat.errors import TrainingError
 from qat.language.batches import BatchShape, TrainingBatches
 from qat.language.gpt import GPT, GPTShape
 from qat.language.shards import TokenStream
 from qat.quantize.grid import Grid
 from qat.quantize.plan import build_plan
+from qat.quantize.straight_through import QatSwitch
 from qat.settings.schema import OptimizerSettings
 from qat.training.clock import TrainingClock
 from qat.training.fit import build_trainer
@@ -24,6 +26,7 @@ from qat.training.schedule import Schedule
 from tests.conftest import GOLF, Done, result_of
 
 RUNS = Path("logs/runs")
+INT4 = Grid(bits=4)
 
 
 def metrics(folder: Path) -> list[dict[str, str]]:
@@ -129,13 +132,17 @@ def test_a_loss_that_is_not_finite_stops_the_run(train) -> None:
     assert not list((RUNS / "nan").glob("*artifact*"))
 
 
-def module(compile_model: bool, start_step: int | None, max_steps: int) -> QatModule:
+def module(
+    compile_model: bool, start_step: int | None, max_steps: int, grid: Grid = INT4
+) -> QatModule:
     torch.manual_seed(0)
     gpt = GPT(GPTShape(512, 2, 32, 4, 2, 2, True))
     shapes = {name: tuple(p.shape) for name, p in gpt.named_parameters()}
-    plan = build_plan(shapes, Grid(4), {"*.weight": "grid", "*": "fp16"})
+    plan = build_plan(shapes, {"grid": grid}, {"*.weight": "grid", "*": "fp16"})
     schedule = Schedule(None, max_steps, 2, 0.85, 0.95, 500, start_step)
-    return QatModule(gpt, plan, schedule, OptimizerSettings(), 1, 1, "fp32", compile_model, 1)
+    return QatModule(
+        gpt, QatSwitch(plan), schedule, OptimizerSettings(), 1, 1, "fp32", compile_model, 1
+    )
 
 
 def fit(module: QatModule) -> None:
@@ -208,3 +215,67 @@ def test_initial_weights_from_a_file(train, tmp_path: Path) -> None:
     done: Done = train("model.init_from=bad.pt")
     assert done.code == 2
     assert "model.init_from=bad.pt" in done.err
+
+
+def test_a_weight_that_bypasses_its_snapped_copy_is_an_error() -> None:
+    """The planted fault: a bank that the forward pass reads from elsewhere."""
+    under_test = module(compile_model=False, start_step=0, max_steps=2)
+    mlp = under_test.gpt.blocks[0].mlp
+    bank = mlp.fc.weight.detach().clone()
+    mlp.forward = lambda x: mlp.proj(torch.relu(x @ bank.T).square())  # type: ignore[method-assign]
+    with pytest.raises(TrainingError, match=r"blocks\.0\.mlp\.fc\.weight"):
+        fit(under_test)
+
+
+def test_liveness_counts_gradients_that_do_not_arrive() -> None:
+    """The planted fault: one matrix's gradient is cut, as by fp8 casts without scaling."""
+    healthy = module(compile_model=False, start_step=0, max_steps=3)
+    fit(healthy)
+    cut = module(compile_model=False, start_step=0, max_steps=3)
+    weights, name = cut.switch.weights, "tok_emb.weight"
+
+    def without_gradient(masters: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        seen = weights(masters)
+        return seen | {name: seen[name].detach() + 0 * masters[name]}
+
+    cut.switch.weights = without_gradient  # type: ignore[method-assign]
+    fit(cut)
+    assert healthy.nonzero_gradient_share > 0.9
+    assert cut.nonzero_gradient_share < healthy.nonzero_gradient_share - 0.1
+    assert healthy.progress.qat_last_step == 3
+
+
+def test_stop_step_ends_qat(train) -> None:
+    assert train("qat=int4", "qat.start_step=3", "qat.stop_step=8", "run_name=s").code == 0
+    result = result_of(RUNS / "s")
+    assert (result["qat_first_step"], result["qat_last_step"], result["qat_steps"]) == (4, 8, 5)
+    assert result["on_grid_share"] < 1.0
+
+
+def test_start_by_learning_rate(train) -> None:
+    """Rates fall over the last 4 of 12 updates: 1, .75, .5, .25."""
+    assert train("qat=int4", "qat.start_lr_scale=0.5", "run_name=s").code == 0
+    assert result_of(RUNS / "s")["qat_first_step"] == 11
+
+
+def test_learned_steps_learn_and_stay_out_of_muon() -> None:
+    lsq = Grid(bits=4, step_rule="learned", step_floor=1e-3)
+    under_test = module(compile_model=False, start_step=1, max_steps=4, grid=lsq)
+    fit(under_test)
+    steps = under_test.switch.learned_steps
+    assert set(steps) == {e.name for e in under_test.switch.plan.on_grid}
+    fresh = under_test.switch.plan.encode(under_test.masters)
+    found = {item.entry.name: item.floats.float() for item in fresh if item.coded is not None}
+    assert any(not torch.equal(steps[name].half().float(), found[name]) for name in steps)
+    assert under_test.on_grid_share == 1.0
+
+
+@pytest.mark.parametrize("rule", ["clipped", "soft_round", "noise"])
+def test_every_gradient_rule_trains(rule: str, train) -> None:
+    done = train("qat=int4", f"qat.gradient={rule}", "qat.start_step=3", "run_name=g")
+    assert done.code == 0, done.err
+    result = result_of(RUNS / "g")
+    assert result["qat_steps"] == 9
+    if rule == "clipped":
+        assert result["on_grid_share"] == 1.0
+    assert abs(result["val_bpb_snapped"] - result["val_bpb_artifact"]) < 1e-9

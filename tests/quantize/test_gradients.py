@@ -1,0 +1,125 @@
+"""Gradient rules against their formulas, element by element."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from qat.quantize.gradients import RULES, see, temperature
+from qat.quantize.grid import Grid
+from qat.quantize.plan import build_plan
+from qat.quantize.rounding import encode, snap
+from qat.quantize.straight_through import QatSwitch
+
+GRID = Grid(bits=4, step_rule="sigma", sigma=2.0, group_size=10, step_dtype="fp32")
+
+
+@pytest.fixture
+def w() -> torch.Tensor:
+    return torch.randn(6, 25, generator=torch.Generator().manual_seed(0))
+
+
+def per_weight(steps: torch.Tensor) -> torch.Tensor:
+    return steps.float().repeat_interleave(10, 1)[:, :25]
+
+
+def gradient(w: torch.Tensor, rule: str, grid: Grid = GRID, step_gradient: bool = False):
+    """(seen, dL/dw, dL/dstep) for L = sum(c * seen) with fixed random c, through the switch."""
+    plan = build_plan({"w": tuple(w.shape)}, {"grid": grid}, {"*": "grid"})
+    switch = QatSwitch(plan, rule)
+    master = torch.nn.Parameter(w.clone())
+    switch.refresh({"w": master}, True, progress=0.5)
+    seen = switch.weights({"w": master})["w"]
+    c = torch.randn(w.shape, generator=torch.Generator().manual_seed(1))
+    (c * seen).sum().backward()
+    steps = next(iter(switch.parameters()), None)
+    return seen.detach(), master.grad, c, steps
+
+
+def test_identity(w: torch.Tensor) -> None:
+    seen, grad, c, _ = gradient(w, "identity")
+    assert torch.equal(seen, snap(w, GRID))
+    assert torch.equal(grad, c)
+
+
+def test_clipped_is_zero_outside_the_clip(w: torch.Tensor) -> None:
+    seen, grad, c, _ = gradient(w, "clipped")
+    x = w / per_weight(encode(w, GRID).steps)
+    outside = x.abs() > 7.5
+    assert outside.any()
+    assert torch.equal(seen, snap(w, GRID))
+    assert torch.equal(grad, torch.where(outside, torch.zeros(()), c))
+
+
+def test_soft_round_slope_is_its_derivative(w: torch.Tensor) -> None:
+    """Against autograd through the formula, with the step held."""
+    seen, grad, c, _ = gradient(w, "soft_round")
+    t = temperature(0.5)
+    steps = per_weight(encode(w, GRID).steps)
+    free = w.double().requires_grad_()
+    x = free / steps.double()
+    r = x - x.detach().floor() - 0.5
+    soft = x.detach().floor() + 0.5 + torch.tanh(r / t) / (2 * math.tanh(0.5 / t))
+    value = soft.clamp(-7, 7) * steps
+    (c * value).sum().backward()
+    inside = (x.abs() <= 7.0).detach()
+    assert torch.allclose(seen.double(), value.detach(), atol=1e-5)
+    assert free.grad is not None
+    assert torch.allclose(grad.double()[inside], free.grad[inside], atol=1e-4)
+
+
+def test_soft_round_hardens(w: torch.Tensor) -> None:
+    error = [
+        (see(w, GRID, "soft_round", progress=p).weight - snap(w, GRID)).abs().mean()
+        for p in (0.0, 0.5, 1.0)
+    ]
+    assert error[0] > error[1] > error[2]
+    assert temperature(0.0) == 1.0
+
+
+def test_noise_is_half_a_step_uniform_and_equal_for_equal_seeds(w: torch.Tensor) -> None:
+    seen, grad, c, _ = gradient(w, "noise")
+    again, *_ = gradient(w, "noise")
+    assert torch.equal(seen, again)
+    assert torch.equal(grad, c)
+    noise = (seen - w) / per_weight(encode(w, GRID).steps)
+    assert noise.abs().max() <= 0.5 + 1e-5
+    assert noise.std() == pytest.approx(1 / math.sqrt(12), rel=0.15)
+
+
+def test_learned_step_has_the_lsq_gradient(w: torch.Tensor) -> None:
+    """LSQ eq. 3 and its gradient scale 1/sqrt(N Qp), written out plainly."""
+    grid = Grid(bits=3, step_rule="learned", group_size=10, step_dtype="fp32")
+    seen, grad, c, steps = gradient(w, "identity", grid)
+    assert steps is not None
+    s = per_weight(steps.detach())
+    x = w / s
+    code = x.round().clamp(-3, 3)
+    assert torch.equal(seen, code * s + 0.0)
+    inside = x.abs() < 3
+    assert torch.equal(grad, torch.where(inside, c, torch.zeros(())))
+    slope = torch.where(inside, code - x, code)
+    for group, columns in enumerate(((0, 10), (10, 20), (20, 25))):
+        part = slice(*columns)
+        n = columns[1] - columns[0]
+        expected = (c * slope)[:, part].sum(1) / math.sqrt(n * 3)
+        assert torch.allclose(steps.grad[:, group], expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_zero_rows_pass_gradients(rule: str) -> None:
+    """Zero-initialised projections must be able to leave zero."""
+    w = torch.zeros(3, 25)
+    seen, grad, _, _ = gradient(w, rule, Grid(bits=4, group_size=10))
+    assert not seen.any()
+    assert (grad != 0).all()
+
+
+def test_ramp_blends_masters_and_snapped(w: torch.Tensor) -> None:
+    plan = build_plan({"w": (6, 25)}, {"grid": GRID}, {"*": "grid"})
+    switch, masters = QatSwitch(plan), {"w": torch.nn.Parameter(w)}
+    switch.refresh(masters, True, blend=0.25)
+    seen = switch.weights(masters)["w"]
+    assert torch.allclose(seen, 0.75 * w + 0.25 * snap(w, GRID), atol=1e-6)
