@@ -108,6 +108,12 @@ class Grid:
             "step_rule",
             f"{self.levels} steps cannot be learned",
         )
+        require(
+            self.step_rule != "learned" or self.code_step_dtype is None,
+            "code_step_dtype",
+            "a learned step codes and decodes; leave it null",
+        )
+        require(not (self.refit and self.step_rule == "learned"), "refit", "not of learned steps")
         require(not self.refit or self.levels == "ternary", "refit", "is for ternary levels")
 
     @property

@@ -96,19 +96,49 @@ def _least_square_clip(view: Tensor, amax: Tensor, grid: Grid) -> Tensor:
     return best_clip
 
 
-def _float_step(view: Tensor, grid: Grid) -> tuple[Tensor, Tensor | None]:
-    """Steps before rounding, and zero points of an asymmetric grid; both (rows, groups)."""
+class _Scale(NamedTuple):
+    """Of one view, each (rows, groups): step before rounding, zero points, clip if it must bind."""
+
+    step: Tensor
+    zero: Tensor | None = None
+    clip: Tensor | None = None
+
+
+def _find_scale(view: Tensor, grid: Grid) -> _Scale:
     if grid.step_rule == "fixed":
-        return torch.full_like(view[..., 0], grid.fixed_step or 0.0), None
+        return _Scale(torch.full_like(view[..., 0], grid.fixed_step or 0.0))
     if grid.step_rule == "absmean" or grid.levels == "binary":
-        return view.abs().mean(-1).clamp_min(grid.step_floor), None
+        return _Scale(view.abs().mean(-1).clamp_min(grid.step_floor))
     if grid.range == "asymmetric":
         low, high = grid.code_limits
         lowest, highest = view.amin(-1).clamp_max(0.0), view.amax(-1).clamp_min(0.0)
         step = ((highest - lowest) / (high - low)).clamp_min(grid.step_floor)
         rounded = step.to(DTYPES[grid.step_dtype]).float()
-        return step, (low - in_step_units(lowest, rounded)).round().clamp(low, high)
-    return _clip_to_step(_clip(view, grid), grid), None
+        return _Scale(step, (low - in_step_units(lowest, rounded)).round().clamp(low, high))
+    clip = _clip(view, grid)
+    # Where a floor binds, codes do not reach their limits, and the clip has to do the clipping.
+    binds = grid.step_floor > 0.0 and grid.step_rule in ("percentile", "sigma")
+    return _Scale(_clip_to_step(clip, grid), clip=clip if binds else None)
+
+
+def _encode_view(view: Tensor, grid: Grid, scale: _Scale) -> tuple[Tensor, Tensor]:
+    """(codes as float32 numbers, steps in their storage dtype) of one view."""
+    kept = scale.step.to(DTYPES[grid.step_dtype])
+    code_step = kept.float()
+    if grid.code_step_dtype is not None:
+        code_step = scale.step.to(DTYPES[grid.code_step_dtype]).float()
+    if scale.clip is not None:
+        view = view.clamp(-scale.clip[..., None], scale.clip[..., None])
+    x = in_step_units(view, code_step[..., None])
+    if scale.zero is not None:
+        return x.round().add_(scale.zero[..., None]).clamp_(*grid.code_limits), kept
+    code = round_to_codes(x, grid)
+    if grid.levels == "binary":
+        code = code * (code_step > 0)[..., None]
+    if grid.refit:
+        mean = code.abs().mean(-1)
+        kept = torch.where(mean > 0, code_step / mean, code_step).to(kept.dtype)
+    return code, kept
 
 
 def encode(w: Tensor, grid: Grid, steps: Tensor | None = None) -> Codes:
@@ -117,42 +147,17 @@ def encode(w: Tensor, grid: Grid, steps: Tensor | None = None) -> Codes:
     ``steps`` (rows, groups) are learned ones; without them the grid's own rule finds them.
     """
     views = group_views(w, grid)
-    dtype = DTYPES[grid.step_dtype]
-    given = [None] * len(views) if steps is None else split_steps(steps, views)
-    codes, stored, zeros = [], [], []
-    for view, given_step in zip(views, given, strict=True):
-        zero = None
-        if given_step is None:
-            float_step, zero = _float_step(view, grid)
-        else:
-            float_step = given_step[..., 0].clamp_min(grid.step_floor)
-        kept = float_step.to(dtype)
-        code_dtype = DTYPES[grid.code_step_dtype] if grid.code_step_dtype else dtype
-        code_step = float_step.to(code_dtype).float()[..., None]
-        if grid.step_floor and grid.step_rule in ("percentile", "sigma"):
-            clip = _clip(view, grid)[..., None]  # where the floor binds, the clip still clips
-            view = view.clamp(-clip, clip)
-        x = in_step_units(view, code_step)
-        if zero is None:
-            code = round_to_codes(x, grid)
-        else:
-            low, high = grid.code_limits
-            code = x.round().add_(zero[..., None]).clamp_(low, high)
-            zeros.append(zero.to(torch.int8))
-        if grid.levels == "binary":
-            code = code * (code_step > 0)
-        if grid.refit:
-            mean = code.abs().mean(-1)
-            kept = torch.where(mean > 0, code_step[..., 0] / mean, float_step).to(dtype)
-        codes.append(
-            code.to(FP8[grid.levels]).view(torch.int8)
-            if grid.levels in FP8
-            else code.to(torch.int8)
-        )
-        stored.append(kept)
+    if steps is None:
+        scales = [_find_scale(view, grid) for view in views]
+    else:
+        given = split_steps(steps, views)
+        scales = [_Scale(step[..., 0].clamp_min(grid.step_floor)) for step in given]
+    encoded = [_encode_view(v, grid, scale) for v, scale in zip(views, scales, strict=True)]
+    codes = join_groups([code for code, _ in encoded], w.shape)
+    zeros = [scale.zero.to(torch.int8) for scale in scales if scale.zero is not None]
     return Codes(
-        join_groups(codes, w.shape),
-        torch.cat(stored, dim=1),
+        codes.to(FP8[grid.levels]).view(torch.int8) if grid.levels in FP8 else codes.to(torch.int8),
+        torch.cat([kept for _, kept in encoded], dim=1),
         torch.cat(zeros, dim=1) if zeros else None,
     )
 
@@ -165,9 +170,8 @@ def decode(coded: Codes, grid: Grid) -> Tensor:
         zeros = split_steps(coded.zeros.float(), views)
         views = [view - zero for view, zero in zip(views, zeros, strict=True)]
     steps = split_steps(coded.steps.float(), views)
-    # Adding 0 turns -0 into +0, so that equal weights are equal bits.
-    views = [view * step + 0.0 for view, step in zip(views, steps, strict=True)]
-    return join_groups(views, coded.codes.shape)
+    weights = join_groups([v.mul_(s) for v, s in zip(views, steps, strict=True)], codes.shape)
+    return weights.add_(0.0)  # -0 becomes +0, so that equal weights are equal bits
 
 
 def snap(w: Tensor, grid: Grid, steps: Tensor | None = None) -> Tensor:

@@ -1,0 +1,108 @@
+"""What snapping costs: the 9x512 model's matrices, this project's grids against the field's ways.
+
+    .venv/bin/python benchmarks/snap.py            # table on stdout, JSON in logs/snap.json
+
+Rows, measured in turn in one process, medians of ``REPEATS``; ratios hold on a noisy machine, times
+do not:
+
+    amax, eager / compiled   a plain per-row int8 fake quantization, one tensor after the other
+    quantile                 the same with torch.quantile (PR 145: +20 % per step)
+    torchao                  IntxFakeQuantizer, int8 per row
+    ours                     ``Plan.snap`` on each grid
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from qat.language.gpt import GPT, GPTShape  # noqa: E402
+from qat.quantize.grid import Grid  # noqa: E402
+from qat.quantize.plan import build_plan  # noqa: E402
+
+REPEATS = 15
+GOLF = GPTShape(1024, 9, 512, 8, 4, 2, True)
+OURS = {
+    "int8 percentile": Grid(bits=8, step_rule="percentile"),
+    "int8 amax": Grid(bits=8),
+    "int6 amax": Grid(bits=6),
+    "int4 g64": Grid(bits=4, group_size=64),
+    "int8_golf": Grid(bits=8, step_rule="percentile", step_floor=1 / 127, code_step_dtype="fp32"),
+    "ternary": Grid("ternary", step_rule="absmean", refit=True),
+}
+
+
+def amax_fake_quant(w: torch.Tensor) -> torch.Tensor:
+    step = (w.abs().amax(1, keepdim=True) / 127).half().float()
+    return (w / step).round().clamp(-127, 127) * step
+
+
+def quantile_fake_quant(w: torch.Tensor) -> torch.Tensor:
+    step = (torch.quantile(w.abs(), 0.9999984, dim=1, keepdim=True) / 127).half().float()
+    return (w / step).round().clamp(-127, 127) * step
+
+
+def torchao_fake_quant() -> Callable[[torch.Tensor], torch.Tensor]:
+    from torchao.quantization.qat import IntxFakeQuantizeConfig
+    from torchao.quantization.qat.fake_quantizer import IntxFakeQuantizer
+
+    config = IntxFakeQuantizeConfig(torch.int8, "per_channel", is_symmetric=True)
+    return IntxFakeQuantizer(config)
+
+
+def main() -> None:
+    torch.manual_seed(0)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    with torch.no_grad():
+        weights = {
+            name: torch.randn_like(p, device=device)
+            for name, p in GPT(GOLF).named_parameters()
+            if name.endswith(".weight")
+        }
+    shapes = {name: tuple(w.shape) for name, w in weights.items()}
+
+    def each(function: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[], object]:
+        return lambda: [function(w) for w in weights.values()]
+
+    arms: dict[str, Callable[[], object]] = {
+        "amax, compiled": each(torch.compile(amax_fake_quant, dynamic=False)),
+        "amax, eager": each(amax_fake_quant),
+        "quantile": each(quantile_fake_quant),
+        "torchao": each(torchao_fake_quant()),
+    }
+    for name, grid in OURS.items():
+        plan = build_plan(shapes, {"grid": grid}, {"*": "grid"})
+        arms[f"ours: {name}"] = lambda plan=plan: plan.snap(weights)
+
+    seconds: dict[str, list[float]] = {name: [] for name in arms}
+    with torch.no_grad():
+        for turn in range(REPEATS + 2):  # the first two warm up
+            for name, arm in arms.items():
+                started = time.perf_counter()
+                arm()
+                if device.type == "cuda":
+                    torch.cuda.synchronize()
+                if turn >= 2:
+                    seconds[name].append(time.perf_counter() - started)
+    medians = {name: statistics.median(times) for name, times in seconds.items()}
+    base, slow = medians["amax, compiled"], medians["quantile"]
+    elements = sum(w.numel() for w in weights.values())
+    print(f"{elements:,} weights, {device}, {torch.get_num_threads()} threads")
+    print(f"{'':22} {'ms':>8} {'x compiled amax':>16} {'quantile / this':>16}")
+    for name, median in medians.items():
+        print(f"{name:22} {1e3 * median:8.1f} {median / base:16.2f} {slow / median:16.2f}")
+    out = ROOT / "logs" / "snap.json"
+    out.write_text(json.dumps({"weights": elements, "device": str(device), "seconds": medians}))
+
+
+if __name__ == "__main__":
+    main()
