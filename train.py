@@ -15,7 +15,7 @@ from pathlib import Path
 
 from qat.errors import TrainingError, UserError
 from qat.settings import checks, machine
-from qat.settings.command_line import Job, Program, main
+from qat.settings.command_line import INTERRUPTED, Job, Program, main
 from qat.settings.schema import TrainSettings
 
 log = logging.getLogger("qat")
@@ -42,6 +42,10 @@ def run(s: TrainSettings, job: Job) -> int:
     except (UserError, TrainingError) as error:
         log.error("error: %s", error)
         return training_run.fail(str(error), error.exit_code)
+    except (KeyboardInterrupt, SystemExit):  # Lightning turns the first into the second
+        log.error("error: interrupted")
+        training_run.fail("interrupted", INTERRUPTED)
+        raise KeyboardInterrupt from None  # ends a sweep too
     except Exception as error:
         log.exception("the run failed")
         return training_run.fail(f"{type(error).__name__}: {error}", 1)

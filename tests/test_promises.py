@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import re
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -141,3 +145,23 @@ def test_shards_given_by_path_replace_any_source(program) -> None:
     result = result_of(RUNS / "shards")
     assert value(done.out, "val_bpb") == pytest.approx(result["val_bpb_artifact"], abs=1e-9)
     assert program("eval.py", f"artifact={path}").code == 2
+
+
+def test_ctrl_c_is_recorded_and_exits_130(tiny: list[str], tmp_path: Path) -> None:
+    """A real process, interrupted in the middle of training."""
+    command = [sys.executable, str(ROOT / "train.py"), *tiny, "max_steps=null", "budget_seconds=99",
+               "run_name=stopped", "logger.every_steps=1"]  # fmt: skip
+    process = subprocess.Popen(
+        command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    metrics = tmp_path / "logs/runs/stopped/metrics.csv"
+    deadline = time.monotonic() + 60
+    while not metrics.exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert "interrupted" in err
+    assert "Traceback" not in err
+    result = result_of(metrics.parent)
+    assert (result["status"], result["error"]) == ("failed", "interrupted")

@@ -34,6 +34,7 @@ CONF = Path(__file__).resolve().parents[2] / "conf"
 SCHEMAS = {"train": TrainSettings, "eval": EvalTaskSettings}
 # Prose and paths, taken as typed: Hydra's grammar would trip over ',' or '(' in them.
 VERBATIM_KEYS = ("prompt", "artifact", "run", "runs")
+INTERRUPTED = 130  # as shells say it
 SWEEP_FLAGS = ("-m", "--multirun")
 
 
@@ -63,6 +64,8 @@ def main(program: Program) -> int:
         ConfigStore.instance().store(name=f"{name}_schema", node=schema)
     try:
         return _main(program)
+    except KeyboardInterrupt:
+        return INTERRUPTED
     except UserError as error:
         say_error(str(error))
     except (HydraException, OmegaConfBaseException) as error:
