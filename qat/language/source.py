@@ -121,7 +121,12 @@ def _from_documents(
     key = hashlib.sha256(json.dumps(key_parts).encode()).hexdigest()[:16]
     identity = {"name": name, "cache_key": key, "val_fraction": val_fraction}
     folder = cache_dir / key
-    cache_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        cache_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"data.cache_dir={cache_dir}: cannot write there ({error.strerror})"
+        ) from None
     with filelock.FileLock(cache_dir / f"{key}.lock"):
         if not (folder / NOTES_FILE).is_file():
             temporary = cache_dir / f"{key}.tmp"

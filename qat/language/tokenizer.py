@@ -114,7 +114,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, path: Path) -> Tokeni
             minloglevel=2,
         )
     except RuntimeError as error:
-        reason = " ".join(str(error).split("] ")[-1].split())
+        reason = " ".join(str(error).split("] ")[-1].split()) or "there is no text to train on"
         raise UserError(f"model.vocab_size = {vocab_size}: no such vocabulary: {reason}") from None
     path.write_bytes(model.getvalue())
     tokenizer = Tokenizer(path)

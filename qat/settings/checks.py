@@ -7,6 +7,7 @@ run is what ran.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import replace
@@ -17,6 +18,7 @@ from qat.settings.schema import (
     DataSettings,
     EvalTaskSettings,
     ModelSettings,
+    OptimizerSettings,
     QatSettings,
     TrainSettings,
 )
@@ -46,7 +48,8 @@ def resolve_train(settings: TrainSettings, choices: Mapping[str, str | None]) ->
     UserError for anything impossible or contradictory.
     """
     s = settings
-    _at_least("seed", s.seed, 0)
+    _check_seed(s.seed)
+    _check_optimizer(s.optimizer)
     _require(
         s.budget_seconds is not None or s.max_steps is not None,
         "budget_seconds",
@@ -54,7 +57,7 @@ def resolve_train(settings: TrainSettings, choices: Mapping[str, str | None]) ->
         "max_steps is null too, so the run would never end; give one of them",
     )
     _require(
-        s.budget_seconds is None or s.budget_seconds > 0,
+        s.budget_seconds is None or 0 < s.budget_seconds < math.inf,
         "budget_seconds",
         s.budget_seconds,
         "give more than 0 seconds, or null",
@@ -63,7 +66,6 @@ def resolve_train(settings: TrainSettings, choices: Mapping[str, str | None]) ->
     _at_least("limit_bytes", s.limit_bytes, 1)
     _at_least("schedule.warmdown_steps", s.schedule.warmdown_steps, 0)
     _at_least("schedule.warmup_steps", s.schedule.warmup_steps, 0)
-    _at_least("optimizer.momentum_warmup_steps", s.optimizer.momentum_warmup_steps, 0)
     _at_least("logger.every_steps", s.logger.every_steps, 1)
     _one_of("precision", s.precision, ("auto", "bf16", "fp32"))
     _one_of("eval.precision", s.eval.precision, ("fp32", "bf16"))
@@ -83,6 +85,19 @@ def resolve_train(settings: TrainSettings, choices: Mapping[str, str | None]) ->
         compile=str(machine.has_cuda()).lower() if compile_choice == "auto" else compile_choice,
         qat=_resolve_start(s),
     )
+
+
+def _check_seed(seed: int) -> None:
+    _require(0 <= seed < 2**63, "seed", seed, "give 0 to 2^63 - 1")
+
+
+def _check_optimizer(o: OptimizerSettings) -> None:
+    _at_least("optimizer.momentum_warmup_steps", o.momentum_warmup_steps, 0)
+    for name, value in vars(o).items():
+        if name.endswith("_lr"):
+            _require(0 <= value < math.inf, f"optimizer.{name}", value, "give 0 or more")
+        elif name != "momentum_warmup_steps":
+            _require(0 <= value < 1, f"optimizer.{name}", value, "give 0 or more, below 1")
 
 
 def _check_name(setting: str, name: str | None) -> None:
@@ -222,7 +237,7 @@ def resolve_eval(settings: EvalTaskSettings, choices: Mapping[str, str | None]) 
             s.artifact,
             "give artifact=PATH or run=RUN (one of them)",
         )
-    _at_least("seed", s.seed, 0)
+    _check_seed(s.seed)
     _at_least("seq_len", s.seq_len, 1)
     _at_least("sample.max_tokens", s.sample.max_tokens, 1)
     _at_least("sample.temperature", s.sample.temperature, 0)

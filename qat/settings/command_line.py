@@ -68,7 +68,8 @@ def main(program: Program) -> int:
         return INTERRUPTED
     except UserError as error:
         say_error(str(error))
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
+        # ValueError: what Hydra says of a group set to null; errors of a run do not come here.
         say_error(explain(error, program.config_name))
     return UserError.exit_code
 

@@ -18,20 +18,21 @@ def claim(parent: Path, typed_name: str | None, default_name: str) -> Path:
     """Make the folder; a typed name already used is an error, a default one gets a number."""
     try:
         parent.mkdir(parents=True, exist_ok=True)
-        if typed_name is not None:
-            folder = parent / typed_name
-            folder.mkdir()
-            return folder
-        for number in itertools.count(1):
-            folder = parent / (default_name if number == 1 else f"{default_name}-{number}")
-            if not folder.exists():
-                folder.mkdir()
-                return folder
-    except FileExistsError:
-        raise UserError(f"run_name={typed_name}: {parent / str(typed_name)} is there already; "
-                        "give another name") from None  # fmt: skip
     except OSError as error:
         raise UserError(f"runs_dir={parent}: cannot write there ({error.strerror})") from None
+    for number in itertools.count(1):
+        suffix = "" if number == 1 else f"-{number}"
+        folder = parent / (typed_name or default_name + suffix)
+        try:
+            folder.mkdir()
+            return folder
+        except FileExistsError:
+            if typed_name is not None:
+                raise UserError(
+                    f"run_name={typed_name}: {folder} is there already; give another name"
+                ) from None
+        except OSError as error:
+            raise UserError(f"runs_dir={parent}: cannot write there ({error.strerror})") from None
     raise AssertionError("unreachable")
 
 

@@ -51,6 +51,13 @@ CASES: list[tuple[tuple[str, ...], str]] = [
     (("max_steps=null",), "budget_seconds = null: max_steps is null too"),
     (("max_steps=0",), "max_steps = 0: give 1 or more"),
     (("budget_seconds=0",), "budget_seconds = 0"),
+    (("budget_seconds=inf",), "budget_seconds = inf"),
+    (("seed=99999999999999999999",), "seed = 99999999999999999999"),
+    (("optimizer.matrix_lr=-1",), "optimizer.matrix_lr = -1.0"),
+    (("optimizer.adam_beta1=1.5",), "optimizer.adam_beta1 = 1.5"),
+    (("qat=null",), "must be a string"),
+    (("runs_dir=/proc/no",), "runs_dir=/proc/no: cannot write there"),
+    (("data.cache_dir=/proc/no",), "data.cache_dir=/proc/no: cannot write there"),
     (("limit_bytes=0",), "limit_bytes = 0: give 1 or more"),
     (("precision=fp8",), "precision = fp8: choose from auto, bf16, fp32"),
     (("compile=maybe",), "compile = maybe"),
@@ -70,7 +77,7 @@ CASES: list[tuple[tuple[str, ...], str]] = [
     (("model.init_from=none.pt",), "model.init_from=none.pt: not weights of this model"),
     (("plan.rules={skip_weights: int9}",), "plan.rules: 'int9' for skip_weights"),
     (("-m", "seed=1,2", "run_name=same"), "run_name=same: 2 jobs would share it"),
-    (("-m", "seed=1,-2"), "seed = -2: give 0 or more"),
+    (("-m", "seed=1,-2"), "seed = -2: give 0 to 2^63"),
     (("-m", "qat=none,int6", "grid=int4"), "qat=int6 grid=int4"),
 ]  # fmt: skip
 
