@@ -188,10 +188,11 @@ class QatModule(LightningModule):
         p.elapsed_seconds = self.clock.agree()
 
     def _switch_for_next_step(self) -> None:
-        """Snap for the next update, if QAT is (still) on by then."""
+        """Snap for the next update, if there is one and QAT is (still) on by then."""
         p, s = self.progress, self.schedule
         now = s.progress(p.step, p.elapsed_seconds)
-        if self._switched_at is None and s.qat_starts(p.step, p.elapsed_seconds):
+        is_over = now >= 1.0  # too late to start: no update would see it
+        if self._switched_at is None and not is_over and s.qat_starts(p.step, p.elapsed_seconds):
             self._switched_at = now
         start = self._switched_at
         is_on = start is not None and not s.qat_stopped(p.step)

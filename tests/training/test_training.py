@@ -74,8 +74,9 @@ def test_always_on_by_fraction_and_the_default(train) -> None:
     assert result_of(RUNS / "default")["qat_first_step"] == 7
 
 
-def test_a_start_out_of_reach_is_said_loudly_and_marked(train) -> None:
-    done = train("qat=int8", "qat.start_step=6000", "run_name=never")
+@pytest.mark.parametrize("start", ["start_step=6000", "start_step=12", "start_fraction=1.0"])
+def test_a_start_out_of_reach_is_said_loudly_and_marked(start: str, train) -> None:
+    done = train("qat=int8", f"qat.{start}", "run_name=never")
     assert done.code == 0
     assert "QAT WILL NEVER START" in done.err
     assert "qat.start_fraction" in done.err
