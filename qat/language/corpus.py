@@ -128,9 +128,10 @@ def text_documents(files: list[Path]) -> Iterator[str]:
 
 
 def content_sha256(files: list[Path]) -> str:
-    """Hash of the files' bytes in order."""
+    """Hash of the files' kinds and bytes in order; the kind decides how bytes are read."""
     digest = hashlib.sha256()
     for path in files:
+        digest.update(path.suffix.encode())
         digest.update(path.stat().st_size.to_bytes(8, "little"))
         with open(path, "rb") as file:
             while chunk := file.read(READ_BYTES):

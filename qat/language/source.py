@@ -29,7 +29,7 @@ from qat.language.tokenizer import Tokenizer, countable, train_tokenizer
 if TYPE_CHECKING:
     from qat.settings.schema import DataSettings
 
-LAYOUT = 1  # of the cache; raise it when the preparation below changes what it writes
+LAYOUT = 2  # of the cache; raise it when the preparation below changes what it writes
 ENCODE_DOCUMENTS = 1_024
 YARDSTICK_BYTES = 8_000_000
 SPLIT_HASH_BYTES = 8

@@ -183,3 +183,13 @@ def test_offline_the_hub_says_the_command(monkeypatch: pytest.MonkeyPatch, tmp_p
     with pytest.raises(UserError, match="hf download some/repo --repo-type dataset") as caught:
         hub.from_hub("some/repo", "main", "fineweb10B_sp1024", 1)
     assert "\n" not in str(caught.value)
+
+
+def test_equal_bytes_of_another_kind_are_other_documents(tmp_path: Path, cache_dir: Path) -> None:
+    lines = "".join(json.dumps({"text": f"line {n} of a file"}) + "\n" for n in range(30000))
+    for name in ("a.jsonl", "a.txt"):
+        (tmp_path / name).write_text(lines)
+    parsed = source.from_text([str(tmp_path / "a.jsonl")], 300, 0.2, cache_dir)
+    raw = source.from_text([str(tmp_path / "a.txt")], 300, 0.2, cache_dir)
+    assert documents(parsed, "train")[0].startswith("line ")
+    assert documents(raw, "train")[0].startswith("{")
