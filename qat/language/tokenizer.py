@@ -17,7 +17,6 @@ from qat.language.shards import TokenStream
 
 SPACE = "\u2581"
 BOS_ID = 1
-MAX_VOCAB_SIZE = 65_536  # token ids are stored as uint16
 TRAINING_TEXT_BYTES = 64_000_000
 SAMPLE_TOKENS = 1_000_000
 

@@ -11,7 +11,7 @@ from qat.errors import UserError
 from qat.study import provenance
 
 CONFIG, OVERRIDES, LOG, CHECKPOINT = "config.yaml", "overrides.yaml", "train.log", "checkpoint.ckpt"
-ARTIFACT, EXPORTS = "artifact.qat", "exports"
+EXPORTS = "exports"
 
 
 def claim(parent: Path, typed_name: str | None, default_name: str) -> Path:
