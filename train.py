@@ -43,7 +43,6 @@ def run(s: TrainSettings, job: Job) -> int:
         log.error("error: %s", error)
         return training_run.fail(str(error), error.exit_code)
     except (KeyboardInterrupt, SystemExit):  # Lightning turns the first into the second
-        log.error("error: interrupted")
         training_run.fail("interrupted", INTERRUPTED)
         raise KeyboardInterrupt from None  # ends a sweep too
     except Exception as error:
@@ -57,7 +56,7 @@ def train(s: TrainSettings, training_run) -> int:
     import torch
 
     from qat.artifact.code_bytes import count_code_bytes
-    from qat.artifact.export import export
+    from qat.artifact.export import ARTIFACT, export
     from qat.evaluation.open_model import artifact_meta
     from qat.evaluation.score import Scorer
     from qat.language.batches import BatchShape
@@ -73,8 +72,9 @@ def train(s: TrainSettings, training_run) -> int:
     tokenizer.check_vocab_size(s.model.vocab_size)
     train_stream = TokenStream(source.train_files, "data.train_files")
     val_stream = TokenStream(source.val_files, "data.val_files")
-    for stream in (train_stream, val_stream):
-        stream.check_ids(s.model.vocab_size)
+    if machine.rank() == 0:  # reads every token
+        for stream in (train_stream, val_stream):
+            stream.check_ids(s.model.vocab_size)
     gpt = build_gpt(s.model, s.seed)
     plan = plan_of(gpt.shape, s.grid, s.plan)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -82,7 +82,7 @@ def train(s: TrainSettings, training_run) -> int:
         gpt.shape, val_stream, tokenizer.byte_table, s.seq_len, s.eval.batch_tokens,
         s.eval.precision, device, training_run.console,
     )  # fmt: skip
-    training_run.start(source, len(train_stream), len(val_stream), plan)
+    training_run.start(source, tokenizer, train_stream, val_stream, plan)
 
     callbacks = [
         Forecast(plan, s.limit_bytes, count_code_bytes()),
@@ -95,7 +95,7 @@ def train(s: TrainSettings, training_run) -> int:
     masters = {name: p.detach().to(device) for name, p in gpt.named_parameters()}
     steps = {name: step.to(device) for name, step in outcome.learned_steps.items()}
     meta = artifact_meta(gpt.shape, s.seq_len, tokenizer.sha256, source.identity)
-    path = training_run.path("artifact.qat")
+    path = training_run.path(ARTIFACT)
     writes = machine.rank() == 0
     exported = trainer.strategy.broadcast(
         export(masters, plan, meta, s.artifact.coder, path, s.limit_bytes, steps)
@@ -115,11 +115,10 @@ def train(s: TrainSettings, training_run) -> int:
 
 def after_sweep(folder: Path, num_jobs: int) -> int:
     """Print the paired table of a sweep; the highest exit code of its runs."""
-    from qat.study.report import report
+    from qat.study.report import folders_in, report
 
-    rows = [row for row in report(str(folder)) if not row["exported"]]
-    missing = num_jobs > len(rows) or any(row["status"] == "unfinished" for row in rows)
-    return max([row.get("exit_code", 1) for row in rows] + [int(missing)])
+    rows = [row for row in report(folders_in(folder), folder) if not row["exported"]]
+    return max([row.get("exit_code", 1) for row in rows] + [int(num_jobs > len(rows))])
 
 
 if __name__ == "__main__":

@@ -8,6 +8,6 @@ class UserError(Exception):
 
 
 class TrainingError(Exception):
-    """Training stopped by itself (loss not finite): one line naming the step, exit code 1."""
+    """Training went wrong by itself (it diverged): one line naming step or tensor, exit code 1."""
 
     exit_code = 1

@@ -54,7 +54,10 @@ def _call(script: str, arguments: list[str]) -> Done:
     sys.argv = [str(ROOT / script), *arguments]
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            code = main(programs[script])
+            try:
+                code = main(programs[script])
+            except SystemExit as done:  # of argparse, after --help and --version
+                code = int(done.code or 0)
     finally:
         sys.argv = argv
     return Done(code, out.getvalue(), err.getvalue())

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from qat.artifact.code_bytes import count_code_bytes
 from qat.artifact.container import Artifact, pack, read_artifact, write_artifact
-from qat.errors import UserError
+from qat.errors import TrainingError
 from qat.quantize.plan import NONE_LEARNED, Plan, Steps
 
+ARTIFACT = "artifact.qat"  # the name of a run's file
 OVERSIZE_SUFFIX = ".oversize"
 
 
@@ -41,11 +42,14 @@ def export(
     limit_bytes: int,
     learned_steps: Steps = NONE_LEARNED,
 ) -> Export:
-    """Encode, write atomically, read back. UserError names a tensor that cannot be stored."""
+    """Encode, write atomically, read back. TrainingError names a tensor that cannot be
+    stored: its weights diverged, or its step overflows."""
     try:
         data = pack(plan.encode(weights, learned_steps), plan, meta, coder)
     except ValueError as error:
-        raise UserError(f"cannot store {path.name}: {error}") from None
+        raise TrainingError(
+            f"cannot store {path.name}: {error}; if training diverged, lower the learning rates"
+        ) from None
     code_bytes = count_code_bytes()
     if len(data) + code_bytes > limit_bytes:
         path = path.with_name(path.name + OVERSIZE_SUFFIX)

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from qat.artifact.container import Artifact, read_artifact
+from qat.artifact.export import ARTIFACT, OVERSIZE_SUFFIX
 from qat.errors import UserError
 from qat.language.gpt import GPT, GPTShape
 from qat.language.source import Source, from_named, from_settings
 from qat.language.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
-    from qat.settings.schema import DataSettings
+    from qat.settings.schema import DataSettings, EvalTaskSettings
+
+MAX_SEQ_LEN = 1 << 20  # of a header; a longer window is not one that anybody trained
 
 
 @dataclass(frozen=True)
@@ -37,12 +40,30 @@ def artifact_meta(
     }
 
 
+def artifact_path(s: EvalTaskSettings) -> Path:
+    """The file that ``artifact=`` or ``run=`` names."""
+    if s.artifact:
+        return Path(s.artifact)
+    assert s.run
+    folder = next((p for p in (Path(s.run), Path(s.runs_dir) / s.run) if p.is_dir()), None)
+    if folder is None:
+        raise UserError(f"run={s.run}: no such folder, here or in {s.runs_dir}")
+    for name in (ARTIFACT, ARTIFACT + OVERSIZE_SUFFIX):
+        if (folder / name).is_file():
+            return folder / name
+    raise UserError(f"run={s.run}: {folder} holds no artifact; did the run finish?")
+
+
 def open_artifact(path: Path) -> OpenedModel:
     """Read a file and check that it holds the tensors of the model it names. UserError if not."""
     artifact = read_artifact(path)
     try:
         shape = GPTShape(**artifact.meta["model"])
-        seq_len = int(artifact.meta["seq_len"])
+        seq_len, data = artifact.meta["seq_len"], artifact.meta["data"]
+        if type(seq_len) is not int or not 1 <= seq_len <= MAX_SEQ_LEN:
+            raise ValueError(f"seq_len {seq_len!r:.80}")
+        if not isinstance(data, dict) or not 0.0 < data.get("val_fraction", 0.5) < 1.0:
+            raise ValueError(f"data source {data!r:.80}")
         largest = max(int(size) for size in artifact.meta["model"].values())
         if largest > max(entry.num_elements for entry in artifact.plan):
             raise ValueError("its model is larger than its tensors")
@@ -61,10 +82,13 @@ def open_validation(model: OpenedModel, data: DataSettings) -> tuple[Source, Tok
     UserError if it is not found, or if its tokenizer is not the artifact's.
     """
     typed = data.val_files or data.tokenizer or data.files or data.source != "from_artifact"
+    named = model.artifact.meta["data"]
+    if "val_fraction" in named:  # another split would score documents that were trained on
+        data = replace(data, val_fraction=named["val_fraction"])
     if typed:
         source = from_settings(data, model.shape.vocab_size)
     else:
-        source = from_named(model.artifact.meta.get("data") or {}, data, model.shape.vocab_size)
+        source = from_named(named, data, model.shape.vocab_size)
     tokenizer = Tokenizer(source.tokenizer)
     if tokenizer.sha256 != model.artifact.meta.get("tokenizer_sha256"):
         raise UserError(

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qat.evaluation.open_model import open_artifact, open_validation
+from qat.evaluation.open_model import artifact_path, open_artifact, open_validation
 from qat.evaluation.sample import sample
 
 if TYPE_CHECKING:
     from qat.settings.schema import EvalTaskSettings
 
 
-def run(s: EvalTaskSettings, path: Path) -> int:
-    model = open_artifact(path)
+def run(s: EvalTaskSettings) -> int:
+    model = open_artifact(artifact_path(s))
     _, tokenizer = open_validation(model, s.data)
     ids = sample(
         model.shape,

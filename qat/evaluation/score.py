@@ -52,10 +52,14 @@ class Scorer:
     console: Console
 
     def __post_init__(self) -> None:
-        if validation_windows(self.stream, self.seq_len) < 1:
+        num_windows = validation_windows(self.stream, self.seq_len)
+        if num_windows < 1:
             raise UserError(
                 f"seq_len = {self.seq_len}: the validation text has only {len(self.stream)} tokens"
             )
+        windows = (validation_batch(self.stream, self.seq_len, i, 1) for i in range(num_windows))
+        if not any(self.byte_table.count(*window).any() for window in windows):
+            raise UserError(f"{self.stream.setting}: its tokens stand for no bytes of text")
 
     @torch.inference_mode()
     def score(self, weights: Mapping[str, Tensor], title: str) -> Score:

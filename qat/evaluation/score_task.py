@@ -9,7 +9,7 @@ import torch
 from rich.console import Console
 
 from qat.artifact.code_bytes import count_code_bytes
-from qat.evaluation.open_model import open_artifact, open_validation
+from qat.evaluation.open_model import artifact_path, open_artifact, open_validation
 from qat.evaluation.score import Score, Scorer
 from qat.language.shards import TokenStream
 
@@ -36,7 +36,8 @@ def score_artifact(path: Path, s: EvalTaskSettings) -> Score:
     return scorer.score(model.artifact.weights, path.name)
 
 
-def run(s: EvalTaskSettings, path: Path) -> int:
+def run(s: EvalTaskSettings) -> int:
+    path = artifact_path(s)
     score = score_artifact(path, s)
     artifact_bytes, code_bytes = path.stat().st_size, count_code_bytes()
     print(f"artifact       {path}")

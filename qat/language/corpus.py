@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator
 from importlib import metadata
 from itertools import pairwise
@@ -24,6 +25,7 @@ PASSAGE_BYTES = 4_096  # a text file is cut at the first blank line after this m
 LONGEST_PASSAGE_BYTES = 16_384  # ... at any line end after this many ...
 LONGEST_LINE_CHARS = 65_536  # ... and inside a line only if the line is longer than this
 READ_BYTES = 1 << 20
+LONE_SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can spell it, UTF-8 cannot
 
 Documents = Callable[[], Iterable[str]]
 
@@ -86,6 +88,8 @@ def _json_lines(path: Path) -> Iterator[str]:
                 raise UserError(
                     f"data.files: {path}, line {number}: not a JSON object with a 'text' string"
                 )
+            if LONE_SURROGATE.search(text):
+                raise UserError(f"data.files: {path}, line {number}: half of a surrogate pair")
             yield text
 
 
@@ -106,12 +110,12 @@ READERS = {".txt": _passages, ".jsonl": _json_lines, ".parquet": _parquet}
 
 
 def check_files(files: list[Path]) -> None:
-    """UserError names the first file that is missing or of an unknown kind."""
+    """UserError names the first file that is missing, a folder or of an unknown kind."""
     for path in files:
         if path.suffix not in READERS:
             raise UserError(f"data.files: {path}: give {', '.join(READERS)} files")
         if not path.is_file():
-            raise UserError(f"data.files: {path}: no such file")
+            raise UserError(f"data.files: {path}: no such file, or not a plain one")
 
 
 def text_documents(files: list[Path]) -> Iterator[str]:

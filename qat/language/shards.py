@@ -6,6 +6,7 @@ A stream is all shards of a split in name order, read as if they were one endles
 
 from __future__ import annotations
 
+import hashlib
 import os
 from bisect import bisect_right
 from itertools import accumulate
@@ -21,6 +22,7 @@ HEADER_INTS = 256
 HEADER_BYTES = HEADER_INTS * 4
 SHARD_TOKENS = 100_000_000
 SCAN_TOKENS = 16_000_000
+FINGERPRINT_TOKENS = 65_536
 
 
 class ShardWriter:
@@ -107,6 +109,16 @@ class TokenStream:
                         f"{self.setting}: {path} holds token id {highest}, but the vocabulary "
                         f"ends at {vocab_size - 1}; give the shards' own data.tokenizer"
                     )
+
+    @property
+    def fingerprint(self) -> str:
+        """Hex hash of each shard's length, first and last tokens: tells streams apart, cheaply."""
+        digest = hashlib.sha256()
+        for shard in self._shards:
+            digest.update(len(shard).to_bytes(8, "little"))
+            digest.update(shard[:FINGERPRINT_TOKENS].tobytes())
+            digest.update(shard[-FINGERPRINT_TOKENS:].tobytes())
+        return digest.hexdigest()
 
     def take(self, start: int, count: int) -> np.ndarray:
         """``count`` tokens from position ``start`` (modulo the length), as int64."""

@@ -11,9 +11,11 @@ import glob
 import hashlib
 import json
 import lzma
+import os
+import re
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from itertools import islice
 from pathlib import Path
@@ -34,6 +36,7 @@ ENCODE_DOCUMENTS = 1_024
 YARDSTICK_BYTES = 8_000_000
 SPLIT_HASH_BYTES = 8
 NOTES_FILE = "notes.json"
+CACHE_KEY = re.compile("[0-9a-f]{16}")
 
 
 @dataclass(frozen=True)
@@ -69,13 +72,20 @@ def from_shards(train_glob: str | None, val_glob: str, tokenizer: str) -> Source
 def _check_notes(files: list[Path], tokenizer: Path) -> None:
     """Shards made here say which tokenizer made them; another one is an error."""
     for folder in {file.parent for file in files}:
-        notes = folder / NOTES_FILE
-        if notes.is_file():
-            expected = json.loads(notes.read_text())["tokenizer_sha256"]
-            if Tokenizer(tokenizer).sha256 != expected:
-                raise UserError(
-                    f"data.tokenizer={tokenizer}: another tokenizer made the shards in {folder}"
-                )
+        expected = _noted_tokenizer(folder / NOTES_FILE)
+        if expected is not None and Tokenizer(tokenizer).sha256 != expected:
+            raise UserError(
+                f"data.tokenizer={tokenizer}: another tokenizer made the shards in {folder}"
+            )
+
+
+def _noted_tokenizer(notes: Path) -> str | None:
+    """Hash of the tokenizer that our notes name; None if there are none or they are not ours."""
+    try:
+        found = json.loads(notes.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found.get("tokenizer_sha256") if isinstance(found, dict) else None
 
 
 def from_web_bible(vocab_size: int, val_fraction: float, cache_dir: Path) -> Source:
@@ -97,10 +107,10 @@ def from_text(files: list[str], vocab_size: int, val_fraction: float, cache_dir:
 
 def from_cache(identity: dict[str, Any], cache_dir: Path) -> Source | None:
     """The source an artifact's header names, if its prepared shards are still in the cache."""
-    folder = cache_dir / str(identity.get("cache_key", ""))
-    if not identity.get("cache_key") or not (folder / NOTES_FILE).is_file():
+    key = str(identity.get("cache_key"))
+    if not CACHE_KEY.fullmatch(key) or not (cache_dir / key / NOTES_FILE).is_file():
         return None
-    return _prepared(folder, identity)
+    return _prepared(cache_dir / key, identity)
 
 
 def is_validation(text: str, val_fraction: float) -> bool:
@@ -132,9 +142,12 @@ def _from_documents(
             temporary = cache_dir / f"{key}.tmp"
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir()
-            _prepare(name, documents, vocab_size, val_fraction, temporary)
-            shutil.rmtree(folder, ignore_errors=True)
-            temporary.rename(folder)
+            try:
+                _prepare(name, documents, vocab_size, val_fraction, temporary)
+                shutil.rmtree(folder, ignore_errors=True)
+                temporary.rename(folder)
+            finally:
+                shutil.rmtree(temporary, ignore_errors=True)
     return _prepared(folder, identity)
 
 
@@ -160,6 +173,8 @@ def _prepare(
     def train_side() -> Iterator[str]:
         return (t for t in documents() if countable(t) and not is_validation(t, val_fraction))
 
+    if next(iter(train_side()), None) is None:
+        raise UserError(f"data={name}: there is no text to train on; give more, or other files")
     tokenizer = train_tokenizer(train_side(), vocab_size, folder / "tokenizer.model")
     notes: dict[str, Any] = {"tokenizer_sha256": tokenizer.sha256, "documents_left_out": 0}
     writers = {side: ShardWriter(folder, side) for side in ("train", "val")}
@@ -195,6 +210,14 @@ def _cache_dir(data: DataSettings) -> Path:
     return Path(data.cache_dir).expanduser()
 
 
+def absolute_paths(data: DataSettings) -> DataSettings:
+    """The same files, wherever they are asked for from later."""
+    named = ("train_files", "val_files", "tokenizer")
+    absolute = {key: os.path.abspath(value) for key in named if (value := getattr(data, key))}
+    files = [os.path.abspath(file) for file in data.files] if data.files else data.files
+    return replace(data, files=files, **absolute)
+
+
 def from_settings(data: DataSettings, vocab_size: int) -> Source:
     """The source that settings name: given shards, else given files, else ``data.source``."""
     if data.train_files or data.val_files or data.tokenizer:
@@ -221,12 +244,13 @@ def from_named(identity: dict[str, Any], data: DataSettings, vocab_size: int) ->
     """The source an artifact's header names, found again; UserError says which settings to give."""
     if found := from_cache(identity, _cache_dir(data)):
         return found
-    if identity.get("name") == "web_bible":
-        return from_web_bible(vocab_size, float(identity["val_fraction"]), _cache_dir(data))
-    if identity.get("name") == "hub":
+    named = {key: value for key, value in identity.items() if isinstance(value, str)}
+    if named.get("name") == "web_bible":
+        return from_web_bible(vocab_size, data.val_fraction, _cache_dir(data))
+    if named.get("name") == "hub" and {"repo_id", "revision", "dataset"} <= named.keys():
         from qat.language.hub import from_hub
 
-        return from_hub(identity["repo_id"], identity["revision"], identity["dataset"], 1)
+        return from_hub(named["repo_id"], named["revision"], named["dataset"], 1)
     raise UserError(
         "the artifact's validation text is not on this machine; "
         "give data.val_files=GLOB and data.tokenizer=PATH, or data.files='[...]'"

@@ -28,6 +28,8 @@ class Tokenizer:
         self.path = path
         try:
             model = path.read_bytes()
+            if not model:
+                raise RuntimeError("the file is empty")
             self.pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
         except (OSError, RuntimeError) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from qat.quantize.gradients import Seen, see, sum_per_step, supports
+from qat.quantize.gradients import RULES, Seen, see, sum_per_step, supports
 from qat.quantize.grid import Grid
 from qat.quantize.plan import Entry, Plan
 from qat.quantize.rounding import encode
@@ -57,6 +57,8 @@ class QatSwitch(nn.Module):
 
     def __init__(self, plan: Plan, rule: str = "identity", seed: int = 0) -> None:
         super().__init__()
+        if rule not in RULES:
+            raise ValueError(f"gradient = {rule}: choose from {', '.join(RULES)}")
         for entry in plan.on_grid:
             assert entry.grid is not None
             if not supports(rule, entry.grid):

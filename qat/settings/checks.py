@@ -24,7 +24,6 @@ from qat.settings.schema import (
 )
 
 MAX_VOCAB_SIZE = 65_536  # token ids are stored as uint16
-GRADIENT_RULES = ("identity", "clipped", "soft_round", "noise")
 TASKS = ("score", "sample", "report")
 TEXT_SOURCES = ("web_bible", "text", "hub")
 
@@ -178,6 +177,7 @@ def _check_data(d: DataSettings) -> None:
         "give a fraction between 0 and 1",
     )
     _at_least("data.train_shards", d.train_shards, 1)
+    _require(d.files != [], "data.files", "[]", "name a file, or give null")
     shards = [name for name in ("train_files", "val_files", "tokenizer") if getattr(d, name)]
     if d.files and shards:
         raise UserError(f"data.files and data.{shards[0]} name two sources; give one of them")
@@ -210,7 +210,6 @@ def _resolve_start(s: TrainSettings) -> QatSettings:
             value,
             "give a fraction between 0 and 1",
         )
-    _one_of("qat.gradient", q.gradient, GRADIENT_RULES)
     if not q.enabled:
         return q
     starts = ("start_step", "start_fraction", "start_lr_scale")
@@ -220,6 +219,11 @@ def _resolve_start(s: TrainSettings) -> QatSettings:
     if q.stop_step is not None and q.start_step is not None and q.stop_step <= q.start_step:
         raise UserError(
             f"qat.stop_step = {q.stop_step}: must be more than qat.start_step = {q.start_step}"
+        )
+    if q.start_lr_scale is not None and q.start_lr_scale < 1 and s.schedule.warmdown_steps == 0:
+        raise UserError(
+            f"qat.start_lr_scale = {q.start_lr_scale}: with schedule.warmdown_steps = 0 the rate "
+            "never falls; give a warmdown or another start"
         )
     return q if typed else replace(q, start_fraction=q.default_start_fraction)
 

@@ -12,8 +12,9 @@ import itertools
 import os
 import re
 import sys
+import traceback
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -21,19 +22,21 @@ import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import ChoiceSweep
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from qat.errors import UserError
+from qat.errors import TrainingError, UserError
 from qat.settings import machine
 from qat.settings.schema import EvalTaskSettings, TrainSettings
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 SCHEMAS = {"train": TrainSettings, "eval": EvalTaskSettings}
-# Prose and paths, taken as typed: Hydra's grammar would trip over ',' or '(' in them.
+# Prose and paths of eval.py, taken as typed: Hydra's grammar would trip over ',' or '(' in them.
 VERBATIM_KEYS = ("prompt", "artifact", "run", "runs")
+QUIET_FLAGS = ("-h", "--help", "--version", "-c", "--cfg", "-i", "--info")
 INTERRUPTED = 130  # as shells say it
 SWEEP_FLAGS = ("-m", "--multirun")
 
@@ -58,18 +61,20 @@ class Program:
 
 
 def main(program: Program) -> int:
-    """Compose, check and run; returns the exit code."""
+    """Compose, check and run; returns the exit code. What goes wrong in a run stays in ``run``."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # hand exceptions to us instead of exiting with 1
     for name, schema in SCHEMAS.items():
         ConfigStore.instance().store(name=f"{name}_schema", node=schema)
     try:
         return _main(program)
     except KeyboardInterrupt:
+        say_error("interrupted")
         return INTERRUPTED
     except UserError as error:
         say_error(str(error))
-    except (HydraException, OmegaConfBaseException, ValueError) as error:
-        # ValueError: what Hydra says of a group set to null; errors of a run do not come here.
+    except OSError as error:  # Hydra makes the sweep's folder
+        say_error(f"runs_dir: cannot write {error.filename} ({error.strerror})")
+    except (HydraException, OmegaConfBaseException) as error:
         say_error(explain(error, program.config_name))
     return UserError.exit_code
 
@@ -80,11 +85,16 @@ def say_error(line: str) -> None:
 
 
 def _main(program: Program) -> int:
-    arguments = [_quote(argument) for argument in sys.argv[1:]]
+    arguments, verbatim = sys.argv[1:], {}
     if program.config_name == "train":
         arguments = _with_profile(arguments)
-    _refuse_unknown_additions(arguments, program.config_name)
+    else:
+        arguments, verbatim = _take_verbatim(arguments)
     is_sweep = any(flag in arguments for flag in SWEEP_FLAGS)
+    if is_sweep and program.after_sweep is None:
+        raise UserError(f"-m: {program.config_name}.py does one thing at a time; drop -m")
+    _refuse_unknown_additions(arguments, program.config_name)
+    _check_options(arguments, program.config_name)
     arguments = _overrides_together(arguments)
     num_jobs = _check_sweep(program, arguments) if is_sweep else 1
     exit_codes: list[int] = []
@@ -97,12 +107,18 @@ def _main(program: Program) -> int:
             list(run.overrides.task),
             Path(run.sweep.dir) if run.mode == RunMode.MULTIRUN else None,
         )
+        # Nothing but an interrupt may leave: Hydra would add lines of its own.
         try:
-            settings = program.resolve(OmegaConf.to_object(config), job.choices)
-            exit_codes.append(program.run(settings, job))
-        except UserError as error:  # here, because Hydra would add lines of its own
+            if job.sweep_dir is None and run.sweeper.get("params"):
+                raise UserError(f"experiment={job.choices['experiment']}: it is a sweep; add -m")
+            settings = replace(OmegaConf.to_object(config), **verbatim)  # type: ignore[type-var]
+            exit_codes.append(program.run(program.resolve(settings, job.choices), job))
+        except (UserError, TrainingError) as error:
             say_error(str(error))
             exit_codes.append(error.exit_code)
+        except Exception:
+            traceback.print_exc()
+            exit_codes.append(1)
         if job.sweep_dir is not None:
             sweep_dirs.add(job.sweep_dir)
 
@@ -124,21 +140,22 @@ def _is_setting(argument: str) -> bool:
     return "=" in argument and not argument.startswith("-")
 
 
-def _quote(argument: str) -> str:
-    key, equals, value = argument.partition("=")
-    if key in VERBATIM_KEYS and equals and value[:1] not in ("'", '"') and value != "null":
-        escaped = value.replace("\\", "\\\\").replace("'", "\\'")
-        return f"{key}='{escaped}'"
-    return argument
+def _take_verbatim(arguments: list[str]) -> tuple[list[str], dict[str, str]]:
+    """(arguments for Hydra, settings that are prose or paths: whatever follows the '=')."""
+    parts = [argument.partition("=") for argument in arguments]
+    verbatim = {key: value for key, equals, value in parts if equals and key in VERBATIM_KEYS}
+    return ["".join(part) for part in parts if not (part[1] and part[0] in verbatim)], verbatim
 
 
 def _with_profile(arguments: list[str]) -> list[str]:
     """Put the detected profile where ``auto`` was typed, or first if no profile was typed."""
+    if "--hydra-help" in arguments:  # is composed from Hydra's own settings
+        return arguments
     profile, reason = machine.detect_profile()
     typed = [a for a in arguments if a.startswith("profile=")]
     if typed and not any("auto" in a.removeprefix("profile=").split(",") for a in typed):
         return arguments
-    if machine.rank() == 0 and not any(a in ("-h", "--help", "--cfg", "-c") for a in arguments):
+    if machine.rank() == 0 and not any(a.split("=")[0] in QUIET_FLAGS for a in arguments):
         print(f"profile={profile}: {reason}", file=sys.stderr)
     if not typed:
         return [*arguments, f"profile={profile}"]
@@ -163,12 +180,28 @@ def known_keys(schema: type, prefix: str = "") -> set[str]:
     return keys
 
 
-def _groups() -> set[str]:
-    return {path.name for path in CONF.iterdir() if path.is_dir()}
+def _groups(config_name: str) -> set[str]:
+    """The groups of a program: those that its defaults list names."""
+    defaults = OmegaConf.load(CONF / f"{config_name}.yaml").defaults
+    keys = {str(key) for entry in defaults if isinstance(entry, DictConfig) for key in entry}
+    return {key for key in keys if not key.startswith("override ")}
+
+
+def _check_options(arguments: list[str], config_name: str) -> None:
+    """A group takes the name of one option, never a list or null."""
+    groups = _groups(config_name)
+    settings = [a for a in arguments if _is_setting(a) and a.split("=")[0] in groups]
+    for override in OverridesParser.create().parse_overrides(settings):
+        options = [path.stem for path in sorted((CONF / override.key_or_group).glob("*.yaml"))]
+        value = override.value()
+        for option in value.list if isinstance(value, ChoiceSweep) else [value]:
+            if isinstance(option, list) or str(option) not in options:
+                typed = override.input_line
+                raise UserError(f"{typed}: no such option; choose from {', '.join(options)}")
 
 
 def _unknown(key: str, config_name: str) -> str:
-    known = sorted(known_keys(SCHEMAS[config_name]) | _groups())
+    known = sorted(known_keys(SCHEMAS[config_name]) | _groups(config_name))
     close = difflib.get_close_matches(key, known, n=1)
     hint = f"did you mean {close[0]}?" if close else f"see `python {config_name}.py --cfg job`"
     return f"unknown setting; {hint}"
@@ -182,7 +215,7 @@ def _refuse_unknown_additions(arguments: list[str], config_name: str) -> None:
         key = argument.lstrip("+~").partition("=")[0]
         if key.startswith("hydra"):
             continue
-        if key not in known_keys(SCHEMAS[config_name]) | _groups():
+        if key not in known_keys(SCHEMAS[config_name]) | _groups(config_name):
             raise UserError(f"{argument}: {_unknown(key, config_name)}")
         if argument.startswith("~"):
             raise UserError(f"{argument}: settings cannot be removed; give another value")
@@ -217,16 +250,19 @@ def _check_sweep(program: Program, arguments: list[str]) -> int:
             for o in lines
         ]
         jobs = list(itertools.product(*choices))
-        names = []
+        names, folders = [], set()
         for job in jobs:
             config = compose(list(job))
             runtime_choices = dict(config.hydra.runtime.choices)
+            folders.add(Path(config.hydra.sweep.dir))
             del config.hydra
             settings = program.resolve(OmegaConf.to_object(config), runtime_choices)
             names.append(getattr(settings, "run_name", None))
     shared = {name for name in names if name is not None and names.count(name) > 1}
     if shared:
         raise UserError(f"run_name={min(shared)}: {len(jobs)} jobs would share it; leave it out")
+    if taken := [folder for folder in folders if folder.exists()]:
+        raise UserError(f"sweep_name={taken[0].name}: {taken[0]} is there already; give another")
     return len(jobs)
 
 
@@ -235,12 +271,11 @@ def explain(error: Exception, config_name: str) -> str:
     text = str(error)
     cause = error.__cause__
     detail = str(cause).splitlines()[0] if cause is not None and str(cause) else ""
-    if match := re.search(r"Could not find '([^']+)/([^'/]+)'", text):
-        options = re.findall(r"^\t(\S+)$", text.split("Config search path")[0], re.MULTILINE)
-        return f"{match[1]}={match[2]}: no such option; choose from {', '.join(options) or 'none'}"
     if match := re.search(r"Could not override '([^']+)'", text):
         return f"{match[1]}: {_unknown(match[1].split('@')[0], config_name)}"
     if match := re.search(r"Error merging override (.+)", text):
+        if "ListConfig" in detail:
+            detail = "give a list, [a,b]"
         return f"{match[1]}: {detail or 'not a usable value'}"
     if match := re.search(r"Ambiguous value for argument '(.+)'", text):
         return f"{match[1]}: several values; add -m to run each of them, or [..] for a list"

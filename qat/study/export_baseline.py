@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
 from rich.console import Console
 
-from qat.artifact.export import export
+from qat.artifact.export import OVERSIZE_SUFFIX, export
 from qat.errors import UserError
 from qat.evaluation.open_model import artifact_meta
 from qat.evaluation.score import Scorer
@@ -18,7 +19,7 @@ from qat.language.source import from_settings
 from qat.language.tokenizer import Tokenizer
 from qat.settings.schema import DataSettings, GridSettings, ModelSettings, PlanSettings
 from qat.study.result import Result
-from qat.study.run_folder import CHECKPOINT, EXPORTS
+from qat.study.run_folder import CHECKPOINT, EXPORTS, write_atomically
 from qat.training.build import plan_of, shape_of
 
 MODEL_PREFIX = "gpt."  # of the LightningModule's state
@@ -28,15 +29,19 @@ def checkpoint_weights(path: Path) -> dict[str, torch.Tensor]:
     """Master weights of a run's checkpoint, by the model's own names."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
-    except (OSError, KeyError, RuntimeError, ValueError) as error:
-        raise UserError(f"{path}: not a readable checkpoint ({error})") from None
+    except (OSError, EOFError, KeyError, RuntimeError, ValueError, UnpicklingError) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise UserError(f"{path}: not a readable checkpoint ({reason})") from None
     return {k.removeprefix(MODEL_PREFIX): v for k, v in state.items() if k.startswith(MODEL_PREFIX)}
 
 
 def export_baseline(
     folder: Path, baseline: Result, target: dict[str, Any], console: Console
 ) -> dict[str, Any]:
-    """Store the baseline as ``target`` settings say and score it; a finished export is reused."""
+    """Store the baseline as ``target`` settings say and score it; a finished export is reused.
+
+    UserError or TrainingError if its checkpoint or its data cannot be read or stored.
+    """
     s = baseline.settings
     shape = shape_of(ModelSettings(**s["model"]))
     wanted = target["plan"]
@@ -45,15 +50,17 @@ def export_baseline(
     label = plan.label
     coder = target["artifact"]["coder"]
     known = folder / EXPORTS / f"{label}_{coder}_{plan.digest[:8]}.json"
-    if known.is_file():
-        return json.loads(known.read_text())
+    file = known.with_suffix(".qat")
+    if known.is_file() and (file.is_file() or Path(f"{file}{OVERSIZE_SUFFIX}").is_file()):
+        return json.loads(known.read_text(encoding="utf-8"))
     known.parent.mkdir(exist_ok=True)
-    data = DataSettings(**s["data"])
+    # Scoring needs no training shards: theirs may be gone, or gigabytes to fetch.
+    data = DataSettings(**s["data"] | {"train_files": None, "train_shards": 1})
     source = from_settings(data, shape.vocab_size)
     tokenizer = Tokenizer(source.tokenizer)
     meta = artifact_meta(shape, s["seq_len"], tokenizer.sha256, source.identity)
     weights = checkpoint_weights(folder / CHECKPOINT)
-    done = export(weights, plan, meta, coder, known.with_suffix(".qat"), baseline.limit_bytes)
+    done = export(weights, plan, meta, coder, file, baseline.limit_bytes)
     scorer = Scorer(
         shape,
         TokenStream(source.val_files, "data.val_files"),
@@ -72,5 +79,5 @@ def export_baseline(
         "artifact_bytes": done.artifact_bytes,
         "code_bytes": done.code_bytes,
     }
-    known.write_text(json.dumps(row))
+    write_atomically(known, json.dumps(row))
     return row

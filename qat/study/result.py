@@ -7,10 +7,12 @@ null and ``error`` says why.
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+
+from qat.errors import UserError
+from qat.study.run_folder import write_atomically
 
 FILE = "result.json"
 
@@ -19,7 +21,7 @@ FILE = "result.json"
 class Result:
     run_name: str
     status: str  # finished | oversize | failed
-    exit_code: int  # 0, 3 (oversize), 2 (a mistake in the settings or data), 1 (failed)
+    exit_code: int  # 0, 3 (oversize), 2 (a mistake in settings or data), 130 (interrupted), 1
     error: str | None
     seed: int
     profile: str
@@ -27,6 +29,7 @@ class Result:
     grid: str  # the grid of the artifact, as its label
     hardware: str
     commit: str
+    data: dict[str, str] | None  # fingerprints of train and val tokens, hash of the tokenizer
     limit_bytes: int  # for artifact and code together, decimal
     steps: int | None = None  # optimizer updates
     tokens: int | None = None  # trained on, repeats counted
@@ -46,21 +49,23 @@ class Result:
     qat_last_step: int | None = None
     qat_steps: int | None = None
     qat_never_started: bool = False  # QAT was asked for and the run ended before it
-    on_grid_share: float | None = None  # of grid-planned elements, as the forward pass saw them
+    on_grid_share: float | None = None  # of grid-planned elements, as the last QAT update saw them
     nonzero_gradient_share: float | None = None  # of grid-planned masters, for one sequence
     val_xz_bits_per_byte: float | None = None  # what xz needs for the validation text
     settings: dict[str, Any] = field(default_factory=dict)  # resolved
 
     def write(self, folder: Path) -> None:
-        """Atomically, so that a reader never sees half a row."""
-        temporary = folder / f".{FILE}.tmp"
-        temporary.write_text(json.dumps(asdict(self), indent=1) + "\n")
-        os.replace(temporary, folder / FILE)
+        write_atomically(folder / FILE, json.dumps(asdict(self), indent=1) + "\n")
 
     @staticmethod
     def read(folder: Path) -> Result | None:
-        """The row of a run's folder; None if it wrote none (it died or still runs)."""
+        """The row of a run's folder; None if it wrote none (it died or still runs).
+
+        UserError if the file is damaged or was written by another version.
+        """
         try:
-            return Result(**json.loads((folder / FILE).read_text()))
+            return Result(**json.loads((folder / FILE).read_text(encoding="utf-8")))
         except FileNotFoundError:
             return None
+        except (OSError, ValueError, TypeError) as error:
+            raise UserError(f"{folder / FILE}: not a result of this version ({error})") from None

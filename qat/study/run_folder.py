@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import logging
+import os
 from pathlib import Path
 
 from qat.errors import UserError
@@ -34,6 +35,17 @@ def claim(parent: Path, typed_name: str | None, default_name: str) -> Path:
         except OSError as error:
             raise UserError(f"runs_dir={parent}: cannot write there ({error.strerror})") from None
     raise AssertionError("unreachable")
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """So that a reader never sees half a file. UserError if it cannot be written."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"cannot write {path}: {error.strerror}") from None
 
 
 def describe(folder: Path, config_yaml: str, overrides: list[str], world_size: int) -> None:

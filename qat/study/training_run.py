@@ -17,13 +17,17 @@ from rich.console import Console
 from rich.text import Text
 
 from qat.artifact.export import Export
+from qat.errors import UserError
 from qat.evaluation.score import Score
-from qat.language.source import Source
+from qat.language.shards import TokenStream
+from qat.language.source import Source, absolute_paths
+from qat.language.tokenizer import Tokenizer
 from qat.quantize.plan import Plan
 from qat.settings import machine
 from qat.settings.schema import TrainSettings, as_yaml
 from qat.study import provenance, run_folder
-from qat.study.report import print_table, row_of
+from qat.study.pairing import row_of
+from qat.study.report import print_table
 from qat.study.result import Result
 from qat.training.build import plan_of, shape_of
 from qat.training.fit import Outcome
@@ -69,12 +73,13 @@ class TrainingRun:
             error=None,
             seed=s.seed,
             profile=s.profile,
-            qat=job.choices.get("qat") or "none",
+            qat=str(job.choices["qat"]),
             grid=plan_of(shape_of(s.model), s.grid, s.plan).label,
             hardware=provenance.hardware(machine.world_size()),
             commit=provenance.commit(),
+            data=None,
             limit_bytes=s.limit_bytes,
-            settings=asdict(s),
+            settings=asdict(s) | {"data": asdict(absolute_paths(s.data))},
         )
 
     def _claim(self) -> None:
@@ -88,12 +93,17 @@ class TrainingRun:
         run_folder.describe(self.folder, as_yaml(s), self.job.overrides, machine.world_size())
         self._handlers.append(run_folder.open_log(self.folder))
 
-    def start(self, source: Source, train_tokens: int, val_tokens: int, plan: Plan) -> None:
+    def start(
+        self, source: Source, tokenizer: Tokenizer, train: TokenStream, val: TokenStream, plan: Plan
+    ) -> None:
         """Called when settings and data are known to be good."""
         if not self.speaks:
             return
         self._claim()
         s = self.settings
+        self.row.data = {
+            "train": train.fingerprint, "val": val.fingerprint, "tokenizer": tokenizer.sha256
+        }  # fmt: skip
         self.row.val_xz_bits_per_byte = source.notes.get("val_xz_bits_per_byte")
         log.info(
             "run %s (qat=%s, grid %s, seed %d)", self.folder, self.row.qat, self.row.grid, s.seed
@@ -101,8 +111,8 @@ class TrainingRun:
         log.info(
             "%s: %s training tokens, %s validation tokens%s",
             source.identity["name"],
-            f"{train_tokens:,}",
-            f"{val_tokens:,}",
+            f"{len(train):,}",
+            f"{len(val):,}",
             f"; xz needs {self.row.val_xz_bits_per_byte:.3f} bits per byte of the validation text"
             if self.row.val_xz_bits_per_byte
             else "",
@@ -197,7 +207,10 @@ class TrainingRun:
         """Record a failure. A single run refused before it started leaves nothing behind."""
         self.row.status, self.row.exit_code, self.row.error = "failed", exit_code, error
         if self.speaks and self.folder is None and self.job.sweep_dir is not None:
-            self._claim()
+            try:
+                self._claim()
+            except UserError as no_folder:
+                log.error("this job has no row: %s", no_folder)
         self._write()
         return exit_code
 

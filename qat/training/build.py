@@ -42,8 +42,11 @@ def plan_of(shape: GPTShape, grid: GridSettings, plan: PlanSettings) -> Plan:
     """The plan of a model of this shape; nothing is allocated."""
     grids = {GRID: _grid_of("grid", grid)}
     grids |= {name: _grid_of(f"plan.grids.{name}", g) for name, g in plan.grids.items()}
-    with torch.device("meta"):
-        shapes = {name: tuple(p.shape) for name, p in GPT(shape).named_parameters()}
+    try:
+        with torch.device("meta"):
+            shapes = {name: tuple(p.shape) for name, p in GPT(shape).named_parameters()}
+    except (RuntimeError, OverflowError):
+        raise UserError(f"model = {shape.as_dict()}: no computer holds such tensors") from None
     try:
         return build_plan(shapes, grids, plan.rules, plan.grid_min_elements)
     except ValueError as error:
@@ -65,14 +68,17 @@ def check_coder(s: TrainSettings) -> None:
 def build_gpt(m: ModelSettings, seed: int) -> GPT:
     """A model initialised from its seed, or from the weights of ``model.init_from``."""
     torch.manual_seed(seed)
-    gpt = GPT(shape_of(m))
+    try:
+        gpt = GPT(shape_of(m))
+    except RuntimeError as error:
+        raise UserError(f"model.dim = {m.dim}: no memory for this model ({error})") from None
     if m.init_from is None:
         return gpt
     try:
         weights = torch.load(m.init_from, map_location="cpu", weights_only=True)
         gpt.load_state_dict(weights)
     except Exception as error:  # torch raises many kinds for a file that is not weights
-        reason = " ".join(str(error).split())[:200]
+        reason = str(error).strip().split("\n")[0][:120]
         raise UserError(
             f"model.init_from={m.init_from}: not weights of this model ({reason})"
         ) from None

@@ -84,20 +84,14 @@ def forecast(
 ) -> None:
     """Log the estimated last step and size, and warn about a QAT start or a size out of reach."""
     last = schedule.last_step(step_seconds)
-    log.info("%.0f ms/step: about %.0f steps", 1000 * step_seconds, last)
-    if schedule.start_step is not None and schedule.start_step >= last:
+    log.info("%.0f ms/step: about %d steps", 1000 * step_seconds, last)
+    if schedule.asks_for_qat and not schedule.qat_starts(last - 1, (last - 1) * step_seconds):
         log.warning(
-            "qat.start_step = %d: the run ends at about step %.0f, so QAT WILL NEVER START; "
+            "%s: the run ends at about step %d, so QAT WILL NEVER START; "
             "try qat.start_step=%d or qat.start_fraction=0.5",
-            schedule.start_step,
+            schedule.typed_start,
             last,
             last // 2,
-        )
-    if schedule.start_fraction is not None and schedule.start_fraction >= 1.0:
-        log.warning(
-            "qat.start_fraction = %g: the run is over by then, so QAT WILL NEVER START; "
-            "try qat.start_fraction=0.5",
-            schedule.start_fraction,
         )
     packed = predicted_bytes(plan)
     log.info("predicted artifact: %s bytes before entropy coding", f"{packed:,}")
@@ -131,7 +125,8 @@ def build_trainer(loggers: list[Logger], callbacks: list[Callback]) -> Trainer:
     """A Trainer on this process's device, one of several ranks if torchrun started them."""
     for message in LIGHTNING_NOISE:
         warnings.filterwarnings("ignore", message=message)
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
     under_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
     local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     world_size = int(os.environ.get("WORLD_SIZE", "1"))

@@ -79,7 +79,7 @@ class QatModule(LightningModule):
         self.clock = TrainingClock()
         self.progress = Progress()
         self.step_seconds: float | None = None  # estimated after priming
-        self.on_grid_share = float("nan")  # as a forward pass after the last update sees it
+        self.on_grid_share = float("nan")  # by a forward pass in the state of the last QAT update
         self.nonzero_gradient_share = float("nan")
         self._optimizer_settings = optimizer_settings
         self._micro_batches = micro_batches
@@ -161,10 +161,8 @@ class QatModule(LightningModule):
         self._priming_left -= 1
         if not self.is_priming:
             self._restore()
-            # The first step pays for compilation and cold caches.
-            self.step_seconds = statistics.median(
-                self._priming_seconds[1:] or self._priming_seconds
-            )
+            if warm := self._priming_seconds[1:]:  # the first pays for compilation, cold caches
+                self.step_seconds = statistics.median(warm)
             self._start_timing()
 
     @torch.no_grad()
@@ -188,14 +186,15 @@ class QatModule(LightningModule):
         p.elapsed_seconds = self.clock.agree()
 
     def _switch_for_next_step(self) -> None:
-        """Snap for the next update, if there is one and QAT is (still) on by then."""
+        """Snap for the next update if QAT is on by then, and still on."""
         p, s = self.progress, self.schedule
-        now = s.progress(p.step, p.elapsed_seconds)
-        is_over = now >= 1.0  # too late to start: no update would see it
-        if self._switched_at is None and not is_over and s.qat_starts(p.step, p.elapsed_seconds):
-            self._switched_at = now
-        start = self._switched_at
-        is_on = start is not None and not s.qat_stopped(p.step)
+        if self._switched_at is None and s.qat_starts(p.step, p.elapsed_seconds):
+            self._switched_at = s.progress(p.step, p.elapsed_seconds)
+        self._refresh(self._switched_at is not None and not s.qat_stopped(p.step))
+
+    def _refresh(self, is_on: bool) -> None:
+        p, s = self.progress, self.schedule
+        now, start = s.progress(p.step, p.elapsed_seconds), self._switched_at
         done = (now - start) / (1.0 - start) if start is not None and start < 1.0 else 1.0
         self.switch.refresh(self.masters, is_on, p.step, done, s.blend(p.qat_steps))
 
@@ -211,11 +210,16 @@ class QatModule(LightningModule):
         self._wait_for_previous_step()
         p.elapsed_seconds = self.clock.agree()
         self._pending.append((p.step, p.elapsed_seconds, rate, self.switch.is_on, loss))
-        is_over = self.schedule.progress(p.step, p.elapsed_seconds) >= 1.0
-        self._switch_for_next_step()
-        if is_over:
+        if self.schedule.progress(p.step, p.elapsed_seconds) >= 1.0:
             self._finish_training()
-        elif len(self._pending) >= self._log_every_steps:
+            return
+        if self.switch.is_on and self.schedule.qat_stopped(p.step):
+            self.clock.pause()
+            self._measure_liveness()
+            self.switch.forget_steps()  # the weights move on without them
+            self.clock.start()
+        self._switch_for_next_step()
+        if len(self._pending) >= self._log_every_steps:
             self._flush_metrics()
 
     def _wait_for_previous_step(self) -> None:
@@ -230,14 +234,17 @@ class QatModule(LightningModule):
     def _finish_training(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
-        self.progress.elapsed_seconds = self.clock.agree()
+        p = self.progress
+        p.elapsed_seconds = self.clock.agree()
         self.clock.pause()
         self._flush_metrics()
-        self._measure_liveness()
+        if not p.qat_steps or self.switch.is_on:  # else it was measured when QAT stopped
+            self._measure_liveness()
         self.trainer.should_stop = True
 
     def _measure_liveness(self) -> None:
-        """What the next update would see: weights on the grid, gradients that arrive."""
+        """What one more update like the last would see: weights on the grid, gradients."""
+        self._refresh(self.switch.is_on)
         ids, targets = (part[:1] for part in self._last_batch)
         weights = self.switch.weights(self.masters)
         self.on_grid_share = measure_on_grid_share(self.gpt, weights, self.switch, ids)

@@ -55,7 +55,14 @@ class Schedule:
 
     @property
     def asks_for_qat(self) -> bool:
-        return not (self.start_step is self.start_fraction is self.start_lr_scale is None)
+        return bool(self.typed_start)
+
+    @property
+    def typed_start(self) -> str:
+        """The start as a setting; empty without one."""
+        names = ("start_step", "start_fraction", "start_lr_scale")
+        values = {name: getattr(self, name) for name in names}
+        return ", ".join(f"qat.{name} = {v:g}" for name, v in values.items() if v is not None)
 
     def qat_starts(self, step: int, elapsed_seconds: float) -> bool:
         """Whether update ``step + 1`` may be the first on snapped weights (or come after it)."""
@@ -75,10 +82,10 @@ class Schedule:
         """Share of the snapped weights in the update after ``qat_steps`` updates with QAT on."""
         return min(1.0, (qat_steps + 1) / (self.ramp_steps + 1))
 
-    def last_step(self, step_seconds: float) -> float:
+    def last_step(self, step_seconds: float) -> int:
         """Estimated number of updates of the whole run."""
         by_steps = self.max_steps if self.max_steps is not None else math.inf
         by_clock = math.inf
         if self.budget_seconds is not None:
             by_clock = math.ceil(self.budget_seconds / step_seconds)
-        return min(by_steps, by_clock)
+        return int(min(by_steps, by_clock))

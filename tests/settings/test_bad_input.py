@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from qat.language.shards import ShardWriter
+from qat.settings.checks import resolve_eval
+from qat.settings.command_line import INTERRUPTED, Program, main
 from tests.conftest import GOLF, ROOT
 
 NOT_A_MODEL = GOLF / "fp32_run.json"
@@ -55,7 +58,17 @@ CASES: list[tuple[tuple[str, ...], str]] = [
     (("seed=99999999999999999999",), "seed = 99999999999999999999"),
     (("optimizer.matrix_lr=-1",), "optimizer.matrix_lr = -1.0"),
     (("optimizer.adam_beta1=1.5",), "optimizer.adam_beta1 = 1.5"),
-    (("qat=null",), "must be a string"),
+    (("qat=null",), "qat=null: no such option; choose from binary, "),
+    (("qat=",), "qat=: no such option"),
+    (("qat=[int6]",), "qat=[int6]: no such option"),
+    (("-m", "qat=none,[int6]"), "no such option"),
+    (("experiment=main_job",), "experiment=main_job: it is a sweep; add -m"),
+    (("experiment=main_job", "qat=int8"), "experiment=main_job: it is a sweep; add -m"),
+    (("qat=int6", "qat.start_lr_scale=0.5", "schedule.warmdown_steps=0"), "the rate never falls"),
+    (("model.dim=400000000000000",), "no computer holds such tensors"),
+    (("data.files=[]",), "data.files = []: name a file"),
+    (("data.files=words.txt",), "data.files=words.txt: give a list, [a,b]"),
+    (("data.files=[/]",), "data.files: /: give .txt"),
     (("runs_dir=/proc/no",), "runs_dir=/proc/no: cannot write there"),
     (("data.cache_dir=/proc/no",), "data.cache_dir=/proc/no: cannot write there"),
     (("limit_bytes=0",), "limit_bytes = 0: give 1 or more"),
@@ -109,6 +122,9 @@ EVAL_CASES: list[tuple[tuple[str, ...], str]] = [
     (("task=scoer",), "task = scoer: choose from score, sample, report"),
     (("artefact=x",), "artefact: unknown setting; did you mean artifact?"),
     (("artifact=none.qat",), "artifact=none.qat: No such file"),
+    (("artifact=it's (a) [file], ${seed}",), "artifact=it's (a) [file], ${seed}: No such file"),
+    (("qat=int6",), "qat: unknown setting; see"),
+    (("-m", "seed=1,2"), "-m: eval.py does one thing at a time"),
     (("run=nobody",), "run=nobody: no such folder"),
     (("task=report",), "runs = null: give a glob"),
     (("task=report", "runs=nothing/*"), "runs=nothing/*: no run folder found"),
@@ -167,9 +183,101 @@ def test_profile_is_concrete_before_hydra_composes(program, monkeypatch) -> None
     assert command_line._with_profile(["profile=laptop"]) == ["profile=laptop"]
 
 
-def test_prose_and_paths_are_taken_as_typed() -> None:
-    from qat.settings.command_line import _quote
+@pytest.mark.parametrize(
+    "prompt", ["Hello, (world): it's", r"a\b\\c", "${seed}", "'quoted", "null"]
+)
+def test_prose_is_taken_as_typed(prompt: str) -> None:
+    from qat.settings.command_line import _take_verbatim
 
-    assert _quote("prompt=Hello, (world): it's") == "prompt='Hello, (world): it\\'s'"
-    assert _quote("prompt='quoted'") == "prompt='quoted'"
-    assert _quote("seed=3") == "seed=3"
+    typed = ["seed=3", f"prompt={prompt}", "--cfg=job"]
+    assert _take_verbatim(typed) == (["seed=3", "--cfg=job"], {"prompt": prompt})
+
+
+@pytest.mark.parametrize("flag", ["--help", "--hydra-help", "--version", "--cfg=job", "--info=all"])
+@pytest.mark.parametrize("script", ["train.py", "eval.py"])
+def test_questions_are_answered_and_nothing_else_said(script: str, flag: str, program) -> None:
+    done = program(script, flag)
+    assert (done.code, done.err) == (0, "")
+    assert "command_line" not in done.out
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("empty.txt", b"", "there is no text to train on"),
+        ("half.jsonl", rb'{"text": "\ud800"}', "half.jsonl, line 1: half of a surrogate pair"),
+        ("latin.txt", b"caf\xe9", "latin.txt is not UTF-8 text"),
+    ],
+)
+def test_text_that_cannot_be_used(
+    name: str, content: bytes, message: str, train, tmp_path: Path
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    done = train(f"data.files=[{name}]", "data.cache_dir=cache")
+    assert done.code == 2
+    assert message in done.err
+    left = [path.suffix for path in (tmp_path / "cache").iterdir()]
+    assert left == [".lock"]
+
+
+def test_shards_with_notes_of_somebody_else_and_an_empty_tokenizer(train, tmp_path: Path) -> None:
+    for file in GOLF.glob("*.bin"):
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    given = ("data.files=null", "data.train_files=fineweb_train_*.bin", "model.vocab_size=512",
+             "data.val_files=fineweb_val_*.bin", "max_steps=1")  # fmt: skip
+    for notes in ("[1]", "{}", "no json"):
+        (tmp_path / "notes.json").write_text(notes)
+        done = train(*given, f"data.tokenizer={GOLF}/tokenizer.model")
+        assert done.code == 0, done.err
+    (tmp_path / "empty.model").touch()
+    done = train(*given, "data.tokenizer=empty.model")
+    assert done.code == 2
+    assert "data.tokenizer=empty.model: not a SentencePiece model (the file is empty)" in done.err
+
+
+def test_validation_text_of_no_bytes_is_found_before_training(train, tmp_path: Path) -> None:
+    writer = ShardWriter(tmp_path, "val")
+    writer.write([1] * 500)
+    writer.close()
+    done = train("data.files=null", f"data.train_files={GOLF}/fineweb_train_*.bin",
+                 "data.val_files=val_*.bin", f"data.tokenizer={GOLF}/tokenizer.model",
+                 "model.vocab_size=512")  # fmt: skip
+    assert done.code == 2
+    assert "data.val_files: its tokens stand for no bytes of text" in done.err
+    assert not (tmp_path / "logs").exists()
+
+
+def test_a_sweep_needs_a_folder_of_its_own(train, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    done = train("-m", "seed=1,2", "runs_dir=file", "max_steps=1")
+    assert (done.code, len(done.err.splitlines())) == (2, 1)
+    assert "runs_dir: cannot write file" in done.err
+    (tmp_path / "logs/runs/mine").mkdir(parents=True)
+    done = train("-m", "seed=1,2", "sweep_name=mine")
+    assert done.code == 2
+    assert "sweep_name=mine: logs/runs/mine is there already" in done.err
+
+
+def _end_of_eval(run, monkeypatch: pytest.MonkeyPatch) -> int:
+    monkeypatch.setattr(sys, "argv", ["eval.py", "artifact=x"])
+    return main(Program("eval", resolve_eval, run))
+
+
+def test_a_bug_in_a_task_is_not_the_users_mistake(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def bug(settings: object, job: object) -> int:
+        raise ValueError("a bug of ours")
+
+    assert _end_of_eval(bug, monkeypatch) == 1
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_an_interrupt_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(settings: object, job: object) -> int:
+        raise KeyboardInterrupt
+
+    assert _end_of_eval(interrupted, monkeypatch) == INTERRUPTED
+    assert capsys.readouterr().err == "error: interrupted\n"

@@ -6,9 +6,11 @@ import json
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from qat.artifact.container import read_artifact
-from tests.conftest import result_of
+from qat.study.pairing import build_rows
+from tests.conftest import GOLF, result_of
 
 RUNS = Path("logs/runs")
 
@@ -120,13 +122,149 @@ def test_unequal_settings_do_not_pair(train, program) -> None:
     program("eval.py", "task=report", "runs=logs/runs/*")
     table = json.loads((RUNS / "report.json").read_text())
     assert all(row["delta_bpb"] is None for row in table)
-    assert any("no baseline" in row["note"] for row in table)
+    assert any("base differs in max_steps" in row["note"] for row in table)
 
 
-def test_wandb_offline_holds_the_row(train, monkeypatch: pytest.MonkeyPatch) -> None:
+def report_rows(program) -> list[dict]:
+    done = program("eval.py", "task=report", "runs=logs/runs/*")
+    assert done.code == 0, done.err
+    return json.loads((RUNS / "report.json").read_text())
+
+
+def change(run: str, **values: object) -> None:
+    file = RUNS / run / "result.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+
+@pytest.mark.parametrize(
+    ("values", "named"),
+    [
+        ({"hardware": "another machine, 2 ranks"}, "base differs in hardware"),
+        ({"data": {"train": "0", "val": "0", "tokenizer": "0"}}, "base differs in data.tok"),
+    ],
+)
+def test_other_hardware_and_other_text_do_not_pair(values, named: str, train, program) -> None:
+    train("run_name=base", "max_steps=2")
+    train("qat=int8", "run_name=arm", "max_steps=2")
+    assert [row["delta_bpb"] is None for row in report_rows(program)] == [True, False]
+    change("base", **values)
+    arm = report_rows(program)[-1]
+    assert arm["delta_bpb"] is None
+    assert named in arm["note"]
+
+
+def test_the_same_text_at_another_path_pairs(train, program, corpus: Path, tmp_path: Path) -> None:
+    train("run_name=base", "max_steps=2")
+    (tmp_path / "copy.txt").write_bytes(corpus.read_bytes())
+    train("qat=int8", "run_name=arm", "max_steps=2", "data.files=[copy.txt]")
+    assert report_rows(program)[-1]["delta_bpb"] is not None
+
+
+def test_of_two_baselines_none_is_picked(train, program) -> None:
+    for name in ("base1", "base2"):
+        train(f"run_name={name}", "max_steps=2")
+    train("qat=int6", "run_name=arm", "max_steps=2")
+    change("base2", val_bpb_artifact=9.0, val_bpb_float=9.0)
+    table = report_rows(program)
+    arm = table[-1]
+    exported = [row["val_bpb_artifact"] for row in table if row["exported"]]
+    assert len(exported) == 2
+    expected = arm["val_bpb_artifact"] - sum(exported) / 2
+    assert arm["delta_bpb"] == pytest.approx(expected, abs=1e-12)
+    assert "mean of 2 baselines" in arm["note"]
+    assert [row["run_name"] for row in table] == ["base1", "base2", "base1", "base2", "arm"]
+
+
+@pytest.mark.parametrize("damage", ["truncate", "empty", "remove"])
+def test_a_baseline_that_cannot_be_exported_is_a_note(damage: str, train, program) -> None:
+    train("run_name=base", "max_steps=2")
+    train("qat=int6", "run_name=arm", "max_steps=2")
+    checkpoint = RUNS / "base" / "checkpoint.ckpt"
+    if damage == "remove":
+        checkpoint.unlink()
+    else:
+        checkpoint.write_bytes(checkpoint.read_bytes()[: 0 if damage == "empty" else 1000])
+    base, arm = report_rows(program)
+    assert "baseline base has no file on this grid" in arm["note"]
+    assert "checkpoint.ckpt" in arm["note"]
+    assert base["status"] == "finished"
+
+
+def test_the_report_needs_no_training_text_and_no_working_folder(
+    train, program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for file in GOLF.glob("*.bin"):
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    given = ("data.files=null", "data.train_files=fineweb_train_*.bin", "model.vocab_size=512",
+             "data.val_files=fineweb_val_*.bin", f"data.tokenizer={GOLF}/tokenizer.model",
+             "max_steps=1")  # fmt: skip
+    assert train(*given, "run_name=base").code == 0
+    assert train(*given, "qat=int6", "run_name=arm").code == 0
+    for file in tmp_path.glob("fineweb_train_*"):
+        file.unlink()
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    _, _, arm = build_rows(
+        [tmp_path / RUNS / name for name in ("base", "arm")], Console(quiet=True)
+    )
+    assert arm["delta_bpb"] is not None
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"unknown": 1}', '{"run_name": "x"}'])
+def test_a_damaged_row_is_said_and_the_others_shown(content: str, train, program) -> None:
+    train("run_name=good", "max_steps=1")
+    train("run_name=bad", "max_steps=1")
+    (RUNS / "bad" / "result.json").write_text(content)
+    table = report_rows(program)
+    assert [row["status"] for row in table] == ["finished", "unreadable"]
+
+
+def test_an_export_whose_file_is_gone_is_made_again(train, program) -> None:
+    train("run_name=base", "max_steps=1")
+    train("qat=int6", "run_name=arm", "max_steps=1")
+    first = report_rows(program)
+    (file,) = (RUNS / "base" / "exports").glob("*.qat")
+    file.unlink()
+    assert report_rows(program) == first
+    assert file.is_file()
+
+
+def test_a_report_that_cannot_be_written_is_one_line(train, program) -> None:
+    train("run_name=base", "max_steps=1")
+    (RUNS / "report.md").mkdir()
+    done = program("eval.py", "task=report", "runs=logs/runs/*")
+    assert done.code == 2
+    assert "cannot write logs/runs/report.md" in done.err
+
+
+def test_runs_of_several_folders_are_reported_in_runs_dir(train, program, tmp_path: Path) -> None:
+    for folder in ("one", "two"):
+        assert train(f"runs_dir={folder}", "run_name=r", "max_steps=1").code == 0
+    assert program("eval.py", "task=report", "runs=*/r").code == 0
+    assert (RUNS / "report.md").is_file()
+    assert not (tmp_path / "report.md").exists()
+
+
+def test_a_sweep_into_a_folder_with_glob_signs(train) -> None:
+    done = train("-m", "seed=1,2", "runs_dir='a[1]'", "max_steps=1")
+    assert done.code == 0, done.err
+    assert len(list(Path("a[1]").glob("*/report.md"))) == 1
+
+
+def test_wandb_offline_holds_rows_config_and_group(train, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_SILENT", "true")
-    assert train("logger=wandb", "qat=int6", "run_name=w", "max_steps=2").code == 0
-    (file,) = (RUNS / "w").rglob("run-*.wandb")
-    raw = file.read_bytes()
-    for key in ("val_bpb_artifact", "qat_never_started", "seed1337", "artifact_bytes"):
-        assert key.encode() in raw, key
+    done = train("-m", "logger=wandb", "qat=none,int6", "sweep_name=pair", "max_steps=2")
+    assert done.code == 0, done.err
+    files = sorted((RUNS / "pair").glob("*/wandb/offline-run-*/*.wandb"))
+    assert len(files) == 2
+    for file, arm in zip(files, ("none", "int6"), strict=True):
+        raw = file.read_bytes()
+        for key in (
+            "val_bpb_artifact",
+            "qat_never_started",
+            "seed1337",
+            "warmdown_steps",
+            "pair",
+            arm,
+        ):
+            assert key.encode() in raw, (file, key)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import csv
 import json
+import time
 from pathlib import Path
 
 import pytest
 import torch
 from torch._dynamo.utils import counters
 
+from qat.artifact.container import read_artifact
 from qat.errors import TrainingError
 from qat.language.batches import BatchShape, TrainingBatches
 from qat.language.gpt import GPT, GPTShape
@@ -18,6 +20,7 @@ from qat.quantize.grid import Grid
 from qat.quantize.plan import build_plan
 from qat.quantize.straight_through import QatSwitch
 from qat.settings.schema import OptimizerSettings
+from qat.study.export_baseline import checkpoint_weights
 from qat.training.clock import TrainingClock
 from qat.training.fit import build_trainer
 from qat.training.liveness import weights_seen
@@ -74,7 +77,9 @@ def test_always_on_by_fraction_and_the_default(train) -> None:
     assert result_of(RUNS / "default")["qat_first_step"] == 7
 
 
-@pytest.mark.parametrize("start", ["start_step=6000", "start_step=12", "start_fraction=1.0"])
+@pytest.mark.parametrize(
+    "start", ["start_step=6000", "start_step=12", "start_fraction=1.0", "start_lr_scale=0.2"]
+)
 def test_a_start_out_of_reach_is_said_loudly_and_marked(start: str, train) -> None:
     done = train("qat=int8", f"qat.{start}", "run_name=never")
     assert done.code == 0
@@ -128,9 +133,17 @@ def test_the_clock_ends_the_run_within_one_step(train) -> None:
 def test_a_loss_that_is_not_finite_stops_the_run(train) -> None:
     done = train("optimizer.tied_embedding_lr=1e30", "run_name=nan", "logger.every_steps=1")
     assert done.code == 1
-    assert "at step" in done.err
+    assert "lower learning rates" in done.err
     assert result_of(RUNS / "nan")["status"] == "failed"
     assert not list((RUNS / "nan").glob("*artifact*"))
+
+
+def test_weights_that_diverged_are_not_the_users_mistake(train) -> None:
+    """The last update throws the embedding's steps beyond fp16: found at export."""
+    done = train("optimizer.tied_embedding_lr=1e9", "max_steps=1", "run_name=far")
+    assert done.code == 1
+    assert "lower the learning rates" in done.err
+    assert result_of(RUNS / "far")["status"] == "failed"
 
 
 def module(
@@ -250,13 +263,53 @@ def test_stop_step_ends_qat(train) -> None:
     assert train("qat=int4", "qat.start_step=3", "qat.stop_step=8", "run_name=s").code == 0
     result = result_of(RUNS / "s")
     assert (result["qat_first_step"], result["qat_last_step"], result["qat_steps"]) == (4, 8, 5)
-    assert result["on_grid_share"] < 1.0
+    assert result["on_grid_share"] == 1.0
+    assert [int(row["qat_on"]) for row in metrics(RUNS / "s")] == [0] * 3 + [1] * 5 + [0] * 4
+
+
+@pytest.mark.parametrize("stop", [11, 12, 13])
+def test_liveness_describes_the_last_qat_update_whenever_it_was(train, stop: int) -> None:
+    assert train("qat=int4", "qat.start_step=3", f"qat.stop_step={stop}", "run_name=s").code == 0
+    result = result_of(RUNS / "s")
+    assert result["qat_last_step"] == min(stop, 12)
+    assert result["on_grid_share"] == 1.0
+    assert result["nonzero_gradient_share"] > 0.5
+
+
+def test_learned_steps_are_found_anew_after_qat_stopped(train) -> None:
+    """They stood still while the weights moved on: the file takes the rule's steps instead."""
+    assert train("qat=lsq4", "qat.start_step=2", "qat.stop_step=4", "run_name=s").code == 0
+    artifact = read_artifact(RUNS / "s" / "artifact.qat")
+    masters = checkpoint_weights(RUNS / "s" / "checkpoint.ckpt")
+    for name, w in artifact.plan.snap(masters).items():
+        assert torch.equal(w, artifact.weights[name]), name
 
 
 def test_start_by_learning_rate(train) -> None:
     """Rates fall over the last 4 of 12 updates: 1, .75, .5, .25."""
     assert train("qat=int4", "qat.start_lr_scale=0.5", "run_name=s").code == 0
     assert result_of(RUNS / "s")["qat_first_step"] == 11
+
+
+@pytest.mark.parametrize("warmup_steps", [0, 1])
+def test_a_cold_step_does_not_foretell_the_others(train, warmup_steps: int, monkeypatch) -> None:
+    """With no warm priming step the estimate waits for real ones."""
+    estimates = []
+    monkeypatch.setattr(
+        "qat.training.fit.forecast", lambda s, seconds, *_: estimates.append(seconds)
+    )
+    original = QatModule._update
+
+    def slow_at_first(self: QatModule) -> None:
+        if not hasattr(self, "_was_slow"):
+            self._was_slow = True
+            time.sleep(1.0)
+        original(self)
+
+    monkeypatch.setattr(QatModule, "_update", slow_at_first)
+    assert train(f"schedule.warmup_steps={warmup_steps}", "run_name=s").code == 0
+    assert len(estimates) == 1
+    assert estimates[0] < 1.0 or warmup_steps == 0
 
 
 def test_learned_steps_learn_and_stay_out_of_muon() -> None:

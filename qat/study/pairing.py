@@ -1,0 +1,163 @@
+"""Compares every QAT run with its no-QAT baselines on the same grid.
+
+A baseline pairs with a QAT run if all settings but the quantization ones are equal (seed, profile,
+model, clock, ...), and so are the hardware and the tokens and tokenizer that were read. If it was
+stored on another grid, its float checkpoint is exported on the QAT run's grid: a real file, read
+back, scored, and marked as exported. Of several baselines the mean counts, so none is picked.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from rich.console import Console
+
+from qat.errors import TrainingError, UserError
+from qat.study.export_baseline import export_baseline
+from qat.study.result import Result
+
+QUANTIZATION_SETTINGS = ("qat", "grid", "plan", "artifact")
+BOOKKEEPING_SETTINGS = ("run_name", "sweep_name", "runs_dir", "logger", "limit_bytes")
+
+
+def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        flat |= (
+            _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        )
+    return flat
+
+
+def identity(result: Result) -> dict[str, Any]:
+    """What two runs must share to be compared; data by content, not by path."""
+    left_out = (*QUANTIZATION_SETTINGS, *BOOKKEEPING_SETTINGS, "data")
+    shared = {key: value for key, value in result.settings.items() if key not in left_out}
+    return _flat(shared | {"data": result.data, "hardware": result.hardware})
+
+
+def storage(settings: dict[str, Any]) -> str:
+    """What two artifacts must share to be stored alike."""
+    return json.dumps([settings["grid"], settings["plan"], settings["artifact"]], sort_keys=True)
+
+
+def is_baseline(result: Result) -> bool:
+    return not result.settings["qat"]["enabled"]
+
+
+def row_of(result: Result) -> dict[str, Any]:
+    """A run's row of the table, not yet compared."""
+    row = {key: value for key, value in asdict(result).items() if key != "settings"}
+    row["arm"] = f"{result.qat} on {result.grid}"
+    row["exported"] = False
+    row["delta_bpb"] = None
+    if result.artifact_bytes is not None and result.code_bytes is not None:
+        row["total_bytes"] = result.artifact_bytes + result.code_bytes
+    notes = [] if result.status == "finished" else [result.status.upper()]
+    notes += ["QAT NEVER STARTED"] if result.qat_never_started else []
+    notes += [result.error] if result.error else []
+    row["note"] = "; ".join(notes)
+    return row
+
+
+def _exported_row(baseline: Result, exported: dict[str, Any]) -> dict[str, Any]:
+    row = row_of(baseline) | exported | {"exported": True}
+    row["arm"] = f"none on {exported['grid']}"
+    row["total_bytes"] = exported["artifact_bytes"] + exported["code_bytes"]
+    row["val_bpb_snapped"] = None  # not measured on this grid
+    row["quant_gap_bpb"] = exported["val_bpb_artifact"] - row["val_bpb_float"]
+    oversize = "; OVERSIZE" if row["total_bytes"] > baseline.limit_bytes else ""
+    row["note"] = f"exported from {baseline.run_name}{oversize}"
+    return row
+
+
+def _row_without_result(folder: Path, status: str, note: str) -> dict[str, Any]:
+    return {"arm": "?", "run_name": folder.name, "status": status, "exported": False, "note": note}
+
+
+def _why_unpaired(result: Result, baselines: list[Result]) -> str:
+    """Names what the nearest baseline has different."""
+    wanted, nearest = identity(result), None
+    for baseline in baselines:
+        other = identity(baseline)
+        keys = sorted(k for k in wanted.keys() | other.keys() if wanted.get(k) != other.get(k))
+        if nearest is None or len(keys) < len(nearest[1]):
+            nearest = baseline.run_name, keys
+    if nearest is None:
+        return "no baseline in this report"
+    return f"no baseline in this report: {nearest[0]} differs in {', '.join(nearest[1])}"
+
+
+class _Table:
+    """Grows row by row; a baseline's export stands before the first arm that needed it."""
+
+    def __init__(self, baselines: dict[Path, Result], console: Console) -> None:
+        self.rows: list[dict[str, Any]] = []
+        self._baselines, self._console = baselines, console
+        self._exported: dict[tuple[Path, str], float] = {}  # val_bpb_artifact
+
+    def add_arm(self, result: Result, val_bpb_artifact: float) -> None:
+        """A QAT run's row, compared with its baselines if there are some."""
+        row = row_of(result)
+        notes = [row["note"]] if row["note"] else []
+        equal = [
+            (folder, baseline)
+            for folder, baseline in self._baselines.items()
+            if identity(baseline) == identity(result)
+        ]
+        scores = []
+        for folder, baseline in equal:
+            try:
+                scores.append(self._score_on(folder, baseline, result.settings))
+            except (UserError, TrainingError) as error:
+                notes.append(f"baseline {baseline.run_name} has no file on this grid: {error}")
+        if scores:
+            row["delta_bpb"] = val_bpb_artifact - mean(scores)
+        if len(scores) > 1:
+            notes.append(f"against the mean of {len(scores)} baselines")
+        if not equal:
+            notes.append(_why_unpaired(result, list(self._baselines.values())))
+        row["note"] = "; ".join(notes)
+        self.rows.append(row)
+
+    def _score_on(self, folder: Path, baseline: Result, target: dict[str, Any]) -> float:
+        """The baseline's val_bpb stored as ``target`` settings say, exported if need be."""
+        if storage(baseline.settings) == storage(target):
+            assert baseline.val_bpb_artifact is not None
+            return baseline.val_bpb_artifact
+        key = folder, storage(target)
+        if key not in self._exported:
+            exported = export_baseline(folder, baseline, target, self._console)
+            self._exported[key] = exported["val_bpb_artifact"]
+            self.rows.append(_exported_row(baseline, exported))
+        return self._exported[key]
+
+
+def build_rows(folders: list[Path], console: Console) -> list[dict[str, Any]]:
+    """One row per run, by seed, baselines first; runs without a readable result come last."""
+    results: dict[Path, Result] = {}
+    without: list[dict[str, Any]] = []
+    for folder in folders:
+        try:
+            result = Result.read(folder)
+        except UserError as error:
+            without.append(_row_without_result(folder, "unreadable", str(error)))
+            continue
+        if result is not None:
+            results[folder] = result
+        else:
+            note = f"{folder.name}: no result; it died or is still running"
+            without.append(_row_without_result(folder, "unfinished", note))
+    scored = {f: r for f, r in results.items() if is_baseline(r) and r.val_bpb_float is not None}
+    table = _Table(scored, console)
+    by_seed = sorted(results.items(), key=lambda i: (i[1].seed, not is_baseline(i[1]), i[0].name))
+    for _, result in by_seed:
+        if is_baseline(result) or result.val_bpb_artifact is None:
+            table.rows.append(row_of(result))
+        else:
+            table.add_arm(result, result.val_bpb_artifact)
+    return table.rows + without

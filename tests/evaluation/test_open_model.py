@@ -1,0 +1,64 @@
+"""Opening what a header names: forged headers are refused, the split is the one trained with."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from qat.artifact.container import HASH_BYTES, PREFIX
+from tests.conftest import result_of
+
+
+def with_meta(file: bytes, meta: dict) -> bytes:
+    """The same file with other ``meta`` entries and a right hash."""
+    magic, version, size = PREFIX.unpack_from(file)
+    header = json.loads(file[PREFIX.size : PREFIX.size + size])
+    header["meta"] |= meta
+    if header["meta"]["data"] == "absent":
+        del header["meta"]["data"]
+    raw = json.dumps(header).encode()
+    rest = file[PREFIX.size + size : -HASH_BYTES]
+    body = PREFIX.pack(magic, version, len(raw)) + raw + rest
+    return body + hashlib.sha256(body).digest()
+
+
+@pytest.mark.parametrize(
+    "meta",
+    [
+        {"seq_len": 0},
+        {"seq_len": -5},
+        {"seq_len": 2**40},
+        {"seq_len": "32"},
+        {"data": "abc"},
+        {"data": "absent"},
+        {"data": {"name": "web_bible", "val_fraction": 7}},
+        {"data": {"name": "web_bible", "val_fraction": "x"}},
+        {"data": {"name": "hub"}},
+        {"data": {"cache_key": "../../etc"}},
+        {"data": {"name": ["web_bible"]}},
+    ],
+    ids=str,
+)
+def test_forged_meta(meta: dict, finished: Path, program, tmp_path: Path) -> None:
+    (tmp_path / "f.qat").write_bytes(with_meta((finished / "artifact.qat").read_bytes(), meta))
+    done = program("eval.py", "artifact=f.qat")
+    assert done.code == 2, done.err
+    assert len(done.err.splitlines()) == 1
+
+
+def test_text_given_by_hand_is_split_as_in_training(train, program, corpus, cache_dir) -> None:
+    """Another split would score documents that were trained on."""
+    assert train("data.val_fraction=0.2", "run_name=r", "max_steps=1").code == 0
+    done = program(
+        "eval.py", "artifact=logs/runs/r/artifact.qat", f"data.files=[{corpus}]",
+        f"data.cache_dir={cache_dir}", "eval.batch_tokens=2048",
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    match = re.search(r"^val_bpb\s+(\S+)$", done.out, re.MULTILINE)
+    assert match
+    expected = result_of(Path("logs/runs/r"))["val_bpb_artifact"]
+    assert float(match[1]) == pytest.approx(expected, abs=1e-9)

@@ -1,0 +1,47 @@
+"""Every command of the README composes and passes the checks, on both profiles."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+
+import train
+from qat.settings import checks, machine
+from qat.settings.command_line import Program, main
+from tests.conftest import ROOT
+
+LINES = re.findall(
+    r"^\.venv/bin/python (train|eval)\.py (.*)$", (ROOT / "README.md").read_text(), re.M
+)
+LINES += [
+    ("train", line)
+    for line in re.findall(
+        r"^launch/node\.sh \d+ (.*?)\s*#", (ROOT / "README.md").read_text(), re.M
+    )
+]
+
+
+def test_there_are_commands() -> None:
+    assert len([name for name, _ in LINES if name == "train"]) >= 6
+    assert len([name for name, _ in LINES if name == "eval"]) >= 3
+
+
+@pytest.mark.parametrize("profile", ["laptop", "golf"])
+@pytest.mark.parametrize(("name", "line"), LINES, ids=[" ".join(line) for line in LINES])
+def test_command(
+    name: str, line: str, profile: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(machine, "detect_profile", lambda: (profile, "asked for by the test"))
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", *shlex.split(line, comments=True)])
+    seen = []
+    resolve = train.resolve if name == "train" else checks.resolve_eval
+    program = Program(
+        name, resolve, lambda settings, job: seen.append(settings) or 0, lambda folder, jobs: 0
+    )
+    assert main(program) == 0
+    assert seen
