@@ -7,22 +7,20 @@ sweep are checked before the first one starts; only rank 0 speaks.
 
 from __future__ import annotations
 
-import difflib
 import itertools
 import os
 import re
 import sys
 import traceback
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import ChoiceSweep
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
@@ -30,13 +28,18 @@ from omegaconf.errors import OmegaConfBaseException
 
 from qat.errors import TrainingError, UserError
 from qat.settings import machine
-from qat.settings.schema import EvalTaskSettings, TrainSettings
+from qat.settings.arguments import (
+    CONF,
+    SCHEMAS,
+    check_options,
+    is_setting,
+    overrides_together,
+    refuse_unknown_additions,
+    take_verbatim,
+    unknown,
+    with_profile,
+)
 
-CONF = Path(__file__).resolve().parents[2] / "conf"
-SCHEMAS = {"train": TrainSettings, "eval": EvalTaskSettings}
-# Prose and paths of eval.py, taken as typed: Hydra's grammar would trip over ',' or '(' in them.
-VERBATIM_KEYS = ("prompt", "artifact", "run", "runs")
-QUIET_FLAGS = ("-h", "--help", "--version", "-c", "--cfg", "-i", "--info")
 INTERRUPTED = 130  # as shells say it
 SWEEP_FLAGS = ("-m", "--multirun")
 
@@ -85,17 +88,18 @@ def say_error(line: str) -> None:
 
 
 def _main(program: Program) -> int:
-    arguments, verbatim = sys.argv[1:], {}
+    arguments = sys.argv[1:]
+    verbatim: dict[str, str] = {}
     if program.config_name == "train":
-        arguments = _with_profile(arguments)
+        arguments = with_profile(arguments)
     else:
-        arguments, verbatim = _take_verbatim(arguments)
+        arguments, verbatim = take_verbatim(arguments)
     is_sweep = any(flag in arguments for flag in SWEEP_FLAGS)
     if is_sweep and program.after_sweep is None:
         raise UserError(f"-m: {program.config_name}.py does one thing at a time; drop -m")
-    _refuse_unknown_additions(arguments, program.config_name)
-    _check_options(arguments, program.config_name)
-    arguments = _overrides_together(arguments)
+    refuse_unknown_additions(arguments, program.config_name)
+    check_options(arguments, program.config_name)
+    arguments = overrides_together(arguments)
     num_jobs = _check_sweep(program, arguments) if is_sweep else 1
     exit_codes: list[int] = []
     sweep_dirs: set[Path] = set()
@@ -131,103 +135,13 @@ def _main(program: Program) -> int:
     return max(exit_codes, default=0)
 
 
-def _overrides_together(arguments: list[str]) -> list[str]:
-    """Settings first, flags after them: argparse refuses settings on both sides of a flag."""
-    return sorted(arguments, key=lambda a: not _is_setting(a))
-
-
-def _is_setting(argument: str) -> bool:
-    return "=" in argument and not argument.startswith("-")
-
-
-def _take_verbatim(arguments: list[str]) -> tuple[list[str], dict[str, str]]:
-    """(arguments for Hydra, settings that are prose or paths: whatever follows the '=')."""
-    parts = [argument.partition("=") for argument in arguments]
-    verbatim = {key: value for key, equals, value in parts if equals and key in VERBATIM_KEYS}
-    return ["".join(part) for part in parts if not (part[1] and part[0] in verbatim)], verbatim
-
-
-def _with_profile(arguments: list[str]) -> list[str]:
-    """Put the detected profile where ``auto`` was typed, or first if no profile was typed."""
-    if "--hydra-help" in arguments:  # is composed from Hydra's own settings
-        return arguments
-    profile, reason = machine.detect_profile()
-    typed = [a for a in arguments if a.startswith("profile=")]
-    if typed and not any("auto" in a.removeprefix("profile=").split(",") for a in typed):
-        return arguments
-    if machine.rank() == 0 and not any(a.split("=")[0] in QUIET_FLAGS for a in arguments):
-        print(f"profile={profile}: {reason}", file=sys.stderr)
-    if not typed:
-        return [*arguments, f"profile={profile}"]
-
-    def concrete(argument: str) -> str:
-        if not argument.startswith("profile="):
-            return argument
-        options = argument.removeprefix("profile=").split(",")
-        return "profile=" + ",".join(profile if o == "auto" else o for o in options)
-
-    return [concrete(a) for a in arguments]
-
-
-def known_keys(schema: type, prefix: str = "") -> set[str]:
-    """All dotted setting names of a schema."""
-    keys: set[str] = set()
-    for field in fields(schema):
-        kind = get_type_hints(schema)[field.name]
-        keys.add(prefix + field.name)
-        if isinstance(kind, type) and is_dataclass(kind):
-            keys |= known_keys(kind, f"{prefix}{field.name}.")
-    return keys
-
-
-def _groups(config_name: str) -> set[str]:
-    """The groups of a program: those that its defaults list names."""
-    defaults = OmegaConf.load(CONF / f"{config_name}.yaml").defaults
-    keys = {str(key) for entry in defaults if isinstance(entry, DictConfig) for key in entry}
-    return {key for key in keys if not key.startswith("override ")}
-
-
-def _check_options(arguments: list[str], config_name: str) -> None:
-    """A group takes the name of one option, never a list or null."""
-    groups = _groups(config_name)
-    settings = [a for a in arguments if _is_setting(a) and a.split("=")[0] in groups]
-    for override in OverridesParser.create().parse_overrides(settings):
-        options = [path.stem for path in sorted((CONF / override.key_or_group).glob("*.yaml"))]
-        value = override.value()
-        for option in value.list if isinstance(value, ChoiceSweep) else [value]:
-            if isinstance(option, list) or str(option) not in options:
-                typed = override.input_line
-                raise UserError(f"{typed}: no such option; choose from {', '.join(options)}")
-
-
-def _unknown(key: str, config_name: str) -> str:
-    known = sorted(known_keys(SCHEMAS[config_name]) | _groups(config_name))
-    close = difflib.get_close_matches(key, known, n=1)
-    hint = f"did you mean {close[0]}?" if close else f"see `python {config_name}.py --cfg job`"
-    return f"unknown setting; {hint}"
-
-
-def _refuse_unknown_additions(arguments: list[str], config_name: str) -> None:
-    """Hydra adds ``+foo=1`` silently, and ``~foo`` removes settings the program needs."""
-    for argument in arguments:
-        if argument[:1] not in ("+", "~"):
-            continue
-        key = argument.lstrip("+~").partition("=")[0]
-        if key.startswith("hydra"):
-            continue
-        if key not in known_keys(SCHEMAS[config_name]) | _groups(config_name):
-            raise UserError(f"{argument}: {_unknown(key, config_name)}")
-        if argument.startswith("~"):
-            raise UserError(f"{argument}: settings cannot be removed; give another value")
-
-
 def _check_sweep(program: Program, arguments: list[str]) -> int:
     """Compose and check every job of a sweep before the first starts; returns their number."""
     if machine.world_size() > 1:
         raise UserError(
             "-m: a sweep starts its own jobs; run it without torchrun, or one job per torchrun"
         )
-    overrides = [a for a in arguments if _is_setting(a)]
+    overrides = [a for a in arguments if is_setting(a)]
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
 
         def compose(lines: list[str]) -> DictConfig:
@@ -272,7 +186,7 @@ def explain(error: Exception, config_name: str) -> str:
     cause = error.__cause__
     detail = str(cause).splitlines()[0] if cause is not None and str(cause) else ""
     if match := re.search(r"Could not override '([^']+)'", text):
-        return f"{match[1]}: {_unknown(match[1].split('@')[0], config_name)}"
+        return f"{match[1]}: {unknown(match[1].split('@')[0], config_name)}"
     if match := re.search(r"Error merging override (.+)", text):
         if "ListConfig" in detail:
             detail = "give a list, [a,b]"

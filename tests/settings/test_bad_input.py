@@ -174,23 +174,24 @@ def test_mistakes_and_help_do_not_wait_for_torch(arguments: list[str], tmp_path:
 
 
 def test_profile_is_concrete_before_hydra_composes(program, monkeypatch) -> None:
-    from qat.settings import command_line, machine
+    from qat.settings import machine
+    from qat.settings.arguments import with_profile
 
     monkeypatch.setattr(machine, "detect_profile", lambda: ("golf", "because"))
-    assert command_line._with_profile(["seed=1"]) == ["seed=1", "profile=golf"]
-    assert command_line._with_profile(["profile=auto", "a=1"]) == ["profile=golf", "a=1"]
-    assert command_line._with_profile(["profile=laptop,auto"]) == ["profile=laptop,golf"]
-    assert command_line._with_profile(["profile=laptop"]) == ["profile=laptop"]
+    assert with_profile(["seed=1"]) == ["seed=1", "profile=golf"]
+    assert with_profile(["profile=auto", "a=1"]) == ["profile=golf", "a=1"]
+    assert with_profile(["profile=laptop,auto"]) == ["profile=laptop,golf"]
+    assert with_profile(["profile=laptop"]) == ["profile=laptop"]
 
 
 @pytest.mark.parametrize(
     "prompt", ["Hello, (world): it's", r"a\b\\c", "${seed}", "'quoted", "null"]
 )
 def test_prose_is_taken_as_typed(prompt: str) -> None:
-    from qat.settings.command_line import _take_verbatim
+    from qat.settings.arguments import take_verbatim
 
     typed = ["seed=3", f"prompt={prompt}", "--cfg=job"]
-    assert _take_verbatim(typed) == (["seed=3", "--cfg=job"], {"prompt": prompt})
+    assert take_verbatim(typed) == (["seed=3", "--cfg=job"], {"prompt": prompt})
 
 
 @pytest.mark.parametrize("flag", ["--help", "--hydra-help", "--version", "--cfg=job", "--info=all"])
