@@ -164,8 +164,10 @@ def test_ctrl_c_is_recorded_and_exits_130(tiny: list[str], tmp_path: Path) -> No
     command = [sys.executable, str(ROOT / "train.py"), *tiny, "max_steps=null", "budget_seconds=99",
                "run_name=stopped", "logger.every_steps=1"]  # fmt: skip
     process = subprocess.Popen(
-        command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
+        command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        # A shell that runs the tests in the background makes its children deaf to interrupts.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
     metrics = tmp_path / "logs/runs/stopped/metrics.csv"
     deadline = time.monotonic() + 60
     while not metrics.exists() and time.monotonic() < deadline:

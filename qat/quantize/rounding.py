@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from qat.quantize.grid import DTYPES, FP8, Grid
-from qat.quantize.quantile import row_quantile
+from qat.quantize.quantile import between_top_two, is_among_top_two, row_quantile, top_two
 
 MSE_SHARES = tuple(1.0 - 0.04 * k for k in range(16))  # of max|w|, tried by the mse rule
 
@@ -71,19 +71,72 @@ def _clip_to_step(clip: Tensor, grid: Grid) -> Tensor:
     return (clip / ((high - low) / 2)).clamp_min(grid.step_floor)
 
 
-def _clip(view: Tensor, grid: Grid) -> Tensor:
-    """Largest magnitude to represent; (rows, groups, n) -> (rows, groups)."""
+class Scale(NamedTuple):
+    """How one view is coded, each (rows, groups)."""
+
+    stored_step: Tensor  # in its storage dtype
+    code_step: Tensor  # float32, what codes are computed with
+    zero: Tensor | None = None
+    clip: Tensor | None = None  # where it must bind by itself
+
+
+def _scale(step: Tensor, grid: Grid, clip: Tensor | None = None) -> Scale:
+    stored = step.to(DTYPES[grid.step_dtype])
+    code_dtype = DTYPES[grid.code_step_dtype or grid.step_dtype]
+    return Scale(stored, step.to(code_dtype).float(), clip=clip)
+
+
+def order_statistics(view: Tensor, grid: Grid) -> tuple[Tensor, ...]:
+    """What the scale of each group is made from, (rows, groups) each; () if its rule needs sums.
+
+    Maxima and minima are exact in whatever order they are found, so a fused pass may find them.
+    """
+    if grid.levels == "binary" or grid.step_rule not in ("amax", "percentile"):
+        return ()
+    if grid.range == "asymmetric":
+        return view.amin(-1), view.amax(-1)
+    if grid.step_rule == "amax":
+        return (view.abs().amax(-1),)
+    if is_among_top_two(view.size(-1), grid.percentile):
+        return top_two(view.abs())
+    return ()
+
+
+def scale_from(found: tuple[Tensor, ...], grid: Grid, columns: int) -> Scale:
+    """The scale of groups of ``columns`` weights from their order statistics."""
+    if grid.range == "asymmetric":
+        low, high = grid.code_limits
+        lowest, highest = found[0].clamp_max(0.0), found[1].clamp_min(0.0)
+        scale = _scale(((highest - lowest) / (high - low)).clamp_min(grid.step_floor), grid)
+        zero = (low - in_step_units(lowest, scale.stored_step.float())).round().clamp(low, high)
+        return scale._replace(zero=zero)
+    if grid.step_rule == "amax":
+        return _scale(_clip_to_step(found[0], grid), grid)
+    return _clipped_scale(between_top_two(*found, columns, grid.percentile), grid)
+
+
+def _clipped_scale(clip: Tensor, grid: Grid) -> Scale:
+    # Where a floor binds, codes do not reach their limits, and the clip has to do the clipping.
+    binds = grid.step_floor > 0.0 and grid.step_rule in ("percentile", "sigma")
+    return _scale(_clip_to_step(clip, grid), grid, clip if binds else None)
+
+
+def _find_scale(view: Tensor, grid: Grid) -> Scale:
+    if found := order_statistics(view, grid):
+        return scale_from(found, grid, view.size(-1))
+    if grid.step_rule == "fixed":
+        return _scale(torch.full_like(view[..., 0], grid.fixed_step or 0.0), grid)
+    if grid.step_rule == "absmean" or grid.levels == "binary":
+        return _scale(view.abs().mean(-1).clamp_min(grid.step_floor), grid)
     if grid.step_rule == "percentile":
-        return row_quantile(view.abs(), grid.percentile)
+        return _clipped_scale(row_quantile(view.abs(), grid.percentile), grid)
     if grid.step_rule == "sigma":
-        return grid.sigma * view.std(-1, correction=0)
+        return _clipped_scale(grid.sigma * view.std(-1, correction=0), grid)
+    return _scale(_clip_to_step(_least_square_clip(view, grid), grid), grid)
+
+
+def _least_square_clip(view: Tensor, grid: Grid) -> Tensor:
     amax = view.abs().amax(-1)
-    if grid.step_rule in ("mse", "learned"):
-        return _least_square_clip(view, amax, grid)
-    return amax
-
-
-def _least_square_clip(view: Tensor, amax: Tensor, grid: Grid) -> Tensor:
     best_clip, least = amax, torch.full_like(amax, torch.inf)
     for share in MSE_SHARES:
         clip = amax * share
@@ -96,49 +149,29 @@ def _least_square_clip(view: Tensor, amax: Tensor, grid: Grid) -> Tensor:
     return best_clip
 
 
-class _Scale(NamedTuple):
-    """Of one view, each (rows, groups): step before rounding, zero points, clip if it must bind."""
-
-    step: Tensor
-    zero: Tensor | None = None
-    clip: Tensor | None = None
-
-
-def _find_scale(view: Tensor, grid: Grid) -> _Scale:
-    if grid.step_rule == "fixed":
-        return _Scale(torch.full_like(view[..., 0], grid.fixed_step or 0.0))
-    if grid.step_rule == "absmean" or grid.levels == "binary":
-        return _Scale(view.abs().mean(-1).clamp_min(grid.step_floor))
-    if grid.range == "asymmetric":
-        low, high = grid.code_limits
-        lowest, highest = view.amin(-1).clamp_max(0.0), view.amax(-1).clamp_min(0.0)
-        step = ((highest - lowest) / (high - low)).clamp_min(grid.step_floor)
-        rounded = step.to(DTYPES[grid.step_dtype]).float()
-        return _Scale(step, (low - in_step_units(lowest, rounded)).round().clamp(low, high))
-    clip = _clip(view, grid)
-    # Where a floor binds, codes do not reach their limits, and the clip has to do the clipping.
-    binds = grid.step_floor > 0.0 and grid.step_rule in ("percentile", "sigma")
-    return _Scale(_clip_to_step(clip, grid), clip=clip if binds else None)
-
-
-def _encode_view(view: Tensor, grid: Grid, scale: _Scale) -> tuple[Tensor, Tensor]:
-    """(codes as float32 numbers, steps in their storage dtype) of one view."""
-    kept = scale.step.to(DTYPES[grid.step_dtype])
-    code_step = kept.float()
-    if grid.code_step_dtype is not None:
-        code_step = scale.step.to(DTYPES[grid.code_step_dtype]).float()
+def encode_view(view: Tensor, grid: Grid, scale: Scale) -> Tensor:
+    """Codes of one view as float32 numbers."""
     if scale.clip is not None:
         view = view.clamp(-scale.clip[..., None], scale.clip[..., None])
-    x = in_step_units(view, code_step[..., None])
+    x = in_step_units(view, scale.code_step[..., None])
     if scale.zero is not None:
-        return x.round().add_(scale.zero[..., None]).clamp_(*grid.code_limits), kept
+        return x.round().add_(scale.zero[..., None]).clamp_(*grid.code_limits)
     code = round_to_codes(x, grid)
-    if grid.levels == "binary":
-        code = code * (code_step > 0)[..., None]
-    if grid.refit:
-        mean = code.abs().mean(-1)
-        kept = torch.where(mean > 0, code_step / mean, code_step).to(kept.dtype)
-    return code, kept
+    return code * (scale.code_step > 0)[..., None] if grid.levels == "binary" else code
+
+
+def decode_view(code: Tensor, step: Tensor, zero: Tensor | None) -> Tensor:
+    """Weights of one view from its codes as float32 numbers; ``code`` is overwritten."""
+    if zero is not None:
+        code = code - zero[..., None]
+    return code.mul_(step[..., None]).add_(0.0)  # -0 becomes +0: equal weights are equal bits
+
+
+def _refitted(code: Tensor, scale: Scale) -> Tensor:
+    """The stored step that undoes the shrinkage of mean|w|."""
+    mean = code.abs().mean(-1)
+    step = torch.where(mean > 0, scale.code_step / mean, scale.code_step)
+    return step.to(scale.stored_step.dtype)
 
 
 def encode(w: Tensor, grid: Grid, steps: Tensor | None = None) -> Codes:
@@ -151,13 +184,17 @@ def encode(w: Tensor, grid: Grid, steps: Tensor | None = None) -> Codes:
         scales = [_find_scale(view, grid) for view in views]
     else:
         given = split_steps(steps, views)
-        scales = [_Scale(step[..., 0].clamp_min(grid.step_floor)) for step in given]
-    encoded = [_encode_view(v, grid, scale) for v, scale in zip(views, scales, strict=True)]
-    codes = join_groups([code for code, _ in encoded], w.shape)
+        scales = [_scale(step[..., 0].clamp_min(grid.step_floor), grid) for step in given]
+    pairs = list(zip(views, scales, strict=True))
+    coded = [encode_view(view, grid, scale) for view, scale in pairs]
+    stored = [scale.stored_step for scale in scales]
+    if grid.refit:
+        stored = [_refitted(code, scale) for code, scale in zip(coded, scales, strict=True)]
+    codes = join_groups(coded, w.shape)
     zeros = [scale.zero.to(torch.int8) for scale in scales if scale.zero is not None]
     return Codes(
         codes.to(FP8[grid.levels]).view(torch.int8) if grid.levels in FP8 else codes.to(torch.int8),
-        torch.cat([kept for _, kept in encoded], dim=1),
+        torch.cat(stored, dim=1),
         torch.cat(zeros, dim=1) if zeros else None,
     )
 
@@ -166,12 +203,11 @@ def decode(coded: Codes, grid: Grid) -> Tensor:
     """Codes, steps and zero points -> float32 weights of the codes' shape."""
     codes = coded.codes.view(FP8[grid.levels]) if grid.levels in FP8 else coded.codes
     views = group_views(codes.float(), grid)
-    if coded.zeros is not None:
-        zeros = split_steps(coded.zeros.float(), views)
-        views = [view - zero for view, zero in zip(views, zeros, strict=True)]
-    steps = split_steps(coded.steps.float(), views)
-    weights = join_groups([v.mul_(s) for v, s in zip(views, steps, strict=True)], codes.shape)
-    return weights.add_(0.0)  # -0 becomes +0, so that equal weights are equal bits
+    counts = [view.size(1) for view in views]
+    steps = coded.steps.float().split(counts, dim=1)
+    zeros = [None] * len(views) if coded.zeros is None else coded.zeros.float().split(counts, dim=1)
+    decoded = [decode_view(v, s, z) for v, s, z in zip(views, steps, zeros, strict=True)]
+    return join_groups(decoded, codes.shape)
 
 
 def snap(w: Tensor, grid: Grid, steps: Tensor | None = None) -> Tensor:
