@@ -164,6 +164,8 @@ def build_plan(
     grid but that have fewer than ``grid_min_elements`` elements stay fp16, as in the challenge's
     export. ValueError: a tensor without a rule, an unknown rule, or nothing on any grid.
     """
+    if taken := sorted(set(grids) & set(DTYPES)):
+        raise ValueError(f"plan.grids.{taken[0]}: the name of a dtype; give another")
     entries = []
     for name, shape in shapes.items():
         rule = next((rule for glob, rule in rules.items() if fnmatchcase(name, glob)), None)

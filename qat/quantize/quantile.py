@@ -36,7 +36,7 @@ def top_two(magnitude: Tensor) -> tuple[Tensor, Tensor]:
     first = magnitude.amax(-1)
     is_first = magnitude == first[..., None]
     runner_up = torch.where(is_first, -1.0, magnitude).amax(-1)
-    return first, torch.where(is_first.sum(-1) > 1, first, runner_up)
+    return first, torch.where(is_first.float().sum(-1) > 1, first, runner_up)
 
 
 def between_top_two(first: Tensor, second: Tensor, n: int, q: float) -> Tensor:

@@ -79,6 +79,11 @@ class Scale(NamedTuple):
     zero: Tensor | None = None
     clip: Tensor | None = None  # where it must bind by itself
 
+    def part(self, start: int, end: int, shape: torch.Size) -> Scale:
+        """Of flat scales, those of some groups, in the shape of their view."""
+        kept = [None if t is None else t[start:end].view(shape) for t in self]
+        return Scale(*kept)  # type: ignore[arg-type]
+
 
 def _scale(step: Tensor, grid: Grid, clip: Tensor | None = None) -> Scale:
     stored = step.to(DTYPES[grid.step_dtype])
@@ -112,7 +117,8 @@ def scale_from(found: tuple[Tensor, ...], grid: Grid, columns: int) -> Scale:
         return scale._replace(zero=zero)
     if grid.step_rule == "amax":
         return _scale(_clip_to_step(found[0], grid), grid)
-    return _clipped_scale(between_top_two(*found, columns, grid.percentile), grid)
+    first, second = found
+    return _clipped_scale(between_top_two(first, second, columns, grid.percentile), grid)
 
 
 def _clipped_scale(clip: Tensor, grid: Grid) -> Scale:

@@ -53,9 +53,9 @@ def plan_of(shape: GPTShape, grid: GridSettings, plan: PlanSettings) -> Plan:
         raise UserError(str(error)) from None
 
 
-def switch_of(plan: Plan, q: QatSettings, seed: int) -> QatSwitch:
+def switch_of(plan: Plan, q: QatSettings, seed: int, fused: bool = False) -> QatSwitch:
     try:
-        return QatSwitch(plan, q.gradient if q.enabled else "identity", seed)
+        return QatSwitch(plan, q.gradient if q.enabled else "identity", seed, fused)
     except ValueError as error:
         raise UserError(f"qat.{error}") from None
 

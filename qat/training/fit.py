@@ -162,7 +162,7 @@ def fit(
     """
     module = QatModule(
         gpt,
-        switch_of(plan, s.qat, s.seed),
+        switch_of(plan, s.qat, s.seed, fused=s.compile == "true"),
         build_schedule(s),
         s.optimizer,
         shape.micro_batches,

@@ -91,6 +91,8 @@ class QatModule(LightningModule):
         self._micro = 0
         self._switched_at: float | None = None  # progress of the run at the switch
         self._precision = precision
+        if compile_model:
+            torch.compiler.reset()  # graphs of earlier runs of a sweep count against a limit
         self.loss = torch.compile(self._loss, fullgraph=True) if compile_model else self._loss
 
     def _loss(self, weights: dict[str, Tensor], ids_BT: Tensor, targets_BT: Tensor) -> Tensor:

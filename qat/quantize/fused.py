@@ -1,0 +1,143 @@
+"""``Plan.snap`` for all tensors at once, with the same bits: what the training loop calls.
+
+Three parts. ``look`` finds the order statistics of every group of every tensor, ``scale_from``
+makes their few steps with plain torch, ``round_`` rounds every tensor. The two big parts are
+compiled on a CPU and Triton kernels on CUDA (triton_kernels.py); the small one must not be, because
+compilers drop the step's detour through its storage dtype, and 96 % of the weights change in the
+last bit.
+
+Fused are the grids whose bits do not depend on the order of work: int and ternary levels with a
+scale from maxima and minima (amax, exact percentile). Sums round differently when reordered, so the
+other grids, and plain tensors, go through ``Entry.snap``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from qat.quantize.grid import Grid
+from qat.quantize.plan import Entry, Plan
+from qat.quantize.rounding import (
+    Scale,
+    decode_view,
+    encode_view,
+    group_views,
+    join_groups,
+    order_statistics,
+    scale_from,
+)
+
+if TYPE_CHECKING:
+    from qat.quantize.triton_kernels import TritonPasses
+
+Found = tuple[Tensor, ...]  # order statistics of a batch, each (groups of the batch,)
+
+
+class Batch(NamedTuple):
+    """All groups of one length on one grid, tensor after tensor."""
+
+    grid: Grid
+    columns: int
+    views: list[tuple[str, int]]  # tensor and index of the view in ``group_views``
+
+
+def _shapes_of_views(entry: Entry) -> list[Tensor]:
+    assert entry.grid is not None
+    return group_views(torch.empty(entry.shape, device="meta"), entry.grid)
+
+
+def is_fusable(entry: Entry) -> bool:
+    if entry.grid is None or entry.grid.levels not in ("int", "ternary") or entry.grid.refit:
+        return False
+    grid = entry.grid
+    return all(order_statistics(view, grid) for view in _shapes_of_views(entry))
+
+
+def batches_of(entries: list[Entry]) -> list[Batch]:
+    batches: dict[tuple[Grid, int], Batch] = {}
+    for entry in entries:
+        assert entry.grid is not None
+        for index, view in enumerate(_shapes_of_views(entry)):
+            key = entry.grid, view.size(-1)
+            batches.setdefault(key, Batch(*key, [])).views.append((entry.name, index))
+    return list(batches.values())
+
+
+def _look(weights: Mapping[str, Tensor], batches: list[Batch]) -> list[Found]:
+    """Order statistics of every batch, tensor after tensor."""
+    found = []
+    for grid, _, views in batches:
+        parts = [order_statistics(group_views(weights[name], grid)[i], grid) for name, i in views]
+        kinds = zip(*parts, strict=True)
+        found.append(tuple(torch.cat([part.flatten() for part in kind]) for kind in kinds))
+    return found
+
+
+def _round(
+    weights: Mapping[str, Tensor],
+    batches: list[Batch],
+    scales: list[Scale],
+    into: Mapping[str, Tensor],
+) -> None:
+    """Write every tensor's snapped weights."""
+    parts: dict[str, dict[int, Tensor]] = {name: {} for name in weights}
+    for (grid, _, views), scale in zip(batches, scales, strict=True):
+        start = 0
+        for name, i in views:
+            view = group_views(weights[name], grid)[i]
+            size = view.shape[:-1]
+            end = start + size.numel()
+            own = scale.part(start, end, size)
+            code = encode_view(view, grid, own)
+            parts[name][i] = decode_view(code, own.stored_step.float(), own.zero)
+            start = end
+    for name, w in into.items():
+        w.copy_(join_groups([parts[name][i] for i in sorted(parts[name])], w.shape))
+
+
+class CompiledPasses:
+    """The two big passes on a CPU."""
+
+    def __init__(self) -> None:
+        self.look = torch.compile(_look, dynamic=False, fullgraph=True)
+        self.round_ = torch.compile(_round, dynamic=False, fullgraph=True)
+
+
+class FusedSnap:
+    """Snaps the masters of one plan; compiled at the first call."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.names = [entry.name for entry in plan.on_grid if is_fusable(entry)]
+        self.batches = batches_of([plan.entries[name] for name in self.names])
+        self._snapped: dict[str, Tensor] = {}
+        self._passes: CompiledPasses | TritonPasses | None = None
+
+    @torch.no_grad()
+    def __call__(self, masters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Name -> snapped weight of every fusable tensor, overwritten by the next call."""
+        weights = {name: masters[name].detach() for name in self.names}
+        if not weights:
+            return {}
+        if self._passes is None:
+            self._passes = self._passes_for(weights)
+            # Kept: allocating them anew costs more than writing them.
+            self._snapped = {name: torch.empty_like(w) for name, w in weights.items()}
+        scales = [
+            scale_from(found, batch.grid, batch.columns)
+            for batch, found in zip(
+                self.batches, self._passes.look(weights, self.batches), strict=True
+            )
+        ]
+        self._passes.round_(weights, self.batches, scales, self._snapped)
+        return self._snapped
+
+    def _passes_for(self, weights: dict[str, Tensor]) -> CompiledPasses | TritonPasses:
+        if weights[self.names[0]].device.type != "cuda":
+            return CompiledPasses()
+        from qat.quantize.triton_kernels import TritonPasses  # is there with CUDA only
+
+        return TritonPasses(weights, self.batches)

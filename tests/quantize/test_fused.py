@@ -1,0 +1,134 @@
+"""The fused snap has the bits of the plain one, whatever computes its passes."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import Tensor
+
+from qat.quantize.fused import CompiledPasses, FusedSnap
+from qat.quantize.grid import Grid
+from qat.quantize.plan import Plan, build_plan
+from qat.quantize.straight_through import QatSwitch
+from tests.conftest import ROOT
+
+GRIDS = {
+    "percentile": Grid(bits=8, step_rule="percentile"),
+    "golf": Grid(bits=8, step_rule="percentile", step_floor=1 / 127, code_step_dtype="fp32"),
+    "int6": Grid(bits=6),
+    "step_bf16": Grid(bits=3, step_dtype="bf16"),
+    "step_fp32": Grid(bits=5, step_dtype="fp32", range="full"),
+    "grouped": Grid(bits=4, group_size=64),
+    "ragged": Grid(bits=4, group_size=7, range="asymmetric"),
+    "tensor": Grid(bits=8, per_tensor=True),
+    "amax_ternary": Grid("ternary"),
+    "median": Grid(bits=4, step_rule="percentile", percentile=0.5),  # sorts: not fused
+    "sdclip": Grid(bits=6, step_rule="sigma"),
+    "absmean": Grid("ternary", step_rule="absmean", refit=True),
+    "fp8": Grid("fp8_e4m3"),
+}
+NOT_FUSABLE = {"median", "sdclip", "absmean", "fp8"}
+SIZES = {"wide": (9, 1500), "rows": (9, 64), "one": (9, 1), "odd": (9, 13), "vector": (70,)}
+
+
+def weights() -> dict[str, Tensor]:
+    """Every grid over every shape, with rows that are zero, constant, tied, tiny, huge."""
+    generator = torch.Generator().manual_seed(1)
+    made = {}
+    for name in GRIDS:
+        for size, shape in SIZES.items():
+            w = torch.randn(shape, generator=generator) * 0.1
+            if w.dim() == 2:
+                w[1], w[2], w[3] = 0.0, -0.25, w[3].abs().max() * w[3].sign()
+                w[4] *= 1e-6
+                w[5] *= 1e4
+                w[6, 0] = 7.0
+                w[7] = 1e-41
+            made[f"{name}.{size}"] = w
+    return made | {"plain": torch.randn(5, generator=generator)}
+
+
+def plan_of(masters: dict[str, Tensor]) -> Plan:
+    shapes = {name: tuple(w.shape) for name, w in masters.items()}
+    return build_plan(shapes, GRIDS, {f"{name}.*": name for name in GRIDS} | {"*": "fp16"})
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    return torch.equal(a.view(torch.int32), b.view(torch.int32))
+
+
+def check(fused: FusedSnap, masters: dict[str, Tensor], plan: Plan) -> None:
+    for _ in range(2):  # again with other weights, into the same buffers
+        snapped, stored = fused(masters), plan.snap(masters)
+        assert {g for g in GRIDS if f"{g}.wide" in snapped} == set(GRIDS) - NOT_FUSABLE
+        wrong = [name for name, w in snapped.items() if not same_bits(w, stored[name])]
+        assert not wrong
+        masters = {name: w.flip(0) * 0.7 for name, w in masters.items()}
+
+
+class _PlainPasses(CompiledPasses):
+    def __init__(self) -> None:
+        from qat.quantize import fused
+
+        self.look, self.round_ = fused._look, fused._round
+
+
+def test_taken_apart_and_put_together_in_plain_torch() -> None:
+    masters = weights()
+    fused = FusedSnap(plan_of(masters))
+    fused._passes_for = lambda weights: _PlainPasses()  # type: ignore[method-assign]
+    check(fused, masters, plan_of(masters))
+
+
+@pytest.mark.skipif(
+    not (os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")),
+    reason="torch.compile needs a C++ compiler on a CPU; there is none",
+)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_compiled() -> None:
+    torch._dynamo.reset()
+    masters = weights()
+    check(FusedSnap(plan_of(masters)), masters, plan_of(masters))
+    torch._dynamo.reset()
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None,
+    reason="triton is not installed: it comes with the CUDA builds of torch",
+)
+def test_triton_kernels() -> None:
+    """On the GPU if there is one, else in Triton's interpreter, which wants a fresh process."""
+    interpret = {} if torch.cuda.is_available() else {"TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-c", f"from {__name__} import triton_check; triton_check()"]
+    done = subprocess.run(
+        command, cwd=ROOT, env=os.environ | interpret, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def triton_check() -> None:
+    from qat.quantize.triton_kernels import TritonPasses
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    masters = {name: w.to(device) for name, w in weights().items()}
+    fused = FusedSnap(plan_of(masters))
+    fused._passes_for = lambda w: TritonPasses(w, fused.batches)  # type: ignore[method-assign]
+    check(fused, masters, plan_of(masters))
+
+
+def test_the_switch_gives_the_same_weights_fused_or_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FusedSnap, "_passes_for", lambda self, weights: _PlainPasses())
+    masters = {name: w.requires_grad_() for name, w in weights().items()}
+    plain, fused = QatSwitch(plan_of(masters)), QatSwitch(plan_of(masters), fused=True)
+    for switch in (plain, fused):
+        switch.refresh(masters, is_on=True, blend=0.5)
+    a, b = plain.weights(masters), fused.weights(masters)
+    assert all(same_bits(a[name].detach(), b[name].detach()) for name in masters)
+    sum(w.sum() for w in b.values()).backward()
+    assert all(torch.equal(w.grad, torch.ones_like(w)) for w in masters.values())
