@@ -37,7 +37,7 @@ from torch import Tensor
 from qat.artifact.coder import CODERS
 from qat.errors import UserError
 from qat.quantize.grid import DTYPES, FP8
-from qat.quantize.plan import Encoded, Entry, Plan
+from qat.quantize.plan import Encoded, Plan
 from qat.quantize.rounding import Codes
 
 MAGIC = b"QATMODEL"
@@ -78,30 +78,14 @@ def _stored_floats(plan: Plan) -> list[tuple[str, int]]:
     ]
 
 
-def _num_zeros(entry: Entry) -> int:
-    """Zero points of a tensor, one byte each."""
-    has_zeros = entry.grid is not None and entry.grid.range == "asymmetric"
-    return math.prod(entry.steps_shape) if has_zeros else 0
-
-
 def _section_sizes(plan: Plan) -> list[tuple[str, int]]:
     """Raw bytes of each section, from the plan alone."""
     floats = _stored_floats(plan)
     return [
-        ("codes", sum(e.num_elements + _num_zeros(e) for e in plan.on_grid)),
+        ("codes", sum(e.num_elements + e.num_zeros for e in plan.on_grid)),
         ("floats16", sum(2 * count for dtype, count in floats if WIDTHS[dtype] == 2)),
         ("floats32", sum(4 * count for dtype, count in floats if WIDTHS[dtype] == 4)),
     ]
-
-
-def predicted_bytes(plan: Plan) -> int:
-    """Size before coding, codes packed at their bit width: known before training."""
-    packed = sum(
-        math.ceil(e.num_elements * e.grid.code_bits / 8) + _num_zeros(e)
-        for e in plan.on_grid
-        if e.grid
-    )
-    return packed + sum(count * WIDTHS[dtype] for dtype, count in _stored_floats(plan))
 
 
 def pack(encoded: list[Encoded], plan: Plan, meta: Mapping[str, Any], coder: str) -> bytes:
@@ -215,7 +199,7 @@ def _split(plan: Plan, raws: Mapping[str, bytes]) -> list[Encoded]:
             is_int = entry.grid.levels not in FP8
             if is_int and codes.numel() and not low <= codes.min() <= codes.max() <= high:
                 raise ValueError(f"tensor {entry.name} has a code outside its grid")
-            has_zeros = _num_zeros(entry) > 0
+            has_zeros = entry.num_zeros > 0
             zeros = take("codes", torch.int8, entry.steps_shape) if has_zeros else None
             steps = take_floats(entry.grid.step_dtype, entry.steps_shape)
             encoded.append(Encoded(entry, Codes(codes, steps, zeros)))

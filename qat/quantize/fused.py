@@ -1,7 +1,7 @@
 """``Plan.snap`` for all tensors at once, with the same bits: what the training loop calls.
 
 Three parts. ``look`` finds the order statistics of every group of every tensor, ``scale_from``
-makes their few steps with plain torch, ``round_`` rounds every tensor. The two big parts are
+makes their few steps with plain torch, ``write`` rounds every tensor. The two big parts are
 compiled on a CPU and Triton kernels on CUDA (triton_kernels.py); the small one must not be, because
 compilers drop the step's detour through its storage dtype, and 96 % of the weights change in the
 last bit.
@@ -77,7 +77,7 @@ def _look(weights: Mapping[str, Tensor], batches: list[Batch]) -> list[Found]:
     return found
 
 
-def _round(
+def _write(
     weights: Mapping[str, Tensor],
     batches: list[Batch],
     scales: list[Scale],
@@ -104,7 +104,7 @@ class CompiledPasses:
 
     def __init__(self) -> None:
         self.look = torch.compile(_look, dynamic=False, fullgraph=True)
-        self.round_ = torch.compile(_round, dynamic=False, fullgraph=True)
+        self.write = torch.compile(_write, dynamic=False, fullgraph=True)
 
 
 class FusedSnap:
@@ -132,7 +132,7 @@ class FusedSnap:
                 self.batches, self._passes.look(weights, self.batches), strict=True
             )
         ]
-        self._passes.round_(weights, self.batches, scales, self._snapped)
+        self._passes.write(weights, self.batches, scales, self._snapped)
         return self._snapped
 
     def _passes_for(self, weights: dict[str, Tensor]) -> CompiledPasses | TritonPasses:

@@ -43,6 +43,20 @@ class Entry:
         assert self.grid is not None
         return self.grid.steps_shape(self.shape)
 
+    @property
+    def num_zeros(self) -> int:
+        """Zero points of a tensor on an asymmetric grid, a byte each."""
+        asymmetric = self.grid is not None and self.grid.range == "asymmetric"
+        return math.prod(self.steps_shape) if asymmetric else 0
+
+    @property
+    def packed_bytes(self) -> int:
+        """Size before entropy coding, codes packed at their bit width; steps included."""
+        if self.grid is None:
+            return self.num_elements * DTYPES[self.dtype].itemsize
+        step_bytes = math.prod(self.steps_shape) * DTYPES[self.grid.step_dtype].itemsize
+        return math.ceil(self.num_elements * self.grid.code_bits / 8) + step_bytes + self.num_zeros
+
     def snap(self, w: Tensor, steps: Tensor | None = None) -> Tensor:
         """``w`` as a file would give it back."""
         if self.grid is None:
@@ -88,6 +102,11 @@ class Plan:
     @property
     def on_grid(self) -> list[Entry]:
         return [entry for entry in self if entry.grid is not None]
+
+    @property
+    def packed_bytes(self) -> int:
+        """Size of the whole plan before entropy coding: known before training."""
+        return sum(entry.packed_bytes for entry in self)
 
     @property
     def digest(self) -> str:

@@ -62,7 +62,7 @@ def _look_kernel(
 
 
 @triton.jit
-def _round_kernel(
+def _write_kernel(
     pointers, into_pointers, tensor_of, offset_of, steps, code_steps, zeros, clips,
     lowest: tl.constexpr, highest: tl.constexpr, columns: tl.constexpr, BLOCK: tl.constexpr,
     HAS_ZERO: tl.constexpr, HAS_CLIP: tl.constexpr,
@@ -92,7 +92,7 @@ def _round_kernel(
 
 
 class TritonPasses:
-    """``look`` and ``round_`` of one plan; tables of addresses are made once."""
+    """``look`` and ``write`` of one plan; tables of addresses are made once."""
 
     def __init__(self, weights: Mapping[str, Tensor], batches: list[Batch]) -> None:
         self._device = next(iter(weights.values())).device
@@ -133,19 +133,19 @@ class TritonPasses:
             found.append(tuple(out[:count]))
         return found
 
-    def round_(
+    def write(
         self,
         weights: Mapping[str, Tensor],
         batches: list[Batch],
         scales: list[Scale],
         into: Mapping[str, Tensor],
     ) -> None:
-        """As ``fused._round``."""
+        """As ``fused._write``."""
         pointers, into_pointers = self._addresses(weights), self._addresses(into)
         for batch, scale, (tensor_of, offset_of) in zip(batches, scales, self._tables, strict=True):
             low, high = batch.grid.code_limits
             step = scale.stored_step.float()
-            _round_kernel[(len(tensor_of),)](
+            _write_kernel[(len(tensor_of),)](
                 pointers, into_pointers, tensor_of, offset_of, step, scale.code_step,
                 step if scale.zero is None else scale.zero,
                 step if scale.clip is None else scale.clip,

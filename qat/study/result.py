@@ -50,7 +50,8 @@ class Result:
     qat_steps: int | None = None
     qat_never_started: bool = False  # QAT was asked for and the run ended before it
     on_grid_share: float | None = None  # of grid-planned elements, as the last QAT update saw them
-    nonzero_gradient_share: float | None = None  # of grid-planned masters, for one sequence
+    nonzero_gradient_share: float | None = None  # of grid-planned masters, for one micro-batch
+    movable_share: float | None = None  # of groups (rows): their largest weight has a gradient
     val_xz_bits_per_byte: float | None = None  # what xz needs for the validation text
     settings: dict[str, Any] = field(default_factory=dict)  # resolved
 

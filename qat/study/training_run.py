@@ -27,6 +27,7 @@ from qat.settings import machine
 from qat.settings.schema import TrainSettings, as_yaml
 from qat.study import provenance, run_folder
 from qat.study.pairing import row_of
+from qat.study.plan_table import plan_table
 from qat.study.report import print_table
 from qat.study.result import Result
 from qat.training.build import plan_of, shape_of
@@ -119,15 +120,8 @@ class TrainingRun:
         )
         if left_out := source.notes.get("documents_left_out"):
             log.warning("%d documents left out: empty, or with U+2581 in them", left_out)
-        on_grid = sum(entry.num_elements for entry in plan.on_grid)
-        log.info(
-            "%s parameters, %s of them on %s; %s, %s",
-            f"{sum(entry.num_elements for entry in plan):,}",
-            f"{on_grid:,}",
-            self.row.grid,
-            s.precision,
-            "compiled" if s.compile == "true" else "eager",
-        )
+        compiled = "compiled" if s.compile == "true" else "eager"
+        log.info("%s, %s; the plan (bits with steps):\n%s", s.precision, compiled, plan_table(plan))
 
     def path(self, name: str) -> Path:
         """A file of this run. Ranks that write nothing get a path that they never touch."""
@@ -177,16 +171,20 @@ class TrainingRun:
         row.qat_never_started = s.qat.enabled and outcome.qat_steps == 0
         row.qat_last_step = outcome.qat_last_step
         row.on_grid_share = outcome.on_grid_share
-        row.nonzero_gradient_share = outcome.nonzero_gradient_share
+        row.nonzero_gradient_share = outcome.gradients.nonzero_share
+        row.movable_share = outcome.gradients.movable_share
         log.info(
             "liveness: %.4f of planned weights on their grid, %.4f of their gradients not zero, "
-            "%d QAT steps (%s to %s)",
+            "%.4f of rows movable, %d QAT steps (%s to %s)",
             outcome.on_grid_share,
-            outcome.nonzero_gradient_share,
+            outcome.gradients.nonzero_share,
+            outcome.gradients.movable_share,
             outcome.qat_steps,
             outcome.qat_first_step,
             outcome.qat_last_step,
         )
+        if outcome.gradients.dead:
+            log.warning("NO GRADIENT REACHES %s", ", ".join(outcome.gradients.dead))
         if row.qat_never_started:
             log.warning(
                 "QAT WAS ASKED FOR AND NEVER STARTED: the run ended after step %d", row.steps

@@ -15,12 +15,12 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins.environments import LightningEnvironment, TorchElasticEnvironment
 from torch.utils.data import DataLoader
 
-from qat.artifact.container import predicted_bytes
 from qat.language.batches import BatchShape, TrainingBatches
 from qat.language.gpt import GPT
 from qat.language.shards import TokenStream
 from qat.quantize.plan import Plan
 from qat.training.build import switch_of
+from qat.training.liveness import GradientLiveness
 from qat.training.module import QatModule
 from qat.training.schedule import Schedule
 
@@ -48,7 +48,7 @@ class Outcome:
     qat_last_step: int | None
     qat_steps: int
     on_grid_share: float
-    nonzero_gradient_share: float
+    gradients: GradientLiveness
     learned_steps: dict[str, torch.Tensor]
 
 
@@ -93,7 +93,7 @@ def forecast(
             last,
             last // 2,
         )
-    packed = predicted_bytes(plan)
+    packed = plan.packed_bytes
     log.info("predicted artifact: %s bytes before entropy coding", f"{packed:,}")
     if packed + code_bytes > limit_bytes:
         log.warning(
@@ -175,6 +175,7 @@ def fit(
     trainer.fit(module, DataLoader(batches, batch_size=None))
     trainer.save_checkpoint(checkpoint)
     p = module.progress
+    assert module.gradients is not None
     return Outcome(
         steps=p.step,
         tokens=p.step * shape.batch_tokens,
@@ -184,6 +185,6 @@ def fit(
         qat_last_step=p.qat_last_step,
         qat_steps=p.qat_steps,
         on_grid_share=module.on_grid_share,
-        nonzero_gradient_share=module.nonzero_gradient_share,
+        gradients=module.gradients,
         learned_steps={name: w.detach() for name, w in module.switch.learned_steps.items()},
     )

@@ -26,7 +26,13 @@ from qat.errors import TrainingError
 from qat.language.gpt import GPT
 from qat.quantize.straight_through import QatSwitch
 from qat.training.clock import TrainingClock
-from qat.training.liveness import check_all_seen, measure_on_grid_share, nonzero_gradient_share
+from qat.training.liveness import (
+    GradientLiveness,
+    check_all_seen,
+    check_graph_uses,
+    measure_gradients,
+    measure_on_grid_share,
+)
 from qat.training.optimizers import build_optimizers, set_rates
 from qat.training.schedule import Schedule
 
@@ -80,7 +86,7 @@ class QatModule(LightningModule):
         self.progress = Progress()
         self.step_seconds: float | None = None  # estimated after priming
         self.on_grid_share = float("nan")  # by a forward pass in the state of the last QAT update
-        self.nonzero_gradient_share = float("nan")
+        self.gradients: GradientLiveness | None = None  # likewise
         self._optimizer_settings = optimizer_settings
         self._micro_batches = micro_batches
         self._priming_left = warmup_steps
@@ -89,6 +95,7 @@ class QatModule(LightningModule):
         self._micro_losses: list[Tensor] = []
         self._pending: list[tuple[int, float, float, bool, Tensor]] = []
         self._micro = 0
+        self._graph_checked = False
         self._switched_at: float | None = None  # progress of the run at the switch
         self._precision = precision
         if compile_model:
@@ -131,6 +138,8 @@ class QatModule(LightningModule):
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         self._last_batch = batch
+        if not self._graph_checked:
+            self._check_graph(batch)
         loss = self.loss(self.switch.weights(self.masters), *batch)
         self.manual_backward(loss / self._micro_batches)
         self._micro_losses.append(loss.detach())
@@ -138,6 +147,15 @@ class QatModule(LightningModule):
         if self._micro == self._micro_batches:
             self._update()
             self._micro = 0
+
+    def _check_graph(self, batch: tuple[Tensor, Tensor]) -> None:
+        """Once, off the clock: the (compiled) step really works on the weights it is handed."""
+        self.clock.pause()
+        weights = self.switch.weights(self.masters)
+        check_graph_uses(self.loss(weights, *batch), weights)
+        self._graph_checked = True
+        if not self.is_priming:
+            self.clock.start()
 
     def _update(self) -> None:
         p = self.progress
@@ -247,11 +265,11 @@ class QatModule(LightningModule):
     def _measure_liveness(self) -> None:
         """What one more update like the last would see: weights on the grid, gradients."""
         self._refresh(self.switch.is_on)
-        ids, targets = (part[:1] for part in self._last_batch)
         weights = self.switch.weights(self.masters)
-        self.on_grid_share = measure_on_grid_share(self.gpt, weights, self.switch, ids)
-        loss = self._loss(weights, ids, targets)
-        self.nonzero_gradient_share = nonzero_gradient_share(loss, self.masters, self.switch.plan)
+        probe = self._last_batch[0][:1]
+        self.on_grid_share = measure_on_grid_share(self.gpt, weights, self.switch, probe)
+        loss = self.loss(weights, *self._last_batch)
+        self.gradients = measure_gradients(loss, self.masters, self.switch.plan)
 
     def _flush_metrics(self) -> None:
         """Write the last steps' losses, averaged over ranks. TrainingError if one is not finite."""

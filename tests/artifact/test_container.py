@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import qat.artifact
-from qat.artifact.container import PREFIX, pack, predicted_bytes, read_artifact, write_artifact
+from qat.artifact.container import PREFIX, pack, read_artifact, write_artifact
 from qat.errors import UserError
 from qat.quantize.grid import Grid
 from qat.quantize.plan import Plan, build_plan
@@ -97,7 +97,7 @@ def test_equal_inputs_give_equal_bytes_and_others_do_not() -> None:
 def test_predicted_size_is_close_to_the_file_without_its_header() -> None:
     data = packed(Grid(bits=8))
     header = PREFIX.unpack_from(data)[2]
-    assert predicted_bytes(plan_for(Grid(bits=8))) == pytest.approx(len(data) - header, rel=0.1)
+    assert plan_for(Grid(bits=8)).packed_bytes == pytest.approx(len(data) - header, rel=0.1)
 
 
 def refuse(data: bytes, folder: Path) -> str:

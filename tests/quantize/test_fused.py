@@ -76,7 +76,7 @@ class _PlainPasses(CompiledPasses):
     def __init__(self) -> None:
         from qat.quantize import fused
 
-        self.look, self.round_ = fused._look, fused._round
+        self.look, self.write = fused._look, fused._write
 
 
 def test_taken_apart_and_put_together_in_plain_torch() -> None:

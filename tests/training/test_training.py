@@ -16,8 +16,10 @@ from qat.errors import TrainingError
 from qat.language.batches import BatchShape, TrainingBatches
 from qat.language.gpt import GPT, GPTShape
 from qat.language.shards import TokenStream
+from qat.quantize.gradients import Seen
 from qat.quantize.grid import Grid
 from qat.quantize.plan import build_plan
+from qat.quantize.rounding import encode, snap
 from qat.quantize.straight_through import QatSwitch
 from qat.settings.schema import OptimizerSettings
 from qat.study.export_baseline import checkpoint_weights
@@ -155,7 +157,15 @@ def module(
     plan = build_plan(shapes, {"grid": grid}, {"*.weight": "grid", "*": "fp16"})
     schedule = Schedule(None, max_steps, 2, 0.85, 0.95, 500, start_step)
     return QatModule(
-        gpt, QatSwitch(plan), schedule, OptimizerSettings(), 1, 1, "fp32", compile_model, 1
+        gpt,
+        QatSwitch(plan, fused=compile_model),
+        schedule,
+        OptimizerSettings(),
+        1,
+        1,
+        "fp32",
+        compile_model,
+        1,
     )
 
 
@@ -175,7 +185,8 @@ def test_one_model_graph_before_and_after_the_switch() -> None:
     with torch._dynamo.config.patch(error_on_recompile=True):
         fit(under_test)
     assert under_test.progress.qat_steps == 3
-    assert counters["stats"]["unique_graphs"] == 1
+    assert counters["stats"]["unique_graphs"] == 3  # the model, and the two passes of the snap
+    assert under_test.on_grid_share == 1.0
     torch._dynamo.reset()
 
 
@@ -241,22 +252,85 @@ def test_a_weight_that_bypasses_its_snapped_copy_is_an_error() -> None:
         fit(under_test)
 
 
-def test_liveness_counts_gradients_that_do_not_arrive() -> None:
-    """The planted fault: one matrix's gradient is cut, as by fp8 casts without scaling."""
-    healthy = module(compile_model=False, start_step=0, max_steps=3)
-    fit(healthy)
-    cut = module(compile_model=False, start_step=0, max_steps=3)
-    weights, name = cut.switch.weights, "tok_emb.weight"
+FAULTS = {
+    "embedding skipped": lambda seen, masters: {"tok_emb.weight": masters["tok_emb.weight"]},
+    "negative weights zeroed": lambda seen, masters: {n: w.clamp_min(0) for n, w in seen.items()},
+    "rounded twice": lambda seen, masters: {n: snap(w, Grid(bits=3)) for n, w in seen.items()},
+}
 
-    def without_gradient(masters: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_liveness_sees_weights_that_are_not_the_files(fault: str) -> None:
+    under_test = module(compile_model=False, start_step=0, max_steps=3)
+    weights = under_test.switch.weights
+
+    def faulty(masters: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         seen = weights(masters)
-        return seen | {name: seen[name].detach() + 0 * masters[name]}
+        return seen | FAULTS[fault](seen, masters)
 
-    cut.switch.weights = without_gradient  # type: ignore[method-assign]
-    fit(cut)
-    assert healthy.nonzero_gradient_share > 0.9
-    assert cut.nonzero_gradient_share < healthy.nonzero_gradient_share - 0.1
+    under_test.switch.weights = faulty  # type: ignore[method-assign]
+    fit(under_test)
+    assert under_test.on_grid_share < 0.95
+
+
+def test_liveness_sees_a_scale_frozen_at_the_first_forward() -> None:
+    under_test = module(compile_model=False, start_step=0, max_steps=6)
+    steps: dict[str, torch.Tensor] = {}
+
+    def frozen(entry, w: torch.Tensor, step: int, progress: float) -> Seen:
+        if entry.grid is None:
+            return Seen(entry.snap(w))
+        steps.setdefault(entry.name, encode(w, entry.grid).steps)
+        return Seen(snap(w, entry.grid, steps[entry.name].float()))
+
+    under_test.switch._see = frozen  # type: ignore[method-assign]
+    fit(under_test)
+    assert under_test.on_grid_share < 0.95
+
+
+def test_a_graph_that_folded_its_first_weights_is_an_error() -> None:
+    """The planted fault: a flag read when the graph was made, so that it keeps using masters."""
+    under_test = module(compile_model=False, start_step=2, max_steps=4)
+    under_test.loss = lambda weights, *batch: under_test._loss(under_test.masters, *batch)
+    with pytest.raises(TrainingError, match="does not come from the weight handed to it"):
+        fit(under_test)
+
+
+def with_slope(under_test: QatModule, slope_of) -> QatModule:
+    """The module with gradients to its grid-planned masters multiplied by slope_of(master)."""
+    see = under_test.switch._see
+
+    def scaled(entry, w: torch.Tensor, step: int, progress: float) -> Seen:
+        seen = see(entry, w, step, progress)
+        return seen if entry.grid is None else seen._replace(slope=slope_of(w))
+
+    under_test.switch._see = scaled  # type: ignore[method-assign]
+    return under_test
+
+
+def test_liveness_sees_gradients_that_are_all_zero() -> None:
+    """As of fp8 gradients without scaling: nothing is left of them."""
+    healthy = module(compile_model=False, start_step=0, max_steps=3)
+    dead = with_slope(module(compile_model=False, start_step=0, max_steps=3), torch.zeros_like)
+    for under_test in (healthy, dead):
+        fit(under_test)
+    assert healthy.gradients.nonzero_share > 0.9
+    assert healthy.gradients.movable_share > 0.9
+    assert healthy.gradients.dead == []
+    assert dead.gradients.nonzero_share == 0.0
+    assert len(dead.gradients.dead) == len(dead.switch.plan.on_grid)
     assert healthy.progress.qat_last_step == 3
+
+
+def test_liveness_sees_rows_whose_largest_weight_can_never_move() -> None:
+    """As of a clip below max|w| whose gradient is zero outside: nearly all gradients are there."""
+    stuck = with_slope(
+        module(compile_model=False, start_step=0, max_steps=3),
+        lambda w: ((w == 0) | (w.abs() < w.abs().amax(1, keepdim=True))).float(),
+    )
+    fit(stuck)
+    assert stuck.gradients.nonzero_share > 0.8
+    assert stuck.gradients.movable_share < 0.1
 
 
 def test_stop_step_ends_qat(train) -> None:
