@@ -115,6 +115,22 @@ def test_torchaos_symmetric_mapping_is_the_full_range() -> None:
         assert (ours.codes != codes).float().mean() < 0.002  # they multiply by 1/step
 
 
+@pytest.mark.parametrize("group_size", [None, 32])
+def test_torchaos_fake_quantizer_gives_the_same_weights(group_size: int | None) -> None:
+    """IntxFakeQuantizer, int8 symmetric: amax / 127.5, codes -128 ... 127."""
+    qat = pytest.importorskip("torchao.quantization.qat")
+    w = torch.randn(32, 96, generator=torch.Generator().manual_seed(4))
+    granularity = {"granularity": "per_channel"} if group_size is None else {"group_size": 32}
+    config = qat.IntxFakeQuantizeConfig(torch.int8, is_symmetric=True, **granularity)
+    theirs = qat.fake_quantizer.IntxFakeQuantizer(config)(w)
+    ours = snap(w, Grid(bits=8, range="full", step_dtype="fp32", group_size=group_size))
+    groups = w.view(32, -1, group_size or 96)
+    # The largest weight of a group is a tie, 127.5 steps: they multiply by 1/step and may miss it.
+    is_largest = (groups.abs() == groups.abs().amax(-1, keepdim=True)).view_as(w)
+    assert torch.allclose(ours[~is_largest], theirs[~is_largest], rtol=0, atol=1e-6)
+    assert (ours - theirs).abs().max() <= 1.01 * w.abs().max() / 127.5
+
+
 def test_ternary_is_absmean_and_refit_undoes_its_shrinkage() -> None:
     w = torch.randn(16, 256, generator=torch.Generator().manual_seed(1))
     plain = encode(w, Grid("ternary", step_rule="absmean", step_dtype="fp32"))

@@ -1,0 +1,9 @@
+#!/usr/bin/env bash
+# Everything that only a GPU can say about QAT's price and bits, in one go (about 5 minutes):
+#   launch/gpu_checks.sh            # tables on stdout, JSON in logs/
+set -euo pipefail
+cd "$(dirname "$0")/.."
+python=${PYTHON:-.venv/bin/python}
+"$python" -m pytest -q tests/quantize tests/training -p no:cacheprovider
+"$python" benchmarks/snap.py
+"$python" benchmarks/qat_price.py golf --compile
