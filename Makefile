@@ -1,9 +1,9 @@
-# make setup | train | test | lint
+# make setup | train | test | test-slow | lint
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: setup train test lint clean
+.PHONY: setup train test test-slow lint clean
 
 setup: $(STAMP)
 
@@ -19,6 +19,9 @@ train: setup
 
 test: setup
 	$(BIN)/python -m pytest
+
+test-slow: setup
+	$(BIN)/python -m pytest -m slow
 
 lint: setup
 	$(BIN)/ruff check .

@@ -13,7 +13,7 @@ import logging
 import sys
 from pathlib import Path
 
-from qat.errors import TrainingError, UserError
+from qat.errors import PreemptedError, TrainingError, UserError
 from qat.settings import checks, machine
 from qat.settings.command_line import INTERRUPTED, Job, Program, main
 from qat.settings.schema import TrainSettings
@@ -23,6 +23,10 @@ log = logging.getLogger("qat")
 
 def resolve(settings: TrainSettings, choices) -> TrainSettings:
     """Everything that can be refused before data is touched."""
+    if settings.resume is not None:
+        from qat.study.resume import saved_settings
+
+        settings, choices = saved_settings(settings)
     settings = checks.resolve_train(settings, choices)
     from qat.training.build import check_coder, plan_of, shape_of, switch_of
 
@@ -36,12 +40,21 @@ def run(s: TrainSettings, job: Job) -> int:
     """One run to its row, whatever happens; returns the exit code."""
     from qat.study.training_run import TrainingRun
 
+    if s.resume is not None:
+        from qat.study.resume import is_finished, saved_job
+
+        job = saved_job(s.resume, job)
+        if is_finished(s.resume):
+            return 0
     training_run = TrainingRun(s, job)
     try:
         return train(s, training_run)
     except (UserError, TrainingError) as error:
         log.error("error: %s", error)
         return training_run.fail(str(error), error.exit_code)
+    except PreemptedError as stopped:
+        log.warning("%s; go on with: python train.py resume=%s", stopped, training_run.folder)
+        return stopped.exit_code
     except (KeyboardInterrupt, SystemExit):  # Lightning turns the first into the second
         training_run.fail("interrupted", INTERRUPTED)
         raise KeyboardInterrupt from None  # ends a sweep too
@@ -64,7 +77,8 @@ def train(s: TrainSettings, training_run) -> int:
     from qat.language.source import from_settings
     from qat.language.tokenizer import Tokenizer
     from qat.training.build import build_gpt, plan_of
-    from qat.training.fit import Forecast, build_trainer, fit
+    from qat.training.checkpoint import load_checkpoint
+    from qat.training.fit import Forecast, StopAtSigterm, build_trainer, fit
     from qat.training.progress_bar import ProgressBar
 
     source = from_settings(s.data, s.model.vocab_size)
@@ -87,10 +101,15 @@ def train(s: TrainSettings, training_run) -> int:
     callbacks = [
         Forecast(plan, s.limit_bytes, count_code_bytes()),
         ProgressBar(training_run.console, tokenizer.tokens_per_byte(val_stream)),
+        StopAtSigterm(),
     ]
-    trainer = build_trainer(training_run.loggers(), callbacks)
+    state = load_checkpoint(training_run.checkpoint) if s.resume is not None else None
+    first_step = state["progress"]["step"] if state is not None else 0
+    trainer = build_trainer(training_run.loggers(first_step), callbacks)
     shape = BatchShape(s.batch_tokens, s.seq_len, machine.world_size(), checks.micro_batches(s))
-    outcome = fit(s, gpt, plan, train_stream, shape, trainer, training_run.path("checkpoint.ckpt"))
+    outcome = fit(
+        s, gpt, plan, train_stream, shape, trainer, training_run.checkpoint, state
+    )  # fmt: skip
 
     masters = {name: p.detach().to(device) for name, p in gpt.named_parameters()}
     steps = {name: step.to(device) for name, step in outcome.learned_steps.items()}

@@ -1,4 +1,4 @@
-"""The two ends of a run that are not a result and not a bug."""
+"""The ends of a run that are not a result and not a bug."""
 
 
 class UserError(Exception):
@@ -11,3 +11,9 @@ class TrainingError(Exception):
     """Training went wrong by itself (it diverged): one line naming step or tensor, exit code 1."""
 
     exit_code = 1
+
+
+class PreemptedError(Exception):
+    """Asked to stop by SIGTERM: the checkpoint is written, another process may go on from it."""
+
+    exit_code = 143  # 128 + SIGTERM, as shells say it

@@ -45,9 +45,7 @@ def artifact_path(s: EvalTaskSettings) -> Path:
     if s.artifact:
         return Path(s.artifact)
     assert s.run
-    folder = next((p for p in (Path(s.run), Path(s.runs_dir) / s.run) if p.is_dir()), None)
-    if folder is None:
-        raise UserError(f"run={s.run}: no such folder, here or in {s.runs_dir}")
+    folder = Path(s.run)
     for name in (ARTIFACT, ARTIFACT + OVERSIZE_SUFFIX):
         if (folder / name).is_file():
             return folder / name

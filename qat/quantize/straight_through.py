@@ -134,9 +134,12 @@ class QatSwitch(nn.Module):
             assert grid is not None
             steps.copy_(encode(masters[name].detach(), grid).steps.float())
 
-    def forget_steps(self) -> None:
-        """Find learned steps anew at the next switch-on (after priming)."""
-        self._steps_found = False
+    @torch.no_grad()
+    def set_steps(self, steps: Mapping[str, Tensor]) -> None:
+        """Take up learned steps; without any they are found anew at the next switch-on."""
+        self._steps_found = bool(steps)
+        for name, found in steps.items():
+            self._learned[_key(name)].copy_(found)
 
     def weights(self, masters: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Name -> weight as the model sees it, with gradients passing to the master."""

@@ -41,8 +41,8 @@ def take_verbatim(arguments: list[str]) -> tuple[list[str], dict[str, str]]:
 
 def with_profile(arguments: list[str]) -> list[str]:
     """Put the detected profile where ``auto`` was typed, or first if no profile was typed."""
-    if "--hydra-help" in arguments:  # is composed from Hydra's own settings
-        return arguments
+    if "--hydra-help" in arguments or any(a.startswith("resume=") for a in arguments):
+        return arguments  # composed from Hydra's own settings, or from the run's
     profile, reason = machine.detect_profile()
     typed = [a for a in arguments if a.startswith("profile=")]
     if typed and not any("auto" in a.removeprefix("profile=").split(",") for a in typed):

@@ -11,6 +11,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 
 from qat.errors import UserError
 from qat.settings import machine
@@ -71,6 +72,8 @@ def resolve_train(settings: TrainSettings, choices: Mapping[str, str | None]) ->
     compile_choice = s.compile.lower()
     _one_of("compile", compile_choice, ("auto", "true", "false"))
     _one_of("logger.name", s.logger.name, ("csv", "wandb"))
+    _at_least("checkpoint.every_steps", s.checkpoint.every_steps, 1)
+    _at_least("checkpoint.every_seconds", s.checkpoint.every_seconds, 0)
     _check_name("run_name", s.run_name)
     _check_name("sweep_name", s.sweep_name)
     _check_model(s.model)
@@ -86,13 +89,24 @@ def resolve_train(settings: TrainSettings, choices: Mapping[str, str | None]) ->
     )
 
 
+def find_run(setting: str, run: str, runs_dir: str) -> Path:
+    """The folder that a path or a run's name means."""
+    folder = next((p for p in (Path(run), Path(runs_dir) / run) if p.is_dir()), None)
+    if folder is None:
+        raise UserError(f"{setting}={run}: no such folder, here or in {runs_dir}")
+    return folder
+
+
 def _check_seed(seed: int) -> None:
     _require(0 <= seed < 2**63, "seed", seed, "give 0 to 2^63 - 1")
 
 
 def _check_optimizer(o: OptimizerSettings) -> None:
     _at_least("optimizer.momentum_warmup_steps", o.momentum_warmup_steps, 0)
+    _one_of("optimizer.newton_schulz_dtype", o.newton_schulz_dtype, ("bf16", "fp32"))
     for name, value in vars(o).items():
+        if isinstance(value, str):
+            continue
         if name.endswith("_lr"):
             _require(0 <= value < math.inf, f"optimizer.{name}", value, "give 0 or more")
         elif name != "momentum_warmup_steps":
@@ -241,6 +255,8 @@ def resolve_eval(settings: EvalTaskSettings, choices: Mapping[str, str | None]) 
             s.artifact,
             "give artifact=PATH or run=RUN (one of them)",
         )
+    if s.run:
+        s = replace(s, run=str(find_run("run", s.run, s.runs_dir)))
     _check_seed(s.seed)
     _at_least("seq_len", s.seq_len, 1)
     _at_least("sample.max_tokens", s.sample.max_tokens, 1)

@@ -5,6 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from omegaconf import MISSING, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from qat.errors import UserError
 
 
 @dataclass
@@ -30,6 +34,7 @@ class OptimizerSettings:
     momentum_start: float = 0.85  # Muon momentum grows from here ...
     momentum: float = 0.95  # ... to here ...
     momentum_warmup_steps: int = 500  # ... over so many steps
+    newton_schulz_dtype: str = "bf16"  # bf16 | fp32, of Muon's iteration
     adam_beta1: float = 0.9
     adam_beta2: float = 0.95
 
@@ -100,6 +105,12 @@ class ArtifactSettings:
 
 
 @dataclass
+class CheckpointSettings:  # off the clock; the last one is written when training ends
+    every_steps: int | None = None
+    every_seconds: float | None = 60.0  # of the training clock
+
+
+@dataclass
 class EvalSettings:
     precision: str = "fp32"  # fp32 | bf16 (autocast)
     batch_tokens: int = 16_384  # tokens per forward pass
@@ -128,6 +139,7 @@ class TrainSettings:
     compile: str = "auto"  # auto (on with CUDA) | true | false
     limit_bytes: int = 16_000_000  # artifact + code, decimal
     run_name: str | None = None  # null = time, qat, grid, seed
+    resume: str | None = None  # a run's folder or name: go on with it, settings and all
     sweep_name: str = "sweep-${now:%Y%m%d-%H%M%S}"
     runs_dir: str = "logs/runs"
     model: ModelSettings = field(default_factory=ModelSettings)
@@ -138,6 +150,7 @@ class TrainSettings:
     plan: PlanSettings = field(default_factory=PlanSettings)
     qat: QatSettings = field(default_factory=QatSettings)
     artifact: ArtifactSettings = field(default_factory=ArtifactSettings)
+    checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
     eval: EvalSettings = field(default_factory=EvalSettings)
     logger: LoggerSettings = field(default_factory=LoggerSettings)
 
@@ -161,6 +174,18 @@ class EvalTaskSettings:
     sample: SampleSettings = field(default_factory=SampleSettings)
     data: DataSettings = field(default_factory=DataSettings)
     eval: EvalSettings = field(default_factory=EvalSettings)
+
+
+def from_yaml(text: str, typed: str) -> TrainSettings:
+    """The inverse of ``as_yaml``. UserError naming ``typed`` if it was saved by another version."""
+    try:
+        saved = OmegaConf.merge(OmegaConf.structured(TrainSettings), OmegaConf.create(text))
+        settings = OmegaConf.to_object(saved)
+    except (OmegaConfBaseException, YAMLError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{typed}: saved by another version ({reason})") from None
+    assert isinstance(settings, TrainSettings)
+    return settings
 
 
 def as_yaml(settings: TrainSettings) -> str:

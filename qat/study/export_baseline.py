@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -21,18 +20,15 @@ from qat.settings.schema import DataSettings, GridSettings, ModelSettings, PlanS
 from qat.study.result import Result
 from qat.study.run_folder import CHECKPOINT, EXPORTS, write_atomically
 from qat.training.build import plan_of, shape_of
-
-MODEL_PREFIX = "gpt."  # of the LightningModule's state
+from qat.training.checkpoint import load_checkpoint
 
 
 def checkpoint_weights(path: Path) -> dict[str, torch.Tensor]:
     """Master weights of a run's checkpoint, by the model's own names."""
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
-    except (OSError, EOFError, KeyError, RuntimeError, ValueError, UnpicklingError) as error:
-        reason = " ".join(str(error).split())[:160]
-        raise UserError(f"{path}: not a readable checkpoint ({reason})") from None
-    return {k.removeprefix(MODEL_PREFIX): v for k, v in state.items() if k.startswith(MODEL_PREFIX)}
+    state = load_checkpoint(path)
+    if state is None or "weights" not in state:
+        raise UserError(f"{path}: there is no readable checkpoint")
+    return state["weights"]
 
 
 def export_baseline(

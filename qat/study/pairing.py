@@ -21,7 +21,15 @@ from qat.study.export_baseline import export_baseline
 from qat.study.result import Result
 
 QUANTIZATION_SETTINGS = ("qat", "grid", "plan", "artifact")
-BOOKKEEPING_SETTINGS = ("run_name", "sweep_name", "runs_dir", "logger", "limit_bytes")
+BOOKKEEPING_SETTINGS = (
+    "run_name",
+    "sweep_name",
+    "runs_dir",
+    "logger",
+    "limit_bytes",
+    "resume",
+    "checkpoint",
+)
 
 
 def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -6,13 +6,16 @@ import itertools
 import json
 import logging
 import os
+from collections.abc import Mapping
 from pathlib import Path
+
+import filelock
 
 from qat.errors import UserError
 from qat.study import provenance
 
 CONFIG, OVERRIDES, LOG, CHECKPOINT = "config.yaml", "overrides.yaml", "train.log", "checkpoint.ckpt"
-EXPORTS = "exports"
+CHOICES, EXPORTS = "choices.json", "exports"
 
 
 def claim(parent: Path, typed_name: str | None, default_name: str) -> Path:
@@ -48,8 +51,34 @@ def write_atomically(path: Path, text: str) -> None:
         raise UserError(f"cannot write {path}: {error.strerror}") from None
 
 
-def describe(folder: Path, config_yaml: str, overrides: list[str], world_size: int) -> None:
+def lock(folder: Path) -> filelock.FileLock:
+    """Hold the folder while this process lives. UserError if another process does."""
+    held = filelock.FileLock(folder / ".lock")
+    try:
+        held.acquire(timeout=0)
+    except filelock.Timeout:
+        raise UserError(f"{folder}: another process is at work on this run") from None
+    return held
+
+
+def read_config(folder: Path) -> tuple[str, dict[str, str | None]]:
+    """(config.yaml, group -> option) of a run. UserError if the folder is not a run's."""
+    try:
+        choices = json.loads((folder / CHOICES).read_text(encoding="utf-8"))
+        return (folder / CONFIG).read_text(encoding="utf-8"), choices
+    except (OSError, ValueError) as error:
+        raise UserError(f"resume={folder}: not the folder of a run ({error})") from None
+
+
+def describe(
+    folder: Path,
+    config_yaml: str,
+    overrides: list[str],
+    choices: Mapping[str, str | None],
+    world_size: int,
+) -> None:
     """Write everything needed to know what this run is, before it starts."""
+    (folder / CHOICES).write_text(json.dumps(dict(choices)))
     (folder / CONFIG).write_text(config_yaml)
     (folder / OVERRIDES).write_text("".join(f"- {json.dumps(line)}\n" for line in overrides))
     (folder / "provenance.json").write_text(json.dumps(provenance.collect(world_size), indent=1))

@@ -8,11 +8,12 @@ from __future__ import annotations
 import logging
 import tempfile
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from filelock import FileLock
 from rich.console import Console
 from rich.text import Text
 
@@ -26,6 +27,7 @@ from qat.quantize.plan import Plan
 from qat.settings import machine
 from qat.settings.schema import TrainSettings, as_yaml
 from qat.study import provenance, run_folder
+from qat.study.metrics_file import MetricsFile
 from qat.study.pairing import row_of
 from qat.study.plan_table import plan_table
 from qat.study.report import print_table
@@ -40,6 +42,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("qat")
 OVERSIZE_EXIT_CODE = 3
+METRICS = "metrics.csv"
 
 
 class _ConsoleHandler(logging.Handler):
@@ -61,6 +64,7 @@ class TrainingRun:
         self.settings, self.job = s, job
         self.speaks = machine.rank() == 0
         self.folder: Path | None = None
+        self._lock: FileLock | None = None
         self.console = Console(stderr=True, quiet=not self.speaks)
         self._handlers: list[logging.Handler] = [_ConsoleHandler(self.console)]
         log.handlers[:] = self._handlers
@@ -89,9 +93,16 @@ class TrainingRun:
         time_name = time.strftime("%Y%m%d-%H%M%S")
         default = f"{time_name}_{self.row.qat}_{self.row.grid}_s{s.seed}"
         parent = self.job.sweep_dir or Path(s.runs_dir)
-        self.folder = run_folder.claim(parent, s.run_name, default)
+        if s.resume is not None:
+            self.folder = Path(s.resume)
+            self._lock = run_folder.lock(self.folder)
+        else:
+            self.folder = run_folder.claim(parent, s.run_name, default)
+            self._lock = run_folder.lock(self.folder)
+            asked, choices = self.job.overrides, self.job.choices
+            yaml = as_yaml(replace(s, data=absolute_paths(s.data)))
+            run_folder.describe(self.folder, yaml, asked, choices, machine.world_size())
         self.row.run_name = self.folder.name
-        run_folder.describe(self.folder, as_yaml(s), self.job.overrides, machine.world_size())
         self._handlers.append(run_folder.open_log(self.folder))
 
     def start(
@@ -123,18 +134,21 @@ class TrainingRun:
         compiled = "compiled" if s.compile == "true" else "eager"
         log.info("%s, %s; the plan (bits with steps):\n%s", s.precision, compiled, plan_table(plan))
 
+    @property
+    def checkpoint(self) -> Path:
+        """On every rank the same file of a resumed run; written by rank 0 only."""
+        return Path(self.settings.resume or self.path("")) / run_folder.CHECKPOINT
+
     def path(self, name: str) -> Path:
         """A file of this run. Ranks that write nothing get a path that they never touch."""
         return (self.folder or Path(tempfile.gettempdir())) / name
 
-    def loggers(self) -> list[Logger]:
-        """metrics.csv, and W&B beside it if asked for."""
+    def loggers(self, first_step: int) -> list[Logger]:
+        """metrics.csv from after ``first_step``, and W&B beside it if asked for."""
         if self.folder is None:
             return []
-        from lightning.pytorch.loggers import CSVLogger
-
         s = self.settings.logger
-        csv = CSVLogger(self.folder, name="", version="", flush_logs_every_n_steps=s.every_steps)
+        csv = MetricsFile(self.folder / METRICS, first_step)
         if s.name == "csv":
             return [csv]
         from qat.study.wandb_log import wandb_logger
@@ -225,5 +239,7 @@ class TrainingRun:
         for handler in self._handlers:
             log.removeHandler(handler)
             handler.close()
+        if self._lock is not None:
+            self._lock.release()
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()

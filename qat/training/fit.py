@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning import Callback, LightningModule, Trainer
@@ -20,8 +21,10 @@ from qat.language.gpt import GPT
 from qat.language.shards import TokenStream
 from qat.quantize.plan import Plan
 from qat.training.build import switch_of
+from qat.training.checkpoint import save_checkpoint
 from qat.training.liveness import GradientLiveness
 from qat.training.module import QatModule
+from qat.training.progress import Checkpointing
 from qat.training.schedule import Schedule
 
 if TYPE_CHECKING:
@@ -147,6 +150,28 @@ def build_trainer(loggers: list[Logger], callbacks: list[Callback]) -> Trainer:
     )
 
 
+class StopAtSigterm(Callback):
+    """SIGTERM (a preempted job) lets the step end; then all ranks stop, with a checkpoint."""
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert isinstance(pl_module, QatModule)
+        clock = pl_module.clock
+
+        def request_stop(signum: int, frame: object) -> None:
+            clock.stop_requested = True
+
+        self._before = signal.signal(signal.SIGTERM, request_stop)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        signal.signal(signal.SIGTERM, self._before)
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        if hasattr(self, "_before"):
+            signal.signal(signal.SIGTERM, self._before)
+
+
 def fit(
     s: TrainSettings,
     gpt: GPT,
@@ -155,11 +180,18 @@ def fit(
     shape: BatchShape,
     trainer: Trainer,
     checkpoint: Path,
+    state: dict[str, Any] | None,
 ) -> Outcome:
-    """Train ``gpt`` in place, write the checkpoint (rank 0) and say what happened.
+    """Train ``gpt`` in place, from ``state`` if there is one, and say what happened.
 
-    TrainingError if a loss is not finite.
+    Rank 0 writes ``checkpoint`` now and then, and at the end. TrainingError if a loss is not finite
+    or the disk is full; PreemptedError after SIGTERM.
     """
+
+    def write(state: dict[str, Any]) -> None:
+        if trainer.is_global_zero:
+            save_checkpoint(checkpoint, state)
+
     module = QatModule(
         gpt,
         switch_of(plan, s.qat, s.seed, fused=s.compile == "true"),
@@ -170,10 +202,17 @@ def fit(
         s.precision,
         s.compile == "true",
         s.logger.every_steps,
+        Checkpointing(write, s.checkpoint.every_steps, s.checkpoint.every_seconds),
     )
-    batches = TrainingBatches(stream, shape, trainer.global_rank, s.schedule.warmup_steps)
-    trainer.fit(module, DataLoader(batches, batch_size=None))
-    trainer.save_checkpoint(checkpoint)
+    if state is not None:
+        module.resume(state)
+        log.info("going on after step %d", module.progress.step)
+    if not module.is_over:  # else it was stopped after its last update
+        first_step = module.progress.step
+        batches = TrainingBatches(
+            stream, shape, trainer.global_rank, s.schedule.warmup_steps, first_step
+        )
+        trainer.fit(module, DataLoader(batches, batch_size=None))
     p = module.progress
     assert module.gradients is not None
     return Outcome(

@@ -10,19 +10,18 @@ optimizers, random state and data position are restored after them.
 
 from __future__ import annotations
 
-import copy
 import logging
 import statistics
 import time
-from dataclasses import dataclass, field
+from dataclasses import asdict
+from typing import Any
 
 import torch
-import torch.distributed as dist
 from lightning import LightningModule
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from qat.errors import TrainingError
+from qat.errors import PreemptedError
 from qat.language.gpt import GPT
 from qat.quantize.straight_through import QatSwitch
 from qat.training.clock import TrainingClock
@@ -33,32 +32,14 @@ from qat.training.liveness import (
     measure_gradients,
     measure_on_grid_share,
 )
+from qat.training.metrics import PendingMetrics
 from qat.training.optimizers import build_optimizers, set_rates
+from qat.training.priming import Snapshot
+from qat.training.progress import Checkpointing, Progress
 from qat.training.schedule import Schedule
 
 log = logging.getLogger("qat")
 PROBE_TOKENS = 8  # of the forward pass that checks which weights a model uses
-
-
-@dataclass
-class Progress:
-    """Where a run is. ``qat_first_step`` is the number (from 1) of the first update with QAT on."""
-
-    step: int = 0
-    elapsed_seconds: float = 0.0
-    train_loss: float = float("nan")
-    qat_first_step: int | None = None
-    qat_last_step: int | None = None
-    qat_steps: int = 0
-
-
-@dataclass
-class _Saved:
-    """Everything that priming disturbs."""
-
-    weights: dict[str, Tensor]
-    optimizers: list[dict]
-    random: list[Tensor] = field(default_factory=list)
 
 
 class QatModule(LightningModule):
@@ -75,6 +56,7 @@ class QatModule(LightningModule):
         precision: str,
         compile_model: bool,
         log_every_steps: int,
+        checkpointing: Checkpointing,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
@@ -93,7 +75,9 @@ class QatModule(LightningModule):
         self._priming_seconds: list[float] = []
         self._log_every_steps = log_every_steps
         self._micro_losses: list[Tensor] = []
-        self._pending: list[tuple[int, float, float, bool, Tensor]] = []
+        self._metrics = PendingMetrics()
+        self._checkpointing = checkpointing
+        self._resumed_optimizers: list[dict] = []
         self._micro = 0
         self._graph_checked = False
         self._switched_at: float | None = None  # progress of the run at the switch
@@ -107,6 +91,38 @@ class QatModule(LightningModule):
         with torch.autocast(ids_BT.device.type, torch.bfloat16, enabled=enabled):
             return torch.func.functional_call(self.gpt, weights, (ids_BT, targets_BT))
 
+    def state(self) -> dict[str, Any]:
+        """Everything a later process needs; tensors are not copied."""
+        return {
+            "weights": {name: p.detach() for name, p in self.masters.items()},
+            "optimizers": [optimizer.state_dict() for optimizer in self.trainer.optimizers],
+            "learned_steps": {n: s.detach() for n, s in self.switch.learned_steps.items()},
+            "progress": asdict(self.progress),
+            "switched_at": self._switched_at,
+            "on_grid_share": self.on_grid_share,
+            "gradients": None if self.gradients is None else self.gradients._asdict(),
+        }
+
+    @torch.no_grad()
+    def resume(self, state: dict[str, Any]) -> None:
+        """Go on from ``state`` at the next ``fit``."""
+        for name, parameter in self.masters.items():
+            parameter.copy_(state["weights"][name])
+        self._resumed_optimizers = state["optimizers"]
+        self.switch.set_steps(state["learned_steps"])
+        self.progress = Progress(**state["progress"])
+        self.clock = TrainingClock(self.progress.elapsed_seconds)
+        self._checkpointing.last_seconds = self.progress.elapsed_seconds
+        self._switched_at = state["switched_at"]
+        self.on_grid_share = state["on_grid_share"]
+        if state["gradients"] is not None:
+            self.gradients = GradientLiveness(**state["gradients"])
+
+    @property
+    def is_over(self) -> bool:
+        p = self.progress
+        return self.schedule.progress(p.step, p.elapsed_seconds) >= 1.0
+
     @property
     def is_priming(self) -> bool:
         return self._priming_left > 0
@@ -116,14 +132,14 @@ class QatModule(LightningModule):
         return build_optimizers(self.gpt, self._optimizer_settings, learned_steps)
 
     def on_train_start(self) -> None:
+        for optimizer, state in zip(
+            self.trainer.optimizers, self._resumed_optimizers, strict=False
+        ):
+            optimizer.load_state_dict(state)
         probe = torch.zeros(1, PROBE_TOKENS, dtype=torch.long, device=self.device)
         check_all_seen(self.gpt, self.switch.plan.snap(self.masters), probe)
         if self.is_priming:
-            self._saved = _Saved(
-                {name: p.detach().clone() for name, p in self.masters.items()},
-                [copy.deepcopy(optimizer.state_dict()) for optimizer in self.trainer.optimizers],
-                [torch.get_rng_state(), *torch.cuda.get_rng_state_all()],
-            )
+            self._before_priming = Snapshot(self.masters, self.trainer.optimizers, self.switch)
             if self.schedule.asks_for_qat:
                 self.switch.refresh(self.masters, True)  # primes the snapping
         else:
@@ -180,22 +196,11 @@ class QatModule(LightningModule):
         self._step_started_at = now
         self._priming_left -= 1
         if not self.is_priming:
-            self._restore()
+            self._before_priming.restore()
+            del self._before_priming
             if warm := self._priming_seconds[1:]:  # the first pays for compilation, cold caches
                 self.step_seconds = statistics.median(warm)
             self._start_timing()
-
-    @torch.no_grad()
-    def _restore(self) -> None:
-        for name, parameter in self.masters.items():
-            parameter.copy_(self._saved.weights[name])
-        for optimizer, state in zip(self.trainer.optimizers, self._saved.optimizers, strict=True):
-            optimizer.load_state_dict(state)
-        torch.set_rng_state(self._saved.random[0])
-        if self._saved.random[1:]:
-            torch.cuda.set_rng_state_all(self._saved.random[1:])
-        del self._saved
-        self.switch.forget_steps()
 
     def _start_timing(self) -> None:
         if self.device.type == "cuda":
@@ -229,18 +234,33 @@ class QatModule(LightningModule):
                 log.info("QAT on since step %d (%.1f s)", p.step, p.elapsed_seconds)
         self._wait_for_previous_step()
         p.elapsed_seconds = self.clock.agree()
-        self._pending.append((p.step, p.elapsed_seconds, rate, self.switch.is_on, loss))
-        if self.schedule.progress(p.step, p.elapsed_seconds) >= 1.0:
+        qat_on = int(self.switch.is_on)
+        values = {"elapsed_seconds": p.elapsed_seconds, "rate": rate, "qat_on": qat_on}
+        self._metrics.add(p.step, loss, values)
+        if self.is_over:
             self._finish_training()
             return
         if self.switch.is_on and self.schedule.qat_stopped(p.step):
             self.clock.pause()
             self._measure_liveness()
-            self.switch.forget_steps()  # the weights move on without them
+            self.switch.set_steps({})  # the weights move on without them
             self.clock.start()
+        if len(self._metrics) >= self._log_every_steps:
+            p.train_loss = self._metrics.write(self.loggers)
+        if self.clock.stop_agreed or self._checkpointing.is_due(p.step, p.elapsed_seconds):
+            self._save()
+        if self.clock.stop_agreed:
+            raise PreemptedError(f"stopped after step {p.step}")
         self._switch_for_next_step()
-        if len(self._pending) >= self._log_every_steps:
-            self._flush_metrics()
+
+    def _save(self) -> None:
+        """Off the clock."""
+        self.clock.pause()
+        if len(self._metrics):
+            self.progress.train_loss = self._metrics.write(self.loggers)
+        self._checkpointing.write(self.state())
+        self._checkpointing.last_seconds = self.progress.elapsed_seconds
+        self.clock.start()
 
     def _wait_for_previous_step(self) -> None:
         """Keep the host at most one step ahead of a GPU, so the clock sees what was really done."""
@@ -257,9 +277,10 @@ class QatModule(LightningModule):
         p = self.progress
         p.elapsed_seconds = self.clock.agree()
         self.clock.pause()
-        self._flush_metrics()
+        p.train_loss = self._metrics.write(self.loggers)
         if not p.qat_steps or self.switch.is_on:  # else it was measured when QAT stopped
             self._measure_liveness()
+        self._checkpointing.write(self.state())
         self.trainer.should_stop = True
 
     def _measure_liveness(self) -> None:
@@ -270,26 +291,3 @@ class QatModule(LightningModule):
         self.on_grid_share = measure_on_grid_share(self.gpt, weights, self.switch, probe)
         loss = self.loss(weights, *self._last_batch)
         self.gradients = measure_gradients(loss, self.masters, self.switch.plan)
-
-    def _flush_metrics(self) -> None:
-        """Write the last steps' losses, averaged over ranks. TrainingError if one is not finite."""
-        losses = torch.stack([entry[-1] for entry in self._pending]).double()
-        if dist.is_initialized() and dist.get_world_size() > 1:
-            dist.all_reduce(losses)
-            losses /= dist.get_world_size()
-        values = losses.tolist()
-        for (step, elapsed, rate, qat_on, _), loss in zip(self._pending, values, strict=True):
-            row = {
-                "train_loss": loss,
-                "elapsed_seconds": elapsed,
-                "rate": rate,
-                "qat_on": int(qat_on),
-            }
-            for logger in self.loggers:
-                logger.log_metrics(row, step=step)
-            if loss != loss or loss in (float("inf"), float("-inf")):
-                raise TrainingError(
-                    f"train loss is {loss} at step {step}; try lower learning rates"
-                )
-        self.progress.train_loss = values[-1]
-        self._pending.clear()

@@ -27,6 +27,7 @@ from qat.training.clock import TrainingClock
 from qat.training.fit import build_trainer
 from qat.training.liveness import weights_seen
 from qat.training.module import QatModule
+from qat.training.progress import Checkpointing
 from qat.training.schedule import Schedule
 from tests.conftest import GOLF, Done, result_of
 
@@ -166,6 +167,7 @@ def module(
         "fp32",
         compile_model,
         1,
+        Checkpointing(lambda state: None),
     )
 
 

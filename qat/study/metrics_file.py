@@ -1,0 +1,42 @@
+"""``metrics.csv``: a row per step, appended; a resumed run goes on where its checkpoint was."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.loggers import Logger
+
+from qat.study.run_folder import write_atomically
+
+COLUMNS = ("step", "train_loss", "elapsed_seconds", "rate", "qat_on")
+
+
+class MetricsFile(Logger):
+    """Keeps the rows up to ``first_step`` of an earlier process and appends to them."""
+
+    def __init__(self, path: Path, first_step: int = 0) -> None:
+        super().__init__()
+        self._path = path
+        kept = []
+        if path.is_file():
+            with open(path, newline="", encoding="utf-8") as file:
+                kept = [row for row in csv.DictReader(file) if int(row["step"]) <= first_step]
+        lines = [",".join(COLUMNS), *(",".join(row[key] for key in COLUMNS) for row in kept)]
+        write_atomically(path, "\n".join(lines) + "\n")
+
+    @property
+    def name(self) -> str:
+        return "metrics"
+
+    @property
+    def version(self) -> str:
+        return ""
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        with open(self._path, "a", newline="", encoding="utf-8") as file:
+            csv.DictWriter(file, COLUMNS).writerow({"step": step, **metrics})
+
+    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
+        """The settings are in the run's config.yaml."""

@@ -1,0 +1,48 @@
+"""A run's state on disk: what another process needs to go on with the same bits.
+
+Tensors and plain values only, read with ``weights_only``; written under another name, synced and
+renamed, so that a crash at any moment leaves the last complete one.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import os
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+
+from qat.errors import TrainingError
+
+log = logging.getLogger("qat")
+
+
+def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
+    """TrainingError if the disk does not take it; the last complete one stays."""
+    raw = io.BytesIO()
+    torch.save(state, raw)
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(raw.getbuffer())
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise TrainingError(f"cannot write {path}: {error.strerror}; the run stops here") from None
+
+
+def load_checkpoint(path: Path) -> dict[str, Any] | None:
+    """The state; None where there is none, and, with a warning, where it is damaged."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        return None
+    except (OSError, EOFError, RuntimeError, ValueError, UnpicklingError) as error:
+        reason = " ".join(str(error).split())[:160]
+        log.warning("%s is damaged (%s)", path, reason)
+        return None
