@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import os
 import re
 import subprocess
@@ -10,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT, result_of
+from tests.conftest import GOLF, ROOT, result_of
 
 
-def torchrun(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-               str(ROOT / "train.py"), *arguments]  # fmt: skip
+def torchrun(*arguments: str, cwd: Path, ranks: int = 2) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
+               f"--nproc_per_node={ranks}", str(ROOT / "train.py"), *arguments]  # fmt: skip
     environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     return subprocess.run(
         command, capture_output=True, text=True, cwd=cwd, env=environment, timeout=300
@@ -70,6 +71,31 @@ def test_two_ranks_follow_the_one_rank_curve(
         rows = [result_of(tmp_path / f"logs/runs/{name}") for name in ("one", "two")]
         assert [row["qat_steps"] for row in rows] == [12, 12]
         assert rows[0]["on_grid_share"] == pytest.approx(rows[1]["on_grid_share"], abs=1e-3)
+
+
+@pytest.mark.slow
+def test_one_two_and_four_ranks_at_the_same_global_batch(tmp_path: Path) -> None:
+    """The baseline's recorded run in float32 throughout: the same losses on any number of ranks."""
+    asked = [
+        "profile=laptop", f"data.train_files={GOLF}/fineweb_train_*.bin",
+        f"data.val_files={GOLF}/fineweb_val_*.bin", f"data.tokenizer={GOLF}/tokenizer.model",
+        "model.num_layers=3", "model.dim=320", "model.num_heads=5", "model.num_kv_heads=1",
+        "model.mlp_mult=3", "model.vocab_size=512", "model.tie_embeddings=false", "seq_len=128",
+        "batch_tokens=2048", "precision=fp32", "optimizer.newton_schulz_dtype=fp32",
+        "budget_seconds=null", "max_steps=60", "schedule.warmdown_steps=30",
+        "schedule.warmup_steps=0",
+    ]  # fmt: skip
+    losses = {}
+    for ranks in (1, 2, 4):
+        done = torchrun(*asked, f"run_name=ranks{ranks}", cwd=tmp_path, ranks=ranks)
+        assert done.returncode == 0, done.stderr
+        with open(tmp_path / f"logs/runs/ranks{ranks}/metrics.csv", encoding="utf-8") as file:
+            losses[ranks] = [float(row["train_loss"]) for row in csv.DictReader(file)]
+    for ranks in (2, 4):
+        off = [abs(a - b) for a, b in zip(losses[1], losses[ranks], strict=True)]
+        print(f"{ranks} ranks: off by {max(off[:20]):.1e} over 20 steps, {max(off):.1e} over 60")
+        assert max(off[:20]) < 1e-5
+        assert max(off) < 1e-4
 
 
 def test_a_mistake_is_said_once(tiny: list[str], tmp_path: Path) -> None:
