@@ -7,3 +7,4 @@ python=${PYTHON:-.venv/bin/python}
 "$python" -m pytest -q tests/quantize tests/training -p no:cacheprovider
 "$python" benchmarks/snap.py
 "$python" benchmarks/qat_price.py golf --compile
+"$python" benchmarks/train_step.py golf --compile --peak-tflops "${PEAK_TFLOPS:-989}"

@@ -5,21 +5,29 @@ from __future__ import annotations
 import csv
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.conftest import GOLF, ROOT, result_of
 
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+
+
+def torchrun_command(*arguments: str, ranks: int = 2) -> list[str]:
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone",
+            f"--nproc_per_node={ranks}", str(ROOT / "train.py"), *arguments]  # fmt: skip
+
 
 def torchrun(*arguments: str, cwd: Path, ranks: int = 2) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
-               f"--nproc_per_node={ranks}", str(ROOT / "train.py"), *arguments]  # fmt: skip
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    command = torchrun_command(*arguments, ranks=ranks)
     return subprocess.run(
-        command, capture_output=True, text=True, cwd=cwd, env=environment, timeout=300
+        command, capture_output=True, text=True, cwd=cwd, env=ENVIRONMENT, timeout=300
     )
 
 
@@ -71,6 +79,51 @@ def test_two_ranks_follow_the_one_rank_curve(
         rows = [result_of(tmp_path / f"logs/runs/{name}") for name in ("one", "two")]
         assert [row["qat_steps"] for row in rows] == [12, 12]
         assert rows[0]["on_grid_share"] == pytest.approx(rows[1]["on_grid_share"], abs=1e-3)
+
+
+def test_two_ranks_go_on_with_a_run_that_died_in_its_export(
+    tiny: list[str], tmp_path: Path
+) -> None:
+    done = torchrun(*tiny, "qat=int6", "run_name=two", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "logs/runs/two"
+    before, result = (folder / "artifact.qat").read_bytes(), result_of(folder)
+    for name in ("artifact.qat", "result.json"):
+        (folder / name).unlink()
+    done = torchrun("resume=two", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (folder / "artifact.qat").read_bytes() == before
+    assert result_of(folder)["val_bpb_artifact"] == result["val_bpb_artifact"]
+
+
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds rank 0 in /proc")
+def test_two_ranks_are_preempted_together(tiny: list[str], tmp_path: Path) -> None:
+    """SIGTERM to rank 0 alone: all ranks stop after the same step, and go on from it."""
+    asked = [*tiny, "qat=int6", "max_steps=4000", "schedule.warmdown_steps=40",
+             "checkpoint.every_seconds=null", "logger.every_steps=1", "run_name=two"]  # fmt: skip
+    process = subprocess.Popen(
+        torchrun_command(*asked), cwd=tmp_path, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True
+    )
+    metrics = tmp_path / "logs/runs/two/metrics.csv"
+    deadline = time.monotonic() + 120
+    while not (metrics.exists() and metrics.read_text().count("\n") > 5):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    os.kill(rank_zero_of(process.pid), signal.SIGTERM)
+    _, err = process.communicate(timeout=120)
+    assert "go on with: python train.py resume=logs/runs/two" in err
+    assert "PreemptedError" not in err  # no traceback of ours beside the launcher's
+    state = torch.load(tmp_path / "logs/runs/two/checkpoint.ckpt", weights_only=True)
+    assert state["progress"]["step"] >= 5
+
+
+def rank_zero_of(launcher: int) -> int:
+    """Process id of rank 0 among the launcher's children."""
+    children = Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()
+    for child in children:
+        if "\0RANK=0\0" in "\0" + Path(f"/proc/{child}/environ").read_text():
+            return int(child)
+    raise AssertionError(children)
 
 
 @pytest.mark.slow

@@ -207,7 +207,9 @@ def fit(
     if state is not None:
         module.resume(state)
         log.info("going on after step %d", module.progress.step)
-    if not module.is_over:  # else it was stopped after its last update
+    if module.is_over:  # it was stopped after its last update; ranks still have to meet
+        trainer.strategy.setup_environment()
+    else:
         first_step = module.progress.step
         batches = TrainingBatches(
             stream, shape, trainer.global_rank, s.schedule.warmup_steps, first_step

@@ -36,6 +36,7 @@ def test_command(
     name: str, line: str, profile: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "logs/runs/RUN").mkdir(parents=True)
     monkeypatch.setattr(machine, "detect_profile", lambda: (profile, "asked for by the test"))
     monkeypatch.setattr(sys, "argv", [f"{name}.py", *shlex.split(line, comments=True)])
     seen = []
