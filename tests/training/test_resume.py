@@ -225,35 +225,44 @@ def test_two_processes_never_share_a_run(train, program, monkeypatch: pytest.Mon
     assert program("train.py", "resume=r").code == 0
 
 
-def _kill_until_done(command: list[str], resume: list[str], cwd: Path, kills: int) -> int:
-    """kill -9 at random moments, resuming in between; the number of kills that hit."""
-    chooser = random.Random(5)
-    hits = 0
-    for _ in range(kills):
-        process = subprocess.Popen(command, cwd=cwd, stderr=subprocess.PIPE)
-        try:
-            process.wait(timeout=chooser.uniform(2.5, 7.0))
-        except subprocess.TimeoutExpired:
-            process.kill()
-            hits += 1
-        process.communicate()
-        if (cwd / RUNS / "torn").is_dir():
-            command = resume
-    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return hits
+def _kill(command: list[str], cwd: Path, checkpoints: int, pause_seconds: float) -> None:
+    """kill -9 a little after the process has written so many checkpoints.
+
+    Counting what it wrote, not the time, keeps the run from ending before the last kill however
+    fast the machine is.
+    """
+    checkpoint = cwd / RUNS / "torn" / "checkpoint.ckpt"
+
+    def written() -> int:
+        return checkpoint.stat().st_mtime_ns if checkpoint.exists() else 0
+
+    with subprocess.Popen(command, cwd=cwd, stderr=subprocess.DEVNULL) as process:
+        last = written()
+        while checkpoints and process.poll() is None:
+            if (now := written()) != last:
+                last, checkpoints = now, checkpoints - 1
+            time.sleep(0.0005)
+        time.sleep(pause_seconds)
+        assert process.poll() is None, "it ended before it was killed"
+        process.kill()
 
 
 @pytest.mark.slow
 def test_twenty_kills(tiny: list[str], tmp_path: Path, train) -> None:
-    """Real processes, killed wherever they are: starting, training, saving, exporting."""
+    """Real processes, killed wherever they are: starting, training, saving (export: above)."""
     asked = [*tiny, "qat=int6", "max_steps=1500", "schedule.warmdown_steps=300",
              "qat.start_step=500", "checkpoint.every_steps=7"]  # fmt: skip
     start = [sys.executable, str(ROOT / "train.py")]
-    hits = _kill_until_done(
-        [*start, *asked, "run_name=torn"], [*start, "resume=torn"], tmp_path, kills=20
-    )
-    print(f"{hits} of 20 kills hit a living process")
-    assert hits >= 10
+    resume, command = [*start, "resume=torn"], [*start, *asked, "run_name=torn"]
+    chooser = random.Random(5)
+    for kill in range(20):
+        if kill % 5 == 0:  # on its way to the first step
+            _kill(command, tmp_path, checkpoints=0, pause_seconds=chooser.uniform(0.1, 1.5))
+        else:
+            _kill(command, tmp_path, chooser.randint(1, 9), chooser.uniform(0.0, 0.1))
+        if (tmp_path / RUNS / "torn").is_dir():
+            command = resume
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
     assert train(*asked[len(tiny) :], "run_name=whole").code == 0
     same("whole", "torn")
