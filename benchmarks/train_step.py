@@ -4,9 +4,11 @@
 
 Arms, in turns of N steps each, so that a noisy machine slows them alike; tokens/s of the medians:
 
-    engine       QatModule under Lightning's Trainer, as train.py runs it (Muon batched by shape)
-    plain        the simplest loop: torch.optim.Muon matrix by matrix, torch.optim.Adam
-    plain, ours  the same loop with this project's optimizers: what Lightning and the clock add
+    engine       QatModule under Lightning's Trainer, as train.py runs it
+    plain        the simplest loop: the same sums by torch's attention and cross-entropy, as the
+                 challenge's baseline writes them, torch.optim.Muon matrix by matrix, torch's Adam
+    plain, ours  the same loop with this project's model and optimizers: what is left is what
+                 Lightning, the QAT switch and the clock add
 
 MFU counts 6 * parameters * tokens, of ``--peak-tflops`` (dense bf16; 989 for an H100 or H200).
 Table on stdout, JSON in ``logs/train_step.json``.
@@ -24,6 +26,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -32,7 +35,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 from qat_price import PROFILES  # noqa: E402
 
 from qat.language.batches import BatchShape, TrainingBatches, micro_batch  # noqa: E402
-from qat.language.gpt import GPT, GPTShape  # noqa: E402
+from qat.language.gpt import GPT, Attention, GPTShape  # noqa: E402
 from qat.language.shards import ShardWriter, TokenStream  # noqa: E402
 from qat.quantize.grid import Grid  # noqa: E402
 from qat.quantize.plan import build_plan  # noqa: E402
@@ -68,12 +71,34 @@ def engine(shape: GPTShape, stream: TokenStream, batch: BatchShape, compiled: bo
     return turn
 
 
+class PlainAttention(Attention):
+    def attend(self, q_BHTD: Tensor, k_BGTD: Tensor, v_BGTD: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(
+            q_BHTD, k_BGTD, v_BGTD, is_causal=True, enable_gqa=True
+        )
+
+
+class PlainGPT(GPT):
+    """The same weights and sums, written with torch's own operations."""
+
+    def __init__(self, shape: GPTShape) -> None:
+        super().__init__(shape)
+        for block in self.blocks:
+            block.attn.__class__ = PlainAttention
+
+    def forward(self, ids_BT: Tensor, targets_BT: Tensor | None = None) -> Tensor:
+        logits_BTV = super().forward(ids_BT)
+        if targets_BT is None:
+            return logits_BTV
+        return F.cross_entropy(logits_BTV.flatten(0, 1), targets_BT.flatten())
+
+
 def plain(
     shape: GPTShape, stream: TokenStream, batch: BatchShape, compiled: bool, ours: bool
 ) -> Turn:
     torch.manual_seed(0)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    gpt = GPT(shape).to(device)
+    gpt = (GPT(shape) if ours else PlainGPT(shape)).to(device)
     forward = torch.compile(gpt) if compiled else gpt
     matrices = [p for name, p in gpt.named_parameters() if "blocks" in name and p.dim() == 2]
     matrices = [p for p in matrices if min(p.shape) > 2]

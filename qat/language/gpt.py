@@ -16,6 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qat.language.attention import causal_attention
+from qat.language.cross_entropy import softcap, softcap_cross_entropy
+
 OUTPUT_STD_TIED = 0.005
 ROPE_BASE = 10_000.0
 QUERY_GAIN = 1.5
@@ -54,6 +57,8 @@ def rotate(x_BHTD: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
+    attend = staticmethod(causal_attention)
+
     def __init__(self, dim: int, num_heads: int, num_kv_heads: int) -> None:
         super().__init__()
         self.num_heads, self.num_kv_heads = num_heads, num_kv_heads
@@ -75,9 +80,7 @@ class Attention(nn.Module):
         k = rotate(rms_norm(heads(self.c_k(x_BTC), self.num_kv_heads)))
         v = heads(self.c_v(x_BTC), self.num_kv_heads)
         q = q * self.q_gain.to(q.dtype)[None, :, None, None]
-        y = F.scaled_dot_product_attention(
-            q, k, v, is_causal=True, enable_gqa=self.num_heads != self.num_kv_heads
-        )
+        y = self.attend(q, k, v)
         return self.proj(y.transpose(1, 2).reshape(batch, time, dim))
 
 
@@ -110,7 +113,7 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """Token ids (B, T) -> logits (B, T, V), or the mean loss in nats when targets are given.
+    """Token ids (B, T) -> float32 logits (B, T, V), or the mean loss in nats with targets.
 
     The first half of the blocks push their output, the second half pop and add it, scaled per
     channel by ``skip_weights``.
@@ -153,18 +156,13 @@ class GPT(nn.Module):
                 x = block(x, first)
         return rms_norm(x)
 
-    def logits(self, ids_BT: Tensor) -> Tensor:
-        """Float32 logits (B, T, V), softcapped by tanh."""
-        hidden_BTC = self.hidden(ids_BT)
-        if self.lm_head is None:
-            raw_BTV = F.linear(hidden_BTC, self.tok_emb.weight)
-        else:
-            raw_BTV = self.lm_head(hidden_BTC)
-        # In float32 also under autocast: bfloat16 has no room for logits near the cap.
-        return LOGIT_SOFTCAP * torch.tanh(raw_BTV.float() / LOGIT_SOFTCAP)
-
     def forward(self, ids_BT: Tensor, targets_BT: Tensor | None = None) -> Tensor:
-        logits_BTV = self.logits(ids_BT)
+        hidden_BTC = self.hidden(ids_BT)
+        embedding_VC = self.tok_emb.weight
         if targets_BT is None:
-            return logits_BTV
-        return F.cross_entropy(logits_BTV.flatten(0, 1), targets_BT.flatten())
+            head = self.lm_head
+            raw = F.linear(hidden_BTC, embedding_VC) if head is None else head(hidden_BTC)
+            return softcap(raw, LOGIT_SOFTCAP)
+        head_VC = embedding_VC if self.lm_head is None else self.lm_head.weight
+        hidden_NC, targets_N = hidden_BTC.flatten(0, 1), targets_BT.flatten()
+        return softcap_cross_entropy(hidden_NC, head_VC, targets_N, LOGIT_SOFTCAP)

@@ -1,0 +1,41 @@
+"""Causal attention with grouped queries, by whatever is fastest where it runs.
+
+CUDA has flash kernels. On a CPU torch's flash attention takes three times as long as the same sums
+written as matrix products over blocks of queries, each against the keys before its end only (4x288
+model, T = 256, forward and backward: 34 ms flash, 12 ms compiled blocks, 16 ms eager blocks).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+QUERY_BLOCK = 128
+
+
+def causal_attention(q_BHTD: Tensor, k_BGTD: Tensor, v_BGTD: Tensor) -> Tensor:
+    """(B, H, T, D) queries over G key and value heads, G dividing H -> (B, H, T, D)."""
+    if q_BHTD.device.type == "cuda":
+        grouped = q_BHTD.size(1) != k_BGTD.size(1)
+        return F.scaled_dot_product_attention(
+            q_BHTD, k_BGTD, v_BGTD, is_causal=True, enable_gqa=grouped
+        )
+    return _by_blocks(q_BHTD, k_BGTD, v_BGTD)
+
+
+def _by_blocks(q_BHTD: Tensor, k_BGTD: Tensor, v_BGTD: Tensor) -> Tensor:
+    batch, heads, time, dim = q_BHTD.shape
+    groups = k_BGTD.size(1)
+    queries = (q_BHTD * dim**-0.5).reshape(batch, groups, heads // groups, time, dim)
+    blocks = []
+    for start in range(0, time, QUERY_BLOCK):
+        end = min(start + QUERY_BLOCK, time)
+        # All query heads of a key head in one product.
+        q = queries[:, :, :, start:end].reshape(batch, groups, -1, dim)
+        scores = (q @ k_BGTD[:, :, :end].mT).unflatten(2, (-1, end - start)).float()
+        at = torch.arange(end, device=q.device)
+        scores = scores.masked_fill(at > at[start:, None], float("-inf"))
+        share = scores.softmax(-1).to(v_BGTD.dtype).flatten(2, 3)
+        blocks.append((share @ v_BGTD[:, :, :end]).unflatten(2, (-1, end - start)))
+    return torch.cat(blocks, dim=3).reshape(batch, heads, time, dim)

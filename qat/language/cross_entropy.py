@@ -1,0 +1,57 @@
+"""Cross-entropy of softcapped logits that never holds all logits: a head and its loss in one.
+
+Tokens are taken in chunks. Each chunk's gradients are computed right after its loss, while its
+logits are at hand (the loss is the last operation, so backward only scales them): nothing is
+computed twice and nothing of size (tokens, vocabulary) is kept. As in Liger Kernel (arXiv
+2410.10989), with the tanh softcap of the challenge's baseline.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx, once_differentiable
+
+MAX_CHUNKS = 8  # each is traced on its own when compiled
+MIN_CHUNK_TOKENS = 1024
+
+
+def softcap(raw: Tensor, cap: float) -> Tensor:
+    """Float32 also under autocast: bfloat16 has no room for logits near the cap."""
+    return cap * torch.tanh(raw.float() / cap)
+
+
+def softcap_cross_entropy(
+    hidden_NC: Tensor, head_VC: Tensor, targets_N: Tensor, cap: float
+) -> Tensor:
+    """Mean over N of -log softmax(cap * tanh(hidden @ head.T / cap))[target], in nats."""
+    loss: Tensor = _SoftcapCrossEntropy.apply(hidden_NC, head_VC, targets_N, cap)
+    return loss
+
+
+class _SoftcapCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx, hidden_NC: Tensor, head_VC: Tensor, targets_N: Tensor, cap: float
+    ) -> Tensor:
+        tokens = targets_N.numel()
+        chunk = max(MIN_CHUNK_TOKENS, -(-tokens // MAX_CHUNKS))
+        hidden_gradients, head_gradient, losses = [], torch.zeros_like(head_VC), []
+        for hidden, targets in zip(hidden_NC.split(chunk), targets_N.split(chunk), strict=True):
+            at_target = targets[:, None]
+            logits = softcap(hidden @ head_VC.mT, cap)
+            log_sum = logits.logsumexp(-1, keepdim=True)
+            losses.append((log_sum - logits.gather(1, at_target)).sum())
+            d_logits = (logits - log_sum).exp()
+            d_logits = d_logits.scatter_add(1, at_target, torch.full_like(log_sum, -1.0))
+            d_raw = d_logits * (1 - (logits / cap).square()) / tokens
+            hidden_gradients.append((d_raw @ head_VC).to(hidden_NC.dtype))
+            head_gradient += d_raw.mT @ hidden
+        ctx.save_for_backward(torch.cat(hidden_gradients), head_gradient)
+        return torch.stack(losses).sum() / tokens
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, d_loss: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        hidden_gradient, head_gradient = ctx.saved_tensors  # type: ignore[attr-defined]
+        return hidden_gradient * d_loss.to(hidden_gradient.dtype), head_gradient * d_loss, None, None
