@@ -111,25 +111,32 @@ def train(s: TrainSettings, training_run) -> int:
         s, gpt, plan, train_stream, shape, trainer, training_run.checkpoint, state
     )  # fmt: skip
 
-    masters = {name: p.detach().to(device) for name, p in gpt.named_parameters()}
-    steps = {name: step.to(device) for name, step in outcome.learned_steps.items()}
+    def placed(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {name: tensor.detach().to(device) for name, tensor in tensors.items()}
+
+    last, last_steps = placed(dict(gpt.named_parameters())), placed(outcome.learned_steps)
+    weights, steps = last, last_steps
+    if outcome.average is not None:
+        weights, steps = (placed(tensors) for tensors in outcome.average)
     meta = artifact_meta(gpt.shape, s.seq_len, tokenizer.sha256, source.identity)
     path = training_run.path(ARTIFACT)
     writes = machine.rank() == 0
     exported = trainer.strategy.broadcast(
-        export(masters, plan, meta, s.artifact.coder, path, s.limit_bytes, steps)
+        export(weights, plan, meta, s.artifact.coder, path, s.limit_bytes, steps)
         if writes
         else None
     )
     assert exported is not None
-    return training_run.finish(
-        outcome,
-        len(train_stream),
-        exported,
-        scorer.score(masters, "float weights"),
-        scorer.score(plan.snap(masters, steps), "snapped weights"),
-        scorer.score(exported.artifact.weights, "artifact"),
-    )
+    scores = {
+        "float": scorer.score(weights, "float weights"),
+        "snapped": scorer.score(plan.snap(weights, steps), "snapped weights"),
+        "artifact": scorer.score(exported.artifact.weights, "artifact"),
+    }
+    if outcome.average is not None:
+        scores["last_float"] = scorer.score(last, "last float weights")
+        snapped = plan.snap(last, last_steps)
+        scores["last_snapped"] = scorer.score(snapped, "last snapped weights")
+    return training_run.finish(outcome, len(train_stream), exported, scores)
 
 
 def after_sweep(folder: Path, num_jobs: int) -> int:

@@ -41,6 +41,7 @@ from qat.quantize.grid import Grid  # noqa: E402
 from qat.quantize.plan import build_plan  # noqa: E402
 from qat.quantize.straight_through import QatSwitch  # noqa: E402
 from qat.settings.schema import OptimizerSettings  # noqa: E402
+from qat.training.averaging import Averaging  # noqa: E402
 from qat.training.fit import build_trainer  # noqa: E402
 from qat.training.module import QatModule  # noqa: E402
 from qat.training.optimizers import build_optimizers  # noqa: E402
@@ -62,6 +63,7 @@ def engine(shape: GPTShape, stream: TokenStream, batch: BatchShape, compiled: bo
         module = QatModule(
             gpt, QatSwitch(plan), schedule, OptimizerSettings(), batch.micro_batches,
             PRIMING_STEPS, "bf16", compiled, 10, Checkpointing(lambda state: None),
+            Averaging("none"),
         )  # fmt: skip
         batches = TrainingBatches(stream, batch, 0, PRIMING_STEPS)
         loader = torch.utils.data.DataLoader(batches, batch_size=None)

@@ -54,4 +54,9 @@ class _SoftcapCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: FunctionCtx, d_loss: Tensor) -> tuple[Tensor, Tensor, None, None]:
         hidden_gradient, head_gradient = ctx.saved_tensors  # type: ignore[attr-defined]
-        return hidden_gradient * d_loss.to(hidden_gradient.dtype), head_gradient * d_loss, None, None
+        return (
+            hidden_gradient * d_loss.to(hidden_gradient.dtype),
+            head_gradient * d_loss,
+            None,
+            None,
+        )

@@ -61,7 +61,7 @@ def from_hub(repo_id: str, revision: str, dataset: str, train_shards: int) -> So
     except Exception as error:  # the hub's HTTP library, and so its errors, differ by version
         reason = " ".join(str(error).split())[:160]
         raise UserError(
-            f"data=fineweb_sp1024: cannot fetch from the hub ({reason}); on a connected machine "
+            f"data.dataset={dataset}: cannot fetch from the hub ({reason}); on a connected machine "
             f"run `hf download {repo_id} --repo-type dataset --revision {revision} "
             f"--include '*{dataset}*' --include '*{tokenizer_name}'`, copy its cache here, or give "
             "data.train_files, data.val_files and data.tokenizer"

@@ -15,31 +15,24 @@ from pathlib import Path
 
 from qat.errors import UserError
 from qat.settings import machine
+from qat.settings.ranges import (
+    at_least,
+    check_averaging,
+    check_model,
+    check_optimizer,
+    check_schedule,
+    one_of,
+    require,
+)
 from qat.settings.schema import (
     DataSettings,
     EvalTaskSettings,
-    ModelSettings,
-    OptimizerSettings,
     QatSettings,
     TrainSettings,
 )
 
-MAX_VOCAB_SIZE = 65_536  # token ids are stored as uint16
 TASKS = ("score", "sample", "report")
 TEXT_SOURCES = ("web_bible", "text", "hub")
-
-
-def _require(condition: bool, setting: str, value: object, remedy: str) -> None:
-    if not condition:
-        raise UserError(f"{setting} = {'null' if value is None else value}: {remedy}")
-
-
-def _one_of(setting: str, value: str, options: tuple[str, ...]) -> None:
-    _require(value in options, setting, value, f"choose from {', '.join(options)}")
-
-
-def _at_least(setting: str, value: float | None, lowest: int) -> None:
-    _require(value is None or value >= lowest, setting, value, f"give {lowest} or more")
 
 
 def resolve_train(settings: TrainSettings, choices: Mapping[str, str | None]) -> TrainSettings:
@@ -49,37 +42,37 @@ def resolve_train(settings: TrainSettings, choices: Mapping[str, str | None]) ->
     """
     s = settings
     _check_seed(s.seed)
-    _check_optimizer(s.optimizer)
-    _require(
+    check_optimizer(s.optimizer)
+    require(
         s.budget_seconds is not None or s.max_steps is not None,
         "budget_seconds",
         None,
         "max_steps is null too, so the run would never end; give one of them",
     )
-    _require(
+    require(
         s.budget_seconds is None or 0 < s.budget_seconds < math.inf,
         "budget_seconds",
         s.budget_seconds,
         "give more than 0 seconds, or null",
     )
-    _at_least("max_steps", s.max_steps, 1)
-    _at_least("limit_bytes", s.limit_bytes, 1)
-    _at_least("schedule.warmdown_steps", s.schedule.warmdown_steps, 0)
-    _at_least("schedule.warmup_steps", s.schedule.warmup_steps, 0)
-    _at_least("logger.every_steps", s.logger.every_steps, 1)
-    _one_of("precision", s.precision, ("auto", "bf16", "fp32"))
-    _one_of("eval.precision", s.eval.precision, ("fp32", "bf16"))
+    at_least("max_steps", s.max_steps, 1)
+    at_least("limit_bytes", s.limit_bytes, 1)
+    check_schedule(s.schedule)
+    check_averaging(s.averaging)
+    at_least("logger.every_steps", s.logger.every_steps, 1)
+    one_of("precision", s.precision, ("auto", "bf16", "fp32"))
+    one_of("eval.precision", s.eval.precision, ("fp32", "bf16"))
     compile_choice = s.compile.lower()
-    _one_of("compile", compile_choice, ("auto", "true", "false"))
-    _one_of("logger.name", s.logger.name, ("csv", "wandb"))
-    _at_least("checkpoint.every_steps", s.checkpoint.every_steps, 1)
-    _at_least("checkpoint.every_seconds", s.checkpoint.every_seconds, 0)
+    one_of("compile", compile_choice, ("auto", "true", "false"))
+    one_of("logger.name", s.logger.name, ("csv", "wandb"))
+    at_least("checkpoint.every_steps", s.checkpoint.every_steps, 1)
+    at_least("checkpoint.every_seconds", s.checkpoint.every_seconds, 0)
     _check_name("run_name", s.run_name)
     _check_name("sweep_name", s.sweep_name)
-    _check_model(s.model)
+    check_model(s.model)
     _check_batches(s)
     _check_data(s.data)
-    _one_of("data.source", s.data.source, TEXT_SOURCES)
+    one_of("data.source", s.data.source, TEXT_SOURCES)
     _check_implied_choices(s.qat, choices)
     return replace(
         s,
@@ -98,23 +91,11 @@ def find_run(setting: str, run: str, runs_dir: str) -> Path:
 
 
 def _check_seed(seed: int) -> None:
-    _require(0 <= seed < 2**63, "seed", seed, "give 0 to 2^63 - 1")
-
-
-def _check_optimizer(o: OptimizerSettings) -> None:
-    _at_least("optimizer.momentum_warmup_steps", o.momentum_warmup_steps, 0)
-    _one_of("optimizer.newton_schulz_dtype", o.newton_schulz_dtype, ("bf16", "fp32"))
-    for name, value in vars(o).items():
-        if isinstance(value, str):
-            continue
-        if name.endswith("_lr"):
-            _require(0 <= value < math.inf, f"optimizer.{name}", value, "give 0 or more")
-        elif name != "momentum_warmup_steps":
-            _require(0 <= value < 1, f"optimizer.{name}", value, "give 0 or more, below 1")
+    require(0 <= seed < 2**63, "seed", seed, "give 0 to 2^63 - 1")
 
 
 def _check_name(setting: str, name: str | None) -> None:
-    _require(
+    require(
         name is None or re.fullmatch(r"[\w][\w.+-]*", name) is not None,
         setting,
         name,
@@ -122,53 +103,24 @@ def _check_name(setting: str, name: str | None) -> None:
     )
 
 
-def _check_model(m: ModelSettings) -> None:
-    for name in ("num_layers", "dim", "num_heads", "num_kv_heads", "mlp_mult"):
-        _at_least(f"model.{name}", getattr(m, name), 1)
-    _require(
-        m.dim % m.num_heads == 0,
-        "model.dim",
-        m.dim,
-        f"must be a multiple of model.num_heads = {m.num_heads}",
-    )
-    _require(
-        m.dim // m.num_heads % 2 == 0,
-        "model.dim",
-        m.dim,
-        f"gives odd heads of {m.dim // m.num_heads}; rotary embedding needs an even size",
-    )
-    _require(
-        m.num_heads % m.num_kv_heads == 0,
-        "model.num_kv_heads",
-        m.num_kv_heads,
-        f"must divide model.num_heads = {m.num_heads}",
-    )
-    _require(
-        1 < m.vocab_size <= MAX_VOCAB_SIZE,
-        "model.vocab_size",
-        m.vocab_size,
-        f"give 2 to {MAX_VOCAB_SIZE}; shards store tokens in 16 bits",
-    )
-
-
 def _check_batches(s: TrainSettings) -> None:
-    _at_least("seq_len", s.seq_len, 1)
-    _at_least("batch_tokens", s.batch_tokens, 1)
-    _at_least("eval.batch_tokens", s.eval.batch_tokens, 1)
-    _require(
+    at_least("seq_len", s.seq_len, 1)
+    at_least("batch_tokens", s.batch_tokens, 1)
+    at_least("eval.batch_tokens", s.eval.batch_tokens, 1)
+    require(
         s.batch_tokens % s.seq_len == 0,
         "batch_tokens",
         s.batch_tokens,
         f"must be a multiple of seq_len = {s.seq_len}",
     )
     world_size = machine.world_size()
-    _require(
+    require(
         s.batch_tokens % (s.seq_len * world_size) == 0,
         "batch_tokens",
         s.batch_tokens,
         f"must be a multiple of seq_len * ranks = {s.seq_len} * {world_size}",
     )
-    _require(
+    require(
         s.micro_batch_tokens >= s.seq_len,
         "micro_batch_tokens",
         s.micro_batch_tokens,
@@ -184,14 +136,14 @@ def micro_batches(s: TrainSettings) -> int:
 
 
 def _check_data(d: DataSettings) -> None:
-    _require(
+    require(
         0.0 < d.val_fraction < 1.0,
         "data.val_fraction",
         d.val_fraction,
         "give a fraction between 0 and 1",
     )
-    _at_least("data.train_shards", d.train_shards, 1)
-    _require(d.files != [], "data.files", "[]", "name a file, or give null")
+    at_least("data.train_shards", d.train_shards, 1)
+    require(d.files != [], "data.files", "[]", "name a file, or give null")
     shards = [name for name in ("train_files", "val_files", "tokenizer") if getattr(d, name)]
     if d.files and shards:
         raise UserError(f"data.files and data.{shards[0]} name two sources; give one of them")
@@ -215,10 +167,10 @@ def _resolve_start(s: TrainSettings) -> QatSettings:
     """QAT settings with the default start filled in; ``qat=none`` accepts and ignores them."""
     q = s.qat
     for name in ("start_step", "stop_step", "ramp_steps"):
-        _at_least(f"qat.{name}", getattr(q, name), 0)
+        at_least(f"qat.{name}", getattr(q, name), 0)
     for name in ("start_fraction", "start_lr_scale", "default_start_fraction"):
         value = getattr(q, name)
-        _require(
+        require(
             value is None or 0.0 <= value <= 1.0,
             f"qat.{name}",
             value,
@@ -234,22 +186,26 @@ def _resolve_start(s: TrainSettings) -> QatSettings:
         raise UserError(
             f"qat.stop_step = {q.stop_step}: must be more than qat.start_step = {q.start_step}"
         )
-    if q.start_lr_scale is not None and q.start_lr_scale < 1 and s.schedule.warmdown_steps == 0:
-        raise UserError(
-            f"qat.start_lr_scale = {q.start_lr_scale}: with schedule.warmdown_steps = 0 the rate "
-            "never falls; give a warmdown or another start"
-        )
+    if q.start_lr_scale is not None and q.start_lr_scale < 1:
+        lowest = s.schedule.floor
+        if not (s.schedule.warmdown_steps or s.schedule.warmdown_fraction):
+            lowest = 1.0
+        if q.start_lr_scale <= lowest:
+            raise UserError(
+                f"qat.start_lr_scale = {q.start_lr_scale}: the rate never falls below {lowest:g} "
+                "(schedule.warmdown_steps, schedule.floor); give a warmdown or another start"
+            )
     return q if typed else replace(q, start_fraction=q.default_start_fraction)
 
 
 def resolve_eval(settings: EvalTaskSettings, choices: Mapping[str, str | None]) -> EvalTaskSettings:
     """Checked settings of eval.py, ``data.*`` included."""
     s = settings
-    _one_of("task", s.task, TASKS)
+    one_of("task", s.task, TASKS)
     if s.task == "report":
-        _require(bool(s.runs), "runs", s.runs, "give a glob of run folders, runs='logs/runs/*'")
+        require(bool(s.runs), "runs", s.runs, "give a glob of run folders, runs='logs/runs/*'")
     else:
-        _require(
+        require(
             bool(s.artifact) != bool(s.run),
             "artifact",
             s.artifact,
@@ -258,11 +214,11 @@ def resolve_eval(settings: EvalTaskSettings, choices: Mapping[str, str | None]) 
     if s.run:
         s = replace(s, run=str(find_run("run", s.run, s.runs_dir)))
     _check_seed(s.seed)
-    _at_least("seq_len", s.seq_len, 1)
-    _at_least("sample.max_tokens", s.sample.max_tokens, 1)
-    _at_least("sample.temperature", s.sample.temperature, 0)
-    _at_least("eval.batch_tokens", s.eval.batch_tokens, 1)
-    _one_of("eval.precision", s.eval.precision, ("fp32", "bf16"))
+    at_least("seq_len", s.seq_len, 1)
+    at_least("sample.max_tokens", s.sample.max_tokens, 1)
+    at_least("sample.temperature", s.sample.temperature, 0)
+    at_least("eval.batch_tokens", s.eval.batch_tokens, 1)
+    one_of("eval.precision", s.eval.precision, ("fp32", "bf16"))
     _check_data(s.data)
-    _one_of("data.source", s.data.source, (*TEXT_SOURCES, "from_artifact"))
+    one_of("data.source", s.data.source, (*TEXT_SOURCES, "from_artifact"))
     return s

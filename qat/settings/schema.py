@@ -25,7 +25,9 @@ class ModelSettings:
 
 @dataclass
 class OptimizerSettings:
-    matrix_lr: float = 0.04  # Muon, matrices of the blocks
+    name: str = "muon"  # muon | normuon | adamw, for the matrices of the blocks
+    matrix_lr: float = 0.04  # of these matrices
+    weight_decay: float = 0.0  # of these matrices, decoupled: times the learning rate
     tied_embedding_lr: float = 0.05  # Adam, all else
     embedding_lr: float = 0.6  # when untied
     head_lr: float = 0.008
@@ -35,14 +37,26 @@ class OptimizerSettings:
     momentum: float = 0.95  # ... to here ...
     momentum_warmup_steps: int = 500  # ... over so many steps
     newton_schulz_dtype: str = "bf16"  # bf16 | fp32, of Muon's iteration
+    neuron_beta: float = 0.95  # of NorMuon's mean square per row
     adam_beta1: float = 0.9
     adam_beta2: float = 0.95
 
 
 @dataclass
 class ScheduleSettings:
-    warmdown_steps: int = MISSING  # the rate falls to 0 over so many last steps
+    warmdown_steps: int | None = MISSING  # the rate falls over so many last steps
+    warmdown_fraction: float | None = None  # ... or over this share of the clock, or of max_steps
+    floor: float = 0.0  # where it falls to, as a share of its peak
     warmup_steps: int = MISSING  # untimed priming steps; everything is restored after them
+
+
+@dataclass
+class AveragingSettings:  # what is stored instead of the last weights
+    kind: str = MISSING  # none | ema | swa
+    decay: float = 0.98  # of ema
+    start_fraction: float = 0.0  # of the clock, or of max_steps
+    every_steps: int = 1
+    of: str = "masters"  # masters | snapped: weights as a file would hold them while QAT is on
 
 
 @dataclass
@@ -145,6 +159,7 @@ class TrainSettings:
     model: ModelSettings = field(default_factory=ModelSettings)
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     schedule: ScheduleSettings = field(default_factory=ScheduleSettings)
+    averaging: AveragingSettings = field(default_factory=AveragingSettings)
     data: DataSettings = field(default_factory=DataSettings)
     grid: GridSettings = field(default_factory=GridSettings)
     plan: PlanSettings = field(default_factory=PlanSettings)

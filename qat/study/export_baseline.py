@@ -24,11 +24,11 @@ from qat.training.checkpoint import load_checkpoint
 
 
 def checkpoint_weights(path: Path) -> dict[str, torch.Tensor]:
-    """Master weights of a run's checkpoint, by the model's own names."""
+    """What a run's checkpoint would store, averaged if the run averages, by the model's names."""
     state = load_checkpoint(path)
     if state is None or "weights" not in state:
         raise UserError(f"{path}: there is no readable checkpoint")
-    return state["weights"]
+    return state["averaging"]["weights"]["tensors"] or state["weights"]
 
 
 def export_baseline(

@@ -57,10 +57,17 @@ def is_baseline(result: Result) -> bool:
     return not result.settings["qat"]["enabled"]
 
 
+def _arm(qat: str, grid: str, settings: dict[str, Any]) -> str:
+    averaging = settings["averaging"]
+    if averaging["kind"] == "none":
+        return f"{qat} on {grid}"
+    return f"{qat} on {grid}, {averaging['kind']} of {averaging['of']}"
+
+
 def row_of(result: Result) -> dict[str, Any]:
     """A run's row of the table, not yet compared."""
     row = {key: value for key, value in asdict(result).items() if key != "settings"}
-    row["arm"] = f"{result.qat} on {result.grid}"
+    row["arm"] = _arm(result.qat, result.grid, result.settings)
     row["exported"] = False
     row["delta_bpb"] = None
     if result.artifact_bytes is not None and result.code_bytes is not None:
@@ -74,7 +81,7 @@ def row_of(result: Result) -> dict[str, Any]:
 
 def _exported_row(baseline: Result, exported: dict[str, Any]) -> dict[str, Any]:
     row = row_of(baseline) | exported | {"exported": True}
-    row["arm"] = f"none on {exported['grid']}"
+    row["arm"] = _arm("none", exported["grid"], baseline.settings)
     row["total_bytes"] = exported["artifact_bytes"] + exported["code_bytes"]
     row["val_bpb_snapped"] = None  # not measured on this grid
     row["quant_gap_bpb"] = exported["val_bpb_artifact"] - row["val_bpb_float"]

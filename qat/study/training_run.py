@@ -161,11 +161,13 @@ class TrainingRun:
         outcome: Outcome,
         train_tokens: int,
         exported: Export,
-        float_score: Score,
-        snapped_score: Score,
-        artifact_score: Score,
+        scores: dict[str, Score],
     ) -> int:
-        """Fill in the row, write it, print it; returns the exit code."""
+        """Fill in the row, write it, print it; returns the exit code.
+
+        ``scores``: of the float, snapped and artifact weights; with averaging, of the
+        last_float and last_snapped ones too.
+        """
         row, s = self.row, self.settings
         row.status, row.exit_code = "finished", 0
         row.steps, row.tokens = outcome.steps, outcome.tokens
@@ -173,13 +175,11 @@ class TrainingRun:
         row.train_seconds = outcome.train_seconds
         row.ms_per_step = 1000 * outcome.train_seconds / outcome.steps
         row.train_loss = outcome.train_loss
-        row.val_loss_float, row.val_bpb_float = float_score.val_loss, float_score.val_bpb
-        row.val_bpb_snapped = snapped_score.val_bpb
-        row.val_loss_artifact, row.val_bpb_artifact = (
-            artifact_score.val_loss,
-            artifact_score.val_bpb,
-        )
-        row.quant_gap_bpb = artifact_score.val_bpb - float_score.val_bpb
+        for name, score in scores.items():
+            setattr(row, f"val_bpb_{name}", score.val_bpb)
+        row.val_loss_float = scores["float"].val_loss
+        row.val_loss_artifact = scores["artifact"].val_loss
+        row.quant_gap_bpb = scores["artifact"].val_bpb - scores["float"].val_bpb
         row.artifact_bytes, row.code_bytes = exported.artifact_bytes, exported.code_bytes
         row.qat_first_step, row.qat_steps = outcome.qat_first_step, outcome.qat_steps
         row.qat_never_started = s.qat.enabled and outcome.qat_steps == 0

@@ -20,6 +20,7 @@ from qat.language.batches import BatchShape, TrainingBatches
 from qat.language.gpt import GPT
 from qat.language.shards import TokenStream
 from qat.quantize.plan import Plan
+from qat.training.averaging import Averaging
 from qat.training.build import switch_of
 from qat.training.checkpoint import save_checkpoint
 from qat.training.liveness import GradientLiveness
@@ -41,7 +42,10 @@ LIGHTNING_NOISE = (
 
 @dataclass(frozen=True)
 class Outcome:
-    """What training did; the trained masters are in the model it was given."""
+    """What training did; the last masters are in the model it was given.
+
+    ``average`` holds averaged weights and learned steps where averaging was asked for.
+    """
 
     steps: int
     tokens: int
@@ -53,6 +57,7 @@ class Outcome:
     on_grid_share: float
     gradients: GradientLiveness
     learned_steps: dict[str, torch.Tensor]
+    average: tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]] | None
 
 
 class Forecast(Callback):
@@ -113,6 +118,8 @@ def build_schedule(s: TrainSettings) -> Schedule:
         budget_seconds=s.budget_seconds,
         max_steps=s.max_steps,
         warmdown_steps=s.schedule.warmdown_steps,
+        warmdown_fraction=s.schedule.warmdown_fraction,
+        floor=s.schedule.floor,
         momentum_start=s.optimizer.momentum_start,
         momentum_end=s.optimizer.momentum,
         momentum_warmup_steps=s.optimizer.momentum_warmup_steps,
@@ -203,6 +210,7 @@ def fit(
         s.compile == "true",
         s.logger.every_steps,
         Checkpointing(write, s.checkpoint.every_steps, s.checkpoint.every_seconds),
+        Averaging(**vars(s.averaging)),
     )
     if state is not None:
         module.resume(state)
@@ -215,7 +223,8 @@ def fit(
             stream, shape, trainer.global_rank, s.schedule.warmup_steps, first_step
         )
         trainer.fit(module, DataLoader(batches, batch_size=None))
-    p = module.progress
+    p, mean = module.progress, module.averaging
+    learned_steps = {name: w.detach() for name, w in module.switch.learned_steps.items()}
     assert module.gradients is not None
     return Outcome(
         steps=p.step,
@@ -227,5 +236,8 @@ def fit(
         qat_steps=p.qat_steps,
         on_grid_share=module.on_grid_share,
         gradients=module.gradients,
-        learned_steps={name: w.detach() for name, w in module.switch.learned_steps.items()},
+        learned_steps=learned_steps,
+        average=(mean.weights.tensors, mean.learned_steps.tensors if learned_steps else {})
+        if mean.weights.count
+        else None,
     )

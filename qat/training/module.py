@@ -24,6 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from qat.errors import PreemptedError
 from qat.language.gpt import GPT
 from qat.quantize.straight_through import QatSwitch
+from qat.training.averaging import Averaging
 from qat.training.clock import TrainingClock
 from qat.training.liveness import (
     GradientLiveness,
@@ -57,6 +58,7 @@ class QatModule(LightningModule):
         compile_model: bool,
         log_every_steps: int,
         checkpointing: Checkpointing,
+        averaging: Averaging,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
@@ -76,7 +78,7 @@ class QatModule(LightningModule):
         self._log_every_steps = log_every_steps
         self._micro_losses: list[Tensor] = []
         self._metrics = PendingMetrics()
-        self._checkpointing = checkpointing
+        self._checkpointing, self.averaging = checkpointing, averaging
         self._resumed_optimizers: list[dict] = []
         self._micro = 0
         self._graph_checked = False
@@ -97,6 +99,7 @@ class QatModule(LightningModule):
             "weights": {name: p.detach() for name, p in self.masters.items()},
             "optimizers": [optimizer.state_dict() for optimizer in self.trainer.optimizers],
             "learned_steps": {n: s.detach() for n, s in self.switch.learned_steps.items()},
+            "averaging": self.averaging.state(),
             "progress": asdict(self.progress),
             "switched_at": self._switched_at,
             "on_grid_share": self.on_grid_share,
@@ -110,6 +113,7 @@ class QatModule(LightningModule):
             parameter.copy_(state["weights"][name])
         self._resumed_optimizers = state["optimizers"]
         self.switch.set_steps(state["learned_steps"])
+        self.averaging.resume(state["averaging"])
         self.progress = Progress(**state["progress"])
         self.clock = TrainingClock(self.progress.elapsed_seconds)
         self._checkpointing.last_seconds = self.progress.elapsed_seconds
@@ -234,6 +238,8 @@ class QatModule(LightningModule):
                 log.info("QAT on since step %d (%.1f s)", p.step, p.elapsed_seconds)
         self._wait_for_previous_step()
         p.elapsed_seconds = self.clock.agree()
+        if self.averaging.is_due(p.step, self.schedule.progress(p.step, p.elapsed_seconds)):
+            self.averaging.add(self.masters, self.switch)
         qat_on = int(self.switch.is_on)
         values = {"elapsed_seconds": p.elapsed_seconds, "rate": rate, "qat_on": qat_on}
         self._metrics.add(p.step, loss, values)

@@ -5,7 +5,9 @@ as in Jordan et al., "Muon" (2024) and the challenge's baseline. What differs fr
 ``torch.optim.Muon``, which refuses stacked matrices: matrices of equal shape (up to transposition)
 are stacked and iterated as one batch, under DDP each rank iterates its share of every batch and
 gathers the others', and the iteration's dtype is a choice. Weight decay is decoupled and 0 in the
-baseline.
+baseline. With ``neuron_beta`` it is NorMuon (arXiv 2510.05491): rows of the orthogonal matrix are
+divided by a running root mean square of their own, and the matrix keeps its Frobenius norm, so that
+learning rates mean the same with and without.
 """
 
 from __future__ import annotations
@@ -44,9 +46,10 @@ class Muon(Optimizer):
         momentum: float,
         weight_decay: float = 0.0,
         dtype: torch.dtype = torch.bfloat16,
+        neuron_beta: float | None = None,
     ) -> None:
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
-        self.dtype = dtype
+        self.dtype, self.neuron_beta = dtype, neuron_beta
         for group in self.param_groups:
             for p in group["params"]:
                 if p.dim() != 2:
@@ -61,6 +64,8 @@ class Muon(Optimizer):
             for p in params:
                 if not self.state[p]:
                     self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+                    if self.neuron_beta is not None:
+                        self.state[p]["neuron_square"] = p.new_zeros(p.size(0), 1)
             directions = self._nesterov(params, group["momentum"])
             batches: dict[tuple[int, int], list[int]] = {}
             for i, p in enumerate(params):
@@ -76,7 +81,16 @@ class Muon(Optimizer):
                     p = params[i]
                     rows, columns = p.shape
                     scale = max(1.0, rows / columns) ** 0.5
-                    p.add_(x if rows <= columns else x.mT, alpha=-group["lr"] * scale)
+                    update = x if rows <= columns else x.mT
+                    if self.neuron_beta is not None:
+                        update = self._by_neuron(update, self.state[p]["neuron_square"])
+                    p.add_(update, alpha=-group["lr"] * scale)
+
+    def _by_neuron(self, update_RC: Tensor, square_R1: Tensor) -> Tensor:
+        assert self.neuron_beta is not None
+        square_R1.lerp_(update_RC.square().mean(1, keepdim=True), 1 - self.neuron_beta)
+        evened = update_RC / square_R1.sqrt().clamp(min=EPS)
+        return evened * (update_RC.norm() / evened.norm().clamp(min=EPS))
 
     def _nesterov(self, params: list[Tensor], momentum: float) -> list[Tensor]:
         gradients: list[Tensor] = [p.grad for p in params]  # type: ignore[misc]

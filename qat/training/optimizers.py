@@ -1,4 +1,4 @@
-"""Muon for the matrices of the blocks, Adam for everything else, at the baseline's rates.
+"""Muon (or NorMuon, or AdamW) for the matrices of the blocks, Adam for everything else.
 
 ``base_lr`` is kept in each parameter group; the schedule multiplies it.
 """
@@ -24,7 +24,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 def build_optimizers(
     gpt: GPT, settings: OptimizerSettings, learned_steps: list[nn.Parameter]
 ) -> list[Optimizer]:
-    """[Muon, Adam]; every parameter in exactly one group, learned steps of a grid in Adam's."""
+    """[Muon, Adam], or [Adam]; every parameter in exactly one group, learned steps in Adam's."""
     embedding = gpt.tok_emb.weight
     heads = [] if gpt.lm_head is None else [gpt.lm_head.weight]
     taken = {id(p) for p in (embedding, *heads)}
@@ -44,14 +44,24 @@ def build_optimizers(
         groups.append({"params": heads, "lr": settings.head_lr})
     if learned_steps:
         groups.append({"params": learned_steps, "lr": settings.learned_step_lr})
-    dtype = DTYPES[settings.newton_schulz_dtype]
-    muon = Muon(matrices, lr=settings.matrix_lr, momentum=settings.momentum, dtype=dtype)
+    decay = settings.weight_decay
+    optimizers: list[Optimizer] = []
+    if settings.name == "adamw":
+        groups.append({"params": matrices, "lr": settings.matrix_lr, "weight_decay": decay})
+    else:
+        neuron_beta = settings.neuron_beta if settings.name == "normuon" else None
+        dtype = DTYPES[settings.newton_schulz_dtype]
+        optimizers.append(
+            Muon(matrices, settings.matrix_lr, settings.momentum, decay, dtype, neuron_beta)
+        )
     betas = (settings.adam_beta1, settings.adam_beta2)
-    adam = torch.optim.Adam(groups, betas=betas, eps=ADAM_EPS, fused=True)
-    for optimizer in (muon, adam):
+    optimizers.append(
+        torch.optim.AdamW(groups, betas=betas, eps=ADAM_EPS, weight_decay=0.0, fused=True)
+    )
+    for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["base_lr"] = group["lr"]
-    return [muon, adam]
+    return optimizers
 
 
 def set_rates(optimizers: list[Optimizer], rate: float, momentum: float) -> None:

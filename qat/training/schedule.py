@@ -15,7 +15,7 @@ class Schedule:
 
     budget_seconds: float | None
     max_steps: int | None
-    warmdown_steps: int
+    warmdown_steps: int | None
     momentum_start: float
     momentum_end: float
     momentum_warmup_steps: int
@@ -24,14 +24,24 @@ class Schedule:
     start_lr_scale: float | None = None
     stop_step: int | None = None
     ramp_steps: int = 0
+    warmdown_fraction: float | None = None
+    floor: float = 0.0
 
     def rate(self, step: int, elapsed_seconds: float) -> float:
-        """Multiplier of every learning rate: 1, then falling linearly to 0 at the end of the run.
+        """Multiplier of every learning rate: 1, then falling linearly to ``floor`` at the end.
 
-        By steps, over the last ``warmdown_steps``; by time, over as many seconds as that many steps
-        take at the speed measured so far. With both limits set the lower rate holds.
+        Over the last ``warmdown_fraction`` of the run; or by steps, over the last
+        ``warmdown_steps``; or by time, over as many seconds as that many steps take at the speed
+        measured so far (the baseline's rule; with more steps than the run has, the rate decays
+        from the start). With both limits set the lower rate holds.
         """
-        if self.warmdown_steps == 0:
+        return self.floor + (1.0 - self.floor) * self._warmdown(step, elapsed_seconds)
+
+    def _warmdown(self, step: int, elapsed_seconds: float) -> float:
+        if self.warmdown_fraction is not None:
+            left = 1.0 - self.progress(step, elapsed_seconds)
+            return min(max(left / self.warmdown_fraction, 0.0), 1.0)
+        if not self.warmdown_steps:
             return 1.0
         rate = 1.0
         if self.max_steps is not None:

@@ -55,10 +55,40 @@ def test_a_zero_gradient_moves_nothing_and_vectors_are_refused() -> None:
         Muon([torch.nn.Parameter(torch.ones(3))], lr=1.0, momentum=0.9)
 
 
-def test_state_travels() -> None:
+def test_normuon_evens_out_rows_and_keeps_the_norm() -> None:
+    """Against a loop over rows (arXiv 2510.05491), the norm kept as the docstring says."""
+    beta, lr = 0.8, 0.1
+    for shape in ((6, 10), (10, 6)):
+        torch.manual_seed(5)
+        ours = torch.nn.Parameter(torch.randn(shape))
+        plain = torch.nn.Parameter(ours.detach().clone())
+        even = Muon([ours], lr, 0.9, dtype=torch.float32, neuron_beta=beta)
+        muon = Muon([plain], lr, 0.9, dtype=torch.float32)
+        squares = [0.0] * shape[0]
+        for _ in range(4):
+            before, plain_before = ours.detach().clone(), plain.detach().clone()
+            ours.grad = torch.randn(shape)
+            plain.grad = ours.grad.clone()
+            even.step()
+            muon.step()
+            update = (plain_before - plain.detach()) / lr  # orthogonal, times Muon's scale
+            scale = max(1.0, shape[0] / shape[1]) ** 0.5
+            rows = []
+            for i, row in enumerate(update / scale):
+                squares[i] = beta * squares[i] + (1 - beta) * float(row.square().mean())
+                rows.append(row / squares[i] ** 0.5)
+            expected = torch.stack(rows)
+            expected *= update.norm() / expected.norm()
+            torch.testing.assert_close(
+                (before - ours.detach()) / lr, expected, rtol=1e-3, atol=1e-3
+            )
+
+
+@pytest.mark.parametrize("neuron_beta", [None, 0.9])
+def test_state_travels(neuron_beta: float | None) -> None:
     """A restored optimizer takes the same step."""
     a, b = parameters(), parameters()
-    first, second = Muon(a, lr=0.1, momentum=0.9), Muon(b, lr=0.1, momentum=0.9)
+    first, second = (Muon(x, lr=0.1, momentum=0.9, neuron_beta=neuron_beta) for x in (a, b))
     for p, q in zip(a, b, strict=True):
         p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(3))
         q.grad = p.grad.clone()

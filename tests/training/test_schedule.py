@@ -36,6 +36,24 @@ def test_by_clock_the_warmdown_is_steps_at_the_measured_speed() -> None:
     assert s.rate(12_000, 601.0) == 0.0
 
 
+def test_a_fraction_of_the_run_by_clock_or_steps_down_to_a_floor() -> None:
+    by_clock = schedule(budget_seconds=100.0, warmdown_steps=None, warmdown_fraction=0.4, floor=0.1)
+    rates = [by_clock.rate(7, t) for t in (0.0, 60.0, 80.0, 100.0, 130.0)]
+    assert rates == pytest.approx([1.0, 1.0, 0.55, 0.1, 0.1])
+    by_steps = schedule(max_steps=10, warmdown_steps=None, warmdown_fraction=1.0)
+    assert [by_steps.rate(step, 0.0) for step in (0, 5)] == [1.0, 0.5]
+    assert schedule(max_steps=60, floor=0.2).rate(45, 0.0) == pytest.approx(0.6)
+
+
+def test_always_decaying_by_clock_is_the_baselines_rule() -> None:
+    """20,000 warmdown steps, 13,780 of them fit into 600 s: down from 0.69 (PR 145)."""
+    s = schedule(budget_seconds=600.0, warmdown_steps=20_000)
+    step_seconds = 600.0 / 13_780
+    for step in (1, 1000, 13_000):
+        elapsed = step * step_seconds
+        assert s.rate(step, elapsed) == pytest.approx((600 - elapsed) / (20_000 * step_seconds))
+
+
 def test_momentum_grows_to_its_end() -> None:
     s = schedule(max_steps=1)
     assert s.momentum(0) == 0.85

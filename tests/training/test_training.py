@@ -23,6 +23,7 @@ from qat.quantize.rounding import encode, snap
 from qat.quantize.straight_through import QatSwitch
 from qat.settings.schema import OptimizerSettings
 from qat.study.export_baseline import checkpoint_weights
+from qat.training.averaging import Averaging
 from qat.training.clock import TrainingClock
 from qat.training.fit import build_trainer
 from qat.training.liveness import weights_seen
@@ -59,6 +60,33 @@ def test_the_baselines_loss_curve(program) -> None:
     assert max(off) < 1e-2
     result = result_of(RUNS / "curve")
     assert result["val_bpb_float"] == pytest.approx(reference["val_bpb"], abs=0.005)
+
+
+def test_every_optimizer_learns(train) -> None:
+    """More than the frequencies of the tokens, which a step or two give."""
+    for name in ("muon", "normuon", "adamw"):
+        assert train(f"optimizer={name}", "max_steps=40", f"run_name={name}").code == 0
+        losses = [float(row["train_loss"]) for row in metrics(RUNS / name)]
+        assert losses[-1] < 0.75 * losses[0], name
+    first = {metrics(RUNS / name)[1]["train_loss"] for name in ("muon", "normuon", "adamw")}
+    assert len(first) == 3
+
+
+def test_weight_decay_is_decoupled_and_only_of_the_matrices(train) -> None:
+    asked = ["max_steps=1", "optimizer.matrix_lr=0.5", "schedule.warmdown_steps=0"]
+    masters = {}
+    for decay in (0.0, 0.5):
+        for name in ("muon", "adamw"):
+            overrides = [*asked, f"optimizer.name={name}", f"optimizer.weight_decay={decay}"]
+            assert train(*overrides, f"run_name={name}{decay}").code == 0
+            path = RUNS / f"{name}{decay}" / "checkpoint.ckpt"
+            masters[name, decay] = checkpoint_weights(path)
+    torch.manual_seed(1337)
+    start = dict(GPT(GPTShape(320, 2, 64, 4, 2, 2, True)).named_parameters())
+    for name in ("muon", "adamw"):
+        for key, w in masters[name, 0.0].items():
+            shrunk = 0.25 * start[key].detach() if "weight" in key and "blocks" in key else 0.0
+            torch.testing.assert_close(masters[name, 0.5][key], w - shrunk, msg=key)
 
 
 def test_start_step_counts_updates(train) -> None:
@@ -168,6 +196,7 @@ def module(
         compile_model,
         1,
         Checkpointing(lambda state: None),
+        Averaging("none"),
     )
 
 

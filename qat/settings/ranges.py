@@ -1,0 +1,95 @@
+"""What one group of settings may hold, whatever the others say. A refusal names the setting."""
+
+from __future__ import annotations
+
+import math
+
+from qat.errors import UserError
+from qat.settings.schema import (
+    AveragingSettings,
+    ModelSettings,
+    OptimizerSettings,
+    ScheduleSettings,
+)
+
+MAX_VOCAB_SIZE = 65_536  # token ids are stored as uint16
+
+
+def require(condition: bool, setting: str, value: object, remedy: str) -> None:
+    if not condition:
+        raise UserError(f"{setting} = {'null' if value is None else value}: {remedy}")
+
+
+def one_of(setting: str, value: str, options: tuple[str, ...]) -> None:
+    require(value in options, setting, value, f"choose from {', '.join(options)}")
+
+
+def at_least(setting: str, value: float | None, lowest: int) -> None:
+    require(value is None or value >= lowest, setting, value, f"give {lowest} or more")
+
+
+def check_optimizer(o: OptimizerSettings) -> None:
+    at_least("optimizer.momentum_warmup_steps", o.momentum_warmup_steps, 0)
+    one_of("optimizer.newton_schulz_dtype", o.newton_schulz_dtype, ("bf16", "fp32"))
+    one_of("optimizer.name", o.name, ("muon", "normuon", "adamw"))
+    for name, value in vars(o).items():
+        if isinstance(value, str):
+            continue
+        if name.endswith("_lr"):
+            require(0 <= value < math.inf, f"optimizer.{name}", value, "give 0 or more")
+        elif name != "momentum_warmup_steps":
+            require(0 <= value < 1, f"optimizer.{name}", value, "give 0 or more, below 1")
+
+
+def check_schedule(s: ScheduleSettings) -> None:
+    at_least("schedule.warmup_steps", s.warmup_steps, 0)
+    at_least("schedule.warmdown_steps", s.warmdown_steps, 0)
+    require(0.0 <= s.floor < 1.0, "schedule.floor", s.floor, "give 0 or more, below 1")
+    if s.warmdown_fraction is None:
+        return
+    fraction = f"schedule.warmdown_fraction = {s.warmdown_fraction}"
+    if not 0.0 < s.warmdown_fraction <= 1.0:
+        raise UserError(f"{fraction}: give more than 0, up to 1")
+    if s.warmdown_steps is not None:
+        raise UserError(
+            f"{fraction} and schedule.warmdown_steps = {s.warmdown_steps}: two warmdowns; add "
+            "schedule.warmdown_steps=null"
+        )
+
+
+def check_averaging(a: AveragingSettings) -> None:
+    one_of("averaging.kind", a.kind, ("none", "ema", "swa"))
+    one_of("averaging.of", a.of, ("masters", "snapped"))
+    require(0.0 <= a.decay < 1.0, "averaging.decay", a.decay, "give 0 or more, below 1")
+    at_least("averaging.every_steps", a.every_steps, 1)
+    start = a.start_fraction
+    require(0.0 <= start < 1.0, "averaging.start_fraction", start, "give 0 or more, below 1")
+
+
+def check_model(m: ModelSettings) -> None:
+    for name in ("num_layers", "dim", "num_heads", "num_kv_heads", "mlp_mult"):
+        at_least(f"model.{name}", getattr(m, name), 1)
+    require(
+        m.dim % m.num_heads == 0,
+        "model.dim",
+        m.dim,
+        f"must be a multiple of model.num_heads = {m.num_heads}",
+    )
+    require(
+        m.dim // m.num_heads % 2 == 0,
+        "model.dim",
+        m.dim,
+        f"gives odd heads of {m.dim // m.num_heads}; rotary embedding needs an even size",
+    )
+    require(
+        m.num_heads % m.num_kv_heads == 0,
+        "model.num_kv_heads",
+        m.num_kv_heads,
+        f"must divide model.num_heads = {m.num_heads}",
+    )
+    require(
+        1 < m.vocab_size <= MAX_VOCAB_SIZE,
+        "model.vocab_size",
+        m.vocab_size,
+        f"give 2 to {MAX_VOCAB_SIZE}; shards store tokens in 16 bits",
+    )

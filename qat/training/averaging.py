@@ -1,0 +1,78 @@
+"""Weight averaging on the device: what is stored instead of the last weights.
+
+Two ways to meet QAT. ``of="masters"``: average the float weights; the average is snapped when it is
+stored. ``of="snapped"``: average what a file of that step would hold while QAT is on (and the
+masters before); that average is off the grid, and snapped once more when stored. Learned steps are
+averaged beside the weights in both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qat.quantize.straight_through import QatSwitch
+
+MEANS = ("weights", "learned_steps")
+
+
+@dataclass
+class Mean:
+    """Of the tensors handed to ``add``: exponential with ``decay``, plain without."""
+
+    decay: float | None
+    count: int = 0
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+
+    @torch.no_grad()
+    def add(self, tensors: Mapping[str, Tensor]) -> None:
+        new = {name: t.detach() for name, t in tensors.items()}
+        if self.count == 0:
+            self.tensors = {name: t.clone() for name, t in new.items()}
+        else:
+            share = 1 / (self.count + 1) if self.decay is None else 1 - self.decay
+            # A resumed mean was read into the CPU's memory.
+            means = {name: mean.to(new[name].device) for name, mean in self.tensors.items()}
+            torch._foreach_lerp_(list(means.values()), [new[name] for name in means], share)
+            self.tensors = means
+        self.count += 1
+
+
+class Averaging:
+    """``weights`` and ``learned_steps`` so far; no weights before the first ``add``."""
+
+    def __init__(
+        self,
+        kind: str,
+        decay: float = 0.0,
+        start_fraction: float = 0.0,
+        every_steps: int = 1,
+        of: str = "masters",
+    ) -> None:
+        self.is_asked, self.of = kind != "none", of
+        self.start_fraction, self.every_steps = start_fraction, every_steps
+        self.weights, self.learned_steps = (Mean(decay if kind == "ema" else None) for _ in "ws")
+
+    def is_due(self, step: int, progress: float) -> bool:
+        """After update number ``step``, with that share of the run over; always after the last."""
+        on_turn = progress >= self.start_fraction and step % self.every_steps == 0
+        return self.is_asked and (on_turn or progress >= 1.0)
+
+    def add(self, masters: Mapping[str, Tensor], switch: QatSwitch) -> None:
+        weights: Mapping[str, Tensor] = masters
+        if self.of == "snapped" and switch.is_on:
+            weights = switch.plan.snap(masters, switch.learned_steps)
+        self.weights.add(weights)
+        if switch.learned_steps:
+            self.learned_steps.add(switch.learned_steps)
+
+    def state(self) -> dict[str, Any]:
+        return {name: vars(getattr(self, name)) for name in MEANS}
+
+    def resume(self, state: dict[str, Any]) -> None:
+        for name in MEANS:
+            setattr(self, name, Mean(**state[name]))
