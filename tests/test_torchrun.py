@@ -109,7 +109,7 @@ def test_two_ranks_are_preempted_together(tiny: list[str], tmp_path: Path) -> No
     while not (metrics.exists() and metrics.read_text().count("\n") > 5):
         assert time.monotonic() < deadline
         time.sleep(0.1)
-    os.kill(rank_zero_of(process.pid), signal.SIGTERM)
+    os.kill(process_of_rank(0, process.pid), signal.SIGTERM)
     _, err = process.communicate(timeout=120)
     assert "go on with: python train.py resume=logs/runs/two" in err
     assert "PreemptedError" not in err  # no traceback of ours beside the launcher's
@@ -117,11 +117,11 @@ def test_two_ranks_are_preempted_together(tiny: list[str], tmp_path: Path) -> No
     assert state["progress"]["step"] >= 5
 
 
-def rank_zero_of(launcher: int) -> int:
-    """Process id of rank 0 among the launcher's children."""
+def process_of_rank(rank: int, launcher: int) -> int:
+    """Process id of a rank among the launcher's children."""
     children = Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()
     for child in children:
-        if "\0RANK=0\0" in "\0" + Path(f"/proc/{child}/environ").read_text():
+        if f"\0RANK={rank}\0" in "\0" + Path(f"/proc/{child}/environ").read_text():
             return int(child)
     raise AssertionError(children)
 

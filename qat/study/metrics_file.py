@@ -8,6 +8,7 @@ from typing import Any
 
 from lightning.pytorch.loggers import Logger
 
+from qat.errors import TrainingError
 from qat.study.run_folder import write_atomically
 
 COLUMNS = ("step", "train_loss", "elapsed_seconds", "rate", "qat_on")
@@ -35,8 +36,12 @@ class MetricsFile(Logger):
         return ""
 
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        with open(self._path, "a", newline="", encoding="utf-8") as file:
-            csv.DictWriter(file, COLUMNS).writerow({"step": step, **metrics})
+        """TrainingError if the row cannot be written."""
+        try:
+            with open(self._path, "a", newline="", encoding="utf-8") as file:
+                csv.DictWriter(file, COLUMNS).writerow({"step": step, **metrics})
+        except OSError as error:
+            raise TrainingError(f"cannot write {self._path}: {error.strerror}") from None
 
     def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
         """The settings are in the run's config.yaml."""

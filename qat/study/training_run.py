@@ -223,7 +223,10 @@ class TrainingRun:
                 self._claim()
             except UserError as no_folder:
                 log.error("this job has no row: %s", no_folder)
-        self._write()
+        try:
+            self._write()
+        except UserError as no_row:  # the reason was said already, and decides the exit code
+            log.error("this run has no row: %s", no_row)
         return exit_code
 
     def _write(self) -> None:

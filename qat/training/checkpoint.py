@@ -21,7 +21,11 @@ log = logging.getLogger("qat")
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
-    """TrainingError if the disk does not take it; the last complete one stays."""
+    """TrainingError if the disk does not take it or weights are not finite; the last one stays."""
+    for name, weight in state["weights"].items():
+        if not bool(weight.isfinite().all()):
+            step = state["progress"]["step"]
+            raise TrainingError(f"{name} is not finite after step {step}; try lower learning rates")
     raw = io.BytesIO()
     torch.save(state, raw)
     temporary = path.with_name(f".{path.name}.tmp")

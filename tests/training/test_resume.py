@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,7 +14,9 @@ from pathlib import Path
 
 import filelock
 import pytest
+import torch
 
+from qat.training.checkpoint import load_checkpoint
 from qat.training.module import QatModule
 from tests.conftest import ROOT, result_of
 
@@ -128,6 +131,60 @@ def test_a_full_disk_keeps_the_last_checkpoint(
     done = program("train.py", "resume=torn")
     assert "going on after step 6" in done.err
     same("whole", "torn")
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_last_checkpoint(
+    train, program, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = [*LONG, "qat=int6", "checkpoint.every_steps=3", "logger.every_steps=1"]
+    assert train(*asked, "run_name=whole").code == 0
+    with monkeypatch.context() as patched:
+        _poison(patched, step=8)
+        done = train(*asked, "run_name=torn")
+    assert done.code == 1
+    assert "train loss is nan at step 9; try lower learning rates" in done.err
+    row = result_of(RUNS / "torn")
+    assert (row["status"], row["exit_code"]) == ("failed", 1)
+    assert "step 9" in row["error"]
+    assert "going on after step 6" in program("train.py", "resume=torn").err
+    same("whole", "torn")
+
+
+def test_weights_that_are_not_finite_are_never_saved(
+    train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An update may break them while its own loss is still fine."""
+    _poison(monkeypatch, step=9)
+    done = train(*LONG, "checkpoint.every_steps=3", "run_name=torn")
+    assert done.code == 1
+    assert "is not finite after step 9" in done.err
+    state = load_checkpoint(RUNS / "torn" / "checkpoint.ckpt")
+    assert state is not None
+    assert state["progress"]["step"] == 6
+
+
+def _poison(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """The update number ``step`` leaves one weight that is not a number."""
+    update = QatModule._update
+
+    def poisoned(self: QatModule) -> None:
+        if not self.is_priming and self.progress.step == step - 1:
+            with torch.no_grad():
+                for optimizer in self.trainer.optimizers:
+                    for p in optimizer.param_groups[0]["params"]:
+                        p.grad[0] = float("nan")
+        update(self)
+
+    monkeypatch.setattr(QatModule, "_update", poisoned)
+
+
+def test_a_run_folder_that_goes_away(train, monkeypatch: pytest.MonkeyPatch) -> None:
+    crash_in(monkeypatch, 5, lambda: shutil.rmtree(RUNS / "gone"))
+    done = train(*LONG, "checkpoint.every_steps=3", "run_name=gone")
+    assert done.code == 1
+    errors = [line for line in done.err.splitlines() if line.startswith("error:")]
+    assert len(errors) == 1, done.err
+    assert "cannot write logs/runs/gone/metrics.csv: No such file or directory" in errors[0]
 
 
 @pytest.mark.parametrize("damage", [b"", b"not a checkpoint", None])
