@@ -15,6 +15,7 @@ import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from shutil import which
 from typing import Any
 
 import hydra
@@ -75,10 +76,10 @@ def main(program: Program) -> int:
         return INTERRUPTED
     except UserError as error:
         say_error(str(error))
-    except OSError as error:  # Hydra makes the sweep's folder
-        say_error(f"runs_dir: cannot write {error.filename} ({error.strerror})")
     except (HydraException, OmegaConfBaseException) as error:
         say_error(explain(error, program.config_name))
+    except OSError as error:  # Hydra makes the sweep's folder
+        say_error(f"runs_dir: cannot write {error.filename} ({error.strerror})")
     return UserError.exit_code
 
 
@@ -100,9 +101,8 @@ def _main(program: Program) -> int:
     refuse_unknown_additions(arguments, program.config_name)
     check_options(arguments, program.config_name)
     arguments = overrides_together(arguments)
-    num_jobs = _check_sweep(program, arguments) if is_sweep else 1
-    exit_codes: list[int] = []
-    sweep_dirs: set[Path] = set()
+    sweep = _check_sweep(program, arguments) if is_sweep else None
+    exit_codes: list[int] = []  # of jobs in this process: a launcher may start others
 
     def run_job(config: DictConfig) -> None:
         run = HydraConfig.get()
@@ -123,20 +123,18 @@ def _main(program: Program) -> int:
         except Exception:
             traceback.print_exc()
             exit_codes.append(1)
-        if job.sweep_dir is not None:
-            sweep_dirs.add(job.sweep_dir)
 
     sys.argv[1:] = arguments
     hydra.main(version_base="1.3", config_path=str(CONF), config_name=program.config_name)(
         run_job
     )()
-    if is_sweep and program.after_sweep and sweep_dirs:
-        return max(program.after_sweep(sweep_dirs.pop(), num_jobs), *exit_codes, 0)
+    if sweep is not None and program.after_sweep is not None:
+        exit_codes.append(program.after_sweep(*sweep))
     return max(exit_codes, default=0)
 
 
-def _check_sweep(program: Program, arguments: list[str]) -> int:
-    """Compose and check every job of a sweep before the first starts; returns their number."""
+def _check_sweep(program: Program, arguments: list[str]) -> tuple[Path, int]:
+    """Compose and check every job of a sweep before the first starts; its folder, their number."""
     if machine.world_size() > 1:
         raise UserError(
             "-m: a sweep starts its own jobs; run it without torchrun, or one job per torchrun"
@@ -150,7 +148,10 @@ def _check_sweep(program: Program, arguments: list[str]) -> int:
         parser = OverridesParser.create()
         parsed = parser.parse_overrides(overrides)
         plain = [str(o.input_line) for o in parsed if not o.is_sweep_override()]
-        params = compose(plain).hydra.sweeper.get("params") or {}
+        hydra_config = compose(plain).hydra
+        if str(hydra_config.launcher.get("_target_")).endswith(".SlurmLauncher"):
+            _require_slurm()
+        params = hydra_config.sweeper.get("params") or {}
         typed = {o.get_key_element() for o in parsed}
         if twice := typed & set(params):
             raise UserError(
@@ -177,7 +178,12 @@ def _check_sweep(program: Program, arguments: list[str]) -> int:
         raise UserError(f"run_name={min(shared)}: {len(jobs)} jobs would share it; leave it out")
     if taken := [folder for folder in folders if folder.exists()]:
         raise UserError(f"sweep_name={taken[0].name}: {taken[0]} is there already; give another")
-    return len(jobs)
+    return folders.pop(), len(jobs)
+
+
+def _require_slurm() -> None:
+    if which("srun") is None:
+        raise UserError("hydra/launcher: no srun here; give the command where SLURM is")
 
 
 def explain(error: Exception, config_name: str) -> str:
@@ -185,6 +191,10 @@ def explain(error: Exception, config_name: str) -> str:
     text = str(error)
     cause = error.__cause__
     detail = str(cause).splitlines()[0] if cause is not None and str(cause) else ""
+    if re.search(r"Could not (find|load) .hydra/launcher", text):
+        return (
+            f"{text.splitlines()[0]}: if it is a plugin, install it: pip install -e '.[launchers]'"
+        )
     if match := re.search(r"Could not override '([^']+)'", text):
         return f"{match[1]}: {unknown(match[1].split('@')[0], config_name)}"
     if match := re.search(r"Error merging override (.+)", text):

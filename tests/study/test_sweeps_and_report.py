@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,7 @@ from rich.console import Console
 
 from qat.artifact.container import read_artifact
 from qat.study.pairing import build_rows
-from tests.conftest import GOLF, result_of
+from tests.conftest import GOLF, ROOT, result_of
 
 RUNS = Path("logs/runs")
 
@@ -54,6 +56,45 @@ def test_the_fields_own_sweep(train, tmp_path: Path) -> None:
     assert (sweep / "report.md").read_text().count("\n") == 2 + 8
     for folder in folders:
         assert len([p for p in folder.rglob("*") if "artifact" in p.name]) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["parallel", "submitit_local"])
+def test_a_launchers_processes_make_the_same_rows(
+    launcher: str, tiny: list[str], tmp_path: Path, train
+) -> None:
+    """Two runs at once; the same files as one after the other; a job that fails has a row."""
+    asked = ["qat=none,int6", "model.init_from=null,no.pt", "max_steps=8"]
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "train.py"), "-m", *tiny, f"hydra/launcher={launcher}", *asked,
+         "sweep_name=apart"],
+        cwd=tmp_path, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    assert "QAT against its no-QAT baseline" in done.stdout
+    assert train("-m", *asked, "sweep_name=inline").code == 2
+
+    def stored(sweep: str) -> list[tuple[str, bytes | None]]:
+        return sorted(
+            (result_of(path.parent)["error"] or "", (path.parent / "artifact.qat").read_bytes()
+             if result_of(path.parent)["exit_code"] == 0 else None)
+            for path in (RUNS / sweep).glob("*/result.json")
+        )  # fmt: skip
+
+    assert len(stored("apart")) == 4
+    assert stored("apart") == stored("inline")
+
+
+def test_launcher_mistakes(train, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    for launcher, message in (
+        ("slurm", "no srun here"),
+        ("nope", "if it is a plugin, install it"),
+    ):
+        done = train("-m", "qat=none,int6", f"hydra/launcher={launcher}")
+        assert (done.code, len(done.err.splitlines())) == (2, 1), done.err
+        assert message in done.err
+        assert not RUNS.exists()
 
 
 def test_exported_baseline_equals_a_run_that_stored_itself_there(train, program) -> None:
