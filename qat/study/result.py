@@ -35,7 +35,9 @@ class Result:
     tokens: int | None = None  # trained on, repeats counted
     epochs: float | None = None  # tokens / tokens of the training split
     train_seconds: float | None = None  # on the training clock
+    overshoot_seconds: float | None = None  # beyond budget_seconds: the rest of the last step
     ms_per_step: float | None = None
+    peak_memory_bytes: int | None = None  # of rank 0: allocated on its GPU, or resident on a CPU
     train_loss: float | None = None  # nats per token, last step
     val_loss_float: float | None = None  # nats per token, masters
     val_loss_artifact: float | None = None

@@ -174,6 +174,9 @@ class TrainingRun:
         row.epochs = outcome.tokens / train_tokens
         row.train_seconds = outcome.train_seconds
         row.ms_per_step = 1000 * outcome.train_seconds / outcome.steps
+        if s.budget_seconds is not None:
+            row.overshoot_seconds = max(0.0, outcome.train_seconds - s.budget_seconds)
+        row.peak_memory_bytes = outcome.peak_memory_bytes
         row.train_loss = outcome.train_loss
         for name, score in scores.items():
             setattr(row, f"val_bpb_{name}", score.val_bpb)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+import resource
 import signal
+import sys
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,6 +53,7 @@ class Outcome:
     tokens: int
     train_seconds: float
     train_loss: float
+    peak_memory_bytes: int
     qat_first_step: int | None
     qat_last_step: int | None
     qat_steps: int
@@ -58,6 +61,14 @@ class Outcome:
     gradients: GradientLiveness
     learned_steps: dict[str, torch.Tensor]
     average: tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]] | None
+
+
+def peak_memory_bytes() -> int:
+    """Of this process so far: allocated on its GPU if there is one, else resident."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak  # bytes there, kB here
 
 
 class Forecast(Callback):
@@ -222,7 +233,9 @@ def fit(
         batches = TrainingBatches(
             stream, shape, trainer.global_rank, s.schedule.warmup_steps, first_step
         )
-        trainer.fit(module, DataLoader(batches, batch_size=None))
+        on_gpu = trainer.strategy.root_device.type == "cuda"  # a step must never wait for a disk
+        loader = DataLoader(batches, batch_size=None, num_workers=int(on_gpu), pin_memory=on_gpu)
+        trainer.fit(module, loader)
     p, mean = module.progress, module.averaging
     learned_steps = {name: w.detach() for name, w in module.switch.learned_steps.items()}
     assert module.gradients is not None
@@ -231,6 +244,7 @@ def fit(
         tokens=p.step * shape.batch_tokens,
         train_seconds=p.elapsed_seconds,
         train_loss=p.train_loss,
+        peak_memory_bytes=peak_memory_bytes(),
         qat_first_step=p.qat_first_step,
         qat_last_step=p.qat_last_step,
         qat_steps=p.qat_steps,
