@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Everything that only a GPU can say about QAT's price and bits, in one go (about 5 minutes):
+# Everything that only a GPU can say about bits, QAT's price and the engine, in one go (8 minutes at
+# most are meant; never run by us):
 #   launch/gpu_checks.sh            # tables on stdout, JSON in logs/
 set -euo pipefail
 cd "$(dirname "$0")/.."

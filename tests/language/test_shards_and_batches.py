@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
 from qat.errors import UserError
 from qat.language.batches import (
@@ -113,6 +114,15 @@ def test_priming_steps_come_first_and_change_nothing_after(stream: TokenStream) 
         next(primed)
     for _ in range(10):
         assert torch.equal(next(primed)[0], next(plain)[0])
+
+
+def test_a_worker_that_reads_ahead_gives_the_same_batches(stream: TokenStream) -> None:
+    """As on a GPU, where a step must never wait for a disk."""
+    batches = TrainingBatches(stream, BatchShape(64, 16, 2, 2), rank=1, priming_steps=1)
+    ahead = iter(DataLoader(batches, batch_size=None, num_workers=1))
+    for batch, _ in zip(batches, range(10), strict=False):
+        for ours, read in zip(batch, next(ahead), strict=True):
+            assert torch.equal(ours, read)
 
 
 def test_validation_windows_do_not_overlap_and_drop_the_rest(stream: TokenStream) -> None:

@@ -38,7 +38,12 @@ def test_command(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "logs/runs/RUN").mkdir(parents=True)
     monkeypatch.setattr(machine, "detect_profile", lambda: (profile, "asked for by the test"))
-    monkeypatch.setattr(sys, "argv", [f"{name}.py", *shlex.split(line, comments=True)])
+    words = shlex.split(line, comments=True)
+    launchers = [word for word in words if word.startswith("hydra/launcher=")]
+    for launcher in launchers:  # its presence is checked, SLURM is not here
+        assert (ROOT / "conf" / f"{launcher.replace('=', '/')}.yaml").is_file()
+    arguments = [word for word in words if word not in launchers]
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", *arguments])
     seen = []
     resolve = train.resolve if name == "train" else checks.resolve_eval
     program = Program(

@@ -244,6 +244,7 @@ def test_the_clock_goes_on(train, program, monkeypatch: pytest.MonkeyPatch) -> N
     times = [float(line.split(",")[2]) for line in lines]
     assert times == sorted(times)
     assert times[-2] < 2.0 <= times[-1]
+    assert result["overshoot_seconds"] == result["train_seconds"] - 2.0 >= 0.0
     assert [int(line.split(",")[0]) for line in lines] == list(range(1, result["steps"] + 1))
 
 

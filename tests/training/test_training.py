@@ -41,6 +41,7 @@ def metrics(folder: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+@pytest.mark.slow
 def test_the_baselines_loss_curve(program) -> None:
     """From the baseline's initial weights, on its tokens, with its schedule: its losses."""
     done = program(
