@@ -1,27 +1,46 @@
-"""Lossless coders behind one interface; a coder is chosen by name and never by timing.
+"""Lossless coders behind one interface; a coder is chosen by name or size, never by timing.
 
 Each codes one section of an artifact. Decoding is told the exact raw size and never produces more,
-so a crafted section cannot expand without bound.
+so a crafted section cannot expand without bound. General coders see bytes; ``mix`` is told which
+bytes are the codes of which tensor, and models them (``qat.artifact.mixing``).
 """
 
 from __future__ import annotations
 
+import lzma
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import brotli
 import zstandard
 
 ZLIB_LEVEL = 9
 ZSTD_LEVEL = 22
+BROTLI_LEVEL, BROTLI_WINDOW = 11, 24
+LZMA_FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME}]
+AUTO = "auto"  # every coder; the smallest is kept
+
+
+class Matrix(NamedTuple):
+    """What a coder may know of a tensor of codes before it has seen one."""
+
+    rows: int
+    columns: int
+    bits: int  # of the largest magnitude
+    is_sign_magnitude: bool  # fp8: the top bit is the sign, of zeros too
+    role: str  # its name without layer numbers
+
+
+Matrices = Sequence[Matrix]
 
 
 class Coder(NamedTuple):
-    encode: Callable[[bytes], bytes]
-    decode: Callable[[bytes, int], bytes]  # ValueError unless exactly that many bytes come out
+    encode: Callable[[bytes, Matrices], bytes]
+    decode: Callable[[bytes, int, Matrices], bytes]  # ValueError unless exactly so many bytes
 
 
-def _zlib_decode(coded: bytes, raw_bytes: int) -> bytes:
+def _zlib_decode(coded: bytes, raw_bytes: int, _: Matrices) -> bytes:
     stream = zlib.decompressobj()
     try:
         raw = stream.decompress(coded, raw_bytes + 1)
@@ -32,7 +51,7 @@ def _zlib_decode(coded: bytes, raw_bytes: int) -> bytes:
     return raw
 
 
-def _zstd_decode(coded: bytes, raw_bytes: int) -> bytes:
+def _zstd_decode(coded: bytes, raw_bytes: int, _: Matrices) -> bytes:
     try:
         if zstandard.get_frame_parameters(coded).content_size != raw_bytes:
             raise ValueError("zstd section does not have its declared size")
@@ -41,7 +60,71 @@ def _zstd_decode(coded: bytes, raw_bytes: int) -> bytes:
         raise ValueError(f"zstd section is damaged: {error}") from None
 
 
-CODERS = {
-    "zlib": Coder(lambda raw: zlib.compress(raw, ZLIB_LEVEL), _zlib_decode),
-    "zstd": Coder(zstandard.ZstdCompressor(level=ZSTD_LEVEL).compress, _zstd_decode),
+def _lzma_encode(raw: bytes, _: Matrices) -> bytes:
+    return lzma.compress(raw, lzma.FORMAT_RAW, filters=LZMA_FILTERS)
+
+
+def _lzma_decode(coded: bytes, raw_bytes: int, _: Matrices) -> bytes:
+    stream = lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=LZMA_FILTERS)
+    try:
+        raw = stream.decompress(coded, raw_bytes + 1)
+    except lzma.LZMAError as error:
+        raise ValueError(f"lzma section is damaged: {error}") from None
+    if len(raw) != raw_bytes or stream.unused_data:
+        raise ValueError("lzma section does not have its declared size")
+    return raw
+
+
+def _brotli_encode(raw: bytes, _: Matrices) -> bytes:
+    return brotli.compress(raw, quality=BROTLI_LEVEL, lgwin=BROTLI_WINDOW)
+
+
+def _brotli_decode(coded: bytes, raw_bytes: int, _: Matrices) -> bytes:
+    stream = brotli.Decompressor()
+    try:
+        raw = stream.process(coded, output_buffer_limit=raw_bytes + 1)
+        while len(raw) <= raw_bytes and not stream.can_accept_more_data():
+            raw += stream.process(b"", output_buffer_limit=raw_bytes + 1 - len(raw))
+    except brotli.error as error:
+        raise ValueError(f"brotli section is damaged: {error}") from None
+    if len(raw) != raw_bytes or not stream.is_finished():
+        raise ValueError("brotli section does not have its declared size")
+    return raw
+
+
+def _mix_encode(raw: bytes, matrices: Matrices) -> bytes:
+    from qat.artifact.mix_coder import encode  # numba is slow to import
+
+    return encode(raw, matrices)
+
+
+def _mix_decode(coded: bytes, raw_bytes: int, matrices: Matrices) -> bytes:
+    from qat.artifact.mix_coder import decode
+
+    return decode(coded, raw_bytes, matrices)
+
+
+GENERAL = {
+    "zlib": Coder(lambda raw, _: zlib.compress(raw, ZLIB_LEVEL), _zlib_decode),
+    "zstd": Coder(
+        lambda raw, _: zstandard.ZstdCompressor(level=ZSTD_LEVEL).compress(raw), _zstd_decode
+    ),
+    "lzma": Coder(_lzma_encode, _lzma_decode),
+    "brotli": Coder(_brotli_encode, _brotli_decode),
 }
+CODERS = GENERAL | {"mix": Coder(_mix_encode, _mix_decode)}
+
+
+def encode_section(raw: bytes, matrices: Matrices, coder: str) -> tuple[str, bytes]:
+    """(the coder used, coded bytes) of one section.
+
+    ``auto`` keeps the smallest; so does ``mix`` where there are no codes to model.
+    """
+    if coder in GENERAL:
+        tried = [coder]
+    elif coder == "mix" and matrices:
+        tried = ["mix"]
+    else:
+        tried = list(CODERS if matrices else GENERAL)
+    done = [(name, CODERS[name].encode(raw, matrices)) for name in tried]
+    return min(done, key=lambda pair: len(pair[1]))

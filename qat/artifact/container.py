@@ -1,13 +1,12 @@
 """The artifact file: everything needed to rebuild a quantized model, and nothing that executes.
 
-Format 1, little-endian:
+Format 2, little-endian:
 
     8 bytes    magic ``QATMODEL``
     4 bytes    format version (uint32)
     4 bytes    header length H (uint32)
     H bytes    header, UTF-8 JSON with sorted keys: format-independent ``meta`` (model, tokenizer
-               hash, data source), ``plan``, ``coder``, ``sections`` [[name, raw bytes, coded
-               bytes]]
+               hash, data source), ``plan``, ``sections`` [[name, coder, raw bytes, coded bytes]]
     ...        the coded sections, in header order: codes (int8, one symbol per byte, then the zero
                points of an asymmetric grid; tensor after tensor in plan order), steps and plain
                tensors (low bytes, then high bytes, of all 16-bit values; 32-bit values as is)
@@ -24,6 +23,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -34,14 +34,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qat.artifact.coder import CODERS
+from qat.artifact.coder import CODERS, Matrix, encode_section
 from qat.errors import UserError
 from qat.quantize.grid import DTYPES, FP8
 from qat.quantize.plan import Encoded, Plan
 from qat.quantize.rounding import Codes
 
 MAGIC = b"QATMODEL"
-FORMAT = 1
+FORMAT = 2
 PREFIX = struct.Struct("<8sII")
 HASH_BYTES = 32
 WIDTHS = {"fp32": 4, "bf16": 2, "fp16": 2}
@@ -88,6 +88,22 @@ def _section_sizes(plan: Plan) -> list[tuple[str, int]]:
     ]
 
 
+def _matrices(plan: Plan) -> list[Matrix]:
+    """The codes section as tensors, in its order: codes, then the zero points if there are some."""
+    found = []
+    for entry in plan.on_grid:
+        assert entry.grid is not None
+        role = re.sub(r"\d+", "*", entry.name)
+        rows = entry.shape[0] if len(entry.shape) > 1 else 1
+        is_fp8 = entry.grid.levels in FP8
+        largest = 127 if is_fp8 else max(abs(int(limit)) for limit in entry.grid.code_limits)
+        columns = entry.num_elements // max(rows, 1)
+        found.append(Matrix(rows, columns, largest.bit_length(), is_fp8, role))
+        if entry.num_zeros:
+            found.append(Matrix(1, entry.num_zeros, 8, False, f"{role} zeros"))
+    return found
+
+
 def pack(encoded: list[Encoded], plan: Plan, meta: Mapping[str, Any], coder: str) -> bytes:
     """The whole file as bytes."""
     codes, halves, words = bytearray(), bytearray(), bytearray()
@@ -102,15 +118,23 @@ def pack(encoded: list[Encoded], plan: Plan, meta: Mapping[str, Any], coder: str
         "floats16": _split_planes(bytes(halves)),
         "floats32": bytes(words),
     }
-    coded = {name: CODERS[coder].encode(raws[name]) for name, _ in _section_sizes(plan)}
+    coded = {
+        name: encode_section(raws[name], _matrices(plan) if name == "codes" else [], coder)
+        for name, _ in _section_sizes(plan)
+    }
     header = {
         "meta": meta,
         "plan": plan.as_json(),
-        "coder": coder,
-        "sections": [[name, size, len(coded[name])] for name, size in _section_sizes(plan)],
+        "sections": [
+            [name, coded[name][0], size, len(coded[name][1])] for name, size in _section_sizes(plan)
+        ],
     }
     header_bytes = json.dumps(header, sort_keys=True, separators=(",", ":")).encode()
-    body = PREFIX.pack(MAGIC, FORMAT, len(header_bytes)) + header_bytes + b"".join(coded.values())
+    body = (
+        PREFIX.pack(MAGIC, FORMAT, len(header_bytes))
+        + header_bytes
+        + b"".join(data for _, data in coded.values())
+    )
     return body + hashlib.sha256(body).digest()
 
 
@@ -156,15 +180,16 @@ def _unpack(data: bytes) -> Artifact:
         raise ValueError("its header is longer than the file")
     header = json.loads(data[PREFIX.size : start])
     plan = Plan.from_json(header["plan"])
-    coder = CODERS[header["coder"]]
     sizes = _section_sizes(plan)
-    if [(name, raw) for name, raw, _ in header["sections"]] != sizes:
+    if [(name, raw) for name, _, raw, _ in header["sections"]] != sizes:
         raise ValueError("its sections do not have the sizes its plan asks for")
     raws = {}
-    for name, raw_bytes, coded_bytes in header["sections"]:
+    for name, coder, raw_bytes, coded_bytes in header["sections"]:
         if type(coded_bytes) is not int or not 0 <= coded_bytes <= end - start:
             raise ValueError(f"section {name} runs past the end")
-        raws[name] = coder.decode(data[start : start + coded_bytes], raw_bytes)
+        matrices = _matrices(plan) if name == "codes" else []
+        coded = data[start : start + coded_bytes]
+        raws[name] = CODERS[coder].decode(coded, raw_bytes, matrices)
         start += coded_bytes
     if start != end:
         raise ValueError("bytes left over after the last section")

@@ -19,16 +19,18 @@ from functools import cache
 import numpy as np
 from numba import njit
 
+ROLES = 16
 # Contexts of a magnitude's bits; each has a table of NODES counters per context value.
 BUCKETS = 64  # of a mean magnitude, four to the octave
 COLUMN, ROW, BOTH, PRODUCT, NEAR, EXACT, ROLE = range(7)
-SIZES = (BUCKETS, BUCKETS, 32 * 32, 2 * BUCKETS, BUCKETS * 16, 32 * 32, 16)
+SIZES = (BUCKETS, BUCKETS, 32 * 32, 2 * BUCKETS, BUCKETS * 16, 32 * 32, ROLES)
 STARTS = tuple(int(sum(SIZES[:i])) for i in range(len(SIZES)))
 INPUTS = len(SIZES)
 NODES = 256
-SIGN_CONTEXTS = 32 + 27  # drift of the column's sign; signs around
-COUNT_LIMIT = 1023
-MIXER_SETS = 9 * 16 + 1  # bit depth and role; the last one for signs
+SIGN_CONTEXTS = 32 + 9  # drift of the column's sign; signs to the left and above
+COUNT_LIMIT = 1023  # in the lower 10 bits of a counter; the upper 22 are a probability
+MAX_BITS = 8  # of a magnitude
+SIGN_MIXER = MAX_BITS * ROLES * INPUTS  # after the mixers of every depth and role
 ONE = 1 << 16
 
 
@@ -36,17 +38,17 @@ ONE = 1 << 16
 def tables() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(squash: logit * 256 + 2048 -> probability of 16 bits, stretch: its inverse from 12 bits,
     reciprocals of counts)."""
-    squash = np.zeros(4096, np.int32)
+    squash = np.zeros(4096, np.int64)
     for i in range(4096):
         odds = (Decimal(i - 2048) / 256).exp()
         squash[i] = min(max(int(odds / (1 + odds) * 65536), 16), 65536 - 16)
-    stretch = np.zeros(4096, np.int32)
+    stretch = np.zeros(4096, np.int64)
     at = 0
     for p in range(4096):
         while at < 4095 and squash[at] < 16 * p + 8:
             at += 1
         stretch[p] = at - 2048
-    reciprocals = np.array([65536 * 2 // (2 * n + 3) for n in range(COUNT_LIMIT + 1)], np.int32)
+    reciprocals = np.array([65536 * 2 // (2 * n + 3) for n in range(COUNT_LIMIT + 1)], np.int64)
     return squash, stretch, reciprocals
 
 
@@ -55,7 +57,7 @@ def new_model() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     half = 1 << 31
     magnitudes = np.full(sum(SIZES) * NODES, half, np.uint32)
     signs = np.full(SIGN_CONTEXTS, half, np.uint32)
-    return magnitudes, signs, np.full(MIXER_SETS * INPUTS, ONE // 4, np.int32)
+    return magnitudes, signs, np.full(SIGN_MIXER + 2, ONE // 4, np.int64)
 
 
 @njit(cache=True, nogil=True)
@@ -98,62 +100,67 @@ def code_bit(bit, p, coder, data, decoding):
 
 
 @njit(cache=True, nogil=True)
+def learn(counters, at, bit, reciprocals):
+    """Move a counter towards ``bit``, the less the more it has seen."""
+    counter = int(counters[at])
+    count, probability = counter & COUNT_LIMIT, counter >> 10
+    probability += (((bit << 22) - probability) * reciprocals[count]) >> 16
+    counters[at] = (min(probability, (1 << 22) - 1) << 10) | min(count + 1, COUNT_LIMIT)
+
+
+@njit(cache=True, nogil=True)
 def code_tensor(
     magnitudes, negatives, bits, zero_has_sign, role, counters, sign_counters, weights,
     squash, stretch, reciprocals, coder, data, decoding,
 ):  # fmt: skip
-    """Encode or decode one (rows, columns) tensor; decoding fills the first two arrays."""
+    """Encode or decode one (rows, columns) tensor; decoding fills the first two arrays.
+
+    Means are of magnitudes, times 2^8 (``row_mean``, ``tensor_mean``) or 2^16 (``columns_seen``,
+    ``row_seen``); a row is measured in units of its columns and a column in units of its rows.
+    """
     rows, columns = magnitudes.shape
-    column_mean = np.zeros(columns, np.int64)  # of magnitudes, times 256
+    columns_seen = np.zeros(columns, np.int64)
     column_drift = np.zeros(columns, np.int64)  # of signs
     base = np.zeros(INPUTS, np.int64)
     logits = np.zeros(INPUTS, np.int64)
     shift = max(bits - 5, 0)
     tensor_mean = 0
     for i in range(rows):
-        row_mean = tensor_mean
-        row_rate = 1
+        row_mean, row_seen = tensor_mean, tensor_mean << 8
         for j in range(columns):
             left = int(magnitudes[i, j - 1]) if j > 0 else 0
             left2 = int(magnitudes[i, j - 2]) if j > 1 else left
             up = int(magnitudes[i - 1, j]) if i > 0 else left
             up2 = int(magnitudes[i - 2, j]) if i > 1 else up
             corner = int(magnitudes[i - 1, j + 1]) if i > 0 and j + 1 < columns else up
-            of_column = column_mean[j] if i > 0 else row_mean
+            column_mean = columns_seen[j] >> 8 if i > 0 else row_mean
             near = (2 * left + left2 + 2 * up + up2 + corner) * 36
-            product = of_column * row_mean // max(tensor_mean, 1)
-            column_bucket, row_bucket = bucket(of_column), bucket(row_mean)
-            base[0] = column_bucket
-            base[1] = row_bucket
-            base[2] = (column_bucket >> 1) * 32 + (row_bucket >> 1)
-            base[3] = 2 * bucket(min(product, 65535)) + (1 if i > 32 else 0)
-            base[4] = bucket(min(near, 65535)) * 16 + (bucket(min(product, 65535)) >> 2)
-            base[5] = min(up >> shift, 31) * 32 + min(left >> shift, 31)
-            base[6] = role
+            product = bucket(min(column_mean * row_mean // max(tensor_mean, 1), 65535))
+            column_bucket, row_bucket = bucket(column_mean), bucket(row_mean)
+            base[COLUMN] = column_bucket
+            base[ROW] = row_bucket
+            base[BOTH] = (column_bucket >> 1) * 32 + (row_bucket >> 1)
+            base[PRODUCT] = 2 * product + (1 if i > 32 else 0)
+            base[NEAR] = bucket(min(near, 65535)) * 16 + (product >> 2)
+            base[EXACT] = min(up >> shift, 31) * 32 + min(left >> shift, 31)
+            base[ROLE] = role
             for k in range(INPUTS):
                 base[k] = (base[k] + STARTS[k]) * NODES
             magnitude = int(magnitudes[i, j])
             node = 1
             for depth in range(bits):
-                bit = (magnitude >> (bits - 1 - depth)) & 1
-                first = (depth * 16 + role) * INPUTS
+                first = (depth * ROLES + role) * INPUTS
                 total = 0
                 for k in range(INPUTS):
                     logits[k] = stretch[counters[base[k] + node] >> 20]
                     total += logits[k] * weights[first + k]
                 p = squash[min(max((total >> 16) + 2048, 0), 4095)]
+                bit = (magnitude >> (bits - 1 - depth)) & 1
                 bit = code_bit(bit, p, coder, data, decoding)
                 error = (bit << 16) - p
                 for k in range(INPUTS):
                     weights[first + k] += (logits[k] * error + (1 << 15)) >> 16
-                    counter = int(counters[base[k] + node])
-                    count, probability = counter & 1023, counter >> 10
-                    probability += (((bit << 22) - probability) * reciprocals[count]) >> 16
-                    if probability > (1 << 22) - 1:
-                        probability = (1 << 22) - 1
-                    if count < COUNT_LIMIT:
-                        count += 1
-                    counters[base[k] + node] = (probability << 10) | count
+                    learn(counters, base[k] + node, bit, reciprocals)
                 node = 2 * node + bit
             magnitude = node - (1 << bits)
             magnitudes[i, j] = magnitude
@@ -165,32 +172,29 @@ def code_tensor(
                 if i > 0 and magnitudes[i - 1, j] > 0:
                     around += 3 * (1 + negatives[i - 1, j])
                 drift = min(max((column_drift[j] >> 11) + 16, 0), 31)
-                first = (9 * 16) * INPUTS
                 a = stretch[sign_counters[drift] >> 20]
                 b = stretch[sign_counters[32 + around] >> 20]
-                total = a * weights[first] + b * weights[first + 1]
+                total = a * weights[SIGN_MIXER] + b * weights[SIGN_MIXER + 1]
                 p = squash[min(max((total >> 16) + 2048, 0), 4095)]
                 sign = code_bit(int(negatives[i, j]), p, coder, data, decoding)
                 error = (sign << 16) - p
-                weights[first] += (a * error + (1 << 15)) >> 16
-                weights[first + 1] += (b * error + (1 << 15)) >> 16
-                for place in (drift, 32 + around):
-                    counter = int(sign_counters[place])
-                    count, probability = counter & 1023, counter >> 10
-                    probability += (((sign << 22) - probability) * reciprocals[count]) >> 16
-                    if probability > (1 << 22) - 1:
-                        probability = (1 << 22) - 1
-                    if count < COUNT_LIMIT:
-                        count += 1
-                    sign_counters[place] = (probability << 10) | count
-                target = (1 - 2 * sign) << 15
-                column_drift[j] += (target - column_drift[j]) >> 4
+                weights[SIGN_MIXER] += (a * error + (1 << 15)) >> 16
+                weights[SIGN_MIXER + 1] += (b * error + (1 << 15)) >> 16
+                learn(sign_counters, drift, sign, reciprocals)
+                learn(sign_counters, 32 + around, sign, reciprocals)
+                column_drift[j] += (((1 - 2 * sign) << 15) - column_drift[j]) >> 4
             negatives[i, j] = sign
             value = magnitude << 8
-            if i == 0:
-                column_mean[j] = value
-            else:
-                column_mean[j] += (value - column_mean[j]) // min(i + 1, 32)
-            row_mean += (value - row_mean) // min(row_rate + 1, 64)
-            row_rate += 1
+            of_row, of_column = value, value
+            if i > 0:
+                of_row = value * tensor_mean // max(column_mean, 16)
+                of_column = value * tensor_mean // max(row_mean, 16)
+            seen = min(of_row << 8, 1 << 24) - row_seen
+            row_seen += seen // min(j + (16 if i > 0 else 1), 1024)
+            row_mean = row_seen >> 8
+            seen = min(of_column << 8, 1 << 24) - columns_seen[j]
+            columns_seen[j] += seen // min(i + 8, 512)
+        if i == 0:
+            columns_seen[:] = row_seen
+            tensor_mean = row_mean
         tensor_mean += (row_mean - tensor_mean) // min(i + 1, 16)

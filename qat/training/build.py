@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from qat.artifact.coder import CODERS
+from qat.artifact.coder import AUTO, CODERS
 from qat.errors import UserError
 from qat.language.gpt import GPT, GPTShape
 from qat.quantize.grid import Grid
@@ -61,8 +61,9 @@ def switch_of(plan: Plan, q: QatSettings, seed: int, fused: bool = False) -> Qat
 
 
 def check_coder(s: TrainSettings) -> None:
-    if s.artifact.coder not in CODERS:
-        raise UserError(f"artifact.coder = {s.artifact.coder}: choose from {', '.join(CODERS)}")
+    coders = (*CODERS, AUTO)
+    if s.artifact.coder not in coders:
+        raise UserError(f"artifact.coder = {s.artifact.coder}: choose from {', '.join(coders)}")
 
 
 def build_gpt(m: ModelSettings, seed: int) -> GPT:

@@ -72,7 +72,7 @@ def packed(grid: Grid = INT6, coder: str = "zstd", seed: int = 0) -> bytes:
     return pack(plan.encode(weights(seed)), plan, META, coder)
 
 
-@pytest.mark.parametrize("coder", ["zstd", "zlib"])
+@pytest.mark.parametrize("coder", ["zstd", "mix"])
 @pytest.mark.parametrize("grid", GRIDS, ids=lambda g: f"{g.label}")
 def test_what_training_sees_is_what_the_file_gives_back(
     grid: Grid, coder: str, tmp_path: Path
@@ -117,7 +117,7 @@ def test_truncation_anywhere_is_refused(tmp_path: Path) -> None:
     header_end = PREFIX.size + PREFIX.unpack_from(data)[2]
     sections = json.loads(data[PREFIX.size : header_end])["sections"]
     ends = [header_end]
-    for _, _, coded in sections:
+    for _, _, _, coded in sections:
         ends.append(ends[-1] + coded)
     assert ends[-1] == len(data) - 32
     for end in {0, 1, PREFIX.size, len(data) - 1, *ends}:
@@ -162,7 +162,9 @@ def _set(path: list, value: object):
 @pytest.mark.parametrize(
     ("path", "value"),
     [
-        (["coder"], "pickle"),
+        (["sections", 0, 1], "pickle"),
+        (["sections", 0, 1], ["zstd"]),
+        (["sections", 0, 1], "mix"),
         (["plan"], []),
         (["plan"], None),
         (["plan", 0, "shape"], [2**40, 2**40]),
@@ -175,9 +177,9 @@ def _set(path: list, value: object):
         (["plan", 0, "grid", "unknown"], 1),
         (["plan", 1, "name"], "emb"),
         (["plan", 2, "dtype"], "object"),
-        (["sections", 0, 1], 2**60),
         (["sections", 0, 2], 2**60),
-        (["sections", 0, 2], -1),
+        (["sections", 0, 3], 2**60),
+        (["sections", 0, 3], -1),
         (["sections", 0, 0], "other"),
         (["sections"], []),
     ],

@@ -1,0 +1,144 @@
+"""Every coder gives back what it was given, the same bytes everywhere, and never too many."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qat.artifact import mix_coder
+from qat.artifact.coder import CODERS, Matrix, encode_section
+from tests.conftest import ROOT
+
+
+def draw_codes(seed: int, matrices: list[Matrix]) -> bytes:
+    """Codes with scales of their own in rows and columns, as trained weights have them."""
+    chooser = np.random.default_rng(seed)
+    parts = []
+    for m in matrices:
+        largest = min(2**m.bits - 1, 127)
+        rows = np.exp(0.3 * chooser.normal(size=(m.rows, 1)))
+        columns = np.exp(0.3 * chooser.normal(size=(1, m.columns)))
+        values = chooser.normal(size=(m.rows, m.columns)) * rows * columns * largest / 5
+        codes = np.clip(np.rint(values), -largest, largest).astype(np.int8)
+        if m.is_sign_magnitude:
+            codes = np.where(codes < 0, -codes.astype(np.int16) - 128, codes).astype(np.int8)
+        parts.append(codes.tobytes())
+    return b"".join(parts)
+
+
+some_matrices = st.lists(
+    st.builds(
+        Matrix, st.integers(0, 40), st.integers(0, 40), st.integers(1, 7), st.booleans(),
+        st.sampled_from(["a", "b", *map(str, range(20))]),
+    ),
+    max_size=6,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("coder", CODERS)
+@settings(deadline=None, max_examples=25)
+@given(some_matrices, st.integers(0, 999))
+def test_round_trip(coder: str, matrices: list[Matrix], seed: int) -> None:
+    raw = draw_codes(seed, matrices)
+    coded = CODERS[coder].encode(raw, matrices)
+    assert CODERS[coder].encode(raw, matrices) == coded
+    assert CODERS[coder].decode(coded, len(raw), matrices) == raw
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.binary(max_size=4000), st.integers(0, 99))
+def test_mix_codes_anything_that_fits_its_bits(data: bytes, seed: int) -> None:
+    """No code is out of reach, however unlikely its model finds it."""
+    columns = 1 + seed
+    rows = len(data) // columns
+    raw = data[: rows * columns]
+    matrices = [Matrix(rows, columns, 8, False, "x")]
+    assert CODERS["mix"].decode(CODERS["mix"].encode(raw, matrices), len(raw), matrices) == raw
+
+
+@pytest.mark.parametrize("coder", CODERS)
+def test_damaged_sections_never_grow_and_never_crash(coder: str) -> None:
+    matrices = [Matrix(30, 40, 5, False, "w"), Matrix(7, 9, 5, False, "v")]
+    raw = draw_codes(3, matrices)
+    coded = CODERS[coder].encode(raw, matrices)
+    chooser = np.random.default_rng(0)
+    for number in range(200):
+        bad = bytearray(coded)
+        if number % 2:
+            bad[chooser.integers(len(bad))] ^= 1 << chooser.integers(8)
+        else:
+            del bad[chooser.integers(len(bad)) :]
+        try:
+            back = CODERS[coder].decode(bytes(bad), len(raw), matrices)
+        except ValueError:
+            continue
+        assert len(back) == len(raw)
+
+
+@pytest.mark.parametrize("coder", [name for name in CODERS if name != "mix"])
+def test_a_bomb_stops_at_the_declared_size(coder: str) -> None:
+    bomb = CODERS[coder].encode(bytes(50_000_000), [])
+    assert len(bomb) < 60_000
+    with pytest.raises(ValueError, match="declared size"):
+        CODERS[coder].decode(bomb, 1000, [])
+
+
+def test_auto_is_never_larger_than_any_and_mix_wins_on_weights() -> None:
+    matrices = [Matrix(200, 300, 5, False, f"blocks.*.{i % 2}") for i in range(4)]
+    raw = draw_codes(1, matrices)
+    sizes = {name: len(coder.encode(raw, matrices)) for name, coder in CODERS.items()}
+    name, coded = encode_section(raw, matrices, "auto")
+    assert len(coded) == min(sizes.values())
+    assert name == "mix"
+    assert sizes["mix"] < 0.98 * min(size for name, size in sizes.items() if name != "mix")
+    assert encode_section(bytes(3000), [], "mix")[0] != "mix"  # no codes to model
+
+
+def test_streams_and_threads_change_nothing_but_speed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mix_coder, "STREAM_CODES", 3000)
+    matrices = [Matrix(50, 40, 5, False, str(i)) for i in range(7)]
+    raw = draw_codes(2, matrices)
+    coded = mix_coder.encode(raw, matrices)
+    pool = mix_coder.ThreadPoolExecutor
+    for threads in (1, 3):
+        monkeypatch.setattr(mix_coder, "ThreadPoolExecutor", lambda n=threads: pool(n))
+        assert mix_coder.encode(raw, matrices) == coded
+        assert mix_coder.decode(coded, len(raw), matrices) == raw
+
+
+WITHOUT_COMPILER = """
+import sys
+from qat.artifact import mix_coder, mixing
+from tests.artifact.test_coders import Matrix, draw_codes
+matrices = [Matrix(20, 30, 6, False, "a"), Matrix(10, 20, 3, True, "b")]
+assert not hasattr(mixing.code_tensor, "py_func")
+coded = sys.stdin.buffer.read()
+raw = draw_codes(4, matrices)
+assert mix_coder.decode(coded, len(raw), matrices) == raw
+assert mix_coder.encode(raw, matrices) == coded
+"""
+
+
+def test_without_the_compiler_the_bytes_are_the_same() -> None:
+    matrices = [Matrix(20, 30, 6, False, "a"), Matrix(10, 20, 3, True, "b")]
+    coded = mix_coder.encode(draw_codes(4, matrices), matrices)
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", WITHOUT_COMPILER], input=coded, cwd=ROOT,
+        env=os.environ | {"NUMBA_DISABLE_JIT": "1"}, capture_output=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr.decode()
+
+
+def test_the_bytes_of_version_2_never_change() -> None:
+    """A file written today is read for ever: the model may not drift."""
+    matrices = [Matrix(60, 70, 7, False, "a"), Matrix(30, 70, 7, False, "b")]
+    thirds = np.random.default_rng(5).integers(-42, 43, size=(3, 90 * 70))
+    coded = mix_coder.encode(thirds.sum(0).astype(np.int8).tobytes(), matrices)
+    assert (len(coded), hashlib.sha256(coded).hexdigest()[:16]) == (5951, "3cb49c595fa2033a")
