@@ -18,7 +18,7 @@ import zstandard
 ZLIB_LEVEL = 9
 ZSTD_LEVEL = 22
 BROTLI_LEVEL, BROTLI_WINDOW = 11, 24
-LZMA_FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME}]
+LZMA_PRESET = 9 | lzma.PRESET_EXTREME
 AUTO = "auto"  # every coder; the smallest is kept
 
 
@@ -60,12 +60,18 @@ def _zstd_decode(coded: bytes, raw_bytes: int, _: Matrices) -> bytes:
         raise ValueError(f"zstd section is damaged: {error}") from None
 
 
+def _lzma_filters(raw_bytes: int) -> list[dict[str, int]]:
+    """No larger a dictionary, which is memory on both sides, than the section needs."""
+    size = max(4096, min(raw_bytes, 1 << 26))
+    return [{"id": lzma.FILTER_LZMA2, "preset": LZMA_PRESET, "dict_size": size}]
+
+
 def _lzma_encode(raw: bytes, _: Matrices) -> bytes:
-    return lzma.compress(raw, lzma.FORMAT_RAW, filters=LZMA_FILTERS)
+    return lzma.compress(raw, lzma.FORMAT_RAW, filters=_lzma_filters(len(raw)))
 
 
 def _lzma_decode(coded: bytes, raw_bytes: int, _: Matrices) -> bytes:
-    stream = lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=LZMA_FILTERS)
+    stream = lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=_lzma_filters(raw_bytes))
     try:
         raw = stream.decompress(coded, raw_bytes + 1)
     except lzma.LZMAError as error:
