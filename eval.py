@@ -1,6 +1,7 @@
 """Tasks on finished runs and artifacts.
 
     python eval.py artifact=logs/runs/RUN/artifact.qat
+    python eval.py task=inspect artifact=PATH
     python eval.py task=sample artifact=PATH prompt="In the beginning"
     python eval.py task=report runs='logs/runs/*'
 
@@ -19,6 +20,7 @@ from qat.settings.schema import EvalTaskSettings
 TASKS = {
     "score": "qat.evaluation.score_task",
     "sample": "qat.evaluation.sample_task",
+    "inspect": "qat.evaluation.inspect_task",
     "report": "qat.study.report",
 }
 

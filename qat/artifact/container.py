@@ -37,7 +37,7 @@ from torch import Tensor
 from qat.artifact.coder import CODERS, Matrix, encode_section
 from qat.errors import UserError
 from qat.quantize.grid import DTYPES, FP8
-from qat.quantize.plan import Encoded, Plan
+from qat.quantize.plan import Encoded, Entry, Plan
 from qat.quantize.rounding import Codes
 
 MAGIC = b"QATMODEL"
@@ -54,6 +54,8 @@ class Artifact:
     meta: dict[str, Any]
     plan: Plan
     weights: dict[str, Tensor]
+    encoded: list[Encoded]
+    sections: list[tuple[str, str, int, int]]  # name, coder, raw bytes, coded bytes
     num_bytes: int
 
 
@@ -88,19 +90,24 @@ def _section_sizes(plan: Plan) -> list[tuple[str, int]]:
     ]
 
 
+def matrix_of(entry: Entry) -> Matrix:
+    """The codes of a tensor on a grid, as a coder sees them."""
+    assert entry.grid is not None
+    rows = entry.shape[0] if len(entry.shape) > 1 else 1
+    is_fp8 = entry.grid.levels in FP8
+    largest = 127 if is_fp8 else max(abs(int(limit)) for limit in entry.grid.code_limits)
+    role = re.sub(r"\d+", "*", entry.name)
+    columns = entry.num_elements // max(rows, 1)
+    return Matrix(rows, columns, largest.bit_length(), is_fp8, role)
+
+
 def _matrices(plan: Plan) -> list[Matrix]:
     """The codes section as tensors, in its order: codes, then the zero points if there are some."""
     found = []
     for entry in plan.on_grid:
-        assert entry.grid is not None
-        role = re.sub(r"\d+", "*", entry.name)
-        rows = entry.shape[0] if len(entry.shape) > 1 else 1
-        is_fp8 = entry.grid.levels in FP8
-        largest = 127 if is_fp8 else max(abs(int(limit)) for limit in entry.grid.code_limits)
-        columns = entry.num_elements // max(rows, 1)
-        found.append(Matrix(rows, columns, largest.bit_length(), is_fp8, role))
+        found.append(matrix_of(entry))
         if entry.num_zeros:
-            found.append(Matrix(1, entry.num_zeros, 8, False, f"{role} zeros"))
+            found.append(Matrix(1, entry.num_zeros, 8, False, "zero points"))
     return found
 
 
@@ -194,8 +201,10 @@ def _unpack(data: bytes) -> Artifact:
     if start != end:
         raise ValueError("bytes left over after the last section")
     raws["floats16"] = _join_planes(raws["floats16"])
-    weights = {item.entry.name: item.decode() for item in _split(plan, raws)}
-    return Artifact(header["meta"], plan, weights, len(data))
+    encoded = _split(plan, raws)
+    weights = {item.entry.name: item.decode() for item in encoded}
+    sections = [tuple(section) for section in header["sections"]]
+    return Artifact(header["meta"], plan, weights, encoded, sections, len(data))
 
 
 def _split(plan: Plan, raws: Mapping[str, bytes]) -> list[Encoded]:

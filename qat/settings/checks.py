@@ -31,7 +31,7 @@ from qat.settings.schema import (
     TrainSettings,
 )
 
-TASKS = ("score", "sample", "report")
+TASKS = ("score", "sample", "inspect", "report")
 TEXT_SOURCES = ("web_bible", "text", "hub")
 
 

@@ -178,7 +178,7 @@ class SampleSettings:
 
 @dataclass
 class EvalTaskSettings:
-    task: str = "score"  # score | sample | report
+    task: str = "score"  # score | sample | inspect | report
     artifact: str | None = None  # file
     run: str | None = None  # run folder or run name; stands for its artifact
     runs: str | None = None  # glob of run folders
@@ -186,6 +186,7 @@ class EvalTaskSettings:
     prompt: str = ""
     seed: int = 1337
     seq_len: int | None = None  # null = the artifact's
+    limit_bytes: int = 16_000_000  # artifact + code, decimal; task=inspect says what is left
     sample: SampleSettings = field(default_factory=SampleSettings)
     data: DataSettings = field(default_factory=DataSettings)
     eval: EvalSettings = field(default_factory=EvalSettings)
