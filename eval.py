@@ -3,6 +3,7 @@
     python eval.py artifact=logs/runs/RUN/artifact.qat
     python eval.py task=sample artifact=PATH prompt="In the beginning"
     python eval.py task=report runs='logs/runs/*'
+    python eval.py task=convert artifact=PATH out=FILE.ptz
 
 Each task is imported only when asked for: what ``artifact=`` imports is the code that is counted.
 """
@@ -20,6 +21,7 @@ TASKS = {
     "score": "qat.evaluation.score_task",
     "sample": "qat.evaluation.sample_task",
     "report": "qat.study.report",
+    "convert": "qat.evaluation.convert_task",
 }
 
 
