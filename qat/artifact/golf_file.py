@@ -84,6 +84,8 @@ def read_golf_file(path: Path) -> GolfFile:
 def unpack_golf(data: bytes) -> GolfFile:
     """The inverse of ``pack_golf``, up to the float type named in ``dtypes``. ValueError says why
     the data is refused."""
+    if len(data) > MAX_RAW_BYTES:
+        raise ValueError(f"it is longer than {MAX_RAW_BYTES} bytes")
     raw = _expand(data)
     items = _items(_load(raw))
     stored = [part for item, _ in items for part in (item.coded or (item.floats,))]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import pickle
+import tracemalloc
 import zipfile
 import zlib
 from collections.abc import Callable
@@ -107,6 +108,13 @@ def test_written_file_reads_back_bit_for_bit() -> None:
         assert torch.equal(theirs[name].view(torch.int32), w.view(torch.int32)), name
 
 
+def test_what_has_no_place_in_the_file_is_not_written() -> None:
+    for grid, size in ((Grid(bits=8), (2, 4)), (GOLF_GRID, (2, 4, 3))):
+        plan = build_plan({"w": size}, {"grid": grid}, {"*": "grid"})
+        with pytest.raises(ValueError, match="tensor w is not on the grid int8_golf, row by row"):
+            pack_golf(plan.encode({"w": torch.ones(size)}))
+
+
 def test_a_model_without_small_tensors_has_no_empty_section() -> None:
     plan = build_plan({"w": (2, 4)}, {"grid": GOLF_GRID}, {"*": "grid"})
     content = torch.load(
@@ -156,10 +164,31 @@ def test_a_bomb_is_refused_before_it_expands(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(golf_file, "MAX_RAW_BYTES", 1_000_000)
-    data = zlib.compress(bytes(1_000_001), 9)
-    assert len(data) < 2_000
-    assert "more than 1000000 bytes" in refuse(data, tmp_path)
+    data = zlib.compress(bytes(50_000_000), 9)
+    assert len(data) < 50_000
+    tracemalloc.start()
+    try:
+        assert "more than 1000000 bytes" in refuse(data, tmp_path)
+        assert tracemalloc.get_traced_memory()[1] < 10_000_000
+    finally:
+        tracemalloc.stop()
+    assert "more than 1000000 bytes" in refuse(zlib.compress(bytes(1_000_001)), tmp_path)
     assert "it holds no torch file" in refuse(zlib.compress(bytes(1_000_000)), tmp_path)
+
+
+def test_an_endless_file_is_not_read_to_its_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(golf_file, "MAX_RAW_BYTES", 1_000_000)
+    with open(tmp_path / "long.ptz", "wb") as file:
+        file.truncate(50_000_000)
+    tracemalloc.start()
+    try:
+        with pytest.raises(UserError, match="longer than 1000000 bytes"):
+            read_golf_file(tmp_path / "long.ptz")
+        assert tracemalloc.get_traced_memory()[1] < 10_000_000
+    finally:
+        tracemalloc.stop()
 
 
 def test_a_bomb_within_the_zip_is_refused(tmp_path: Path) -> None:
