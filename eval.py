@@ -4,6 +4,7 @@
     python eval.py task=inspect artifact=PATH
     python eval.py task=sample artifact=PATH prompt="In the beginning"
     python eval.py task=report runs='logs/runs/*'
+    python eval.py task=convert artifact=PATH out=FILE.ptz
 
 Each task is imported only when asked for: what ``artifact=`` imports is the code that is counted.
 """
@@ -22,6 +23,7 @@ TASKS = {
     "sample": "qat.evaluation.sample_task",
     "inspect": "qat.evaluation.inspect_task",
     "report": "qat.study.report",
+    "convert": "qat.evaluation.convert_task",
 }
 
 

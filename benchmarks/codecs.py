@@ -5,8 +5,9 @@
 
 The run's masters are put on each grid; codes only (steps and headers cost every coder the same).
 ``entropy`` is the order-0 entropy of all codes pooled. Each coder works in a process of its own:
-``MB`` is what its encoding and decoding added to the peak of resident memory. The second encoding
-is timed, so that compiling is not. Table on stdout, JSON in ``logs/codecs.json``.
+``MB`` is its peak of resident memory above what was resident before: the most that both ways can
+have taken. A small section is coded first, so that compiling is not timed. Table on stdout, JSON
+in ``logs/codecs.json``.
 """
 
 from __future__ import annotations
@@ -65,11 +66,16 @@ def peak_megabytes() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
 
 
+def resident_megabytes() -> float:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize() / 1e6
+
+
 def measure(coder: str, raw: bytes, matrices: list[Matrix]) -> dict[str, float]:
     chosen = CODERS[coder]
     small = [Matrix(8, 8, 7, False, "warm")]
     chosen.decode(chosen.encode(bytes(64), small), 64, small)  # imports and compiles
-    before = peak_megabytes()
+    before = resident_megabytes()
     started = time.perf_counter()
     coded = chosen.encode(raw, matrices)
     encoded = time.perf_counter()
@@ -112,9 +118,8 @@ def main() -> None:
             print(f"{label:12} {coder:7} {row['bytes']:11,} {row['bytes'] / entropy:10.4f} "
                   f"{row['bytes'] / best:15.4f} {row['encode_seconds']:9.2f} "
                   f"{row['decode_seconds']:9.2f} {row['peak_megabytes']:6.0f}")  # fmt: skip
-            rows.append(
-                {"grid": label, "coder": coder, "codes": len(raw), "entropy": entropy, **row}
-            )
+            about = {"grid": label, "coder": coder, "codes": len(raw), "entropy": entropy}
+            rows.append(about | row)
     (ROOT / "logs" / "codecs.json").write_text(json.dumps(rows, indent=1) + "\n")
 
 

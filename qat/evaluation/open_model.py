@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,8 @@ from qat.language.tokenizer import Tokenizer
 if TYPE_CHECKING:
     from qat.settings.schema import DataSettings, EvalTaskSettings
 
+GOLF_SUFFIX = ".ptz"
+GOLF_MODULE = "qat.evaluation.golf_model"
 MAX_SEQ_LEN = 1 << 20  # of a header; a longer window is not one that anybody trained
 
 
@@ -52,6 +55,20 @@ def artifact_path(s: EvalTaskSettings) -> Path:
     raise UserError(f"run={s.run}: {folder} holds no artifact; did the run finish?")
 
 
+def open_model(path: Path, s: EvalTaskSettings) -> OpenedModel:
+    """An artifact of this project, or the challenge's own file, whose reader is imported only then
+    (and so is no part of the code that a .qat needs). UserError if it is not usable."""
+    if path.suffix == GOLF_SUFFIX:
+        return import_module(GOLF_MODULE).open_golf(path, s)
+    return open_artifact(path)
+
+
+def tensor_shapes(shape: GPTShape) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a model's tensors; nothing is allocated."""
+    with torch.device("meta"):
+        return {name: tuple(p.shape) for name, p in GPT(shape).named_parameters()}
+
+
 def open_artifact(path: Path) -> OpenedModel:
     """Read a file and check that it holds the tensors of the model it names. UserError if not."""
     artifact = read_artifact(path)
@@ -65,8 +82,7 @@ def open_artifact(path: Path) -> OpenedModel:
         largest = max(int(size) for size in artifact.meta["model"].values())
         if largest > max(entry.num_elements for entry in artifact.plan):
             raise ValueError("its model is larger than its tensors")
-        with torch.device("meta"):
-            expected = {name: tuple(p.shape) for name, p in GPT(shape).named_parameters()}
+        expected = tensor_shapes(shape)
     except (KeyError, TypeError, ValueError, RuntimeError, ZeroDivisionError) as error:
         raise UserError(f"artifact={path}: its header names no usable model ({error})") from None
     if expected != {entry.name: entry.shape for entry in artifact.plan}:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from qat.evaluation.open_model import artifact_path, open_artifact, open_validation
+from qat.evaluation.open_model import artifact_path, open_model, open_validation
 from qat.evaluation.sample import sample
 
 if TYPE_CHECKING:
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def run(s: EvalTaskSettings) -> int:
-    model = open_artifact(artifact_path(s))
+    model = open_model(artifact_path(s), s)
     _, tokenizer = open_validation(model, s.data)
     ids = sample(
         model.shape,

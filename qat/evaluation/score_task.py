@@ -9,7 +9,13 @@ import torch
 from rich.console import Console
 
 from qat.artifact.code_bytes import count_code_bytes
-from qat.evaluation.open_model import artifact_path, open_artifact, open_validation
+from qat.evaluation.open_model import (
+    GOLF_MODULE,
+    GOLF_SUFFIX,
+    artifact_path,
+    open_model,
+    open_validation,
+)
 from qat.evaluation.score import Score, Scorer
 from qat.language.shards import TokenStream
 
@@ -19,7 +25,7 @@ if TYPE_CHECKING:
 
 def score_artifact(path: Path, s: EvalTaskSettings) -> Score:
     """Read the file, find its validation text, score it."""
-    model = open_artifact(path)
+    model = open_model(path, s)
     source, tokenizer = open_validation(model, s.data)
     stream = TokenStream(source.val_files, "data.val_files")
     stream.check_ids(tokenizer.vocab_size)
@@ -39,7 +45,8 @@ def score_artifact(path: Path, s: EvalTaskSettings) -> Score:
 def run(s: EvalTaskSettings) -> int:
     path = artifact_path(s)
     score = score_artifact(path, s)
-    artifact_bytes, code_bytes = path.stat().st_size, count_code_bytes()
+    reader = (GOLF_MODULE,) if path.suffix == GOLF_SUFFIX else ()
+    artifact_bytes, code_bytes = path.stat().st_size, count_code_bytes(reader)
     print(f"artifact       {path}")
     print(f"val_bpb        {score.val_bpb:.10f}")
     print(f"val_loss       {score.val_loss:.10f}")

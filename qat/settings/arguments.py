@@ -19,7 +19,7 @@ from qat.settings.schema import EvalTaskSettings, TrainSettings
 CONF = Path(__file__).resolve().parents[2] / "conf"
 SCHEMAS = {"train": TrainSettings, "eval": EvalTaskSettings}
 # Prose and paths of eval.py, taken as typed: Hydra's grammar would trip over ',' or '(' in them.
-VERBATIM_KEYS = ("prompt", "artifact", "run", "runs")
+VERBATIM_KEYS = ("prompt", "artifact", "out", "run", "runs")
 QUIET_FLAGS = ("-h", "--help", "--version", "-c", "--cfg", "-i", "--info")
 
 

@@ -31,7 +31,7 @@ from qat.settings.schema import (
     TrainSettings,
 )
 
-TASKS = ("score", "sample", "inspect", "report")
+TASKS = ("score", "sample", "inspect", "convert", "report")
 TEXT_SOURCES = ("web_bible", "text", "hub")
 
 
@@ -221,4 +221,21 @@ def resolve_eval(settings: EvalTaskSettings, choices: Mapping[str, str | None]) 
     one_of("eval.precision", s.eval.precision, ("fp32", "bf16"))
     _check_data(s.data)
     one_of("data.source", s.data.source, (*TEXT_SOURCES, "from_artifact"))
+    _check_golf_file(s)
     return s
+
+
+def _check_golf_file(s: EvalTaskSettings) -> None:
+    """The challenge's file holds tensors only; what else scoring needs has to be typed."""
+    is_golf = s.artifact is not None and s.artifact.endswith(".ptz")
+    if s.task == "convert":
+        require(not is_golf, "artifact", s.artifact, "a .ptz file already; give a .qat")
+        written = (s.out or "").endswith(".ptz")
+        require(written, "out", s.out, "give the file to write, out=FILE.ptz")
+    elif is_golf:
+        for setting, value, example in (
+            ("seq_len", s.seq_len, "seq_len=1024"),
+            ("data.val_files", s.data.val_files, "data.val_files=GLOB"),
+            ("data.tokenizer", s.data.tokenizer, "data.tokenizer=PATH"),
+        ):
+            require(bool(value), setting, value, f"a .ptz file does not say; give {example}")

@@ -178,14 +178,15 @@ class SampleSettings:
 
 @dataclass
 class EvalTaskSettings:
-    task: str = "score"  # score | sample | inspect | report
-    artifact: str | None = None  # file
+    task: str = "score"  # score | sample | inspect | convert | report
+    artifact: str | None = None  # file: a .qat, or a .ptz of the challenge
+    out: str | None = None  # the .ptz file that task=convert writes
     run: str | None = None  # run folder or run name; stands for its artifact
     runs: str | None = None  # glob of run folders
     runs_dir: str = "logs/runs"
     prompt: str = ""
     seed: int = 1337
-    seq_len: int | None = None  # null = the artifact's
+    seq_len: int | None = None  # null = the artifact's; a .ptz has none
     limit_bytes: int = 16_000_000  # artifact + code, decimal; task=inspect says what is left
     sample: SampleSettings = field(default_factory=SampleSettings)
     data: DataSettings = field(default_factory=DataSettings)
