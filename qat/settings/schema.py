@@ -115,7 +115,7 @@ class QatSettings:
 
 @dataclass
 class ArtifactSettings:
-    coder: str = "zstd"  # zlib | zstd | lzma | brotli | mix | auto (all of them, the smallest)
+    coder: str = "mix"  # zlib | zstd | lzma | brotli | mix | auto (all of them, the smallest)
 
 
 @dataclass
