@@ -87,6 +87,7 @@ def test_two_ranks_follow_the_one_rank_curve(
         assert rows[0]["on_grid_share"] == pytest.approx(rows[1]["on_grid_share"], abs=1e-3)
 
 
+@pytest.mark.slow
 def test_two_ranks_go_on_with_a_run_that_died_in_its_export(
     tiny: list[str], tmp_path: Path
 ) -> None:
@@ -102,6 +103,7 @@ def test_two_ranks_go_on_with_a_run_that_died_in_its_export(
     assert result_of(folder)["val_bpb_artifact"] == result["val_bpb_artifact"]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds rank 0 in /proc")
 def test_two_ranks_are_preempted_together(tiny: list[str], tmp_path: Path) -> None:
     """SIGTERM to rank 0 alone: all ranks stop after the same step, and go on from it."""

@@ -32,9 +32,8 @@ def test_count_equals_what_scoring_imports(finished: Path, cache_dir: Path) -> N
     )
     assert done.returncode == 0, done.stderr
     imported = {Path(line) for line in done.stderr.splitlines() if line.startswith(str(ROOT))}
-    # Imported only for text from the hub and for sections of that coder; counted always.
-    names = ("language/hub.py", "artifact/mix_coder.py", "artifact/mixing.py")
-    on_demand = {ROOT / "qat" / name for name in names}
+    # Imported only when the artifact's text comes from the hub, and counted always.
+    on_demand = {ROOT / "qat" / "language" / "hub.py"}
     assert imported | {ROOT / "eval.py"} | on_demand == set(code_files())
     assert not imported & on_demand
 

@@ -76,7 +76,14 @@ def same(a: str, b: str) -> None:
 
 @pytest.mark.parametrize(
     ("arm", "step"),
-    [("int6", step) for step in (2, 4, 7, 19)] + [(arm, 13) for arm in ARMS],
+    [
+        *(("int6", step) for step in (2, 4, 7, 19)),
+        *((arm, 13) for arm in ("none", "int6", "lsq4", "noise")),
+        *(
+            pytest.param(arm, 13, marks=pytest.mark.slow)
+            for arm in ("lsq4 stopped", "soft_round", "ramp")
+        ),
+    ],
 )
 def test_resumed_runs_end_in_the_same_bits(
     arm: str, step: int, train, program, monkeypatch: pytest.MonkeyPatch
