@@ -102,6 +102,9 @@ def _main(program: Program) -> int:
     check_options(arguments, program.config_name)
     arguments = overrides_together(arguments)
     sweep = _check_sweep(program, arguments) if is_sweep else None
+    if sweep is not None and not any(a.startswith("sweep_name=") for a in arguments):
+        # The default is the time, and it is later by now.
+        arguments.insert(0, f"sweep_name={sweep[0].name}")
     exit_codes: list[int] = []  # of jobs in this process: a launcher may start others
 
     def run_job(config: DictConfig) -> None:
@@ -165,11 +168,12 @@ def _check_sweep(program: Program, arguments: list[str]) -> tuple[Path, int]:
             for o in lines
         ]
         jobs = list(itertools.product(*choices))
-        names, folders = [], set()
+        names: list[str | None] = []
+        folders: list[Path] = []
         for job in jobs:
             config = compose(list(job))
             runtime_choices = dict(config.hydra.runtime.choices)
-            folders.add(Path(config.hydra.sweep.dir))
+            folders.append(Path(config.hydra.sweep.dir))
             del config.hydra
             settings = program.resolve(OmegaConf.to_object(config), runtime_choices)
             names.append(getattr(settings, "run_name", None))
@@ -178,7 +182,7 @@ def _check_sweep(program: Program, arguments: list[str]) -> tuple[Path, int]:
         raise UserError(f"run_name={min(shared)}: {len(jobs)} jobs would share it; leave it out")
     if taken := [folder for folder in folders if folder.exists()]:
         raise UserError(f"sweep_name={taken[0].name}: {taken[0]} is there already; give another")
-    return folders.pop(), len(jobs)
+    return folders[0], len(jobs)
 
 
 def _require_slurm() -> None:

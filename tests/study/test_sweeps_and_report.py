@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
 from qat.artifact.container import read_artifact
+from qat.settings import command_line
 from qat.study.pairing import build_rows
 from tests.conftest import GOLF, ROOT, result_of
 
@@ -56,6 +58,21 @@ def test_the_fields_own_sweep(train, tmp_path: Path) -> None:
     assert (sweep / "report.md").read_text().count("\n") == 2 + 8
     for folder in folders:
         assert len([p for p in folder.rglob("*") if "artifact" in p.name]) == 1
+
+
+def test_a_sweep_named_by_its_time_keeps_that_name(train, monkeypatch: pytest.MonkeyPatch) -> None:
+    check = command_line._check_sweep
+
+    def slow_check(*asked):
+        checked = check(*asked)
+        time.sleep(1.1)
+        return checked
+
+    monkeypatch.setattr(command_line, "_check_sweep", slow_check)
+    done = train("-m", "qat=none,int6", "max_steps=2")
+    assert done.code == 0, done.err
+    assert len(sweep_folders()) == 2
+    assert len(rows()) == 3
 
 
 @pytest.mark.slow
