@@ -101,9 +101,14 @@ def matrix_of(entry: Entry) -> Matrix:
     return Matrix(rows, columns, largest.bit_length(), is_fp8, role)
 
 
-def _matrices(plan: Plan) -> list[Matrix]:
-    """The codes section as tensors, in its order: codes, then the zero points if there are some."""
-    found = []
+def _matrices(plan: Plan, section: str) -> list[Matrix]:
+    """The codes section as tensors, in its order: codes, then the zero points if there are some.
+
+    The other sections have none.
+    """
+    found: list[Matrix] = []
+    if section != "codes":
+        return found
     for entry in plan.on_grid:
         found.append(matrix_of(entry))
         if entry.num_zeros:
@@ -126,7 +131,7 @@ def pack(encoded: list[Encoded], plan: Plan, meta: Mapping[str, Any], coder: str
         "floats32": bytes(words),
     }
     coded = {
-        name: encode_section(raws[name], _matrices(plan) if name == "codes" else [], coder)
+        name: encode_section(raws[name], _matrices(plan, name), coder)
         for name, _ in _section_sizes(plan)
     }
     header = {
@@ -194,9 +199,8 @@ def _unpack(data: bytes) -> Artifact:
     for name, coder, raw_bytes, coded_bytes in header["sections"]:
         if type(coded_bytes) is not int or not 0 <= coded_bytes <= end - start:
             raise ValueError(f"section {name} runs past the end")
-        matrices = _matrices(plan) if name == "codes" else []
         coded = data[start : start + coded_bytes]
-        raws[name] = CODERS[coder].decode(coded, raw_bytes, matrices)
+        raws[name] = CODERS[coder].decode(coded, raw_bytes, _matrices(plan, name))
         start += coded_bytes
     if start != end:
         raise ValueError("bytes left over after the last section")

@@ -63,7 +63,7 @@ def _join(magnitudes: np.ndarray, negatives: np.ndarray, matrix: Matrix) -> np.n
 def _run(matrices: Matrices, roles: dict[str, int], data: np.ndarray, raw: np.ndarray | None):
     """Code one stream: ``raw`` into ``data``, or without ``raw`` the other way.
 
-    Returns (codes, bytes of ``data`` used).
+    Returns (codes, the arithmetic coder's state: low, high, code, position in ``data``).
     """
     decoding = raw is None
     codes = np.zeros(_num_codes(matrices), np.int8) if raw is None else raw

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 from qat.artifact.container import Artifact
 from qat.errors import UserError
 from qat.evaluation.golf_file import read_golf_file
-from qat.evaluation.open_model import OpenedModel, artifact_meta, tensor_shapes
-from qat.language.gpt import GPTShape
+from qat.evaluation.open_model import OpenedModel, artifact_meta
+from qat.language.gpt import GPTShape, tensor_shapes
 from qat.language.tokenizer import Tokenizer
 from qat.quantize.plan import Plan
 

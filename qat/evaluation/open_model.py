@@ -7,12 +7,10 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from qat.artifact.container import Artifact, read_artifact
 from qat.artifact.export import ARTIFACT, OVERSIZE_SUFFIX
 from qat.errors import UserError
-from qat.language.gpt import GPT, GPTShape
+from qat.language.gpt import GPTShape, tensor_shapes
 from qat.language.source import Source, from_named, from_settings
 from qat.language.tokenizer import Tokenizer
 
@@ -61,12 +59,6 @@ def open_model(path: Path, s: EvalTaskSettings) -> OpenedModel:
     if path.suffix == GOLF_SUFFIX:
         return import_module(GOLF_MODULE).open_golf(path, s)
     return open_artifact(path)
-
-
-def tensor_shapes(shape: GPTShape) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of a model's tensors; nothing is allocated."""
-    with torch.device("meta"):
-        return {name: tuple(p.shape) for name, p in GPT(shape).named_parameters()}
 
 
 def open_artifact(path: Path) -> OpenedModel:

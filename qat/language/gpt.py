@@ -166,3 +166,9 @@ class GPT(nn.Module):
         head_VC = embedding_VC if self.lm_head is None else self.lm_head.weight
         hidden_NC, targets_N = hidden_BTC.flatten(0, 1), targets_BT.flatten()
         return softcap_cross_entropy(hidden_NC, head_VC, targets_N, LOGIT_SOFTCAP)
+
+
+def tensor_shapes(shape: GPTShape) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a model's tensors; nothing is allocated."""
+    with torch.device("meta"):
+        return {name: tuple(p.shape) for name, p in GPT(shape).named_parameters()}

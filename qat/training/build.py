@@ -8,7 +8,7 @@ import torch
 
 from qat.artifact.coder import AUTO, CODERS
 from qat.errors import UserError
-from qat.language.gpt import GPT, GPTShape
+from qat.language.gpt import GPT, GPTShape, tensor_shapes
 from qat.quantize.grid import Grid
 from qat.quantize.plan import Plan, build_plan
 from qat.quantize.straight_through import QatSwitch
@@ -43,8 +43,7 @@ def plan_of(shape: GPTShape, grid: GridSettings, plan: PlanSettings) -> Plan:
     grids = {GRID: _grid_of("grid", grid)}
     grids |= {name: _grid_of(f"plan.grids.{name}", g) for name, g in plan.grids.items()}
     try:
-        with torch.device("meta"):
-            shapes = {name: tuple(p.shape) for name, p in GPT(shape).named_parameters()}
+        shapes = tensor_shapes(shape)
     except (RuntimeError, OverflowError):
         raise UserError(f"model = {shape.as_dict()}: no computer holds such tensors") from None
     try:

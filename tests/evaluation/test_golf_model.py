@@ -17,8 +17,8 @@ from qat.artifact.code_bytes import ROOT, count_code_bytes
 from qat.artifact.container import pack, read_artifact, write_artifact
 from qat.evaluation.golf_file import GOLF_GRID, pack_golf, read_golf_file
 from qat.evaluation.golf_model import shape_from
-from qat.evaluation.open_model import artifact_meta, tensor_shapes
-from qat.language.gpt import GPTShape
+from qat.evaluation.open_model import artifact_meta
+from qat.language.gpt import GPTShape, tensor_shapes
 from qat.quantize.grid import Grid
 from qat.quantize.plan import Encoded, Entry, Plan, build_plan
 from tests.conftest import GOLF, result_of
