@@ -159,8 +159,19 @@ def test_one_two_and_four_ranks_at_the_same_global_batch(tmp_path: Path) -> None
         assert max(off) < 1e-4
 
 
-def test_a_mistake_is_said_once(tiny: list[str], tmp_path: Path) -> None:
-    done = torchrun(*tiny, "batch_tokens=32", cwd=tmp_path)
+def test_a_mistake_is_said_once_though_rank_0_is_late(tiny: list[str], tmp_path: Path) -> None:
+    late = tmp_path / "late.py"
+    late.write_text(
+        "import os, runpy, sys, time\n"
+        "time.sleep(int(os.environ['RANK'] == '0'))\n"
+        f"sys.path.insert(0, {str(ROOT)!r})\n"
+        f"runpy.run_path({str(ROOT / 'train.py')!r}, run_name='__main__')\n"
+    )
+    command = torchrun_command(*tiny, "batch_tokens=32")
+    command[command.index(str(ROOT / "train.py"))] = str(late)
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=tmp_path, env=ENVIRONMENT, timeout=300
+    )
     assert done.returncode != 0
     assert done.stderr.count("error: batch_tokens = 32") == 1
     assert not (tmp_path / "logs").exists()

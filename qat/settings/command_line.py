@@ -11,6 +11,7 @@ import itertools
 import os
 import re
 import sys
+import time
 import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -43,6 +44,7 @@ from qat.settings.arguments import (
 
 INTERRUPTED = 130  # as shells say it
 SWEEP_FLAGS = ("-m", "--multirun")
+SECONDS_TO_SPEAK = 10.0  # rank 0 may be slower; it is hardly ever more than one
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,10 @@ def main(program: Program) -> int:
     for name, schema in SCHEMAS.items():
         ConfigStore.instance().store(name=f"{name}_schema", node=schema)
     try:
-        return _main(program)
+        exit_code = _main(program)
+        if exit_code:
+            _let_rank_0_speak()
+        return exit_code
     except KeyboardInterrupt:
         say_error("interrupted")
         return INTERRUPTED
@@ -80,7 +85,14 @@ def main(program: Program) -> int:
         say_error(explain(error, program.config_name))
     except OSError as error:  # Hydra makes the sweep's folder
         say_error(f"runs_dir: cannot write {error.filename} ({error.strerror})")
+    _let_rank_0_speak()
     return UserError.exit_code
+
+
+def _let_rank_0_speak() -> None:
+    """torchrun ends all ranks when the first one fails, and a mistake fails all of them at once."""
+    if machine.rank() != 0:
+        time.sleep(SECONDS_TO_SPEAK)
 
 
 def say_error(line: str) -> None:
