@@ -14,6 +14,12 @@ tensor:
     amax     max|w|               percentile  quantile of |w|
     sigma    sigma * std(w)       mse         the share of max|w| with the least square error
     fixed    step = fixed_step    learned     a parameter (LSQ, arXiv 1902.08153); mse without one
+    given    steps come with the weights, from whoever chose the grid (the budget solver)
+
+With ``column_steps`` there is a step per column beside that per row, and they multiply:
+``weight = code * row step * column step``. A weight matters by what its column reads and what its
+row feeds, so products are near the best steps where sensitivities differ (AWQ, arXiv 2306.00978,
+scales columns likewise). Both are stored in ``step_dtype``, rows first.
 
 The step is rounded to its storage dtype *before* codes are computed. Two grids store another step
 than they code with, on purpose: ``code_step_dtype`` (the challenge's own int8 file codes with the
@@ -35,7 +41,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 FP8 = {"fp8_e4m3": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
 LEVELS = ("int", "ternary", "binary", *FP8)
 RANGES = ("symmetric", "full", "asymmetric")
-STEP_RULES = ("amax", "percentile", "sigma", "mse", "fixed", "absmean", "learned")
+STEP_RULES = ("amax", "percentile", "sigma", "mse", "fixed", "absmean", "learned", "given")
 MIN_BITS, MAX_BITS = 2, 8
 
 
@@ -56,6 +62,7 @@ class Grid:
     step_dtype: str = "fp16"
     code_step_dtype: str | None = None
     refit: bool = False
+    column_steps: bool = False
 
     def __post_init__(self) -> None:
         def require(condition: bool, field: str, remedy: str) -> None:
@@ -115,6 +122,13 @@ class Grid:
         )
         require(not (self.refit and self.step_rule == "learned"), "refit", "not of learned steps")
         require(not self.refit or self.levels == "ternary", "refit", "is for ternary levels")
+        plain = is_int and self.range == "symmetric" and self.step_rule == "given"
+        one_group = self.group_size is None and not self.per_tensor
+        require(
+            not self.column_steps or (plain and one_group and self.code_step_dtype is None),
+            "column_steps",
+            "goes with symmetric int levels and given steps, one per row",
+        )
 
     @property
     def code_limits(self) -> tuple[float, float]:
@@ -146,18 +160,22 @@ class Grid:
             "fixed": f"fixed{self.fixed_step}",
             "mse": "mse",
             "learned": "learned",
+            "given": "given",
         }
         parts += [rules[self.step_rule]] if self.step_rule in rules else []
         parts += [f"floor{self.step_floor:g}"] if self.step_floor else []
         parts += [self.step_dtype] if self.step_dtype != "fp16" else []
         parts += [f"code{self.code_step_dtype}"] if self.code_step_dtype else []
         parts += ["refit"] if self.refit else []
+        parts += ["columns"] if self.column_steps else []
         return "_".join(parts)
 
     def steps_shape(self, shape: tuple[int, ...]) -> tuple[int, int]:
-        """(rows, groups) of a tensor of this shape."""
+        """(rows, groups) of a tensor of this shape; (rows + columns, 1) with ``column_steps``."""
         if self.per_tensor or len(shape) < 2:
             rows, columns = 1, math.prod(shape)
         else:
             rows, columns = shape[0], math.prod(shape[1:])
+        if self.column_steps:
+            return rows + columns, 1
         return rows, 1 if self.group_size is None else math.ceil(columns / self.group_size)

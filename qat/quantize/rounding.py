@@ -12,6 +12,7 @@ reciprocal: the two differ in the last bit.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -130,6 +131,8 @@ def _clipped_scale(clip: Tensor, grid: Grid) -> Scale:
 def _find_scale(view: Tensor, grid: Grid) -> Scale:
     if found := order_statistics(view, grid):
         return scale_from(found, grid, view.size(-1))
+    if grid.step_rule == "given":
+        raise ValueError("step_rule = given: the steps have to be handed in")
     if grid.step_rule == "fixed":
         return _scale(torch.full_like(view[..., 0], grid.fixed_step or 0.0), grid)
     if grid.step_rule == "absmean" or grid.levels == "binary":
@@ -180,11 +183,22 @@ def _refitted(code: Tensor, scale: Scale) -> Tensor:
     return step.to(scale.stored_step.dtype)
 
 
+def _rows(w: Tensor) -> int:
+    return w.size(0) if w.dim() > 1 else 1
+
+
 def encode(w: Tensor, grid: Grid, steps: Tensor | None = None) -> Codes:
     """Float32 weights -> codes and steps (and zero points).
 
-    ``steps`` (rows, groups) are learned ones; without them the grid's own rule finds them.
+    ``steps``, of the grid's ``steps_shape``, are learned or given ones; without them the grid's own
+    rule finds them. ValueError if a grid of given steps is without.
     """
+    if grid.column_steps and steps is not None:
+        rows, by_row = _rows(w), replace(grid, column_steps=False)
+        columns = steps[rows:].to(DTYPES[grid.step_dtype])
+        scaled = in_step_units(w.reshape(rows, -1), columns.float().T).view_as(w)
+        coded = encode(scaled, by_row, steps[:rows])
+        return coded._replace(steps=torch.cat([coded.steps, columns]))
     views = group_views(w, grid)
     if steps is None:
         scales = [_find_scale(view, grid) for view in views]
@@ -207,6 +221,10 @@ def encode(w: Tensor, grid: Grid, steps: Tensor | None = None) -> Codes:
 
 def decode(coded: Codes, grid: Grid) -> Tensor:
     """Codes, steps and zero points -> float32 weights of the codes' shape."""
+    if grid.column_steps:
+        rows, by_row = _rows(coded.codes), replace(grid, column_steps=False)
+        w = decode(Codes(coded.codes, coded.steps[:rows]), by_row)
+        return w.reshape(rows, -1).mul_(coded.steps[rows:].float().T).add_(0.0).view_as(w)
     codes = coded.codes.view(FP8[grid.levels]) if grid.levels in FP8 else coded.codes
     views = group_views(codes.float(), grid)
     counts = [view.size(1) for view in views]

@@ -49,6 +49,8 @@ GRIDS = [
     *(Grid(bits=4, range="asymmetric", group_size=20, step_dtype=d) for d in ("fp32", "bf16")),
     Grid(bits=6, per_tensor=True),
     Grid(bits=6, step_rule="fixed", fixed_step=0.05),
+    Grid(bits=6, step_rule="given", group_size=20),
+    Grid(bits=6, step_rule="given", step_dtype="bf16", column_steps=True),
     Grid(bits=8, step_rule="percentile", step_floor=1 / 127, code_step_dtype="fp32"),
 ]
 
@@ -78,11 +80,15 @@ def test_what_training_sees_is_what_the_file_gives_back(
     grid: Grid, coder: str, tmp_path: Path
 ) -> None:
     plan, masters = plan_for(grid), weights()
-    write_artifact(tmp_path / "a.qat", pack(plan.encode(masters), plan, META, coder))
+    steps = {}
+    if grid.step_rule == "given":
+        steps = {e.name: torch.linspace(0.1, 0.4, e.steps_shape[0])[:, None].expand(e.steps_shape)
+                 for e in plan.on_grid}  # fmt: skip
+    write_artifact(tmp_path / "a.qat", pack(plan.encode(masters, steps), plan, META, coder))
     artifact = read_artifact(tmp_path / "a.qat")
     assert artifact.plan == plan
     assert artifact.meta == META
-    seen = plan.snap(masters)
+    seen = plan.snap(masters, steps)
     assert set(artifact.weights) == set(seen)
     for name, w in artifact.weights.items():
         assert torch.equal(w.view(torch.int32), seen[name].view(torch.int32)), name

@@ -32,6 +32,7 @@ def grids(draw: st.DrawFn) -> Grid:
         "step_dtype": draw(st.sampled_from(tuple(DTYPES))),
         "code_step_dtype": draw(st.none() | st.just("fp32")),
         "refit": levels == "ternary" and draw(st.booleans()),
+        "column_steps": rule == "given" and draw(st.booleans()),
     }
     if fields["group_size"] is None:
         fields["per_tensor"] = draw(st.booleans())
@@ -61,10 +62,21 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     return a.dtype == b.dtype and torch.equal(a.view(torch.int32), b.view(torch.int32))
 
 
+def given_steps(w: torch.Tensor, grid: Grid) -> torch.Tensor | None:
+    """Steps of every size for a grid that has to be handed some."""
+    if grid.step_rule != "given":
+        return None
+    generator = torch.Generator().manual_seed(1)
+    spread = torch.randn(grid.steps_shape(tuple(w.shape)), generator=generator).exp()
+    size = float(w.abs().max()) / 20 or 1.0
+    return spread * (math.sqrt(size) if grid.column_steps else size)
+
+
 @given(weights(), grids())
 @settings(max_examples=400, deadline=None)
 def test_snap_is_decode_of_encode(w: torch.Tensor, grid: Grid) -> None:
-    coded = encode(w, grid)
+    steps = given_steps(w, grid)
+    coded = encode(w, grid, steps)
     assert coded.codes.shape == w.shape
     assert coded.codes.dtype == torch.int8
     assert coded.steps.dtype == DTYPES[grid.step_dtype]
@@ -73,7 +85,7 @@ def test_snap_is_decode_of_encode(w: torch.Tensor, grid: Grid) -> None:
     low, high = grid.code_limits
     numbers = coded.codes.view(FP8[grid.levels]) if grid.levels in FP8 else coded.codes
     assert low <= float(numbers.float().min()) <= float(numbers.float().max()) <= high
-    snapped = snap(w, grid)
+    snapped = snap(w, grid, steps)
     assert torch.isfinite(snapped).all()
     assert same_bits(snapped, decode(coded, grid))
     assert not (torch.signbit(snapped) & (snapped == 0)).any()
@@ -85,7 +97,7 @@ def test_a_snapped_weight_stays_with_the_step_held(w: torch.Tensor, grid: Grid) 
     """decode(encode(snap(w), step), step) == snap(w), where coding and decoding share a step."""
     assume(grid.code_step_dtype is None and not grid.refit and grid.range != "asymmetric")
     assume(not grid.step_floor)
-    first = encode(w, grid)
+    first = encode(w, grid, given_steps(w, grid))
     again = encode(decode(first, grid), grid, first.steps.float())
     assert torch.equal(decode(Codes(again.codes, first.steps), grid), decode(first, grid))
 
@@ -97,6 +109,22 @@ def test_asymmetric_grids_hold_zero(w: torch.Tensor, bits: int, group_size: int 
     w = w.clone()
     w.flatten()[0] = 0.0
     assert snap(w, grid).flatten()[0] == 0.0
+
+
+def test_column_steps_multiply_row_steps() -> None:
+    w = torch.randn(7, 5, generator=torch.Generator().manual_seed(0))
+    rows, columns = torch.rand(7, 1).add(0.1).bfloat16(), torch.rand(5, 1).add(0.1).bfloat16()
+    grid = Grid(bits=8, step_rule="given", step_dtype="bf16", column_steps=True)
+    coded = encode(w, grid, torch.cat([rows, columns]).float())
+    expected = (w / columns.float().T / rows.float()).round().clamp(-127, 127)
+    assert torch.equal(coded.codes.float(), expected)
+    assert torch.allclose(decode(coded, grid), expected * rows.float() * columns.float().T)
+    assert torch.equal(coded.steps, torch.cat([rows, columns]))
+
+
+def test_given_steps_have_to_be_given() -> None:
+    with pytest.raises(ValueError, match="handed in"):
+        snap(torch.ones(2, 2), Grid(bits=4, step_rule="given"))
 
 
 def test_torchaos_symmetric_mapping_is_the_full_range() -> None:
