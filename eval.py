@@ -2,6 +2,7 @@
 
     python eval.py artifact=logs/runs/RUN/artifact.qat
     python eval.py task=inspect artifact=PATH
+    python eval.py task=fit run=RUN limit_bytes=1000000
     python eval.py task=sample artifact=PATH prompt="In the beginning"
     python eval.py task=report runs='logs/runs/*'
     python eval.py task=convert artifact=PATH out=FILE.ptz
@@ -22,6 +23,7 @@ TASKS = {
     "score": "qat.evaluation.score_task",
     "sample": "qat.evaluation.sample_task",
     "inspect": "qat.evaluation.inspect_task",
+    "fit": "qat.study.fit_task",
     "report": "qat.study.report",
     "convert": "qat.evaluation.convert_task",
 }

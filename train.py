@@ -76,10 +76,12 @@ def train(s: TrainSettings, training_run) -> int:
     from qat.language.shards import TokenStream
     from qat.language.source import from_settings
     from qat.language.tokenizer import Tokenizer
+    from qat.study.budget_fit import PLOT, TrainedModel, fit_artifact
     from qat.training.build import build_gpt, plan_of
     from qat.training.checkpoint import load_checkpoint
     from qat.training.fit import Forecast, StopAtSigterm, build_trainer, fit
     from qat.training.progress_bar import ProgressBar
+    from qat.training.sensitivity import calibration_batches
 
     source = from_settings(s.data, s.model.vocab_size)
     tokenizer = Tokenizer(source.tokenizer)
@@ -99,7 +101,7 @@ def train(s: TrainSettings, training_run) -> int:
     training_run.start(source, tokenizer, train_stream, val_stream, plan)
 
     callbacks = [
-        Forecast(plan, s.limit_bytes, count_code_bytes()),
+        Forecast(plan, None if s.artifact.fit else s.limit_bytes, count_code_bytes()),
         ProgressBar(training_run.console, tokenizer.tokens_per_byte(val_stream)),
         StopAtSigterm(),
     ]
@@ -120,22 +122,34 @@ def train(s: TrainSettings, training_run) -> int:
         weights, steps = (placed(tensors) for tensors in outcome.average)
     meta = artifact_meta(gpt.shape, s.seq_len, tokenizer.sha256, source.identity)
     path = training_run.path(ARTIFACT)
-    writes = machine.rank() == 0
-    exported = trainer.strategy.broadcast(
-        export(weights, plan, meta, s.artifact.coder, path, s.limit_bytes, steps)
-        if writes
-        else None
-    )
-    assert exported is not None
+
+    def store():
+        on_grid = outcome.qat_last_step == outcome.steps
+        model = TrainedModel(gpt.shape, weights, plan, steps, on_grid)
+        if s.artifact.fit:
+            batches = calibration_batches(
+                train_stream, s.artifact.fit_tokens, s.micro_batch_tokens, s.seq_len
+            )
+            model = fit_artifact(
+                model, batches, s.precision, s.artifact, s.limit_bytes, meta,
+                training_run.path(PLOT), training_run.console,
+            )  # fmt: skip
+        exported = export(
+            model.weights, model.plan, meta, s.artifact.coder, path, s.limit_bytes, model.steps
+        )
+        return exported, model.plan.snap(model.weights, model.steps)
+
+    done = trainer.strategy.broadcast(store() if machine.rank() == 0 else None)
+    assert done is not None
+    exported, snapped = done
     scores = {
         "float": scorer.score(weights, "float weights"),
-        "snapped": scorer.score(plan.snap(weights, steps), "snapped weights"),
+        "snapped": scorer.score(snapped, "snapped weights"),
         "artifact": scorer.score(exported.artifact.weights, "artifact"),
     }
     if outcome.average is not None:
         scores["last_float"] = scorer.score(last, "last float weights")
-        snapped = plan.snap(last, last_steps)
-        scores["last_snapped"] = scorer.score(snapped, "last snapped weights")
+        scores["last_snapped"] = scorer.score(plan.snap(last, last_steps), "last snapped weights")
     return training_run.finish(outcome, len(train_stream), exported, scores)
 
 

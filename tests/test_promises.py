@@ -14,7 +14,7 @@ import torch
 
 from qat.artifact.code_bytes import count_code_bytes
 from qat.artifact.container import read_artifact
-from qat.study.export_baseline import checkpoint_weights
+from qat.study.export_baseline import stored_tensors
 from qat.training.liveness import weights_seen
 from qat.training.module import QatModule
 from tests.conftest import GOLF, ROOT, result_of
@@ -57,7 +57,7 @@ def test_seen_scored_and_stored_weights_are_one(qat: str, train, last_seen) -> N
     assert result["quant_gap_bpb"] != 0.0
     artifact = read_artifact(RUNS / "r" / "artifact.qat")
     assert set(last_seen) == set(artifact.weights)
-    masters = checkpoint_weights(RUNS / "r" / "checkpoint.ckpt")
+    masters = stored_tensors(RUNS / "r" / "checkpoint.ckpt")[0]
     for name, w in artifact.weights.items():
         assert torch.equal(w.view(torch.int32), last_seen[name].view(torch.int32)), name
     for entry in artifact.plan.on_grid:

@@ -33,7 +33,7 @@ as if max|w| >= 1, so one with max|w| = 0.2 keeps 51 levels of 255. SDClip: PR 1
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 
@@ -169,6 +169,10 @@ class Grid:
         parts += ["refit"] if self.refit else []
         parts += ["columns"] if self.column_steps else []
         return "_".join(parts)
+
+    def as_json(self) -> dict[str, object]:
+        """The fields that are not at their default: bytes of every artifact's header."""
+        return {f.name: v for f in fields(self) if (v := getattr(self, f.name)) != f.default}
 
     def steps_shape(self, shape: tuple[int, ...]) -> tuple[int, int]:
         """(rows, groups) of a tensor of this shape; (rows + columns, 1) with ``column_steps``."""

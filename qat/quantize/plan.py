@@ -11,7 +11,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 import torch
@@ -148,7 +148,7 @@ class Plan:
         """Plain data from which ``from_json`` rebuilds an equal plan."""
         return [
             {"name": e.name, "shape": list(e.shape)}
-            | ({"dtype": e.dtype} if e.grid is None else {"grid": asdict(e.grid)})
+            | ({"dtype": e.dtype} if e.grid is None else {"grid": e.grid.as_json()})
             for e in self
         ]
 

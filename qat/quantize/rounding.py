@@ -197,8 +197,8 @@ def encode(w: Tensor, grid: Grid, steps: Tensor | None = None) -> Codes:
         rows, by_row = _rows(w), replace(grid, column_steps=False)
         columns = steps[rows:].to(DTYPES[grid.step_dtype])
         scaled = in_step_units(w.reshape(rows, -1), columns.float().T).view_as(w)
-        coded = encode(scaled, by_row, steps[:rows])
-        return coded._replace(steps=torch.cat([coded.steps, columns]))
+        inner = encode(scaled, by_row, steps[:rows])
+        return inner._replace(steps=torch.cat([inner.steps, columns]))
     views = group_views(w, grid)
     if steps is None:
         scales = [_find_scale(view, grid) for view in views]

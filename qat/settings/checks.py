@@ -31,7 +31,7 @@ from qat.settings.schema import (
     TrainSettings,
 )
 
-TASKS = ("score", "sample", "inspect", "convert", "report")
+TASKS = ("score", "sample", "inspect", "fit", "convert", "report")
 TEXT_SOURCES = ("web_bible", "text", "hub")
 
 
@@ -59,6 +59,7 @@ def resolve_train(settings: TrainSettings, choices: Mapping[str, str | None]) ->
     at_least("limit_bytes", s.limit_bytes, 1)
     check_schedule(s.schedule)
     check_averaging(s.averaging)
+    at_least("artifact.fit_tokens", s.artifact.fit_tokens, 1)
     at_least("logger.every_steps", s.logger.every_steps, 1)
     one_of("precision", s.precision, ("auto", "bf16", "fp32"))
     one_of("eval.precision", s.eval.precision, ("fp32", "bf16"))
@@ -221,6 +222,11 @@ def resolve_eval(settings: EvalTaskSettings, choices: Mapping[str, str | None]) 
     one_of("eval.precision", s.eval.precision, ("fp32", "bf16"))
     _check_data(s.data)
     one_of("data.source", s.data.source, (*TEXT_SOURCES, "from_artifact"))
+    at_least("limit_bytes", s.limit_bytes, 1)
+    if s.task == "fit":
+        require(bool(s.run), "run", s.run, "the solver needs a run's checkpoint; give run=RUN")
+        named = s.out is None or s.out.endswith(".qat")
+        require(named, "out", s.out, "give the file to write, out=FILE.qat")
     _check_golf_file(s)
     return s
 

@@ -116,6 +116,9 @@ class QatSettings:
 @dataclass
 class ArtifactSettings:
     coder: str = "mix"  # zlib | zstd | lzma | brotli | mix | auto (all of them, the smallest)
+    fit: bool = False  # fill limit_bytes: choose each tensor's grid by what its errors cost
+    prune: bool = False  # ... with weights up to 0.6 steps set to 0 among the choices
+    fit_tokens: int = 32_768  # ... of training text, to find out what errors cost
 
 
 @dataclass
@@ -178,16 +181,16 @@ class SampleSettings:
 
 @dataclass
 class EvalTaskSettings:
-    task: str = "score"  # score | sample | inspect | convert | report
+    task: str = "score"  # score | sample | inspect | fit | convert | report
     artifact: str | None = None  # file: a .qat, or a .ptz of the challenge
-    out: str | None = None  # the .ptz file that task=convert writes
+    out: str | None = None  # the file that task=convert (.ptz) or task=fit (.qat) writes
     run: str | None = None  # run folder or run name; stands for its artifact
     runs: str | None = None  # glob of run folders
     runs_dir: str = "logs/runs"
     prompt: str = ""
     seed: int = 1337
     seq_len: int | None = None  # null = the artifact's; a .ptz has none
-    limit_bytes: int = 16_000_000  # artifact + code, decimal; task=inspect says what is left
+    limit_bytes: int = 16_000_000  # artifact + code, decimal; of task=inspect and task=fit
     sample: SampleSettings = field(default_factory=SampleSettings)
     data: DataSettings = field(default_factory=DataSettings)
     eval: EvalSettings = field(default_factory=EvalSettings)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +17,32 @@ from qat.evaluation.score import Scorer
 from qat.language.shards import TokenStream
 from qat.language.source import from_settings
 from qat.language.tokenizer import Tokenizer
-from qat.settings.schema import DataSettings, GridSettings, ModelSettings, PlanSettings
+from qat.settings.schema import (
+    ArtifactSettings,
+    DataSettings,
+    GridSettings,
+    ModelSettings,
+    PlanSettings,
+)
+from qat.study.budget_fit import TrainedModel, fit_artifact, stored_label
 from qat.study.result import Result
 from qat.study.run_folder import CHECKPOINT, EXPORTS, write_atomically
 from qat.training.build import plan_of, shape_of
 from qat.training.checkpoint import load_checkpoint
+from qat.training.sensitivity import calibration_batches
+
+Tensors = dict[str, torch.Tensor]
 
 
-def checkpoint_weights(path: Path) -> dict[str, torch.Tensor]:
-    """What a run's checkpoint would store, averaged if the run averages, by the model's names."""
+def stored_tensors(path: Path) -> tuple[Tensors, Tensors]:
+    """Weights and learned steps that a run's checkpoint would store: its average if it has one."""
     state = load_checkpoint(path)
     if state is None or "weights" not in state:
         raise UserError(f"{path}: there is no readable checkpoint")
-    return state["averaging"]["weights"]["tensors"] or state["weights"]
+    averages = state["averaging"]
+    if averages["weights"]["tensors"]:
+        return averages["weights"]["tensors"], averages["learned_steps"]["tensors"]
+    return state["weights"], state["learned_steps"]
 
 
 def export_baseline(
@@ -43,20 +57,33 @@ def export_baseline(
     wanted = target["plan"]
     grids = {name: GridSettings(**grid) for name, grid in wanted["grids"].items()}
     plan = plan_of(shape, GridSettings(**target["grid"]), PlanSettings(**wanted | {"grids": grids}))
-    label = plan.label
-    coder = target["artifact"]["coder"]
-    known = folder / EXPORTS / f"{label}_{coder}_{plan.digest[:8]}.json"
+    artifact = ArtifactSettings(**target["artifact"])
+    label = stored_label(plan, artifact)
+    known = folder / EXPORTS / f"{label}_{artifact.coder}_{plan.digest[:8]}.json"
     file = known.with_suffix(".qat")
     if known.is_file() and (file.is_file() or Path(f"{file}{OVERSIZE_SUFFIX}").is_file()):
         return json.loads(known.read_text(encoding="utf-8"))
     known.parent.mkdir(exist_ok=True)
-    # Scoring needs no training shards: theirs may be gone, or gigabytes to fetch.
-    data = DataSettings(**s["data"] | {"train_files": None, "train_shards": 1})
+    data = DataSettings(**s["data"])
+    if not artifact.fit:  # then no training shards are needed: they may be gone, or gigabytes
+        data = replace(data, train_files=None, train_shards=1)
     source = from_settings(data, shape.vocab_size)
     tokenizer = Tokenizer(source.tokenizer)
     meta = artifact_meta(shape, s["seq_len"], tokenizer.sha256, source.identity)
-    weights = checkpoint_weights(folder / CHECKPOINT)
-    done = export(weights, plan, meta, coder, file, baseline.limit_bytes)
+    weights, steps = stored_tensors(folder / CHECKPOINT)
+    model = TrainedModel(shape, weights, plan, steps, is_on_grid=False)
+    if artifact.fit:
+        stream = TokenStream(source.train_files, "data.train_files")
+        batches = calibration_batches(
+            stream, artifact.fit_tokens, s["micro_batch_tokens"], s["seq_len"]
+        )
+        model = fit_artifact(
+            model, batches, s["precision"], artifact, baseline.limit_bytes, meta,
+            known.with_suffix(".png"), console,
+        )  # fmt: skip
+    done = export(
+        model.weights, model.plan, meta, artifact.coder, file, baseline.limit_bytes, model.steps
+    )
     scorer = Scorer(
         shape,
         TokenStream(source.val_files, "data.val_files"),

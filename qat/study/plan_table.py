@@ -34,6 +34,11 @@ def plan_table(plan: Plan) -> str:
         add(name, storage, entries)
     table.add_section()
     add("all", "", list(plan))
+    return as_text(table)
+
+
+def as_text(table: Table) -> str:
+    """For logs: no colours, and the same on every terminal."""
     text = io.StringIO()
     Console(file=text, width=WIDTH).print(table)
     return text.getvalue().strip("\n")

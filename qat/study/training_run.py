@@ -27,6 +27,7 @@ from qat.quantize.plan import Plan
 from qat.settings import machine
 from qat.settings.schema import TrainSettings, as_yaml
 from qat.study import provenance, run_folder
+from qat.study.budget_fit import stored_label
 from qat.study.metrics_file import MetricsFile
 from qat.study.pairing import row_of
 from qat.study.plan_table import plan_table
@@ -79,7 +80,7 @@ class TrainingRun:
             seed=s.seed,
             profile=s.profile,
             qat=str(job.choices["qat"]),
-            grid=plan_of(shape_of(s.model), s.grid, s.plan).label,
+            grid=stored_label(plan_of(shape_of(s.model), s.grid, s.plan), s.artifact),
             hardware=provenance.hardware(machine.world_size()),
             commit=provenance.commit(),
             data=None,

@@ -33,7 +33,7 @@ def shape_of(m: ModelSettings) -> GPTShape:
 
 def _grid_of(setting: str, g: GridSettings) -> Grid:
     if g.step_rule == "given":
-        raise UserError(f"{setting}.step_rule = given: only artifact.fit gives steps; choose another")
+        raise UserError(f"{setting}.step_rule = given: only artifact.fit gives steps")
     try:
         return Grid(**vars(g))
     except ValueError as error:

@@ -74,7 +74,7 @@ def peak_memory_bytes() -> int:
 class Forecast(Callback):
     """As soon as the step time is known: will QAT start, will the file fit?"""
 
-    def __init__(self, plan: Plan, limit_bytes: int, code_bytes: int) -> None:
+    def __init__(self, plan: Plan, limit_bytes: int | None, code_bytes: int) -> None:
         self.plan, self.limit_bytes, self.code_bytes = plan, limit_bytes, code_bytes
         self.said = False
 
@@ -99,9 +99,12 @@ class Forecast(Callback):
 
 
 def forecast(
-    schedule: Schedule, step_seconds: float, plan: Plan, limit_bytes: int, code_bytes: int
+    schedule: Schedule, step_seconds: float, plan: Plan, limit_bytes: int | None, code_bytes: int
 ) -> None:
-    """Log the estimated last step and size, and warn about a QAT start or a size out of reach."""
+    """Log the estimated last step and size, and warn about a QAT start or a size out of reach.
+
+    ``limit_bytes`` None: the plan will be made to fit.
+    """
     last = schedule.last_step(step_seconds)
     log.info("%.0f ms/step: about %d steps", 1000 * step_seconds, last)
     if schedule.asks_for_qat and not schedule.qat_starts(last - 1, (last - 1) * step_seconds):
@@ -112,6 +115,8 @@ def forecast(
             last,
             last // 2,
         )
+    if limit_bytes is None:
+        return
     packed = plan.packed_bytes
     log.info("predicted artifact: %s bytes before entropy coding", f"{packed:,}")
     if packed + code_bytes > limit_bytes:

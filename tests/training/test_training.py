@@ -22,7 +22,7 @@ from qat.quantize.plan import build_plan
 from qat.quantize.rounding import encode, snap
 from qat.quantize.straight_through import QatSwitch
 from qat.settings.schema import OptimizerSettings
-from qat.study.export_baseline import checkpoint_weights
+from qat.study.export_baseline import stored_tensors
 from qat.training.averaging import Averaging
 from qat.training.clock import TrainingClock
 from qat.training.fit import build_trainer
@@ -81,7 +81,7 @@ def test_weight_decay_is_decoupled_and_only_of_the_matrices(train) -> None:
             overrides = [*asked, f"optimizer.name={name}", f"optimizer.weight_decay={decay}"]
             assert train(*overrides, f"run_name={name}{decay}").code == 0
             path = RUNS / f"{name}{decay}" / "checkpoint.ckpt"
-            masters[name, decay] = checkpoint_weights(path)
+            masters[name, decay] = stored_tensors(path)[0]
     torch.manual_seed(1337)
     start = dict(GPT(GPTShape(320, 2, 64, 4, 2, 2, True)).named_parameters())
     for name in ("muon", "adamw"):
@@ -386,7 +386,7 @@ def test_learned_steps_are_found_anew_after_qat_stopped(train) -> None:
     """They stood still while the weights moved on: the file takes the rule's steps instead."""
     assert train("qat=lsq4", "qat.start_step=2", "qat.stop_step=4", "run_name=s").code == 0
     artifact = read_artifact(RUNS / "s" / "artifact.qat")
-    masters = checkpoint_weights(RUNS / "s" / "checkpoint.ckpt")
+    masters = stored_tensors(RUNS / "s" / "checkpoint.ckpt")[0]
     for name, w in artifact.plan.snap(masters).items():
         assert torch.equal(w, artifact.weights[name]), name
 

@@ -1,0 +1,152 @@
+"""The budget solver: the plan that is predicted to lose least among those that fill the limit.
+
+Every tensor has candidates with a predicted loss and an estimated size. For a price per bit the
+best plan takes, tensor by tensor, the candidate of least loss + price * bits (Lagrange; Shoham and
+Gersho 1988), so one bisection on the price finds the plan of a size. Sizes are then made real: the
+chosen plan is encoded, the estimate rescaled, and the last tenths of a per cent come from zooming
+the steps of all tensors together until the coded file lies in the window.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from qat.artifact.candidates import Choice, Cost, Source, Stored
+
+WINDOW = 0.999  # least share of the budget that counts as filled
+PRICE_RANGE = (1e-14, 1e2)  # nats per bit
+PRICE_STEPS = 60  # of the bisection, and points of the curve
+MARGIN = 1.1  # an estimate so much too large may still turn out to fit
+ROUNDS = 4  # of estimating the whole plan's size again
+ZOOMS = 16
+MAX_LOG2_ZOOM = 1.5
+
+SizeOf = Callable[[Sequence[Stored]], int]  # bytes of the file, really encoded
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """What fills the budget. ``note`` says so where nothing does."""
+
+    choices: list[Choice]
+    zoom: float
+    stored: list[Stored]
+    num_bytes: int
+    predicted_loss: float
+    curve: list[tuple[int, float]]  # (estimated bytes, predicted increase of the loss)
+    note: str | None = None
+
+
+class Solver:
+    """Candidates of all tensors, measured once; any number of budgets is solved with them."""
+
+    def __init__(self, sources: Sequence[Source], costs: Sequence[Sequence[Cost]]) -> None:
+        self.sources, self.costs = sources, costs
+        self._loss = [np.array([cost.loss for cost in of_one]) for of_one in costs]
+        self._bits = [np.array([cost.bits for cost in of_one]) for of_one in costs]
+
+    def _cheapest(self, price: float) -> list[Cost]:
+        """Of each tensor the candidate of least loss + price * bits, the smaller of two equals."""
+        chosen = []
+        for costs, loss, bits in zip(self.costs, self._loss, self._bits, strict=True):
+            total = loss + price * bits
+            best = np.flatnonzero(total <= total.min())
+            chosen.append(costs[best[bits[best].argmin()]])
+        return chosen
+
+    def _of_estimated_bits(self, bits: float) -> list[Cost]:
+        """The plan of least loss whose estimate is not above ``bits``."""
+        low, high = np.log(PRICE_RANGE)
+        for _ in range(PRICE_STEPS):
+            middle = (low + high) / 2
+            fits = _bits(self._cheapest(float(np.exp(middle)))) <= bits
+            low, high = (low, middle) if fits else (middle, high)
+        return self._cheapest(float(np.exp(high)))
+
+    def _stored(self, chosen: Sequence[Cost], zoom: float = 1.0) -> list[Stored]:
+        pairs = zip(self.sources, chosen, strict=True)
+        return [source.stored(cost.choice, zoom) for source, cost in pairs]
+
+    def fit(self, budget_bytes: int, size_of: SizeOf) -> Fitted:
+        """Fill ``budget_bytes``; never above it unless nothing in the family fits.
+
+        ``size_of`` encodes; it is called some five times.
+        """
+        window = (int(np.ceil(WINDOW * budget_bytes)), budget_bytes)
+        target = (window[0] + window[1]) / 2
+        finest, coarsest = self._cheapest(0.0), self._cheapest(PRICE_RANGE[1])
+        bytes_per_bit = 1 / 8
+        if _bits(finest) * bytes_per_bit <= MARGIN * budget_bytes:
+            size = size_of(self._stored(finest))
+            bytes_per_bit = size / _bits(finest)
+            if size <= budget_bytes:
+                return self._done(finest, 1.0, size, bytes_per_bit, "the limit does not bind")
+        chosen: list[Cost] = []
+        size = 0
+        for _ in range(ROUNDS):
+            again = self._of_estimated_bits(target / bytes_per_bit)
+            if again == chosen:
+                break
+            chosen, size = again, size_of(self._stored(again))
+            bytes_per_bit = size / _bits(chosen)
+            if window[0] <= size <= window[1]:
+                return self._done(chosen, 1.0, size, bytes_per_bit)
+        zoom, size = self._zoomed(chosen, size, window, size_of)
+        if size > budget_bytes:
+            size = size_of(self._stored(coarsest))
+            note = "nothing in the family is smaller"
+            return self._done(coarsest, 1.0, size, bytes_per_bit, note)
+        missed = None if size >= window[0] else "no plan of the family ends inside the window"
+        return self._done(chosen, zoom, size, bytes_per_bit, missed)
+
+    def _zoomed(
+        self, chosen: Sequence[Cost], size: int, window: tuple[int, int], size_of: SizeOf
+    ) -> tuple[float, int]:
+        """Zoom all steps until the file is in the window; else the largest that fits, if any."""
+        num_weights = sum(
+            source.entry.num_elements
+            for source, cost in zip(self.sources, chosen, strict=True)
+            if cost.choice.rule is not None
+        )
+        best = (1.0, size)
+        if num_weights == 0:
+            return best
+        target = (window[0] + window[1]) / 2
+        at, low, high = 0.0, -MAX_LOG2_ZOOM, MAX_LOG2_ZOOM  # log2 of the zoom
+        for _ in range(ZOOMS):
+            low, high = (at, high) if size > window[1] else (low, at)
+            # Twice the step is one bit less per weight; outside of what is known, halve it.
+            at += 8 * (size - target) / num_weights
+            if not low < at < high:
+                at = (low + high) / 2
+            size = size_of(self._stored(chosen, 2.0**at))
+            fits, best_fits = size <= window[1], best[1] <= window[1]
+            if fits and (size > best[1] or not best_fits):
+                best = (2.0**at, size)
+            if window[0] <= size <= window[1]:
+                break
+        return best
+
+    def _done(
+        self,
+        chosen: Sequence[Cost],
+        zoom: float,
+        num_bytes: int,
+        bytes_per_bit: float,
+        note: str | None = None,
+    ) -> Fitted:
+        stored = self._stored(chosen, zoom)
+        loss = sum(source.loss_of(item) for source, item in zip(self.sources, stored, strict=True))
+        curve = {}
+        for price in np.geomspace(*PRICE_RANGE, PRICE_STEPS):
+            plan = self._cheapest(float(price))
+            curve[int(_bits(plan) * bytes_per_bit)] = sum(cost.loss for cost in plan)
+        choices = [cost.choice for cost in chosen]
+        return Fitted(choices, zoom, stored, num_bytes, loss, sorted(curve.items()), note)
+
+
+def _bits(costs: Sequence[Cost]) -> float:
+    return sum(cost.bits for cost in costs)
