@@ -26,6 +26,7 @@ ONLY = {  # third-party package -> rooms that may import it
     "wandb": {"study"},
     "sentencepiece": {"language"},
     "zstandard": {"artifact"},
+    "constriction": {"artifact"},
     "huggingface_hub": {"language"},
     "torchao": set(),
 }

@@ -14,7 +14,7 @@ import torch
 
 from qat.artifact.code_bytes import count_code_bytes
 from qat.artifact.container import read_artifact
-from qat.study.export_baseline import stored_tensors
+from qat.study.store_again import stored_tensors
 from qat.training.liveness import weights_seen
 from qat.training.module import QatModule
 from tests.conftest import GOLF, ROOT, result_of

@@ -1,8 +1,9 @@
 """Lossless coders behind one interface; a coder is chosen by name or size, never by timing.
 
 Each codes one section of an artifact. Decoding is told the exact raw size and never produces more,
-so a crafted section cannot expand without bound. General coders see bytes; ``mix`` is told which
-bytes are the codes of which tensor, and models them (``qat.artifact.mixing``).
+so a crafted section cannot expand without bound. General coders see bytes; ``constriction``
+and ``mix`` are told which bytes are the codes of which tensor, and model them
+(``qat.artifact.class_coder``, ``qat.artifact.mixing``).
 """
 
 from __future__ import annotations
@@ -110,6 +111,18 @@ def _mix_decode(coded: bytes, raw_bytes: int, matrices: Matrices) -> bytes:
     return decode(coded, raw_bytes, matrices)
 
 
+def _constriction_encode(raw: bytes, matrices: Matrices) -> bytes:
+    from qat.artifact.class_coder import encode
+
+    return encode(raw, matrices)
+
+
+def _constriction_decode(coded: bytes, raw_bytes: int, matrices: Matrices) -> bytes:
+    from qat.artifact.class_coder import decode
+
+    return decode(coded, raw_bytes, matrices)
+
+
 GENERAL = {
     "zlib": Coder(lambda raw, _: zlib.compress(raw, ZLIB_LEVEL), _zlib_decode),
     "zstd": Coder(
@@ -118,18 +131,20 @@ GENERAL = {
     "lzma": Coder(_lzma_encode, _lzma_decode),
     "brotli": Coder(_brotli_encode, _brotli_decode),
 }
-CODERS = GENERAL | {"mix": Coder(_mix_encode, _mix_decode)}
+OF_CODES = {
+    "constriction": Coder(_constriction_encode, _constriction_decode),
+    "mix": Coder(_mix_encode, _mix_decode),
+}
+CODERS = GENERAL | OF_CODES
 
 
 def encode_section(raw: bytes, matrices: Matrices, coder: str) -> tuple[str, bytes]:
     """(the coder used, coded bytes) of one section.
 
-    ``auto`` keeps the smallest; so does ``mix`` where there are no codes to model.
+    ``auto`` keeps the smallest; so do the coders of codes where there are none to model.
     """
-    if coder in GENERAL:
+    if coder in GENERAL or (coder in OF_CODES and matrices):
         tried = [coder]
-    elif coder == "mix" and matrices:
-        tried = ["mix"]
     else:
         tried = list(CODERS if matrices else GENERAL)
     done = [(name, CODERS[name].encode(raw, matrices)) for name in tried]

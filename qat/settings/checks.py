@@ -203,7 +203,12 @@ def resolve_eval(settings: EvalTaskSettings, choices: Mapping[str, str | None]) 
     """Checked settings of eval.py, ``data.*`` included."""
     s = settings
     one_of("task", s.task, TASKS)
-    if s.task == "report":
+    if s.task == "fit":
+        needed = "the solver needs a run's checkpoint; give run=RUN and no artifact"
+        require(bool(s.run) and not s.artifact, "run", s.run, needed)
+        is_named = s.out is None or s.out.endswith(".qat")
+        require(is_named, "out", s.out, "give the file to write, out=FILE.qat")
+    elif s.task == "report":
         require(bool(s.runs), "runs", s.runs, "give a glob of run folders, runs='logs/runs/*'")
     else:
         require(
@@ -223,10 +228,6 @@ def resolve_eval(settings: EvalTaskSettings, choices: Mapping[str, str | None]) 
     _check_data(s.data)
     one_of("data.source", s.data.source, (*TEXT_SOURCES, "from_artifact"))
     at_least("limit_bytes", s.limit_bytes, 1)
-    if s.task == "fit":
-        require(bool(s.run), "run", s.run, "the solver needs a run's checkpoint; give run=RUN")
-        named = s.out is None or s.out.endswith(".qat")
-        require(named, "out", s.out, "give the file to write, out=FILE.qat")
     _check_golf_file(s)
     return s
 

@@ -17,8 +17,8 @@ from typing import Any
 from rich.console import Console
 
 from qat.errors import TrainingError, UserError
-from qat.study.export_baseline import export_baseline
 from qat.study.result import Result
+from qat.study.store_again import export_baseline
 
 QUANTIZATION_SETTINGS = ("qat", "grid", "plan", "artifact")
 BOOKKEEPING_SETTINGS = (
@@ -85,7 +85,7 @@ def _exported_row(baseline: Result, exported: dict[str, Any]) -> dict[str, Any]:
     row["total_bytes"] = exported["artifact_bytes"] + exported["code_bytes"]
     row["val_bpb_snapped"] = None  # not measured on this grid
     row["quant_gap_bpb"] = exported["val_bpb_artifact"] - row["val_bpb_float"]
-    oversize = "; OVERSIZE" if row["total_bytes"] > baseline.limit_bytes else ""
+    oversize = "; OVERSIZE" if row["total_bytes"] > row["limit_bytes"] else ""
     row["note"] = f"exported from {baseline.run_name}{oversize}"
     return row
 

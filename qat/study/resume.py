@@ -20,7 +20,7 @@ def saved_settings(asked: TrainSettings) -> tuple[TrainSettings, dict[str, str |
     """Settings and options (group -> option) of the run that ``asked.resume`` names."""
     assert asked.resume
     folder = find_run("resume", asked.resume, asked.runs_dir)
-    yaml, choices = read_config(folder, "resume")
+    yaml, choices = read_config(folder)
     return replace(from_yaml(yaml, f"resume={folder}"), resume=str(folder)), choices
 
 
@@ -29,7 +29,7 @@ def saved_job(folder: str, job: Job) -> Job:
     known = ("resume=", "runs_dir=")
     if more := [override for override in job.overrides if not override.startswith(known)]:
         raise UserError(f"resume={folder}: takes everything from that run; drop {more[0]}")
-    return replace(job, choices=read_config(Path(folder), "resume")[1])
+    return replace(job, choices=read_config(Path(folder))[1])
 
 
 def is_finished(folder: str) -> bool:

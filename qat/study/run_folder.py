@@ -61,13 +61,13 @@ def lock(folder: Path) -> filelock.FileLock:
     return held
 
 
-def read_config(folder: Path, setting: str) -> tuple[str, dict[str, str | None]]:
+def read_config(folder: Path) -> tuple[str, dict[str, str | None]]:
     """(config.yaml, group -> option) of a run. UserError if the folder is not a run's."""
     try:
         choices = json.loads((folder / CHOICES).read_text(encoding="utf-8"))
         return (folder / CONFIG).read_text(encoding="utf-8"), choices
     except (OSError, ValueError) as error:
-        raise UserError(f"{setting}={folder}: not the folder of a run ({error})") from None
+        raise UserError(f"resume={folder}: not the folder of a run ({error})") from None
 
 
 def describe(

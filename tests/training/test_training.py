@@ -22,7 +22,7 @@ from qat.quantize.plan import build_plan
 from qat.quantize.rounding import encode, snap
 from qat.quantize.straight_through import QatSwitch
 from qat.settings.schema import OptimizerSettings
-from qat.study.export_baseline import stored_tensors
+from qat.study.store_again import stored_tensors
 from qat.training.averaging import Averaging
 from qat.training.clock import TrainingClock
 from qat.training.fit import build_trainer

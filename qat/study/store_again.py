@@ -1,0 +1,141 @@
+"""A finished run's checkpoint stored in another way, read back and scored with the run's own data.
+
+What rounding afterwards gives a baseline on somebody else's grid, and ``eval.py task=fit``.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from qat.artifact.export import OVERSIZE_SUFFIX, Export, export
+from qat.errors import UserError
+from qat.evaluation.open_model import artifact_meta
+from qat.evaluation.score import Score, Scorer
+from qat.language.shards import TokenStream
+from qat.language.source import from_settings
+from qat.language.tokenizer import Tokenizer
+from qat.quantize.plan import Plan
+from qat.settings.schema import (
+    ArtifactSettings,
+    DataSettings,
+    GridSettings,
+    ModelSettings,
+    PlanSettings,
+)
+from qat.study.budget_fit import TrainedModel, fit_artifact, stored_label
+from qat.study.result import Result
+from qat.study.run_folder import CHECKPOINT, EXPORTS, write_atomically
+from qat.training.build import plan_of, shape_of
+from qat.training.checkpoint import load_checkpoint
+from qat.training.sensitivity import calibration_batches
+
+Tensors = dict[str, torch.Tensor]
+
+
+def stored_tensors(path: Path) -> tuple[Tensors, Tensors]:
+    """Weights and learned steps that a run's checkpoint would store: its average if it has one."""
+    state = load_checkpoint(path)
+    if state is None or "weights" not in state:
+        raise UserError(f"{path}: there is no readable checkpoint")
+    averages = state["averaging"]
+    if averages["weights"]["tensors"]:
+        return averages["weights"]["tensors"], averages["learned_steps"]["tensors"]
+    return state["weights"], state["learned_steps"]
+
+
+def plan_in(settings: dict[str, Any], storage: dict[str, Any]) -> Plan:
+    """The plan of one run's model on the grid and plan of another's settings (or its own)."""
+    wanted = storage["plan"]
+    grids = {name: GridSettings(**grid) for name, grid in wanted["grids"].items()}
+    return plan_of(
+        shape_of(ModelSettings(**settings["model"])),
+        GridSettings(**storage["grid"]),
+        PlanSettings(**wanted | {"grids": grids}),
+    )
+
+
+def store_again(
+    folder: Path,
+    settings: dict[str, Any],
+    plan: Plan,
+    artifact: ArtifactSettings,
+    limit_bytes: int,
+    is_on_grid: bool,
+    file: Path,
+    console: Console,
+) -> tuple[Export, Score]:
+    """Store the checkpoint of the run in ``folder`` by ``plan``, or fitted to the limit.
+
+    ``is_on_grid`` as in TrainedModel. UserError or TrainingError if its checkpoint or its data
+    cannot be read or stored.
+    """
+    shape = shape_of(ModelSettings(**settings["model"]))
+    data = DataSettings(**settings["data"])
+    if not artifact.fit:  # then no training shards are needed: they may be gone, or gigabytes
+        data = replace(data, train_files=None, train_shards=1)
+    source = from_settings(data, shape.vocab_size)
+    tokenizer = Tokenizer(source.tokenizer)
+    seq_len, precision = settings["seq_len"], settings["precision"]
+    meta = artifact_meta(shape, seq_len, tokenizer.sha256, source.identity)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    weights, steps = (
+        {name: tensor.to(device) for name, tensor in tensors.items()}
+        for tensors in stored_tensors(folder / CHECKPOINT)
+    )
+    model = TrainedModel(shape, weights, plan, steps, is_on_grid)
+    if artifact.fit:
+        stream = TokenStream(source.train_files, "data.train_files")
+        batches = calibration_batches(
+            stream, artifact.fit_tokens, settings["micro_batch_tokens"], seq_len
+        )
+        plot = file.with_suffix(".png")
+        model = fit_artifact(model, batches, precision, artifact, limit_bytes, meta, plot, console)
+    done = export(model.weights, model.plan, meta, artifact.coder, file, limit_bytes, model.steps)
+    scorer = Scorer(
+        shape,
+        TokenStream(source.val_files, "data.val_files"),
+        tokenizer.byte_table,
+        seq_len,
+        settings["eval"]["batch_tokens"],
+        settings["eval"]["precision"],
+        device,
+        console,
+    )
+    return done, scorer.score(done.artifact.weights, f"{folder.name} on {plan.label}")
+
+
+def export_baseline(
+    folder: Path, baseline: Result, target: dict[str, Any], console: Console
+) -> dict[str, Any]:
+    """Store the baseline as ``target`` settings say; a finished export is reused.
+
+    Under the target's limit, since equal bytes are what is compared. Errors of ``store_again``.
+    """
+    artifact = ArtifactSettings(**target["artifact"])
+    plan, limit_bytes = plan_in(baseline.settings, target), target["limit_bytes"]
+    label = stored_label(plan, artifact)
+    name = f"{label}_{artifact.coder}_{limit_bytes}_{plan.digest[:8]}"
+    known = folder / EXPORTS / f"{name}.json"
+    file = known.with_suffix(".qat")
+    if known.is_file() and (file.is_file() or Path(f"{file}{OVERSIZE_SUFFIX}").is_file()):
+        return json.loads(known.read_text(encoding="utf-8"))
+    known.parent.mkdir(exist_ok=True)
+    done, score = store_again(
+        folder, baseline.settings, plan, artifact, limit_bytes, False, file, console
+    )
+    row = {
+        "grid": label,
+        "val_loss_artifact": score.val_loss,
+        "val_bpb_artifact": score.val_bpb,
+        "artifact_bytes": done.artifact_bytes,
+        "code_bytes": done.code_bytes,
+        "limit_bytes": limit_bytes,
+    }
+    write_atomically(known, json.dumps(row))
+    return row
