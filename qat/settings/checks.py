@@ -31,7 +31,7 @@ from qat.settings.schema import (
     TrainSettings,
 )
 
-TASKS = ("score", "sample", "inspect", "convert", "report")
+TASKS = ("score", "sample", "inspect", "convert", "submission", "report")
 TEXT_SOURCES = ("web_bible", "text", "hub")
 
 
@@ -204,6 +204,10 @@ def resolve_eval(settings: EvalTaskSettings, choices: Mapping[str, str | None]) 
     one_of("task", s.task, TASKS)
     if s.task == "report":
         require(bool(s.runs), "runs", s.runs, "give a glob of run folders, runs='logs/runs/*'")
+    elif s.task == "submission":
+        require(not s.artifact, "artifact", s.artifact, "a submission is made of run=RUN")
+        require(bool(s.run), "run", s.run, "give the run to submit, run=RUN")
+        require(bool(s.out), "out", s.out, "give the folder to write, out=DIR")
     else:
         require(
             bool(s.artifact) != bool(s.run),

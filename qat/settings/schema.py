@@ -177,10 +177,18 @@ class SampleSettings:
 
 
 @dataclass
+class SubmissionSettings:  # what submission.json says beside the run's numbers
+    author: str | None = None
+    github_id: str | None = None
+    name: str | None = None  # null = the run's name
+    blurb: str | None = None  # a sentence on what was done; null = arm, grid, steps and seconds
+
+
+@dataclass
 class EvalTaskSettings:
-    task: str = "score"  # score | sample | inspect | convert | report
+    task: str = "score"  # score | sample | inspect | convert | submission | report
     artifact: str | None = None  # file: a .qat, or a .ptz of the challenge
-    out: str | None = None  # the .ptz file that task=convert writes
+    out: str | None = None  # what is written: convert's .ptz file, submission's folder
     run: str | None = None  # run folder or run name; stands for its artifact
     runs: str | None = None  # glob of run folders
     runs_dir: str = "logs/runs"
@@ -189,6 +197,7 @@ class EvalTaskSettings:
     seq_len: int | None = None  # null = the artifact's; a .ptz has none
     limit_bytes: int = 16_000_000  # artifact + code, decimal; task=inspect says what is left
     sample: SampleSettings = field(default_factory=SampleSettings)
+    submission: SubmissionSettings = field(default_factory=SubmissionSettings)
     data: DataSettings = field(default_factory=DataSettings)
     eval: EvalSettings = field(default_factory=EvalSettings)
 

@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from qat.artifact.code_bytes import ROOT, code_files, count_code_bytes
+from qat.artifact.bundle import ROOT, code_files, count_code_bytes
 
 SPY = """
 import runpy, sys
