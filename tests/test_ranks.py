@@ -43,7 +43,7 @@ def tell(self):
         json.dump(told, file)
 
 QatModule._update, QatModule._finish_training = slow, tell
-sys.exit(main(Program("train", train.resolve, train.run, train.after_sweep)))
+sys.exit(main(train.PROGRAM))
 """
 
 

@@ -1,12 +1,12 @@
 """A training run of the project qat in one file: it trains again, or scores the artifact.
 
-    python train_gpt.py                          train with the settings of the run (OVERRIDES below)
-    python train_gpt.py seed=2 max_steps=100     ... and with others; what is typed wins
+    python train_gpt.py                        train with the settings of the run (OVERRIDES below)
+    python train_gpt.py seed=2 max_steps=100   ... and with others; what is typed wins
     torchrun --standalone --nproc_per_node=8 train_gpt.py
-    python train_gpt.py artifact=artifact.qat    score an artifact; needs its validation text
-    python train_gpt.py --unpack DIR             write the sources and settings that are packed here
+    python train_gpt.py artifact=artifact.qat  score an artifact on its validation text
+    python train_gpt.py --unpack DIR           write the sources and settings that are packed here
 
-Needs Python 3.11 and the packages that the README.md beside this file names, nothing else. PACKED is
+Needs Python 3.11 or newer and the packages that the README.md beside this file names. PACKED is
 base85 of LZMA of a JSON object, path -> text: train.py, eval.py, conf/ and the modules they import.
 They are unpacked into a temporary folder and run from there.
 """
