@@ -25,7 +25,7 @@ rank, right = int(os.environ["RANK"]), time.perf_counter
 if rank == 1:
     time.perf_counter = lambda: 2 * right()
 import train
-from qat.settings.command_line import Program, main
+from qat.settings.command_line import main
 from qat.training.module import QatModule
 
 update, finish = QatModule._update, QatModule._finish_training

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import reduce
 from typing import Any
 
 from hydra.core.override_parser.types import Quote, QuotedString
-from omegaconf import OmegaConf
 
-from qat.settings.schema import DataSettings, EvalSettings, TrainSettings
+from qat.settings.schema import EvalTaskSettings, TrainSettings
 
 # Names and places of that run, and how it was watched.
 LEFT_OUT = ("run_name", "runs_dir", "sweep_name", "resume", "logger")
@@ -22,6 +22,8 @@ def _key(override: str) -> str:
 
 def _spelled(value: Any) -> str:
     """A value in the grammar of Hydra's overrides."""
+    if isinstance(value, dict):
+        return "{" + ",".join(f"{key}:{_spelled(item)}" for key, item in value.items()) + "}"
     if isinstance(value, list):
         return "[" + ",".join(_spelled(item) for item in value) + "]"
     if isinstance(value, str):
@@ -29,8 +31,8 @@ def _spelled(value: Any) -> str:
     return "null" if value is None else str(value).lower()
 
 
-def _value(settings: TrainSettings, key: str) -> Any:
-    return OmegaConf.select(OmegaConf.structured(settings), key)
+def _value(settings: object, key: str) -> Any:
+    return reduce(getattr, key.split("."), settings)
 
 
 def replayed(
@@ -49,7 +51,7 @@ def replayed(
         key = _key(override)
         if key.split(".")[0] in (*LEFT_OUT, "profile") or key in named:
             continue
-        if "${" not in override:
+        if "$" not in override:  # of ${oc.env:NAME}, which sweeps spell with backslashes
             kept.append(override)
         elif key in choices:
             kept.append(f"{key}={choices[key]}")
@@ -63,11 +65,10 @@ def replayed(
 
 def score_arguments(settings: TrainSettings) -> list[str]:
     """What eval.py needs beside ``artifact=`` to score it as the run did."""
-    defaults = {"data": DataSettings(source="from_artifact"), "eval": EvalSettings()}
-    plain = OmegaConf.create({key: vars(group) for key, group in defaults.items()})
+    defaults = EvalTaskSettings()
     asked = (*SCORE_PATHS, "data.cache_dir", "eval.precision", "eval.batch_tokens")
     return [
         f"{key}={_spelled(_value(settings, key))}"
         for key in asked
-        if _value(settings, key) != OmegaConf.select(plain, key)
+        if _value(settings, key) != _value(defaults, key)
     ]

@@ -36,11 +36,15 @@ README = """\
 
 {blurb}
 
-**val_bpb {row.val_bpb_artifact:.5f}** (val_loss {row.val_loss_artifact:.5f}), read back from a file
-of {row.artifact_bytes:,} bytes; with {code_bytes:,} bytes of code {total_bytes:,} of the
-{row.limit_bytes:,} bytes allowed. The float weights score {row.val_bpb_float:.5f}, so storing them
-cost {row.quant_gap_bpb:+.5f} bpb. Seed {row.seed}, {row.steps:,} steps in {row.train_seconds:.1f} s
-of training on {row.hardware}.
+| | |
+| --- | --- |
+| val_bpb of the artifact | {row.val_bpb_artifact:.5f} (val_loss {row.val_loss_artifact:.5f}) |
+| of the float weights | {row.val_bpb_float:.5f}, so storing cost {row.quant_gap_bpb:+.5f} |
+| artifact + code | {row.artifact_bytes:,} + {code_bytes:,} = {total_bytes:,} bytes |
+| limit | {row.limit_bytes:,} bytes |
+| training | {row.steps:,} steps in {row.train_seconds:.1f} s |
+| seeds | {row.seed} |
+| hardware | {row.hardware} |
 
 {table}
 ## Run it
