@@ -6,8 +6,10 @@
     python eval.py task=sample artifact=PATH prompt="In the beginning"
     python eval.py task=report runs='logs/runs/*'
     python eval.py task=convert artifact=PATH out=FILE.ptz
+    python eval.py task=submission run=RUN out=DIR
 
-Each task is imported only when asked for: what ``artifact=`` imports is the code that is counted.
+Each task is imported only when asked for: those that are not needed to score are in no
+``train_gpt.py`` (``qat/artifact/bundle.py``).
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from __future__ import annotations
 import sys
 from importlib import import_module
 
+from qat.errors import UserError
 from qat.settings.checks import resolve_eval
 from qat.settings.command_line import Job, Program, main
 from qat.settings.schema import EvalTaskSettings
@@ -26,12 +29,23 @@ TASKS = {
     "fit": "qat.study.fit_task",
     "report": "qat.study.report",
     "convert": "qat.evaluation.convert_task",
+    "submission": "qat.study.submission",
 }
 
 
 def run(s: EvalTaskSettings, job: Job) -> int:
-    return import_module(TASKS[s.task]).run(s)
+    try:
+        return import_module(TASKS[s.task]).run(s)
+    except ModuleNotFoundError as missing:
+        if not str(missing.name).startswith("qat."):
+            raise
+        raise UserError(
+            f"task={s.task} artifact={s.artifact}: train_gpt.py scores .qat files only; "
+            "this takes the whole project"
+        ) from None
 
+
+PROGRAM = Program("eval", resolve_eval, run)
 
 if __name__ == "__main__":
-    sys.exit(main(Program("eval", resolve_eval, run)))
+    sys.exit(main(PROGRAM))

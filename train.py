@@ -53,7 +53,8 @@ def run(s: TrainSettings, job: Job) -> int:
         log.error("error: %s", error)
         return training_run.fail(str(error), error.exit_code)
     except PreemptedError as stopped:
-        log.warning("%s; go on with: python train.py resume=%s", stopped, training_run.folder)
+        name = Path(sys.argv[0]).name
+        log.warning("%s; go on with: python %s resume=%s", stopped, name, training_run.folder)
         return stopped.exit_code
     except (KeyboardInterrupt, SystemExit):  # Lightning turns the first into the second
         training_run.fail("interrupted", INTERRUPTED)
@@ -68,7 +69,7 @@ def run(s: TrainSettings, job: Job) -> int:
 def train(s: TrainSettings, training_run) -> int:
     import torch
 
-    from qat.artifact.code_bytes import count_code_bytes
+    from qat.artifact.bundle import count_code_bytes
     from qat.artifact.export import ARTIFACT, export
     from qat.evaluation.open_model import artifact_meta
     from qat.evaluation.score import Scorer
@@ -161,5 +162,7 @@ def after_sweep(folder: Path, num_jobs: int) -> int:
     return max([row.get("exit_code", 1) for row in rows] + [int(num_jobs > len(rows))])
 
 
+PROGRAM = Program("train", resolve, run, after_sweep)
+
 if __name__ == "__main__":
-    sys.exit(main(Program("train", resolve, run, after_sweep)))
+    sys.exit(main(PROGRAM))

@@ -41,15 +41,9 @@ def _call(script: str, arguments: list[str]) -> Done:
     """Run train.py or eval.py in this process, as its ``__main__`` would."""
     import eval as eval_program
     import train as train_program
-    from qat.settings.checks import resolve_eval
-    from qat.settings.command_line import Program, main
+    from qat.settings.command_line import main
 
-    programs = {
-        "train.py": Program(
-            "train", train_program.resolve, train_program.run, train_program.after_sweep
-        ),
-        "eval.py": Program("eval", resolve_eval, eval_program.run),
-    }
+    programs = {"train.py": train_program.PROGRAM, "eval.py": eval_program.PROGRAM}
     out, err, argv = io.StringIO(), io.StringIO(), sys.argv
     sys.argv = [str(ROOT / script), *arguments]
     try:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from qat.artifact.code_bytes import count_code_bytes
+from qat.artifact.bundle import count_code_bytes
 from qat.artifact.container import read_artifact
 from qat.study.store_again import stored_tensors
 from qat.training.liveness import weights_seen

@@ -25,7 +25,7 @@ rank, right = int(os.environ["RANK"]), time.perf_counter
 if rank == 1:
     time.perf_counter = lambda: 2 * right()
 import train
-from qat.settings.command_line import Program, main
+from qat.settings.command_line import main
 from qat.training.module import QatModule
 
 update, finish = QatModule._update, QatModule._finish_training
@@ -43,7 +43,7 @@ def tell(self):
         json.dump(told, file)
 
 QatModule._update, QatModule._finish_training = slow, tell
-sys.exit(main(Program("train", train.resolve, train.run, train.after_sweep)))
+sys.exit(main(train.PROGRAM))
 """
 
 

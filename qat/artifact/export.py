@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from qat.artifact.code_bytes import count_code_bytes
+from qat.artifact.bundle import count_code_bytes
 from qat.artifact.container import Artifact, pack, read_artifact, write_artifact
 from qat.errors import TrainingError
 from qat.quantize.plan import NONE_LEARNED, Plan, Steps

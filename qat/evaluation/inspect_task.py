@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from qat.artifact.code_bytes import count_code_bytes
+from qat.artifact.bundle import count_code_bytes
 from qat.artifact.coder import CODERS
 from qat.artifact.container import HASH_BYTES, PREFIX, Artifact, matrix_of, read_artifact
 from qat.evaluation.open_model import artifact_path

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from rich.console import Console
 
-from qat.artifact.code_bytes import count_code_bytes
+from qat.artifact.bundle import count_code_bytes
 from qat.evaluation.open_model import (
     GOLF_MODULE,
     GOLF_SUFFIX,

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import difflib
 import sys
+from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
+from functools import reduce
 from pathlib import Path
-from typing import get_type_hints
+from typing import Any, get_type_hints
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import ChoiceSweep
@@ -19,7 +21,10 @@ from qat.settings.schema import EvalTaskSettings, TrainSettings
 CONF = Path(__file__).resolve().parents[2] / "conf"
 SCHEMAS = {"train": TrainSettings, "eval": EvalTaskSettings}
 # Prose and paths of eval.py, taken as typed: Hydra's grammar would trip over ',' or '(' in them.
-VERBATIM_KEYS = ("prompt", "artifact", "out", "run", "runs")
+VERBATIM_KEYS = (
+    "prompt", "artifact", "out", "run", "runs", "submission.author", "submission.github_id",
+    "submission.name", "submission.blurb",
+)  # fmt: skip
 QUIET_FLAGS = ("-h", "--help", "--version", "-c", "--cfg", "-i", "--info")
 
 
@@ -37,6 +42,13 @@ def take_verbatim(arguments: list[str]) -> tuple[list[str], dict[str, str]]:
     parts = [argument.partition("=") for argument in arguments]
     verbatim = {key: value for key, equals, value in parts if equals and key in VERBATIM_KEYS}
     return ["".join(part) for part in parts if not (part[1] and part[0] in verbatim)], verbatim
+
+
+def put_verbatim(settings: Any, verbatim: Mapping[str, str]) -> None:
+    """Set what ``take_verbatim`` took, by dotted name."""
+    for key, value in verbatim.items():
+        *groups_of_it, name = key.split(".")
+        setattr(reduce(getattr, groups_of_it, settings), name, value)
 
 
 def with_profile(arguments: list[str]) -> list[str]:

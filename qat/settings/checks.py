@@ -31,7 +31,7 @@ from qat.settings.schema import (
     TrainSettings,
 )
 
-TASKS = ("score", "sample", "inspect", "fit", "convert", "report")
+TASKS = ("score", "sample", "inspect", "fit", "convert", "submission", "report")
 TEXT_SOURCES = ("web_bible", "text", "hub")
 
 
@@ -210,6 +210,10 @@ def resolve_eval(settings: EvalTaskSettings, choices: Mapping[str, str | None]) 
         require(is_named, "out", s.out, "give the file to write, out=FILE.qat")
     elif s.task == "report":
         require(bool(s.runs), "runs", s.runs, "give a glob of run folders, runs='logs/runs/*'")
+    elif s.task == "submission":
+        require(not s.artifact, "artifact", s.artifact, "a submission is made of run=RUN")
+        require(bool(s.run), "run", s.run, "give the run to submit, run=RUN")
+        require(bool(s.out), "out", s.out, "give the folder to write, out=DIR")
     else:
         require(
             bool(s.artifact) != bool(s.run),

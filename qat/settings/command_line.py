@@ -14,7 +14,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from shutil import which
 from typing import Any
@@ -36,6 +36,7 @@ from qat.settings.arguments import (
     check_options,
     is_setting,
     overrides_together,
+    put_verbatim,
     refuse_unknown_additions,
     take_verbatim,
     unknown,
@@ -130,7 +131,8 @@ def _main(program: Program) -> int:
         try:
             if job.sweep_dir is None and run.sweeper.get("params"):
                 raise UserError(f"experiment={job.choices['experiment']}: it is a sweep; add -m")
-            settings = replace(OmegaConf.to_object(config), **verbatim)  # type: ignore[type-var]
+            settings = OmegaConf.to_object(config)
+            put_verbatim(settings, verbatim)
             exit_codes.append(program.run(program.resolve(settings, job.choices), job))
         except (UserError, TrainingError) as error:
             say_error(str(error))

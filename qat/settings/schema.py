@@ -182,10 +182,18 @@ class SampleSettings:
 
 
 @dataclass
+class SubmissionSettings:  # what submission.json says beside the run's numbers
+    author: str | None = None
+    github_id: str | None = None
+    name: str | None = None  # null = the run's name
+    blurb: str | None = None  # a sentence on what was done; null = arm, grid, steps and seconds
+
+
+@dataclass
 class EvalTaskSettings:
-    task: str = "score"  # score | sample | inspect | fit | convert | report
+    task: str = "score"  # score | sample | inspect | fit | convert | submission | report
     artifact: str | None = None  # file: a .qat, or a .ptz of the challenge
-    out: str | None = None  # the file that task=convert (.ptz) or task=fit (.qat) writes
+    out: str | None = None  # what is written: convert's .ptz, fit's .qat, submission's folder
     run: str | None = None  # run folder or run name; stands for its artifact
     runs: str | None = None  # glob of run folders
     runs_dir: str = "logs/runs"
@@ -194,6 +202,7 @@ class EvalTaskSettings:
     seq_len: int | None = None  # null = the artifact's; a .ptz has none
     limit_bytes: int = 16_000_000  # artifact + code, decimal; of task=inspect and task=fit
     sample: SampleSettings = field(default_factory=SampleSettings)
+    submission: SubmissionSettings = field(default_factory=SubmissionSettings)
     data: DataSettings = field(default_factory=DataSettings)
     eval: EvalSettings = field(default_factory=EvalSettings)
 

@@ -15,8 +15,8 @@ from rich.progress import track
 from torch import Tensor
 
 from qat.artifact.budget import Fitted, Solver
+from qat.artifact.bundle import count_code_bytes
 from qat.artifact.candidates import Source, Stored
-from qat.artifact.code_bytes import count_code_bytes
 from qat.artifact.container import pack
 from qat.errors import TrainingError
 from qat.language.gpt import GPT, GPTShape

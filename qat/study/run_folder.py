@@ -61,13 +61,23 @@ def lock(folder: Path) -> filelock.FileLock:
     return held
 
 
-def read_config(folder: Path) -> tuple[str, dict[str, str | None]]:
-    """(config.yaml, group -> option) of a run. UserError if the folder is not a run's."""
+def read_config(folder: Path, typed: str = "resume") -> tuple[str, dict[str, str | None]]:
+    """(config.yaml, group -> option) of the run that the setting ``typed`` names. UserError if the
+    folder is not a run's."""
     try:
         choices = json.loads((folder / CHOICES).read_text(encoding="utf-8"))
         return (folder / CONFIG).read_text(encoding="utf-8"), choices
     except (OSError, ValueError) as error:
-        raise UserError(f"resume={folder}: not the folder of a run ({error})") from None
+        raise UserError(f"{typed}={folder}: not the folder of a run ({error})") from None
+
+
+def read_overrides(folder: Path) -> list[str]:
+    """What the run was asked for with. UserError if the folder is not a run's."""
+    try:
+        lines = (folder / OVERRIDES).read_text(encoding="utf-8").splitlines()
+        return [json.loads(line.removeprefix("- ")) for line in lines]
+    except (OSError, ValueError) as error:
+        raise UserError(f"run={folder}: not the folder of a run ({error})") from None
 
 
 def describe(

@@ -16,7 +16,7 @@ import pytest
 import torch
 import yaml
 
-from qat.artifact.code_bytes import ROOT, code_files
+from qat.artifact.bundle import ROOT, code_files
 from qat.errors import UserError
 from qat.evaluation import golf_file
 from qat.evaluation.golf_file import GOLF_GRID, pack_golf, read_golf_file, unpack_golf

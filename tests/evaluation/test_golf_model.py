@@ -13,7 +13,7 @@ import pytest
 import torch
 import yaml
 
-from qat.artifact.code_bytes import ROOT, count_code_bytes
+from qat.artifact.bundle import ROOT, count_code_bytes
 from qat.artifact.container import pack, read_artifact, write_artifact
 from qat.evaluation.golf_file import GOLF_GRID, pack_golf, read_golf_file
 from qat.evaluation.golf_model import shape_from

@@ -128,7 +128,8 @@ def test_a_used_name_is_refused_and_the_first_run_kept(train, tmp_path: Path) ->
 
 EVAL_CASES: list[tuple[tuple[str, ...], str]] = [
     ((), "artifact = null: give artifact=PATH or run=RUN"),
-    (("task=scoer",), "task = scoer: choose from score, sample, inspect, convert, report"),
+    (("task=scoer",),
+     "task = scoer: choose from score, sample, inspect, fit, convert, submission, report"),
     (("artefact=x",), "artefact: unknown setting; did you mean artifact?"),
     (("artifact=none.qat",), "artifact=none.qat: No such file"),
     (("artifact=it's (a) [file], ${seed}",), "artifact=it's (a) [file], ${seed}: No such file"),
@@ -139,7 +140,7 @@ EVAL_CASES: list[tuple[tuple[str, ...], str]] = [
     (("task=report", "runs=nothing/*"), "runs=nothing/*: no run folder found"),
     (("artifact=a.qat", "eval.precision=int4"), "eval.precision = int4"),
     (("artifact=a.qat", "data=web_bibel"), "data=web_bibel: no such option"),
-]
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("arguments", "message"), EVAL_CASES, ids=lambda c: str(c)[:50])

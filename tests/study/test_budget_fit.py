@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 
 from qat.artifact.budget import WINDOW
-from qat.artifact.code_bytes import count_code_bytes
+from qat.artifact.bundle import count_code_bytes
 from qat.artifact.container import read_artifact
 from qat.language.gpt import GPT, GPTShape
 from qat.language.shards import TokenStream
