@@ -25,7 +25,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from qat.artifact.coder import CODERS, Matrix  # noqa: E402
+from qat.artifact.coder import CODERS, GENERAL, Matrix  # noqa: E402
 from qat.artifact.container import matrix_of  # noqa: E402
 from qat.evaluation.inspect_task import order0_bits  # noqa: E402
 from qat.language.gpt import GPT, GPTShape  # noqa: E402
@@ -113,7 +113,7 @@ def main() -> None:
         for coder in CODERS:
             with spawn.Pool(1) as pool:
                 done[coder] = pool.apply(measure, (coder, raw, matrices))
-        best = min(row["bytes"] for coder, row in done.items() if coder != "mix")
+        best = min(row["bytes"] for coder, row in done.items() if coder in GENERAL)
         for coder, row in done.items():
             print(f"{label:12} {coder:7} {row['bytes']:11,} {row['bytes'] / entropy:10.4f} "
                   f"{row['bytes'] / best:15.4f} {row['encode_seconds']:9.2f} "
