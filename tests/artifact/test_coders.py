@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qat.artifact import mix_coder
+from qat.artifact import class_coder, mix_coder
 from qat.artifact.coder import CODERS, GENERAL, Matrix, encode_section
 from tests.conftest import ROOT
 
@@ -143,3 +143,5 @@ def test_the_bytes_of_version_2_never_change() -> None:
     thirds = np.random.default_rng(5).integers(-42, 43, size=(3, 90 * 70))
     coded = mix_coder.encode(thirds.sum(0).astype(np.int8).tobytes(), matrices)
     assert (len(coded), hashlib.sha256(coded).hexdigest()[:16]) == (5951, "3cb49c595fa2033a")
+    coded = class_coder.encode(thirds.sum(0).astype(np.int8).tobytes(), matrices)
+    assert (len(coded), hashlib.sha256(coded).hexdigest()[:16]) == (6729, "167111a4bc0e66df")
