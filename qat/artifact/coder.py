@@ -1,7 +1,7 @@
 """Lossless coders behind one interface; a coder is chosen by name or size, never by timing.
 
 Each codes one section of an artifact. Decoding is told the exact raw size and never produces more,
-so a crafted section cannot expand without bound. General coders see bytes; ``mix`` is told which
+so a crafted section cannot expand without bound; it gives writable bytes, which tensors can share. General coders see bytes; ``mix`` is told which
 bytes are the codes of which tensor, and models them (``qat.artifact.mixing``).
 """
 
@@ -33,17 +33,35 @@ class Matrix(NamedTuple):
 
 
 Matrices = Sequence[Matrix]
+Coded = bytes | bytearray
 
 
 class Coder(NamedTuple):
     encode: Callable[[bytes, Matrices], bytes]
-    decode: Callable[[bytes, int, Matrices], bytes]  # ValueError unless exactly so many bytes
+    # ValueError unless there are exactly so many bytes
+    decode: Callable[[Coded, int, Matrices], bytearray | memoryview]
 
 
-def _zlib_decode(coded: bytes, raw_bytes: int, _: Matrices) -> bytes:
-    stream = zlib.decompressobj()
+def _collect(raw_bytes: int, next_part: Callable[[int], bytes]) -> bytearray:
+    """Parts until there are none, or too many: the expansion as a whole would be there twice."""
+    limit = max(1 << 20, raw_bytes // 16)
+    raw = bytearray()
+    while len(raw) <= raw_bytes and (part := next_part(limit)):
+        raw += part
+    return raw
+
+
+def _zlib_decode(coded: Coded, raw_bytes: int, _: Matrices) -> bytearray:
+    stream, left = zlib.decompressobj(), coded
+
+    def next_part(limit: int) -> bytes:
+        nonlocal left
+        part = stream.decompress(left, limit)
+        left = stream.unconsumed_tail
+        return part
+
     try:
-        raw = stream.decompress(coded, raw_bytes + 1)
+        raw = _collect(raw_bytes, next_part)
     except zlib.error as error:
         raise ValueError(f"zlib section is damaged: {error}") from None
     if len(raw) != raw_bytes or not stream.eof or stream.unused_data:
@@ -51,11 +69,11 @@ def _zlib_decode(coded: bytes, raw_bytes: int, _: Matrices) -> bytes:
     return raw
 
 
-def _zstd_decode(coded: bytes, raw_bytes: int, _: Matrices) -> bytes:
+def _zstd_decode(coded: Coded, raw_bytes: int, _: Matrices) -> bytearray:
     try:
         if zstandard.get_frame_parameters(coded).content_size != raw_bytes:
             raise ValueError("zstd section does not have its declared size")
-        return zstandard.ZstdDecompressor().decompress(coded, allow_extra_data=False)
+        return bytearray(zstandard.ZstdDecompressor().decompress(coded, allow_extra_data=False))
     except zstandard.ZstdError as error:
         raise ValueError(f"zstd section is damaged: {error}") from None
 
@@ -70,13 +88,17 @@ def _lzma_encode(raw: bytes, _: Matrices) -> bytes:
     return lzma.compress(raw, lzma.FORMAT_RAW, filters=_lzma_filters(len(raw)))
 
 
-def _lzma_decode(coded: bytes, raw_bytes: int, _: Matrices) -> bytes:
+def _lzma_decode(coded: Coded, raw_bytes: int, _: Matrices) -> bytearray:
     stream = lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=_lzma_filters(raw_bytes))
+    given = iter([coded])  # it keeps what it has not read yet
     try:
-        raw = stream.decompress(coded, raw_bytes + 1)
+        raw = _collect(
+            raw_bytes,
+            lambda limit: b"" if stream.eof else stream.decompress(next(given, b""), limit),
+        )
     except lzma.LZMAError as error:
         raise ValueError(f"lzma section is damaged: {error}") from None
-    if len(raw) != raw_bytes or stream.unused_data:
+    if len(raw) != raw_bytes or not stream.eof or stream.unused_data:
         raise ValueError("lzma section does not have its declared size")
     return raw
 
@@ -85,12 +107,18 @@ def _brotli_encode(raw: bytes, _: Matrices) -> bytes:
     return brotli.compress(raw, quality=BROTLI_LEVEL, lgwin=BROTLI_WINDOW)
 
 
-def _brotli_decode(coded: bytes, raw_bytes: int, _: Matrices) -> bytes:
+def _brotli_decode(coded: Coded, raw_bytes: int, _: Matrices) -> bytearray:
     stream = brotli.Decompressor()
+    given = iter([coded])  # it keeps what it has not read yet
     try:
-        raw = stream.process(coded, output_buffer_limit=raw_bytes + 1)
-        while len(raw) <= raw_bytes and not stream.can_accept_more_data():
-            raw += stream.process(b"", output_buffer_limit=raw_bytes + 1 - len(raw))
+        raw = _collect(
+            raw_bytes,
+            lambda limit: (
+                b""
+                if stream.is_finished()
+                else stream.process(next(given, b""), output_buffer_limit=limit)
+            ),
+        )
     except brotli.error as error:
         raise ValueError(f"brotli section is damaged: {error}") from None
     if len(raw) != raw_bytes or not stream.is_finished():
@@ -104,7 +132,7 @@ def _mix_encode(raw: bytes, matrices: Matrices) -> bytes:
     return encode(raw, matrices)
 
 
-def _mix_decode(coded: bytes, raw_bytes: int, matrices: Matrices) -> bytes:
+def _mix_decode(coded: Coded, raw_bytes: int, matrices: Matrices) -> memoryview:
     from qat.artifact.mix_coder import decode
 
     return decode(coded, raw_bytes, matrices)
