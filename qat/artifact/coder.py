@@ -1,15 +1,17 @@
 """Lossless coders behind one interface; a coder is chosen by name or size, never by timing.
 
 Each codes one section of an artifact. Decoding is told the exact raw size and never produces more,
-so a crafted section cannot expand without bound; it gives writable bytes, which tensors can share. General coders see bytes; ``mix`` is told which
-bytes are the codes of which tensor, and models them (``qat.artifact.mixing``).
+so a crafted section cannot expand without bound; it gives writable bytes, which tensors can share.
+
+General coders see bytes; ``mix`` is told which bytes are the codes of which tensor, and models them
+(``qat.artifact.mixing``).
 """
 
 from __future__ import annotations
 
 import lzma
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import brotli
@@ -19,6 +21,7 @@ ZLIB_LEVEL = 9
 ZSTD_LEVEL = 22
 BROTLI_LEVEL, BROTLI_WINDOW = 11, 24
 LZMA_PRESET = 9 | lzma.PRESET_EXTREME
+PIECE_BYTES, PART_BYTES = 1 << 16, 1 << 20  # of input and of output, while decoding
 AUTO = "auto"  # every coder; the smallest is kept
 
 
@@ -33,7 +36,7 @@ class Matrix(NamedTuple):
 
 
 Matrices = Sequence[Matrix]
-Coded = bytes | bytearray
+Coded = bytes | bytearray | memoryview
 
 
 class Coder(NamedTuple):
@@ -42,31 +45,44 @@ class Coder(NamedTuple):
     decode: Callable[[Coded, int, Matrices], bytearray | memoryview]
 
 
-def _collect(raw_bytes: int, next_part: Callable[[int], bytes]) -> bytearray:
-    """Parts until there are none, or too many: the expansion as a whole would be there twice."""
-    limit = max(1 << 20, raw_bytes // 16)
+def _collect(raw_bytes: int, parts: Iterator[bytes]) -> bytearray:
+    """Small parts, one after another: whole, the expansion would be in memory twice."""
     raw = bytearray()
-    while len(raw) <= raw_bytes and (part := next_part(limit)):
+    for part in parts:
         raw += part
+        if len(raw) > raw_bytes:
+            break
+    if len(raw) != raw_bytes:
+        raise ValueError("section does not have its declared size")
     return raw
+
+
+def _pieces(coded: Coded) -> Iterator[Coded]:
+    """Small too: a decoder copies what it has not read yet."""
+    view = memoryview(coded)
+    return (view[i : i + PIECE_BYTES] for i in range(0, len(view), PIECE_BYTES))
+
+
+def _check_end(is_finished: bool, has_more: bool) -> None:
+    if not is_finished or has_more:
+        raise ValueError("section does not end with its declared size")
+
+
+def _zlib_parts(coded: Coded) -> Iterator[bytes]:
+    stream = zlib.decompressobj()
+    for piece in _pieces(coded):
+        _check_end(True, stream.eof)
+        while part := stream.decompress(piece, PART_BYTES):
+            yield part
+            piece = stream.unconsumed_tail
+    _check_end(stream.eof, bool(stream.unused_data))
 
 
 def _zlib_decode(coded: Coded, raw_bytes: int, _: Matrices) -> bytearray:
-    stream, left = zlib.decompressobj(), coded
-
-    def next_part(limit: int) -> bytes:
-        nonlocal left
-        part = stream.decompress(left, limit)
-        left = stream.unconsumed_tail
-        return part
-
     try:
-        raw = _collect(raw_bytes, next_part)
+        return _collect(raw_bytes, _zlib_parts(coded))
     except zlib.error as error:
         raise ValueError(f"zlib section is damaged: {error}") from None
-    if len(raw) != raw_bytes or not stream.eof or stream.unused_data:
-        raise ValueError("zlib section does not have its declared size")
-    return raw
 
 
 def _zstd_decode(coded: Coded, raw_bytes: int, _: Matrices) -> bytearray:
@@ -88,42 +104,43 @@ def _lzma_encode(raw: bytes, _: Matrices) -> bytes:
     return lzma.compress(raw, lzma.FORMAT_RAW, filters=_lzma_filters(len(raw)))
 
 
-def _lzma_decode(coded: Coded, raw_bytes: int, _: Matrices) -> bytearray:
+def _lzma_parts(coded: Coded, raw_bytes: int) -> Iterator[bytes]:
     stream = lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=_lzma_filters(raw_bytes))
-    given = iter([coded])  # it keeps what it has not read yet
+    for piece in _pieces(coded):
+        _check_end(True, stream.eof)
+        yield stream.decompress(piece, PART_BYTES)
+        while not stream.eof and not stream.needs_input:
+            yield stream.decompress(b"", PART_BYTES)
+    _check_end(stream.eof, bool(stream.unused_data))
+
+
+def _lzma_decode(coded: Coded, raw_bytes: int, _: Matrices) -> bytearray:
     try:
-        raw = _collect(
-            raw_bytes,
-            lambda limit: b"" if stream.eof else stream.decompress(next(given, b""), limit),
-        )
+        return _collect(raw_bytes, _lzma_parts(coded, raw_bytes))
     except lzma.LZMAError as error:
         raise ValueError(f"lzma section is damaged: {error}") from None
-    if len(raw) != raw_bytes or not stream.eof or stream.unused_data:
-        raise ValueError("lzma section does not have its declared size")
-    return raw
 
 
 def _brotli_encode(raw: bytes, _: Matrices) -> bytes:
     return brotli.compress(raw, quality=BROTLI_LEVEL, lgwin=BROTLI_WINDOW)
 
 
-def _brotli_decode(coded: Coded, raw_bytes: int, _: Matrices) -> bytearray:
+def _brotli_parts(coded: Coded) -> Iterator[bytes]:
     stream = brotli.Decompressor()
-    given = iter([coded])  # it keeps what it has not read yet
+    for piece in _pieces(coded):
+        _check_end(True, stream.is_finished())
+        # Only an empty part says that there is no more: not can_accept_more_data (brotli 1.2).
+        while part := stream.process(piece, output_buffer_limit=PART_BYTES):
+            yield part
+            piece = b""
+    _check_end(stream.is_finished(), False)  # what follows its end within a piece is an error
+
+
+def _brotli_decode(coded: Coded, raw_bytes: int, _: Matrices) -> bytearray:
     try:
-        raw = _collect(
-            raw_bytes,
-            lambda limit: (
-                b""
-                if stream.is_finished()
-                else stream.process(next(given, b""), output_buffer_limit=limit)
-            ),
-        )
+        return _collect(raw_bytes, _brotli_parts(coded))
     except brotli.error as error:
         raise ValueError(f"brotli section is damaged: {error}") from None
-    if len(raw) != raw_bytes or not stream.is_finished():
-        raise ValueError("brotli section does not have its declared size")
-    return raw
 
 
 def _mix_encode(raw: bytes, matrices: Matrices) -> bytes:

@@ -13,7 +13,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from qat.artifact.coder import Matrices, Matrix
+from qat.artifact.coder import Coded, Matrices, Matrix
 from qat.artifact.mixing import MAX_BITS, ROLES, code_tensor, new_model, tables
 
 STREAM_CODES = 1 << 22
@@ -112,7 +112,7 @@ def encode(raw: bytes, matrices: Matrices) -> bytes:
     return b"".join([*(LENGTH.pack(len(stream)) for stream in coded), *coded])
 
 
-def decode(coded: bytes | bytearray, raw_bytes: int, matrices: Matrices) -> memoryview:
+def decode(coded: Coded, raw_bytes: int, matrices: Matrices) -> memoryview:
     """The inverse of ``encode``. ValueError if a size does not fit or a stream does not end where
     its codes do."""
     streams = _streams(matrices)

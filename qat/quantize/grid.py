@@ -28,6 +28,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import get_args, get_type_hints
 
 import torch
 
@@ -116,6 +117,19 @@ class Grid:
         require(not (self.refit and self.step_rule == "learned"), "refit", "not of learned steps")
         require(not self.refit or self.levels == "ternary", "refit", "is for ternary levels")
 
+    @staticmethod
+    def from_json(fields: dict) -> Grid:
+        """A grid from untrusted data: ValueError or TypeError also for a value of another type,
+        which Python would let pass (6.0 bits, a step of True)."""
+        if not isinstance(fields, dict):
+            raise TypeError("a grid is not an object")
+        types = get_type_hints(Grid)
+        for name, value in fields.items():
+            allowed = get_args(types.get(name)) or (types.get(name),)
+            if type(value) not in allowed and not (type(value) is int and float in allowed):
+                raise ValueError(f"{name[:40]!r} of a grid is {str(value)[:40]!r}")
+        return Grid(**fields)
+
     @property
     def code_limits(self) -> tuple[float, float]:
         """Lowest and highest code, as numbers (fp8: of the format)."""
@@ -160,4 +174,4 @@ class Grid:
             rows, columns = 1, math.prod(shape)
         else:
             rows, columns = shape[0], math.prod(shape[1:])
-        return rows, 1 if self.group_size is None else math.ceil(columns / self.group_size)
+        return rows, 1 if self.group_size is None else -(-columns // self.group_size)
