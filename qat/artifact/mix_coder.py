@@ -78,6 +78,8 @@ def _run(
             raise ValueError(f"magnitudes of {matrix.bits} bits")
         end = start + matrix.rows * matrix.columns
         tensor = codes[start:end].reshape(matrix.rows, matrix.columns)
+        if not tensor.size:
+            continue  # a crafted one may have 10^18 empty rows
         if decoding:
             magnitudes, negatives = tensor.view(np.uint8), np.zeros(tensor.shape, np.uint8)
         else:

@@ -74,9 +74,13 @@ def open_artifact(path: Path) -> OpenedModel:
         largest = max(int(size) for size in artifact.meta["model"].values())
         if largest > max(entry.num_elements for entry in artifact.plan):
             raise ValueError("its model is larger than its tensors")
+        # A layer has ten tensors; a million of them would be built before any was missed.
+        if 8 * shape.num_layers > len(artifact.plan.entries):
+            raise ValueError("its model has more layers than its tensors make")
         expected = tensor_shapes(shape)
-    except (KeyError, TypeError, ValueError, RuntimeError, ZeroDivisionError) as error:
-        raise UserError(f"artifact={path}: its header names no usable model ({error})") from None
+    except (KeyError, TypeError, ValueError, RuntimeError, ArithmeticError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"artifact={path}: its header names no usable model ({reason})") from None
     if expected != {entry.name: entry.shape for entry in artifact.plan}:
         raise UserError(f"artifact={path}: its tensors are not those of the model it names")
     return OpenedModel(artifact, shape, seq_len)
