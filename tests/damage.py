@@ -251,6 +251,12 @@ def verdict(path: Path, kind: str, data: bytes, read: Callable[[Path, str], None
     return "opened"
 
 
+def memory(kind: str) -> int:
+    """Bytes of this process: VmRSS now, VmHWM at most (what getrusage says is the parent's too)."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * next(int(row.split()[1]) for row in status.splitlines() if row.startswith(kind))
+
+
 def main(which: str, count: int, seed: int) -> None:
     mix_coder.STREAM_CODES = STREAM_CODES
     torch.set_num_threads(1)
@@ -265,9 +271,8 @@ def main(which: str, count: int, seed: int) -> None:
         path = Path(folder) / "bad.file"
         for good in goods:  # undamaged, all open; and whatever is slow to load is loaded
             assert verdict(path, "as it was", good, read) == "opened"
-        mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_AS, (mapped + ADDRESS_SPACE,) * 2)
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        resource.setrlimit(resource.RLIMIT_AS, (memory("VmSize") + ADDRESS_SPACE,) * 2)
+        before = memory("VmRSS")
         for number in range(count):
             good = goods[number % len(goods)]
             kind, data = make(chooser, good)
@@ -283,7 +288,7 @@ def main(which: str, count: int, seed: int) -> None:
                 print(f"{kind} file {number}, kept as {kept}", file=sys.stderr)
                 raise
         faulthandler.cancel_dump_traceback_later()
-        more = 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+        more = memory("VmHWM") - before
     assert more < MOST_MEMORY, f"{more:,} bytes of memory more than at the start"
     counts["refused"] = sum(n for name, n in counts.items() if name.endswith(": refused"))
     counts["opened"] = sum(n for name, n in counts.items() if name.endswith(": opened"))

@@ -71,8 +71,12 @@ def open_artifact(path: Path) -> OpenedModel:
             raise ValueError(f"seq_len {seq_len!r:.80}")
         if not isinstance(data, dict) or not 0.0 < data.get("val_fraction", 0.5) < 1.0:
             raise ValueError(f"data source {data!r:.80}")
-        largest = max(int(size) for size in artifact.meta["model"].values())
-        if largest > max(entry.num_elements for entry in artifact.plan):
+        sizes = [size for name, size in shape.as_dict().items() if name != "tie_embeddings"]
+        if type(shape.tie_embeddings) is not bool or any(
+            type(n) is not int or n < 1 for n in sizes
+        ):
+            raise ValueError("its model has a size that is none")
+        if max(sizes) > max(entry.num_elements for entry in artifact.plan):
             raise ValueError("its model is larger than its tensors")
         # A layer has ten tensors; a million of them would be built before any was missed.
         if 8 * shape.num_layers > len(artifact.plan.entries):

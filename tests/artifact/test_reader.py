@@ -25,6 +25,7 @@ from qat.quantize.plan import Encoded, Entry, Plan
 from qat.quantize.rounding import Codes
 from tests.artifact.test_coders import draw_codes
 from tests.artifact.test_container import forged, packed, refuse
+from tests.damage import memory
 
 MOST = 40_000_000  # of memory, for a file of a few kB that is refused
 INT6 = Grid(bits=6)
@@ -81,16 +82,11 @@ def test_a_section_without_the_codes_it_declares_costs_nothing(used: str, tmp_pa
     data = bomb(plan, (used, "zlib", "zlib"))
     path = tmp_path / "bad.qat"
     path.write_bytes(data)
-    # Lazily: 300 MB of zeros that nobody touches are no memory, but tracemalloc counts them.
-    before = resident()
+    # Not by tracemalloc, which counts zeros that nobody touches.
+    before = memory("VmRSS")
     with pytest.raises(UserError, match=f"bad.qat: not a readable artifact .*{used}|declared size"):
         read_artifact(path)
-    assert resident() - before < MOST
-
-
-def resident() -> int:
-    pages = Path("/proc/self/statm").read_text().split()[1]
-    return int(pages) * os.sysconf("SC_PAGE_SIZE")
+    assert memory("VmRSS") - before < MOST
 
 
 BOMBS = {
