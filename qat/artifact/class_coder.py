@@ -21,13 +21,14 @@ from collections.abc import Iterator
 import constriction
 import numpy as np
 
-from qat.artifact.coder import Matrices, Matrix
+from qat.artifact.coder import Coded, Matrices, Matrix
 
 LEVELS_PER_OCTAVE = 3
 MIDDLE = 32  # the level of a mean magnitude of 1
 CLASSES = 64
 SYMBOLS = 256
 TOTAL = 1 << 16
+CHUNK = 1 << 20
 LENGTH = struct.Struct("<I")
 
 
@@ -62,10 +63,12 @@ def _model(table: np.ndarray) -> tuple[np.ndarray, constriction.stream.model.Cat
 
 
 def _parts(matrices: Matrices) -> Iterator[tuple[Matrix, slice]]:
+    """Tensors that are not empty, and their place; an empty one may claim 10^18 rows."""
     start = 0
     for matrix in matrices:
         end = start + matrix.rows * matrix.columns
-        yield matrix, slice(start, end)
+        if start < end:
+            yield matrix, slice(start, end)
         start = end
 
 
@@ -75,10 +78,8 @@ def encode(raw: bytes, matrices: Matrices) -> bytes:
     side, classes = [], np.zeros(codes.size, np.uint8)
     for matrix, part in _parts(matrices):
         size = _magnitudes(codes[part], matrix).reshape(matrix.rows, matrix.columns)
-        mean = max(float(size.mean()), 1e-6) if size.size else 1.0
-        rows, columns = (_levels(size.mean(1)), _levels(size.mean(0) / mean)) if size.size else (
-            np.zeros(matrix.rows, np.uint8), np.zeros(matrix.columns, np.uint8)
-        )  # fmt: skip
+        mean = max(float(size.mean()), 1e-6)
+        rows, columns = _levels(size.mean(1)), _levels(size.mean(0) / mean)
         side += [rows.tobytes(), columns.tobytes()]
         classes[part] = _classes(rows, columns)
     coder = constriction.stream.queue.RangeEncoder()
@@ -98,46 +99,58 @@ def encode(raw: bytes, matrices: Matrices) -> bytes:
     return LENGTH.pack(len(packed)) + packed + coder.get_compressed().astype("<u4").tobytes()
 
 
-def decode(coded: bytes, raw_bytes: int, matrices: Matrices) -> bytes:
-    """The inverse of ``encode``. ValueError if the sizes do not fit; content is not checked."""
+def decode(coded: Coded, raw_bytes: int, matrices: Matrices) -> memoryview:
+    """The inverse of ``encode``. ValueError if a size does not fit or codes run out."""
+    wrong_size = ValueError("constriction section does not have its declared size")
     if sum(m.rows * m.columns for m in matrices) != raw_bytes or len(coded) < LENGTH.size:
-        raise ValueError("constriction section does not have its declared size")
+        raise wrong_size
     end = LENGTH.size + LENGTH.unpack_from(coded)[0]
-    most = sum(m.rows + m.columns for m in matrices) + 2 * SYMBOLS * CLASSES
+    most = sum(m.rows + m.columns for m, _ in _parts(matrices)) + 2 * SYMBOLS * CLASSES
     stream = zlib.decompressobj()
     try:
-        side = np.frombuffer(stream.decompress(coded[LENGTH.size : end], most), np.uint8)
+        side = np.frombuffer(stream.decompress(coded[LENGTH.size : end], most + 1), np.uint8)
     except zlib.error as error:
         raise ValueError(f"constriction section is damaged: {error}") from None
     if end > len(coded) or (len(coded) - end) % 4 or not stream.eof or stream.unused_data:
-        raise ValueError("constriction section does not have its declared size")
+        raise wrong_size
     classes, at = np.zeros(raw_bytes, np.uint8), 0
     for matrix, part in _parts(matrices):
-        rows, at = side[at : at + matrix.rows], at + matrix.rows
-        columns, at = side[at : at + matrix.columns], at + matrix.columns
-        if rows.size + columns.size != matrix.rows + matrix.columns:
-            raise ValueError("constriction section has too few levels")
-        classes[part] = _classes(rows, columns)
-    coder = constriction.stream.queue.RangeDecoder(np.frombuffer(coded[end:], "<u4").astype("u4"))
+        middle, after = at + matrix.rows, at + matrix.rows + matrix.columns
+        if after > side.size:
+            raise wrong_size
+        classes[part] = _classes(side[at:middle], side[middle:after])
+        at = after
+    words = np.frombuffer(coded[end:], "<u4").astype(np.uint32)
+    decoder = constriction.stream.queue.RangeDecoder(words)
     symbols = np.zeros(raw_bytes, np.uint8)
     for number in range(CLASSES):
-        members = np.flatnonzero(classes == number)
-        if not members.size:
+        members = classes == number
+        if not members.any():
             continue
-        table = side[at : at + 2 * SYMBOLS].view("<u2").astype(np.int64)
+        table = np.frombuffer(side[at : at + 2 * SYMBOLS].tobytes(), "<u2").astype(np.int64)
         at += 2 * SYMBOLS
-        if table.size != SYMBOLS or int(table.sum()) not in (TOTAL, TOTAL - 1):
-            raise ValueError("constriction section has a table that does not add up")
-        if np.count_nonzero(table) == 1:
-            symbols[members] = table.argmax()
-            continue
-        if table.sum() != TOTAL:
-            raise ValueError("constriction section has a table that does not add up")
-        occurring, model = _model(table)
-        try:
-            symbols[members] = occurring[coder.decode(model, members.size)]
-        except (AssertionError, ValueError) as error:
-            raise ValueError(f"constriction section is damaged: {error}") from None
-    if at != side.size or not coder.maybe_exhausted():
-        raise ValueError("constriction section does not have its declared size")
-    return symbols.tobytes()
+        if table.size != SYMBOLS:
+            raise wrong_size
+        symbols[members] = _decode_class(decoder, table, int(members.sum()))
+    if at != side.size or not decoder.maybe_exhausted():
+        raise wrong_size
+    return symbols.data
+
+
+def _decode_class(
+    decoder: constriction.stream.queue.RangeDecoder, table: np.ndarray, count: int
+) -> np.ndarray:
+    occurs = np.count_nonzero(table)
+    if table.sum() != (TOTAL if occurs > 1 else TOTAL - 1):
+        raise ValueError("constriction section has a table that does not add up")
+    if occurs == 1:
+        return np.full(count, table.argmax(), np.uint8)
+    occurring, model = _model(table)
+    codes = np.empty(count, np.uint8)
+    try:
+        for start in range(0, count, CHUNK):  # numbers of 32 bits: a part at a time
+            part = codes[start : start + CHUNK]
+            part[:] = occurring[decoder.decode(model, part.size)]
+    except (AssertionError, ValueError) as error:
+        raise ValueError(f"constriction section is damaged: {error}") from None
+    return codes

@@ -1,16 +1,17 @@
 """Lossless coders behind one interface; a coder is chosen by name or size, never by timing.
 
 Each codes one section of an artifact. Decoding is told the exact raw size and never produces more,
-so a crafted section cannot expand without bound. General coders see bytes; ``constriction``
-and ``mix`` are told which bytes are the codes of which tensor, and model them
-(``qat.artifact.class_coder``, ``qat.artifact.mixing``).
+so a crafted section cannot expand without bound; it gives writable bytes, which tensors can share.
+
+General coders see bytes; ``constriction`` and ``mix`` are told which bytes are the codes of which
+tensor, and model them (``qat.artifact.class_coder``, ``qat.artifact.mixing``).
 """
 
 from __future__ import annotations
 
 import lzma
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import brotli
@@ -20,6 +21,7 @@ ZLIB_LEVEL = 9
 ZSTD_LEVEL = 22
 BROTLI_LEVEL, BROTLI_WINDOW = 11, 24
 LZMA_PRESET = 9 | lzma.PRESET_EXTREME
+PIECE_BYTES, PART_BYTES = 1 << 16, 1 << 20  # of input and of output, while decoding
 AUTO = "auto"  # every coder; the smallest is kept
 
 
@@ -34,29 +36,60 @@ class Matrix(NamedTuple):
 
 
 Matrices = Sequence[Matrix]
+Coded = bytes | bytearray | memoryview
 
 
 class Coder(NamedTuple):
     encode: Callable[[bytes, Matrices], bytes]
-    decode: Callable[[bytes, int, Matrices], bytes]  # ValueError unless exactly so many bytes
+    # ValueError unless there are exactly so many bytes
+    decode: Callable[[Coded, int, Matrices], bytearray | memoryview]
 
 
-def _zlib_decode(coded: bytes, raw_bytes: int, _: Matrices) -> bytes:
-    stream = zlib.decompressobj()
-    try:
-        raw = stream.decompress(coded, raw_bytes + 1)
-    except zlib.error as error:
-        raise ValueError(f"zlib section is damaged: {error}") from None
-    if len(raw) != raw_bytes or not stream.eof or stream.unused_data:
-        raise ValueError("zlib section does not have its declared size")
+def _collect(raw_bytes: int, parts: Iterator[bytes]) -> bytearray:
+    """Small parts, one after another: whole, the expansion would be in memory twice."""
+    raw = bytearray()
+    for part in parts:
+        raw += part
+        if len(raw) > raw_bytes:
+            break
+    if len(raw) != raw_bytes:
+        raise ValueError("section does not have its declared size")
     return raw
 
 
-def _zstd_decode(coded: bytes, raw_bytes: int, _: Matrices) -> bytes:
+def _pieces(coded: Coded) -> Iterator[Coded]:
+    """Small too: a decoder copies what it has not read yet."""
+    view = memoryview(coded)
+    return (view[i : i + PIECE_BYTES] for i in range(0, len(view), PIECE_BYTES))
+
+
+def _check_end(is_finished: bool, has_more: bool) -> None:
+    if not is_finished or has_more:
+        raise ValueError("section does not end with its declared size")
+
+
+def _zlib_parts(coded: Coded) -> Iterator[bytes]:
+    stream = zlib.decompressobj()
+    for piece in _pieces(coded):
+        _check_end(True, stream.eof)
+        while part := stream.decompress(piece, PART_BYTES):
+            yield part
+            piece = stream.unconsumed_tail
+    _check_end(stream.eof, bool(stream.unused_data))
+
+
+def _zlib_decode(coded: Coded, raw_bytes: int, _: Matrices) -> bytearray:
+    try:
+        return _collect(raw_bytes, _zlib_parts(coded))
+    except zlib.error as error:
+        raise ValueError(f"zlib section is damaged: {error}") from None
+
+
+def _zstd_decode(coded: Coded, raw_bytes: int, _: Matrices) -> bytearray:
     try:
         if zstandard.get_frame_parameters(coded).content_size != raw_bytes:
             raise ValueError("zstd section does not have its declared size")
-        return zstandard.ZstdDecompressor().decompress(coded, allow_extra_data=False)
+        return bytearray(zstandard.ZstdDecompressor().decompress(coded, allow_extra_data=False))
     except zstandard.ZstdError as error:
         raise ValueError(f"zstd section is damaged: {error}") from None
 
@@ -71,32 +104,43 @@ def _lzma_encode(raw: bytes, _: Matrices) -> bytes:
     return lzma.compress(raw, lzma.FORMAT_RAW, filters=_lzma_filters(len(raw)))
 
 
-def _lzma_decode(coded: bytes, raw_bytes: int, _: Matrices) -> bytes:
+def _lzma_parts(coded: Coded, raw_bytes: int) -> Iterator[bytes]:
     stream = lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=_lzma_filters(raw_bytes))
+    for piece in _pieces(coded):
+        _check_end(True, stream.eof)
+        yield stream.decompress(piece, PART_BYTES)
+        while not stream.eof and not stream.needs_input:
+            yield stream.decompress(b"", PART_BYTES)
+    _check_end(stream.eof, bool(stream.unused_data))
+
+
+def _lzma_decode(coded: Coded, raw_bytes: int, _: Matrices) -> bytearray:
     try:
-        raw = stream.decompress(coded, raw_bytes + 1)
+        return _collect(raw_bytes, _lzma_parts(coded, raw_bytes))
     except lzma.LZMAError as error:
         raise ValueError(f"lzma section is damaged: {error}") from None
-    if len(raw) != raw_bytes or stream.unused_data:
-        raise ValueError("lzma section does not have its declared size")
-    return raw
 
 
 def _brotli_encode(raw: bytes, _: Matrices) -> bytes:
     return brotli.compress(raw, quality=BROTLI_LEVEL, lgwin=BROTLI_WINDOW)
 
 
-def _brotli_decode(coded: bytes, raw_bytes: int, _: Matrices) -> bytes:
+def _brotli_parts(coded: Coded) -> Iterator[bytes]:
     stream = brotli.Decompressor()
+    for piece in _pieces(coded):
+        _check_end(True, stream.is_finished())
+        # Only an empty part says that there is no more: not can_accept_more_data (brotli 1.2).
+        while part := stream.process(piece, output_buffer_limit=PART_BYTES):
+            yield part
+            piece = b""
+    _check_end(stream.is_finished(), False)  # what follows its end within a piece is an error
+
+
+def _brotli_decode(coded: Coded, raw_bytes: int, _: Matrices) -> bytearray:
     try:
-        raw = stream.process(coded, output_buffer_limit=raw_bytes + 1)
-        while len(raw) <= raw_bytes and not stream.can_accept_more_data():
-            raw += stream.process(b"", output_buffer_limit=raw_bytes + 1 - len(raw))
+        return _collect(raw_bytes, _brotli_parts(coded))
     except brotli.error as error:
         raise ValueError(f"brotli section is damaged: {error}") from None
-    if len(raw) != raw_bytes or not stream.is_finished():
-        raise ValueError("brotli section does not have its declared size")
-    return raw
 
 
 def _mix_encode(raw: bytes, matrices: Matrices) -> bytes:
@@ -105,7 +149,7 @@ def _mix_encode(raw: bytes, matrices: Matrices) -> bytes:
     return encode(raw, matrices)
 
 
-def _mix_decode(coded: bytes, raw_bytes: int, matrices: Matrices) -> bytes:
+def _mix_decode(coded: Coded, raw_bytes: int, matrices: Matrices) -> memoryview:
     from qat.artifact.mix_coder import decode
 
     return decode(coded, raw_bytes, matrices)
@@ -117,7 +161,7 @@ def _constriction_encode(raw: bytes, matrices: Matrices) -> bytes:
     return encode(raw, matrices)
 
 
-def _constriction_decode(coded: bytes, raw_bytes: int, matrices: Matrices) -> bytes:
+def _constriction_decode(coded: Coded, raw_bytes: int, matrices: Matrices) -> memoryview:
     from qat.artifact.class_coder import decode
 
     return decode(coded, raw_bytes, matrices)

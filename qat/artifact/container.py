@@ -13,20 +13,22 @@ Format 2, little-endian:
     32 bytes   SHA-256 of all that precedes
 
 The bytes are a function of weights, plan, meta and coder only: no time, host, run name or seed.
-Reading checks length, magic, version and hash before it believes anything else, and every size
-against the plan before it allocates.
+Reading checks length, magic, version and hash before it believes anything else, then the header's
+length, strict JSON, and every size against the plan and the plan against this machine's memory,
+before it allocates. It takes less memory than twice the tensors as float32, beside the file.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import os
 import re
+import stat
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,7 @@ import torch
 from torch import Tensor
 
 from qat.artifact.coder import CODERS, Matrix, encode_section
+from qat.artifact.header import Header, Section, check_length, read_header, section_sizes
 from qat.errors import UserError
 from qat.quantize.grid import DTYPES, FP8
 from qat.quantize.plan import Encoded, Entry, Plan
@@ -44,18 +47,22 @@ MAGIC = b"QATMODEL"
 FORMAT = 2
 PREFIX = struct.Struct("<8sII")
 HASH_BYTES = 32
-WIDTHS = {"fp32": 4, "bf16": 2, "fp16": 2}
+CHUNK_BYTES = 1 << 20
+Buffer = bytearray | memoryview
 
 
 @dataclass(frozen=True)
 class Artifact:
-    """A file read back: its meta data, plan, and float32 weights decoded from the stored codes."""
+    """A file read back: its meta data, plan, and float32 weights decoded from the stored codes.
+
+    ``encoded`` and the weights stored as fp32 are views of the sections.
+    """
 
     meta: dict[str, Any]
     plan: Plan
     weights: dict[str, Tensor]
     encoded: list[Encoded]
-    sections: list[tuple[str, str, int, int]]  # name, coder, raw bytes, coded bytes
+    sections: list[Section]
     num_bytes: int
 
 
@@ -68,26 +75,8 @@ def _split_planes(raw: bytes) -> bytes:
     return np.frombuffer(raw, np.uint8).reshape(-1, 2).T.tobytes()
 
 
-def _join_planes(raw: bytes) -> bytes:
-    return np.frombuffer(raw, np.uint8).reshape(2, -1).T.tobytes()
-
-
-def _stored_floats(plan: Plan) -> list[tuple[str, int]]:
-    """(storage dtype, count) of steps and plain tensors, in plan order."""
-    return [
-        (e.grid.step_dtype, math.prod(e.steps_shape)) if e.grid else (e.dtype, e.num_elements)
-        for e in plan
-    ]
-
-
-def _section_sizes(plan: Plan) -> list[tuple[str, int]]:
-    """Raw bytes of each section, from the plan alone."""
-    floats = _stored_floats(plan)
-    return [
-        ("codes", sum(e.num_elements + e.num_zeros for e in plan.on_grid)),
-        ("floats16", sum(2 * count for dtype, count in floats if WIDTHS[dtype] == 2)),
-        ("floats32", sum(4 * count for dtype, count in floats if WIDTHS[dtype] == 4)),
-    ]
+def _join_planes(raw: Buffer) -> memoryview:
+    return np.frombuffer(raw, np.uint8).reshape(2, -1).T.copy().reshape(-1).data
 
 
 def matrix_of(entry: Entry) -> Matrix:
@@ -117,7 +106,7 @@ def _matrices(plan: Plan, section: str) -> list[Matrix]:
 
 
 def pack(encoded: list[Encoded], plan: Plan, meta: Mapping[str, Any], coder: str) -> bytes:
-    """The whole file as bytes."""
+    """The whole file as bytes. ValueError if its header is longer than a reader takes."""
     codes, halves, words = bytearray(), bytearray(), bytearray()
     for item in encoded:
         if item.coded is not None:
@@ -130,23 +119,13 @@ def pack(encoded: list[Encoded], plan: Plan, meta: Mapping[str, Any], coder: str
         "floats16": _split_planes(bytes(halves)),
         "floats32": bytes(words),
     }
-    coded = {
-        name: encode_section(raws[name], _matrices(plan, name), coder)
-        for name, _ in _section_sizes(plan)
-    }
-    header = {
-        "meta": meta,
-        "plan": plan.as_json(),
-        "sections": [
-            [name, coded[name][0], size, len(coded[name][1])] for name, size in _section_sizes(plan)
-        ],
-    }
-    header_bytes = json.dumps(header, sort_keys=True, separators=(",", ":")).encode()
-    body = (
-        PREFIX.pack(MAGIC, FORMAT, len(header_bytes))
-        + header_bytes
-        + b"".join(data for _, data in coded.values())
-    )
+    sections, parts = [], []
+    for name, size in section_sizes(plan).items():
+        used, data = encode_section(raws[name], _matrices(plan, name), coder)
+        sections.append(Section(name, used, size, len(data)))
+        parts.append(data)
+    header = Header(dict(meta), plan, sections).as_bytes()
+    body = b"".join([PREFIX.pack(MAGIC, FORMAT, len(header)), header, *parts])
     return body + hashlib.sha256(body).digest()
 
 
@@ -166,53 +145,85 @@ def write_artifact(path: Path, data: bytes) -> None:
 def read_artifact(path: Path) -> Artifact:
     """Read, check and decode a file. UserError names the file and what is wrong with it."""
     try:
-        data = path.read_bytes()
+        if not stat.S_ISREG(path.stat().st_mode):  # a pipe or device may have no end
+            raise UserError(f"artifact={path}: not a file")
+        with open(path, "rb") as file:
+            return _read(file, os.fstat(file.fileno()).st_size)
     except OSError as error:
         raise UserError(f"artifact={path}: {error.strerror or error}") from None
-    try:
-        return _unpack(data)
-    except (ValueError, KeyError, TypeError, OverflowError, RecursionError, struct.error) as error:
+    except MemoryError:
+        raise UserError(f"artifact={path}: there is not enough memory to read it") from None
+    except (ValueError, TypeError, LookupError, ArithmeticError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"artifact={path}: not a readable artifact ({reason})") from None
 
 
-def _unpack(data: bytes) -> Artifact:
-    if len(data) < PREFIX.size + HASH_BYTES:
-        raise ValueError(f"only {len(data)} bytes long")
-    magic, version, header_bytes = PREFIX.unpack_from(data)
+class _Body:
+    """What precedes the hash, read once from the start and hashed on the way."""
+
+    def __init__(self, file: BufferedReader, num_bytes: int) -> None:
+        file.seek(0)
+        self.file, self.left = file, num_bytes
+        self.sha256 = hashlib.sha256()
+
+    def take(self, count: int) -> bytearray:
+        if count > self.left:
+            raise ValueError(f"{count:,} bytes are to follow, and {self.left:,} do")
+        data = bytearray(count)
+        if self.file.readinto(data) != count:
+            raise ValueError("it became shorter while it was read")
+        self.sha256.update(data)
+        self.left -= count
+        return data
+
+
+def _read(file: BufferedReader, size: int) -> Artifact:
+    """Twice through the file: nothing is believed of one whose hash is wrong, and what is decoded
+    is hashed again, because the file may have changed since."""
+    if size < PREFIX.size + HASH_BYTES:
+        raise ValueError(f"only {size} bytes long")
+    body = _Body(file, size - HASH_BYTES)
+    magic, version, header_bytes = PREFIX.unpack(body.take(PREFIX.size))
     if magic != MAGIC:
         raise ValueError("it does not begin as an artifact does")
     if version != FORMAT:
-        raise ValueError(f"format {version}; this program reads format {FORMAT}")
-    if hashlib.sha256(data[:-HASH_BYTES]).digest() != data[-HASH_BYTES:]:
+        age = "older" if version < FORMAT else "newer"
+        raise ValueError(f"format {version}, {age} than format {FORMAT}, which this program reads")
+    while body.left:
+        body.take(min(body.left, CHUNK_BYTES))
+    if body.sha256.digest() != file.read(HASH_BYTES):
         raise ValueError("its SHA-256 does not match: truncated or damaged")
-    end = len(data) - HASH_BYTES
-    start = PREFIX.size + header_bytes
-    if start > end:
+    checked, body = body, _Body(file, size - HASH_BYTES)
+    body.take(PREFIX.size)
+    if header_bytes > body.left:
         raise ValueError("its header is longer than the file")
-    header = json.loads(data[PREFIX.size : start])
-    plan = Plan.from_json(header["plan"])
-    sizes = _section_sizes(plan)
-    if [(name, raw) for name, _, raw, _ in header["sections"]] != sizes:
-        raise ValueError("its sections do not have the sizes its plan asks for")
-    raws = {}
-    for name, coder, raw_bytes, coded_bytes in header["sections"]:
-        if type(coded_bytes) is not int or not 0 <= coded_bytes <= end - start:
-            raise ValueError(f"section {name} runs past the end")
-        coded = data[start : start + coded_bytes]
-        raws[name] = CODERS[coder].decode(coded, raw_bytes, _matrices(plan, name))
-        start += coded_bytes
-    if start != end:
-        raise ValueError("bytes left over after the last section")
+    check_length(header_bytes)
+    header = read_header(body.take(header_bytes))
+    if sum(section.coded_bytes for section in header.sections) != body.left:
+        raise ValueError("its sections do not end where the file does")
+    raws = {
+        name: CODERS[coder].decode(body.take(coded_bytes), raw_bytes, _matrices(header.plan, name))
+        for name, coder, raw_bytes, coded_bytes in header.sections
+    }
+    if body.sha256.digest() != checked.sha256.digest():
+        raise ValueError("it changed while it was read")
     raws["floats16"] = _join_planes(raws["floats16"])
-    encoded = _split(plan, raws)
-    weights = {item.entry.name: item.decode() for item in encoded}
-    sections = [tuple(section) for section in header["sections"]]
-    return Artifact(header["meta"], plan, weights, encoded, sections, len(data))
+    encoded = _split(header.plan, raws)
+    weights = {}
+    for item in encoded:
+        weights[item.entry.name] = w = item.decode()
+        if not _is_finite(item.floats) or not _is_finite(w):
+            raise ValueError(f"tensor {item.entry.name} has a value that is not finite")
+    return Artifact(header.meta, header.plan, weights, encoded, header.sections, size)
 
 
-def _split(plan: Plan, raws: Mapping[str, bytes]) -> list[Encoded]:
-    """Cut the sections into the tensors of the plan."""
+def _is_finite(values: Tensor) -> bool:
+    """Without a copy, as ``isfinite`` makes; a NaN is the least and the largest."""
+    return not values.numel() or all(torch.isfinite(end) for end in torch.aminmax(values))
+
+
+def _split(plan: Plan, raws: Mapping[str, Buffer]) -> list[Encoded]:
+    """The sections as the tensors of the plan: views, so that no code exists twice."""
     offsets = dict.fromkeys(raws, 0)
 
     def take(section: str, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
@@ -221,27 +232,28 @@ def _split(plan: Plan, raws: Mapping[str, bytes]) -> list[Encoded]:
             return torch.zeros(shape, dtype=dtype)
         start = offsets[section]
         offsets[section] += count * dtype.itemsize
-        raw = bytearray(raws[section][start : offsets[section]])
-        return torch.frombuffer(raw, dtype=dtype).view(shape)
+        return torch.frombuffer(raws[section], dtype=dtype, count=count, offset=start).view(shape)
 
     def take_floats(storage: str, shape: tuple[int, ...]) -> Tensor:
-        return take("floats16" if WIDTHS[storage] == 2 else "floats32", DTYPES[storage], shape)
+        dtype = DTYPES[storage]
+        return take("floats16" if dtype.itemsize == 2 else "floats32", dtype, shape)
+
+    def take_codes(entry: Entry, shape: tuple[int, ...]) -> Tensor:
+        assert entry.grid is not None
+        codes = take("codes", torch.int8, shape)
+        low, high = entry.grid.code_limits
+        is_int = entry.grid.levels not in FP8
+        if is_int and codes.numel() and not low <= codes.min() <= codes.max() <= high:
+            raise ValueError(f"tensor {entry.name} has a code outside its grid")
+        return codes
 
     encoded = []
     for entry in plan:
         if entry.grid is None:
             encoded.append(Encoded(entry, plain=take_floats(entry.dtype, entry.shape)))
         else:
-            codes = take("codes", torch.int8, entry.shape)
-            low, high = entry.grid.code_limits
-            is_int = entry.grid.levels not in FP8
-            if is_int and codes.numel() and not low <= codes.min() <= codes.max() <= high:
-                raise ValueError(f"tensor {entry.name} has a code outside its grid")
-            has_zeros = entry.num_zeros > 0
-            zeros = take("codes", torch.int8, entry.steps_shape) if has_zeros else None
+            codes = take_codes(entry, entry.shape)
+            zeros = take_codes(entry, entry.steps_shape) if entry.num_zeros else None
             steps = take_floats(entry.grid.step_dtype, entry.steps_shape)
             encoded.append(Encoded(entry, Codes(codes, steps, zeros)))
-    for item in encoded:
-        if not torch.isfinite(item.floats).all() or not torch.isfinite(item.decode()).all():
-            raise ValueError(f"tensor {item.entry.name} has a value that is not finite")
     return encoded

@@ -13,7 +13,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from qat.artifact.coder import Matrices, Matrix
+from qat.artifact.coder import Coded, Matrices, Matrix
 from qat.artifact.mixing import MAX_BITS, ROLES, code_tensor, new_model, tables
 
 STREAM_CODES = 1 << 22
@@ -51,22 +51,24 @@ def _split(code: np.ndarray, matrix: Matrix) -> tuple[np.ndarray, np.ndarray]:
     return np.abs(code.astype(np.int16)).astype(np.uint8), (code < 0).astype(np.uint8)
 
 
-def _join(magnitudes: np.ndarray, negatives: np.ndarray, matrix: Matrix) -> np.ndarray:
+def _join(magnitudes: np.ndarray, negatives: np.ndarray, matrix: Matrix) -> None:
+    """The inverse of ``_split``; the codes take the place of the magnitudes."""
     if matrix.is_sign_magnitude:
-        return (magnitudes | (negatives << 7)).view(np.int8)
-    signed = np.where(negatives, -magnitudes.astype(np.int16), magnitudes)
-    if signed.size and not -128 <= signed.min() <= signed.max() <= 127:
+        negatives <<= 7
+        magnitudes |= negatives
+    elif (magnitudes > negatives + 127).any():
         raise ValueError("mix section holds a code outside int8")
-    return signed.astype(np.int8)
+    else:
+        np.negative(magnitudes, out=magnitudes, where=negatives.view(np.bool_))
 
 
-def _run(matrices: Matrices, roles: dict[str, int], data: np.ndarray, raw: np.ndarray | None):
-    """Code one stream: ``raw`` into ``data``, or without ``raw`` the other way.
+def _run(
+    matrices: Matrices, roles: dict[str, int], data: np.ndarray, codes: np.ndarray, decoding: bool
+) -> np.ndarray:
+    """Code one stream: ``codes`` into ``data``, or the other way.
 
-    Returns (codes, the arithmetic coder's state: low, high, code, position in ``data``).
+    Returns the arithmetic coder's state: low, high, code, position in ``data``.
     """
-    decoding = raw is None
-    codes = np.zeros(_num_codes(matrices), np.int8) if raw is None else raw
     coder = np.array([0, FULL_RANGE, 0, 0], np.int64)
     if decoding:
         coder[2], coder[3] = int.from_bytes(bytes(data[:4]).ljust(4, b"\0"), "big"), 4
@@ -76,15 +78,20 @@ def _run(matrices: Matrices, roles: dict[str, int], data: np.ndarray, raw: np.nd
             raise ValueError(f"magnitudes of {matrix.bits} bits")
         end = start + matrix.rows * matrix.columns
         tensor = codes[start:end].reshape(matrix.rows, matrix.columns)
-        magnitudes, negatives = _split(tensor, matrix)
+        if not tensor.size:
+            continue  # a crafted one may have 10^18 empty rows
+        if decoding:
+            magnitudes, negatives = tensor.view(np.uint8), np.zeros(tensor.shape, np.uint8)
+        else:
+            magnitudes, negatives = _split(tensor, matrix)
         code_tensor(
             magnitudes, negatives, matrix.bits, matrix.is_sign_magnitude, roles[matrix.role],
             *model, *constants, coder, data, decoding,
         )  # fmt: skip
         if decoding:
-            tensor[:] = _join(magnitudes, negatives, matrix)
+            _join(magnitudes, negatives, matrix)
         start = end
-    return codes, coder
+    return coder
 
 
 def encode(raw: bytes, matrices: Matrices) -> bytes:
@@ -97,7 +104,7 @@ def encode(raw: bytes, matrices: Matrices) -> bytes:
         own = codes[ends[number - 1] if number else 0 : ends[number]]
         # A bit costs at most 12, so a code of 9 bits stays below 14 bytes.
         data = np.zeros(14 * own.size + 16, np.uint8)
-        _, coder = _run(matrices[streams[number]], roles, data, own)
+        coder = _run(matrices[streams[number]], roles, data, own, decoding=False)
         used = int(coder[3])
         data[used : used + 4] = np.frombuffer(int(coder[0]).to_bytes(4, "big"), np.uint8)
         return data[: used + 4].tobytes()
@@ -107,8 +114,9 @@ def encode(raw: bytes, matrices: Matrices) -> bytes:
     return b"".join([*(LENGTH.pack(len(stream)) for stream in coded), *coded])
 
 
-def decode(coded: bytes, raw_bytes: int, matrices: Matrices) -> bytes:
-    """The inverse of ``encode``. ValueError if the sizes do not fit; content is not checked."""
+def decode(coded: Coded, raw_bytes: int, matrices: Matrices) -> memoryview:
+    """The inverse of ``encode``. ValueError if a size does not fit or a stream does not end where
+    its codes do."""
     streams = _streams(matrices)
     if _num_codes(matrices) != raw_bytes or len(coded) < LENGTH.size * len(streams):
         raise ValueError("mix section does not have its declared size")
@@ -116,12 +124,17 @@ def decode(coded: bytes, raw_bytes: int, matrices: Matrices) -> bytes:
     starts = np.cumsum([LENGTH.size * len(streams), *lengths]).tolist()
     if starts[-1] != len(coded):
         raise ValueError("mix section does not have its declared size")
-    roles = _roles(matrices)
+    ends = np.cumsum([0, *(_num_codes(matrices[s]) for s in streams)]).tolist()
+    data = np.require(np.frombuffer(coded, np.uint8), requirements="W")  # one compiled version
+    codes, roles = np.zeros(raw_bytes, np.int8), _roles(matrices)
 
-    def work(number: int) -> bytes:
-        data = np.frombuffer(coded[starts[number] : starts[number + 1]], np.uint8).copy()
-        codes, _ = _run(matrices[streams[number]], roles, data, None)
-        return codes.tobytes()
+    def work(number: int) -> None:
+        stream = data[starts[number] : starts[number + 1]]
+        own = codes[ends[number] : ends[number + 1]]
+        coder = _run(matrices[streams[number]], roles, stream, own, decoding=True)
+        if coder[3] != stream.size:
+            raise ValueError("mix section is damaged: its streams do not end with their codes")
 
     with ThreadPoolExecutor() as pool:
-        return b"".join(pool.map(work, range(len(streams))))
+        list(pool.map(work, range(len(streams))))
+    return codes.view(np.uint8).data

@@ -113,14 +113,16 @@ def code_tensor(
     magnitudes, negatives, bits, zero_has_sign, role, counters, sign_counters, weights,
     squash, stretch, reciprocals, coder, data, decoding,
 ):  # fmt: skip
-    """Encode or decode one (rows, columns) tensor; decoding fills the first two arrays.
+    """Encode or decode one (rows, columns) tensor; decoding fills the first two arrays, and ends
+    early with its position beyond ``data`` if that is too short.
 
     Means are of magnitudes, times 2^8 (``row_mean``, ``tensor_mean``) or 2^16 (``columns_seen``,
     ``row_seen``); a row is measured in units of its columns and a column in units of its rows.
     """
     rows, columns = magnitudes.shape
-    columns_seen = np.zeros(columns, np.int64)
-    column_drift = np.zeros(columns, np.int64)  # of signs
+    # Narrow, and widened where they are read: of a single long row they are most of the memory.
+    columns_seen = np.zeros(columns, np.int32)
+    column_drift = np.zeros(columns, np.int16)  # of signs
     base = np.zeros(INPUTS, np.int64)
     logits = np.zeros(INPUTS, np.int64)
     shift = max(bits - 5, 0)
@@ -128,12 +130,14 @@ def code_tensor(
     for i in range(rows):
         row_mean, row_seen = tensor_mean, tensor_mean << 8
         for j in range(columns):
+            if coder[3] > data.size:
+                return  # damaged: no true stream is read beyond its end
             left = int(magnitudes[i, j - 1]) if j > 0 else 0
             left2 = int(magnitudes[i, j - 2]) if j > 1 else left
             up = int(magnitudes[i - 1, j]) if i > 0 else left
             up2 = int(magnitudes[i - 2, j]) if i > 1 else up
             corner = int(magnitudes[i - 1, j + 1]) if i > 0 and j + 1 < columns else up
-            column_mean = columns_seen[j] >> 8 if i > 0 else row_mean
+            column_mean = int(columns_seen[j]) >> 8 if i > 0 else row_mean
             near = (2 * left + left2 + 2 * up + up2 + corner) * 36
             product = bucket(min(column_mean * row_mean // max(tensor_mean, 1), 65535))
             column_bucket, row_bucket = bucket(column_mean), bucket(row_mean)
@@ -171,7 +175,7 @@ def code_tensor(
                     around += 1 + negatives[i, j - 1]
                 if i > 0 and magnitudes[i - 1, j] > 0:
                     around += 3 * (1 + negatives[i - 1, j])
-                drift = min(max((column_drift[j] >> 11) + 16, 0), 31)
+                drift = min(max((int(column_drift[j]) >> 11) + 16, 0), 31)
                 a = stretch[sign_counters[drift] >> 20]
                 b = stretch[sign_counters[32 + around] >> 20]
                 total = a * weights[SIGN_MIXER] + b * weights[SIGN_MIXER + 1]
@@ -182,7 +186,7 @@ def code_tensor(
                 weights[SIGN_MIXER + 1] += (b * error + (1 << 15)) >> 16
                 learn(sign_counters, drift, sign, reciprocals)
                 learn(sign_counters, 32 + around, sign, reciprocals)
-                column_drift[j] += (((1 - 2 * sign) << 15) - column_drift[j]) >> 4
+                column_drift[j] += (((1 - 2 * sign) << 15) - int(column_drift[j])) >> 4
             negatives[i, j] = sign
             value = magnitude << 8
             of_row, of_column = value, value
@@ -192,7 +196,7 @@ def code_tensor(
             seen = min(of_row << 8, 1 << 24) - row_seen
             row_seen += seen // min(j + (16 if i > 0 else 1), 1024)
             row_mean = row_seen >> 8
-            seen = min(of_column << 8, 1 << 24) - columns_seen[j]
+            seen = min(of_column << 8, 1 << 24) - int(columns_seen[j])
             columns_seen[j] += seen // min(i + 8, 512)
         if i == 0:
             columns_seen[:] = row_seen

@@ -11,9 +11,9 @@ The file is zlib over a ``torch.save`` of a dict (parameter-golf baseline, ``tra
     passthrough_orig_dtypes  name -> float type of a weight kept as fp16; left out if empty
 
 A pickle is a program, so one is never simply loaded. The expansion is bounded; the zip inside must
-be stored as is and no larger than it; its pickle may name nothing but what such a file consists of,
-which is seen without running it; ``torch.load`` reads it with ``weights_only``; and of what comes
-out every type, shape and size is checked before anything is computed.
+be stored as is and no larger than it; its pickle may do nothing but what makes such a file, which
+is seen without running it (``golf_pickle``); ``torch.load`` reads it with ``weights_only``; and of
+what comes out every type, shape and size is checked before anything is computed.
 
 This module is imported only where a .ptz is read or written: it is no part of scoring a .qat.
 """
@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import io
 import pickle
-import pickletools
 import re
 import zipfile
 import zlib
@@ -35,6 +34,7 @@ import torch
 from torch import Tensor
 
 from qat.errors import UserError
+from qat.evaluation.golf_pickle import check_pickle
 from qat.quantize.grid import DTYPES, Grid
 from qat.quantize.plan import Encoded, Entry, Plan
 from qat.quantize.rounding import Codes
@@ -46,14 +46,6 @@ SECTIONS = ("quantized", "scales", "dtypes", "passthrough")
 OPTIONAL_SECTIONS = ("qmeta", "passthrough_orig_dtypes")
 MAX_RAW_BYTES = 256_000_000  # of the expanded file: 15 times what fits the challenge's limit
 ZLIB_LEVEL = 9
-# What the pickle of such a file calls, by pickle's own names.
-PICKLE_MAY_NAME = {
-    "collections OrderedDict",
-    "torch CharStorage",
-    "torch FloatStorage",
-    "torch HalfStorage",
-    "torch._utils _rebuild_tensor_v2",
-}
 STORAGE = {torch.float16: "fp16", torch.float32: "fp32"}
 TYPE_NAMES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES.values()}
 
@@ -150,9 +142,9 @@ def _expand(data: bytes) -> bytes:
 
 def _load(raw: bytes) -> dict[str, Any]:
     """The dict in a torch file. Nothing in it runs: what its pickle names is looked at before."""
-    _check_zip(raw)
+    checked = _checked_zip(raw)
     try:
-        content = torch.load(io.BytesIO(raw), map_location="cpu", weights_only=True)
+        content = torch.load(checked, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:  # torch's advice here is how to load it without a check
         raise ValueError("its pickle does what no file of weights does: refused") from None
     except Exception as error:  # torch raises many kinds for a file that it did not write
@@ -171,38 +163,30 @@ def _load(raw: bytes) -> dict[str, Any]:
     return parts
 
 
-def _check_zip(raw: bytes) -> None:
-    """ValueError unless ``raw`` is a zip without compression whose pickle names only the allowed.
-
-    A compressed entry could expand a second time, past the bound of the first.
-    """
+def _checked_zip(raw: bytes) -> io.BytesIO:
+    """``raw`` written anew, so that torch, whose own reader might find another pickle in it, loads
+    what was looked at. ValueError unless it is a zip without compression (an entry could expand
+    a second time, past the bound of the first) whose pickle is that of a file of weights."""
     try:
-        program = _pickle_of(raw)
-        named = [(opcode.name, argument) for opcode, argument, _ in pickletools.genops(program)]
+        with zipfile.ZipFile(io.BytesIO(raw)) as archive:
+            entries = archive.infolist()
+            is_stored = all(entry.compress_type == zipfile.ZIP_STORED for entry in entries)
+            if not is_stored or sum(entry.file_size for entry in entries) > len(raw):
+                raise ValueError("its zip expands further")
+            pickles = [entry for entry in entries if entry.filename.endswith("/data.pkl")]
+            if len(pickles) != 1 or len({entry.filename for entry in entries}) != len(entries):
+                raise ValueError("it holds no torch file")
+            check_pickle(archive.read(pickles[0]))
+            checked = io.BytesIO()
+            with zipfile.ZipFile(checked, "w") as copy:
+                for entry in entries:
+                    copy.writestr(entry.filename, archive.read(entry))
     except ValueError:
         raise
-    except Exception as error:  # zipfile and pickletools have many for damage, none of them named
+    except Exception as error:  # zipfile has many for damage, none of them named
         raise ValueError(f"it holds no torch file: {error}") from None
-    for opcode, argument in named:
-        # STACK_GLOBAL and the like take the name from elsewhere; torch.save does not use them.
-        if opcode == "GLOBAL" and argument in PICKLE_MAY_NAME:
-            continue
-        if "GLOBAL" in opcode or opcode in ("INST", "OBJ", "NEWOBJ", "NEWOBJ_EX"):
-            raise ValueError(f"it would run {str(argument or opcode)[:80]!r}: refused")
-        if opcode.startswith("EXT"):
-            raise ValueError("it would run code of an extension: refused")
-
-
-def _pickle_of(raw: bytes) -> bytes:
-    with zipfile.ZipFile(io.BytesIO(raw)) as archive:
-        entries = archive.infolist()
-        is_stored = all(entry.compress_type == zipfile.ZIP_STORED for entry in entries)
-        if not is_stored or sum(entry.file_size for entry in entries) > len(raw):
-            raise ValueError("its zip expands further")
-        pickles = [entry for entry in entries if entry.filename.endswith("/data.pkl")]
-        if len(pickles) != 1:
-            raise ValueError("it holds no torch file")
-        return archive.read(pickles[0])
+    checked.seek(0)
+    return checked
 
 
 def _items(parts: Mapping[str, dict[str, Any]]) -> list[tuple[Encoded, str]]:

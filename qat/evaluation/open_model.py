@@ -71,12 +71,20 @@ def open_artifact(path: Path) -> OpenedModel:
             raise ValueError(f"seq_len {seq_len!r:.80}")
         if not isinstance(data, dict) or not 0.0 < data.get("val_fraction", 0.5) < 1.0:
             raise ValueError(f"data source {data!r:.80}")
-        largest = max(int(size) for size in artifact.meta["model"].values())
-        if largest > max(entry.num_elements for entry in artifact.plan):
+        sizes = [size for name, size in shape.as_dict().items() if name != "tie_embeddings"]
+        if type(shape.tie_embeddings) is not bool or any(
+            type(n) is not int or n < 1 for n in sizes
+        ):
+            raise ValueError("its model has a size that is none")
+        if max(sizes) > max(entry.num_elements for entry in artifact.plan):
             raise ValueError("its model is larger than its tensors")
+        # A layer has ten tensors; a million of them would be built before any was missed.
+        if 8 * shape.num_layers > len(artifact.plan.entries):
+            raise ValueError("its model has more layers than its tensors make")
         expected = tensor_shapes(shape)
-    except (KeyError, TypeError, ValueError, RuntimeError, ZeroDivisionError) as error:
-        raise UserError(f"artifact={path}: its header names no usable model ({error})") from None
+    except (KeyError, TypeError, ValueError, RuntimeError, ArithmeticError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"artifact={path}: its header names no usable model ({reason})") from None
     if expected != {entry.name: entry.shape for entry in artifact.plan}:
         raise UserError(f"artifact={path}: its tensors are not those of the model it names")
     return OpenedModel(artifact, shape, seq_len)

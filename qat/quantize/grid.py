@@ -34,6 +34,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
+from typing import get_args, get_type_hints
 
 import torch
 
@@ -130,6 +131,19 @@ class Grid:
             "goes with symmetric int levels and given steps, one per row",
         )
 
+    @staticmethod
+    def from_json(data: dict) -> Grid:
+        """A grid from untrusted data: ValueError or TypeError also for a value of another type,
+        which Python would let pass (6.0 bits, a step of True)."""
+        if not isinstance(data, dict):
+            raise TypeError("a grid is not an object")
+        types = get_type_hints(Grid)
+        for name, value in data.items():
+            allowed = get_args(types.get(name)) or (types.get(name),)
+            if type(value) not in allowed and not (type(value) is int and float in allowed):
+                raise ValueError(f"{name[:40]!r} of a grid is {str(value)[:40]!r}")
+        return Grid(**data)
+
     @property
     def code_limits(self) -> tuple[float, float]:
         """Lowest and highest code, as numbers (fp8: of the format)."""
@@ -182,4 +196,4 @@ class Grid:
             rows, columns = shape[0], math.prod(shape[1:])
         if self.column_steps:
             return rows + columns, 1
-        return rows, 1 if self.group_size is None else math.ceil(columns / self.group_size)
+        return rows, 1 if self.group_size is None else -(-columns // self.group_size)

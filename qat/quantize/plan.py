@@ -22,6 +22,7 @@ from qat.quantize.rounding import Codes, check_finite, decode, encode, snap
 
 Steps = Mapping[str, Tensor]  # learned steps (rows, groups) by tensor name
 NONE_LEARNED: Steps = {}
+MAX_DIMENSIONS = 8
 
 
 @dataclass(frozen=True)
@@ -158,10 +159,13 @@ class Plan:
         entries = []
         for row in rows:
             name, shape = row["name"], tuple(row["shape"])
-            if not isinstance(name, str) or not all(type(n) is int and n >= 0 for n in shape):
+            # Names reach terminals, and shapes torch, which has no tensor of so many dimensions.
+            is_named = isinstance(name, str) and name.isprintable()
+            is_shape = isinstance(row["shape"], list) and len(shape) <= MAX_DIMENSIONS
+            if not is_named or not is_shape or not all(type(n) is int and n >= 0 for n in shape):
                 raise ValueError(f"plan entry {str(name)[:80]!r} has no usable name or shape")
             if "grid" in row:
-                entries.append(Entry(name, shape, Grid(**row["grid"])))
+                entries.append(Entry(name, shape, Grid.from_json(row["grid"])))
             elif row["dtype"] in DTYPES:
                 entries.append(Entry(name, shape, None, row["dtype"]))
             else:

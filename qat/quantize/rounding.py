@@ -172,7 +172,7 @@ def encode_view(view: Tensor, grid: Grid, scale: Scale) -> Tensor:
 def decode_view(code: Tensor, step: Tensor, zero: Tensor | None) -> Tensor:
     """Weights of one view from its codes as float32 numbers; ``code`` is overwritten."""
     if zero is not None:
-        code = code - zero[..., None]
+        code.sub_(zero[..., None])
     return code.mul_(step[..., None]).add_(0.0)  # -0 becomes +0: equal weights are equal bits
 
 
@@ -196,7 +196,7 @@ def encode(w: Tensor, grid: Grid, steps: Tensor | None = None) -> Codes:
     if grid.column_steps and steps is not None:
         rows, by_row = _rows(w), replace(grid, column_steps=False)
         columns = steps[rows:].to(DTYPES[grid.step_dtype])
-        scaled = in_step_units(w.reshape(rows, -1), columns.float().T).view_as(w)
+        scaled = in_step_units(w.reshape(rows, len(columns)), columns.float().T).view_as(w)
         inner = encode(scaled, by_row, steps[:rows])
         return inner._replace(steps=torch.cat([inner.steps, columns]))
     views = group_views(w, grid)
@@ -224,14 +224,17 @@ def decode(coded: Codes, grid: Grid) -> Tensor:
     if grid.column_steps:
         rows, by_row = _rows(coded.codes), replace(grid, column_steps=False)
         w = decode(Codes(coded.codes, coded.steps[:rows]), by_row)
-        return w.reshape(rows, -1).mul_(coded.steps[rows:].float().T).add_(0.0).view_as(w)
+        w.view(rows, coded.steps.size(0) - rows).mul_(coded.steps[rows:].float().T).add_(0.0)
+        return w
     codes = coded.codes.view(FP8[grid.levels]) if grid.levels in FP8 else coded.codes
-    views = group_views(codes.float(), grid)
+    weights = codes.to(torch.float32, memory_format=torch.contiguous_format)
+    views = group_views(weights, grid)
     counts = [view.size(1) for view in views]
     steps = coded.steps.float().split(counts, dim=1)
     zeros = [None] * len(views) if coded.zeros is None else coded.zeros.float().split(counts, dim=1)
-    decoded = [decode_view(v, s, z) for v, s, z in zip(views, steps, zeros, strict=True)]
-    return join_groups(decoded, codes.shape)
+    for view, step, zero in zip(views, steps, zeros, strict=True):
+        decode_view(view, step, zero)  # in place: a second copy would double the memory of a reader
+    return weights
 
 
 def snap(w: Tensor, grid: Grid, steps: Tensor | None = None) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import pickle
+import time
 import tracemalloc
 import zipfile
 import zlib
@@ -18,7 +19,7 @@ import yaml
 
 from qat.artifact.bundle import ROOT, code_files
 from qat.errors import UserError
-from qat.evaluation import golf_file
+from qat.evaluation import golf_file, golf_pickle
 from qat.evaluation.golf_file import GOLF_GRID, pack_golf, read_golf_file, unpack_golf
 from qat.quantize.grid import Grid
 from qat.quantize.plan import build_plan
@@ -202,6 +203,79 @@ def test_a_bomb_within_the_zip_is_refused(tmp_path: Path) -> None:
             deflated.writestr(entry.filename, right.read(entry))
     assert torch.load(io.BytesIO(buffer.getvalue()), weights_only=True)  # torch would expand it
     assert "its zip expands further" in refuse(zlib.compress(buffer.getvalue()), tmp_path)
+
+
+def with_pickle(change: Callable[[bytes], bytes]) -> bytes:
+    """A right file whose pickle is another; all sizes and checksums are right."""
+    buffer = io.BytesIO()
+    with (
+        zipfile.ZipFile(io.BytesIO(raw_of(small()))) as right,
+        zipfile.ZipFile(buffer, "w") as forged,
+    ):
+        for name in right.namelist():
+            content = right.read(name)
+            forged.writestr(name, change(content) if name.endswith("/data.pkl") else content)
+    return zlib.compress(buffer.getvalue())
+
+
+EMPTY = b"\x80\x02}"  # protocol 2; an empty dict, to which the pickles below add
+ONE = b"K\x01"
+# A tuple of itself twice, sixty times over: of the last one 2^60 are reached.
+DOUBLED = ONE + b"".join(b"q%ch%c\x86" % (i, i) for i in range(60))
+PICKLES = {
+    "doubled tuples as a key": EMPTY + DOUBLED + ONE + b"s.",
+    "doubled tuples as a value": EMPTY + ONE + DOUBLED + b"s.",
+    "doubled tuples name a storage": EMPTY + ONE + DOUBLED + b"Qs.",
+    "doubled by an opcode": EMPTY + ONE + ONE + b"2\x86" * 60 + b"s.",
+    "doubled dicts": EMPTY
+    + b"".join(b"q%c}K\x01h%csK\x02h%cs" % (i, i, i) for i in range(60))
+    + b".",
+    "doubled lists": EMPTY
+    + ONE
+    + b"]"
+    + b"".join(b"q%c](h%ch%ce" % (i, i, i) for i in range(60))
+    + b"s.",
+    "a deep tuple as a key": EMPTY + ONE + b"\x85" * 1_000_000 + ONE + b"s.",
+    "a tuple of a tuple of a tuple": EMPTY + ONE + ONE + b"\x85" * 3 + b"s.",
+    "a tuple as a key": EMPTY + ONE + b"\x85" + ONE + b"s.",
+    "many marks": EMPTY + ONE * 250_000 + b"(t" * 250_000 + b".",
+    "marks alone": EMPTY + b"(" * 1_000_000 + b".",
+    "a longer one": EMPTY + ONE * 600_000 + b".",
+    "a number": b"\x80\x02K\x01.",
+    "nothing": b"\x80\x02.",
+    "no end": EMPTY,
+    "from an empty stack": b"\x80\x02ss.",
+    "from no place": b"\x80\x02h\x09.",
+    "called with what it is not": b"\x80\x02ccollections\nOrderedDict\n" + ONE + b"\x85R.",
+    "calls a number": EMPTY + ONE + ONE + b")Rs.",
+    "attributes": EMPTY + b"}b.",
+}
+
+
+@pytest.mark.parametrize("program", PICKLES.values(), ids=PICKLES)
+def test_a_pickle_that_would_take_for_ever_is_refused(program: bytes, tmp_path: Path) -> None:
+    """Nothing of it is built: hashing or writing out such tuples would not end, or overflow."""
+    began = time.perf_counter()
+    refuse(with_pickle(lambda _: program), tmp_path)
+    assert time.perf_counter() - began < 30
+    if len(program) <= golf_pickle.MAX_PICKLE_BYTES:
+        with pytest.raises(ValueError, match=r"refused|it holds no|exhausted"):
+            golf_pickle.check_pickle(program)
+
+
+def test_torch_reads_the_pickle_that_was_looked_at(tmp_path: Path) -> None:
+    """Two readers of one zip may disagree on what is in it."""
+    raw = raw_of(small())
+    assert with_pickle(lambda right: right) != zlib.compress(raw)
+    assert (
+        unpack_golf(with_pickle(lambda right: right)).plan == unpack_golf(zlib.compress(raw)).plan
+    )
+    buffer = io.BytesIO(raw)
+    with zipfile.ZipFile(buffer, "a") as archive:
+        name = next(n for n in archive.namelist() if n.endswith("/data.pkl"))
+        with pytest.warns(UserWarning, match="Duplicate name"):
+            archive.writestr(name, archive.read(name))
+    assert "it holds no torch file" in refuse(zlib.compress(buffer.getvalue()), tmp_path)
 
 
 def test_truncation_is_refused(tmp_path: Path) -> None:

@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from qat.artifact.container import HASH_BYTES, PREFIX
+from qat.artifact.container import HASH_BYTES, PREFIX, read_artifact
+from qat.errors import UserError
+from qat.evaluation.open_model import open_artifact
 from tests.conftest import result_of
 
 
@@ -40,6 +42,10 @@ def with_meta(file: bytes, meta: dict) -> bytes:
         {"data": {"name": "hub"}},
         {"data": {"cache_key": "../../etc"}},
         {"data": {"name": ["web_bible"]}},
+        {"tokenizer_sha256": None},
+        {"model": []},
+        {"model": {}},
+        {"model": {"dim": 64}},
     ],
     ids=str,
 )
@@ -62,3 +68,47 @@ def test_text_given_by_hand_is_split_as_in_training(train, program, corpus, cach
     assert match
     expected = result_of(Path("logs/runs/r"))["val_bpb_artifact"]
     assert float(match[1]) == pytest.approx(expected, abs=1e-9)
+
+
+def test_another_tokenizer(finished: Path, program, cache_dir: Path, tmp_path: Path) -> None:
+    good = (finished / "artifact.qat").read_bytes()
+    (tmp_path / "f.qat").write_bytes(with_meta(good, {"tokenizer_sha256": "0" * 64}))
+    done = program("eval.py", "artifact=f.qat", f"data.cache_dir={cache_dir}")
+    assert done.code == 2
+    assert re.fullmatch(
+        r"error: data\.tokenizer=\S+: not the tokenizer this artifact was trained with; .*\n",
+        done.err,
+    )
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("num_layers", 20_000),  # fits its largest tensor, and would take minutes to build
+        ("num_layers", 3),
+        ("num_layers", 1),
+        ("num_layers", -2),
+        ("num_layers", 2.0),
+        ("num_layers", "2"),
+        ("num_heads", 0),
+        ("num_heads", 3),
+        ("num_heads", -4),
+        ("dim", 10**18),
+        ("dim", 32),
+        ("vocab_size", 10**15),
+        ("mlp_mult", 0),
+        ("tie_embeddings", False),
+        ("tie_embeddings", "no"),
+        ("depth", 1),
+    ],
+)
+def test_a_model_that_its_tensors_are_not(
+    field: str, value: object, finished: Path, tmp_path: Path
+) -> None:
+    good = finished / "artifact.qat"
+    model = read_artifact(good).meta["model"] | {field: value}
+    path = tmp_path / "f.qat"
+    path.write_bytes(with_meta(good.read_bytes(), {"model": model}))
+    with pytest.raises(UserError) as caught:
+        open_artifact(path)
+    assert re.fullmatch(rf"artifact={path}: its (tensors|header) .*", str(caught.value))
