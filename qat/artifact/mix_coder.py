@@ -88,6 +88,8 @@ def _run(
             magnitudes, negatives, matrix.bits, matrix.is_sign_magnitude, roles[matrix.role],
             *model, *constants, coder, data, decoding,
         )  # fmt: skip
+        if coder[3] > data.size:
+            break  # the rest of the codes was never touched, and need not be now
         if decoding:
             _join(magnitudes, negatives, matrix)
         start = end

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import time
 import tracemalloc
 import zlib
 from collections.abc import Callable
@@ -29,6 +30,7 @@ from tests.damage import memory
 
 MOST = 40_000_000  # of memory, for a file of a few kB that is refused
 INT6 = Grid(bits=6)
+NOTHING = zlib.compress(b"")
 
 
 def sealed(text: bytes, sections: bytes = b"", version: int = 2) -> bytes:
@@ -36,13 +38,13 @@ def sealed(text: bytes, sections: bytes = b"", version: int = 2) -> bytes:
     return body + hashlib.sha256(body).digest()
 
 
-def bomb(plan: list[dict], coders: tuple[str, ...] = ("zlib",) * 3) -> bytes:
+def bomb(plan: list[dict], used: str = "zlib", codes: bytes = NOTHING) -> bytes:
     """A small file whose sections are as large as its plan says, in its header."""
     sizes = section_sizes(Plan.from_json(plan))
-    parts = [zlib.compress(b"")] * 3
+    parts, coders = [codes, NOTHING, NOTHING], [used, "zlib", "zlib"]
     sections = [
-        [name, used, size, len(part)]
-        for (name, size), used, part in zip(sizes.items(), coders, parts, strict=True)
+        [name, coder, size, len(part)]
+        for (name, size), coder, part in zip(sizes.items(), coders, parts, strict=True)
     ]
     text = json.dumps({"meta": {}, "plan": plan, "sections": sections}).encode()
     return sealed(text, b"".join(parts))
@@ -78,15 +80,36 @@ def test_steps_count_too(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("used", [*CODERS])
 def test_a_section_without_the_codes_it_declares_costs_nothing(used: str, tmp_path: Path) -> None:
-    plan = [{"name": "w", "shape": [30_000, 10_000], "grid": {"bits": 6}}]
-    data = bomb(plan, (used, "zlib", "zlib"))
+    """600 MB are declared; as many are neither touched nor decoded."""
+    plan = [{"name": "w", "shape": [60_000, 10_000], "grid": {"bits": 6}}]
+    streams = {"mix": np.array([20], np.uint32).tobytes() + bytes(20), "zlib": NOTHING}
+    codes = streams[used] if used in streams else CODERS[used].encode(b"", [])
     path = tmp_path / "bad.qat"
-    path.write_bytes(data)
-    # Not by tracemalloc, which counts zeros that nobody touches.
-    before = memory("VmRSS")
-    with pytest.raises(UserError, match=f"bad.qat: not a readable artifact .*{used}|declared size"):
+    path.write_bytes(bomb(plan, used, codes))
+    before, began = memory("VmHWM"), time.perf_counter()  # tracemalloc counts untouched zeros
+    with pytest.raises(UserError, match=r"bad.qat: not a readable artifact .*section"):
         read_artifact(path)
-    assert memory("VmRSS") - before < MOST
+    assert memory("VmHWM") - before < MOST
+    assert time.perf_counter() - began < 10
+
+
+@pytest.mark.parametrize("used", ["zlib", "lzma", "brotli"])
+def test_an_expansion_ends_where_its_section_should(used: str) -> None:
+    coded = CODERS[used].encode(bytes(100_000_000), [])
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError, match=r"declared size|damaged"):
+            CODERS[used].decode(coded, 1000, [])
+        assert tracemalloc.get_traced_memory()[1] < 10_000_000
+    finally:
+        tracemalloc.stop()
+
+
+def test_bytes_between_the_sections_and_the_hash(tmp_path: Path) -> None:
+    body = packed()[:-32]
+    for other in (body + b"x", body[:-1]):
+        line = refuse(other + hashlib.sha256(other).digest(), tmp_path)
+        assert "its sections do not end where the file does" in line
 
 
 BOMBS = {
@@ -109,30 +132,50 @@ def test_header_bombs(text: bytes, reason: str, tmp_path: Path) -> None:
     assert reason in refuse_cheaply(sealed(text), tmp_path)
 
 
-@pytest.mark.parametrize(
-    "entry",
-    [
-        plain([2**63]), plain([2**40, 2**40]), plain([1] * 70), plain([1] * 400_000), plain([True]),
-        plain([2.0]), plain("" ), plain({}), plain([3], "a\nb"), plain([3], "\x1b[2J"),
-        plain([3], "\ud800"), plain([10**18, 10**18, 0]),
-        {"name": "w", "shape": [4, 4], "grid": {"bits": 6.0}},
-        {"name": "w", "shape": [4, 4], "grid": {"bits": 6, "group_size": 2.0}},
-        {"name": "w", "shape": [4, 4], "grid": {"bits": 6, "per_tensor": 1}},
-        {"name": "w", "shape": [4, 4], "grid": {"bits": 6, "sigma": True}},
-        {"name": "w", "shape": [4, 4], "grid": {"bits": 6, "group_size": True}},
-        {"name": "w", "shape": [4, 4], "grid": [["bits", 6]]},
-        {"name": "w", "shape": [4, 0], "grid": {"bits": 6}},
-    ],
-    ids=lambda entry: json.dumps(entry)[:60],
-)  # fmt: skip
-def test_entries_that_no_plan_has(entry: dict, tmp_path: Path) -> None:
-    empty = zlib.compress(b"")
-    sections = [[n, "zlib", 0, len(empty)] for n in ("codes", "floats16", "floats32")]
+ODD_ENTRIES = [  # (floats they would have, the entry): the sections fit, so only the entry is odd
+    (0, plain([2**63, 0])), (0, plain([10**18, 10**18, 0])), (0, plain([0] * 9)),
+    (0, plain([0] * 400_000)), (0, plain([0], "a\nb")), (0, plain([0], "\x1b[2J")),
+    (0, plain([0], "\ud800")), (0, plain([0], 7)), (1, plain("")), (1, plain({})),
+    (1, plain([True])), (1, plain([1.0])), (1, plain(None)), (1, plain([1]) | {"dtype": "int8"}),
+    (0, {"name": "w", "shape": [0, 4], "grid": {"bits": 6.0}}),
+    (0, {"name": "w", "shape": [0, 4], "grid": {"bits": 6, "group_size": 2.0}}),
+    (0, {"name": "w", "shape": [0, 4], "grid": {"bits": 6, "group_size": True}}),
+    (0, {"name": "w", "shape": [0, 4], "grid": {"bits": 6, "per_tensor": 0}}),
+    (0, {"name": "w", "shape": [0, 4], "grid": {"bits": 6, "sigma": True}}),
+    (0, {"name": "w", "shape": [0, 4], "grid": [["bits", 6]]}),
+    (0, {"name": "w", "shape": [4, 0], "grid": {"bits": 6, "step_dtype": "fp32"}}),
+]  # fmt: skip
+
+
+def with_entry(entry: dict, floats: int) -> bytes:
+    parts = [zlib.compress(b""), zlib.compress(b""), zlib.compress(bytes(4 * floats))]
+    raw = (0, 0, 4 * floats)
+    names = ("codes", "floats16", "floats32")
+    sections = [[n, "zlib", r, len(part)] for n, r, part in zip(names, raw, parts, strict=True)]
     text = json.dumps({"meta": {}, "plan": [entry], "sections": sections}).encode()
-    refuse_cheaply(sealed(text, empty * 3), tmp_path)
+    return sealed(text, b"".join(parts))
 
 
-def test_a_million_million_empty_rows_take_no_time(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("floats", "entry"), ODD_ENTRIES, ids=[json.dumps(entry)[:60] for _, entry in ODD_ENTRIES]
+)
+def test_entries_that_no_plan_has(floats: int, entry: dict, tmp_path: Path) -> None:
+    refuse_cheaply(with_entry(entry, floats), tmp_path)
+
+
+def test_entries_that_a_plan_may_have(tmp_path: Path) -> None:
+    """So the refusals above are about what is odd."""
+    for floats, entry in (
+        (0, plain([0] * 8)), (1, plain([])), (1, plain([1])),
+        (0, {"name": "w", "shape": [0, 4], "grid": {"bits": 6, "group_size": 2, "sigma": 12}}),
+    ):  # fmt: skip
+        (tmp_path / "a.qat").write_bytes(with_entry(entry, floats))
+        assert list(read_artifact(tmp_path / "a.qat").weights) == ["w"]
+
+
+def test_a_million_million_empty_rows_take_no_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Zero codes are quickly read, but not one row after another."""
     plan = Plan([Entry("w", (10**15, 0), Grid(bits=6, group_size=4))])
     parts = {"codes": ("mix", b"\0\0\0\0"), "floats16": ("zlib", zlib.compress(b""))}
@@ -140,6 +183,7 @@ def test_a_million_million_empty_rows_take_no_time(tmp_path: Path) -> None:
     parts["codes"] = ("mix", mix_coder.encode(b"", [Matrix(10**15, 0, 5, False, "w")]))
     sections = [Section(name, used, 0, len(part)) for name, (used, part) in parts.items()]
     body = b"".join(part for _, part in parts.values())
+    monkeypatch.delattr(mix_coder, "code_tensor")
     (tmp_path / "a.qat").write_bytes(sealed(Header({}, plan, sections).as_bytes(), body))
     assert read_artifact(tmp_path / "a.qat").weights["w"].shape == (10**15, 0)
 
@@ -252,9 +296,30 @@ def test_a_mix_stream_ends_where_its_codes_end(monkeypatch: pytest.MonkeyPatch) 
     for one in (streams[0] + b"\0", streams[0][:-1], streams[0][:3], b"", streams[0][:40]):
         with pytest.raises(ValueError, match="do not end with their codes"):
             mix_coder.decode(with_streams(one, streams[1]), len(raw), matrices)
-    for size in (0, 3, 7):
+    for other in (b"", coded[:3], coded[:7], coded[:-1], coded + b"x"):
         with pytest.raises(ValueError, match="declared size"):
-            mix_coder.decode(coded[:size], len(raw), matrices)
+            mix_coder.decode(other, len(raw), matrices)
+
+
+def test_a_magnitude_that_no_code_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eight bits hold 200; in int8 it would be another code."""
+    matrices = [Matrix(2, 2, 8, False, "w")]
+    for magnitude, negative, opens in (
+        (127, 0, True),
+        (128, 1, True),
+        (128, 0, False),
+        (200, 1, False),
+    ):
+        odd = np.array([[1, magnitude], [3, 4]], np.uint8), np.full((2, 2), negative, np.uint8)
+        with monkeypatch.context() as patch:
+            patch.setattr(mix_coder, "_split", lambda *_, odd=odd: odd)
+            coded = mix_coder.encode(bytes(4), matrices)
+        if opens:
+            codes = np.frombuffer(mix_coder.decode(coded, 4, matrices), np.int8)
+            assert abs(int(codes[1])) == magnitude
+        else:
+            with pytest.raises(ValueError, match="a code outside int8"):
+                mix_coder.decode(coded, 4, matrices)
 
 
 @pytest.mark.parametrize("used", [*GENERAL])
