@@ -54,10 +54,14 @@ def test_two_ranks_train_one_run(tiny: list[str], tmp_path: Path, program, cache
 @pytest.mark.parametrize(
     "arm",
     [
-        ["qat=int6"],
         *(
             pytest.param(arm, marks=pytest.mark.slow)
-            for arm in (["qat=none"], ["qat=lsq4"], ["qat=int6", "qat.gradient=noise"])
+            for arm in (
+                ["qat=none"],
+                ["qat=int6"],
+                ["qat=lsq4"],
+                ["qat=int6", "qat.gradient=noise"],
+            )
         ),
     ],
     ids=" ".join,

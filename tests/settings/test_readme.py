@@ -30,7 +30,7 @@ def test_there_are_commands() -> None:
     assert len([name for name, _ in LINES if name == "eval"]) >= 3
 
 
-@pytest.mark.parametrize("profile", ["laptop", "golf"])
+@pytest.mark.parametrize("profile", ["laptop", pytest.param("golf", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("name", "line"), LINES, ids=[" ".join(line) for line in LINES])
 def test_command(
     name: str, line: str, profile: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path

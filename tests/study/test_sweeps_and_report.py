@@ -233,7 +233,10 @@ def test_of_two_baselines_none_is_picked(train, program) -> None:
     assert [row["run_name"] for row in table] == ["base1", "base2", "base1", "base2", "arm"]
 
 
-@pytest.mark.parametrize("damage", ["truncate", "empty", "remove"])
+@pytest.mark.parametrize(
+    "damage",
+    ["truncate", *(pytest.param(d, marks=pytest.mark.slow) for d in ("empty", "remove"))],
+)
 def test_a_baseline_that_cannot_be_exported_is_a_note(damage: str, train, program) -> None:
     train("run_name=base", "max_steps=2")
     train("qat=int6", "run_name=arm", "max_steps=2")
@@ -268,7 +271,14 @@ def test_the_report_needs_no_training_text_and_no_working_folder(
     assert arm["delta_bpb"] is not None
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"unknown": 1}', '{"run_name": "x"}'])
+@pytest.mark.parametrize(
+    "content",
+    [
+        "{",
+        '{"unknown": 1}',
+        *(pytest.param(c, marks=pytest.mark.slow) for c in ("", "[]", '{"run_name": "x"}')),
+    ],
+)
 def test_a_damaged_row_is_said_and_the_others_shown(content: str, train, program) -> None:
     train("run_name=good", "max_steps=1")
     train("run_name=bad", "max_steps=1")
