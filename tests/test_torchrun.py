@@ -51,19 +51,10 @@ def test_two_ranks_train_one_run(tiny: list[str], tmp_path: Path, program, cache
     assert float(match[1]) == pytest.approx(result["val_bpb_artifact"], abs=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "arm",
-    [
-        *(
-            pytest.param(arm, marks=pytest.mark.slow)
-            for arm in (
-                ["qat=none"],
-                ["qat=int6"],
-                ["qat=lsq4"],
-                ["qat=int6", "qat.gradient=noise"],
-            )
-        ),
-    ],
+    [["qat=none"], ["qat=int6"], ["qat=lsq4"], ["qat=int6", "qat.gradient=noise"]],
     ids=" ".join,
 )
 def test_two_ranks_follow_the_one_rank_curve(

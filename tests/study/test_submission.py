@@ -23,8 +23,10 @@ from tests.test_torchrun import ENVIRONMENT
 CHALLENGE_KEYS = ["author", "github_id", "name", "blurb", "date", "val_loss", "val_bpb",
                   "bytes_total", "bytes_code"]  # fmt: skip
 # In the file for runs that ask for them: the hub, W&B, CUDA, resume=RUN, and scoring.
-ON_DEMAND = {"qat.language.hub", "qat.study.wandb_log", "qat.quantize.triton_kernels",
-             "qat.study.resume", "qat.artifact.class_coder", "eval", "qat.evaluation.score_task"}  # fmt: skip
+ON_DEMAND = {
+    "qat.language.hub", "qat.study.wandb_log", "qat.quantize.triton_kernels", "qat.study.resume",
+    "qat.artifact.class_coder", "eval", "qat.evaluation.score_task",
+}  # fmt: skip
 # What the file itself imports by name; Python lists only what import statements do.
 BY_NAME = {"qat", "qat.settings", "qat.settings.command_line", "train"}
 
