@@ -17,11 +17,13 @@ import numpy as np
 from qat.artifact.candidates import Choice, Cost, Source, Stored
 
 WINDOW = 0.999  # least share of the budget that counts as filled
-PRICE_RANGE = (1e-14, 1e2)  # nats per bit
-PRICE_STEPS = 60  # of the bisection, and points of the curve
+PRICE_RANGE = (1e-24, 1e2)  # nats per bit
+BISECTIONS = 45  # fewer than would make the two prices around a size one number
+CURVE_POINTS = 100
 MARGIN = 1.1  # an estimate so much too large may still turn out to fit
 ROUNDS = 4  # of estimating the whole plan's size again
-ZOOMS = 16
+ZOOMS = 14
+HELD_BACK = 0.3  # of the bytes that a zoom should bring; then sizes say nothing about zooms
 MAX_LOG2_ZOOM = 1.5
 
 SizeOf = Callable[[Sequence[Stored]], int]  # bytes of the file, really encoded
@@ -57,14 +59,14 @@ class Solver:
             chosen.append(costs[best[bits[best].argmin()]])
         return chosen
 
-    def _of_estimated_bits(self, bits: float) -> list[Cost]:
-        """The plan of least loss whose estimate is not above ``bits``."""
+    def _of_estimated_bits(self, bits: float) -> tuple[list[Cost], list[Cost]]:
+        """The plans of least loss on both sides of ``bits``: not above, and the next one above."""
         low, high = np.log(PRICE_RANGE)
-        for _ in range(PRICE_STEPS):
+        for _ in range(BISECTIONS):
             middle = (low + high) / 2
             fits = _bits(self._cheapest(float(np.exp(middle)))) <= bits
             low, high = (low, middle) if fits else (middle, high)
-        return self._cheapest(float(np.exp(high)))
+        return self._cheapest(float(np.exp(high))), self._cheapest(float(np.exp(low)))
 
     def _stored(self, chosen: Sequence[Cost], zoom: float = 1.0) -> list[Stored]:
         pairs = zip(self.sources, chosen, strict=True)
@@ -85,9 +87,10 @@ class Solver:
             if size <= budget_bytes:
                 return self._done(finest, 1.0, size, bytes_per_bit, "the limit does not bind")
         chosen: list[Cost] = []
+        above: list[Cost] = []
         size = 0
         for _ in range(ROUNDS):
-            again = self._of_estimated_bits(target / bytes_per_bit)
+            again, above = self._of_estimated_bits(target / bytes_per_bit)
             if again == chosen:
                 break
             chosen, size = again, size_of(self._stored(again))
@@ -95,6 +98,17 @@ class Solver:
             if window[0] <= size <= window[1]:
                 return self._done(chosen, 1.0, size, bytes_per_bit)
         zoom, size = self._zoomed(chosen, size, window, size_of)
+        if not window[0] <= size <= window[1]:
+            # Steps as fine as 8 bits allow cannot fill what is left. Tensor by tensor the next
+            # larger plan then goes over the limit, and coarser steps come back to it.
+            larger = list(chosen)
+            for number, cost in enumerate(above):
+                larger[number] = cost
+                if _bits(larger) * bytes_per_bit > target:
+                    break
+            from_above = self._zoomed(larger, size_of(self._stored(larger)), window, size_of)
+            if from_above[1] <= budget_bytes and (size > budget_bytes or from_above[1] > size):
+                chosen, (zoom, size) = larger, from_above
         if size > budget_bytes:
             size = size_of(self._stored(coarsest))
             note = "nothing in the family is smaller"
@@ -116,18 +130,21 @@ class Solver:
             return best
         target = (window[0] + window[1]) / 2
         at, low, high = 0.0, -MAX_LOG2_ZOOM, MAX_LOG2_ZOOM  # log2 of the zoom
+        follows = True  # twice the step is one bit less per weight, unless 8 bits hold steps back
         for _ in range(ZOOMS):
             low, high = (at, high) if size > window[1] else (low, at)
-            # Twice the step is one bit less per weight; outside of what is known, halve it.
+            before, bytes_before = at, size
             at += 8 * (size - target) / num_weights
-            if not low < at < high:
+            if not (follows and low < at < high):
                 at = (low + high) / 2
             size = size_of(self._stored(chosen, 2.0**at))
+            share = (size - bytes_before) / (num_weights * (before - at) / 8)
+            follows = share > HELD_BACK
             fits, best_fits = size <= window[1], best[1] <= window[1]
             if fits and (size > best[1] or not best_fits):
                 best = (2.0**at, size)
-            if window[0] <= size <= window[1]:
-                break
+            if window[0] <= size <= window[1] or (at < min(before, 0.0) and not follows):
+                break  # nothing comes of steps that are finer still
         return best
 
     def _done(
@@ -141,7 +158,7 @@ class Solver:
         stored = self._stored(chosen, zoom)
         loss = sum(source.loss_of(item) for source, item in zip(self.sources, stored, strict=True))
         curve = {}
-        for price in np.geomspace(*PRICE_RANGE, PRICE_STEPS):
+        for price in np.geomspace(*PRICE_RANGE, CURVE_POINTS):
             plan = self._cheapest(float(price))
             curve[int(_bits(plan) * bytes_per_bit)] = sum(cost.loss for cost in plan)
         choices = [cost.choice for cost in chosen]

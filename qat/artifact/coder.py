@@ -19,6 +19,7 @@ import zstandard
 
 ZLIB_LEVEL = 9
 ZSTD_LEVEL = 22
+FAST_BYTES = 1 << 18
 BROTLI_LEVEL, BROTLI_WINDOW = 11, 24
 LZMA_PRESET = 9 | lzma.PRESET_EXTREME
 PIECE_BYTES, PART_BYTES = 1 << 16, 1 << 20  # of input and of output, while decoding
@@ -185,10 +186,13 @@ CODERS = GENERAL | OF_CODES
 def encode_section(raw: bytes, matrices: Matrices, coder: str) -> tuple[str, bytes]:
     """(the coder used, coded bytes) of one section.
 
-    ``auto`` keeps the smallest; so do the coders of codes where there are none to model.
+    ``auto`` keeps the smallest; so do the coders of codes where there are none to model (of the
+    fast ones if there is much of it: others take seconds for a megabyte and win next to nothing).
     """
     if coder in GENERAL or (coder in OF_CODES and matrices):
         tried = [coder]
+    elif coder != AUTO and len(raw) > FAST_BYTES:
+        tried = ["zlib", "zstd"]
     else:
         tried = list(CODERS if matrices else GENERAL)
     done = [(name, CODERS[name].encode(raw, matrices)) for name in tried]

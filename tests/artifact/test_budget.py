@@ -53,6 +53,16 @@ def test_the_file_fills_the_limit_and_is_never_above(measured: Solver, bits: flo
     assert WINDOW * budget <= size_of(fitted.stored) == fitted.num_bytes <= budget
 
 
+@pytest.mark.parametrize("bits", [7.6, 8.0, 9.0, 11.0])
+def test_limits_beyond_8_bits_are_filled_tensor_by_tensor(bits: float) -> None:
+    """Where codes are as fine as they get, only fp16 adds bytes, a tensor at a time."""
+    many = solver([source(seed, (40, 48)) for seed in range(24)])
+    budget = int(24 * 40 * 48 * bits / 8)
+    fitted = many.fit(budget, size_of)
+    assert fitted.note is None
+    assert WINDOW * budget <= fitted.num_bytes <= budget
+
+
 def test_more_bytes_lose_less(measured: Solver) -> None:
     losses = [measured.fit(budget, size_of).predicted_loss for budget in (8000, 12000, 16000)]
     assert losses[0] > 2 * losses[1] > 4 * losses[2]
@@ -75,7 +85,7 @@ def test_a_price_finds_the_best_plan_of_its_size(measured: Solver) -> None:
     few = [costs[2:60:9] for costs in measured.costs[:3]]
     small = Solver(measured.sources[:3], few)
     for bits in (35_000, 55_000, 80_000):
-        chosen = small._of_estimated_bits(bits)
+        chosen = small._of_estimated_bits(bits)[0]
         size, loss = sum(c.bits for c in chosen), sum(c.loss for c in chosen)
         assert size <= bits
         plans = list(itertools.product(*few))
