@@ -33,13 +33,21 @@ SizeOf = Callable[[Sequence[Stored]], int]  # bytes of the file, really encoded
 class Fitted:
     """What fills the budget. ``note`` says so where nothing does."""
 
-    choices: list[Choice]
+    costs: list[Cost]  # estimates at zoom 1
     zoom: float
     stored: list[Stored]
+    losses: list[float]  # predicted increase by each tensor as stored, nats per token
     num_bytes: int
-    predicted_loss: float
     curve: list[tuple[int, float]]  # (estimated bytes, predicted increase of the loss)
     note: str | None = None
+
+    @property
+    def choices(self) -> list[Choice]:
+        return [cost.choice for cost in self.costs]
+
+    @property
+    def predicted_loss(self) -> float:
+        return sum(self.losses)
 
 
 class Solver:
@@ -149,20 +157,20 @@ class Solver:
 
     def _done(
         self,
-        chosen: Sequence[Cost],
+        chosen: list[Cost],
         zoom: float,
         num_bytes: int,
         bytes_per_bit: float,
         note: str | None = None,
     ) -> Fitted:
         stored = self._stored(chosen, zoom)
-        loss = sum(source.loss_of(item) for source, item in zip(self.sources, stored, strict=True))
+        pairs = zip(self.sources, stored, strict=True)
+        losses = [source.loss_of(item) for source, item in pairs]
         curve = {}
         for price in np.geomspace(*PRICE_RANGE, CURVE_POINTS):
             plan = self._cheapest(float(price))
             curve[int(_bits(plan) * bytes_per_bit)] = sum(cost.loss for cost in plan)
-        choices = [cost.choice for cost in chosen]
-        return Fitted(choices, zoom, stored, num_bytes, loss, sorted(curve.items()), note)
+        return Fitted(chosen, zoom, stored, losses, num_bytes, sorted(curve.items()), note)
 
 
 def _bits(costs: Sequence[Cost]) -> float:

@@ -127,7 +127,7 @@ class Source:
     @cached_property
     def _log_sensitivity(self) -> tuple[Tensor, Tensor]:
         """Natural logarithms of the sensitivities of rows (R, 1) and columns (1, C), centred."""
-        matrix = self.sensitivity.reshape(self._rows, -1)
+        matrix = self.sensitivity.reshape(self.entry.num_rows, -1)
         matrix = matrix + SENSITIVITY_FLOOR * matrix.mean()
         if not float(matrix.sum()) > 0.0:
             matrix = torch.ones_like(matrix)
@@ -135,12 +135,8 @@ class Source:
         column = (matrix / row).mean(0, keepdim=True)
         return row.log() - row.log().mean(), column.log() - column.log().mean()
 
-    @property
-    def _rows(self) -> int:
-        return self.entry.shape[0] if len(self.entry.shape) > 1 else 1
-
     def _by_product(self, exponent: float, size: float, zoom: float, prune: bool) -> Stored:
-        w = self.reference.reshape(self._rows, -1)
+        w = self.reference.reshape(self.entry.num_rows, -1)
         of_row, of_column = ((-0.5 * exponent * log).exp() for log in self._log_sensitivity)
         largest = (w / of_column).abs().amax(1, keepdim=True)
         row_steps = size * w.std(correction=0) * of_row
@@ -199,7 +195,7 @@ def _bits_of(encoded: Encoded) -> float:
     bits = _entropy_bits(planes)
     if encoded.coded is None:
         return bits
-    codes = encoded.coded.codes.reshape(encoded.entry.shape[0], -1)
+    codes = encoded.coded.codes.reshape(encoded.entry.num_rows, -1)
     size = codes.abs().float()
     row, column = size.mean(1, keepdim=True), size.mean(0, keepdim=True)
     expected = (row * column / size.mean().clamp_min(1e-9)).clamp_min_(1e-9)

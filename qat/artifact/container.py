@@ -82,12 +82,11 @@ def _join_planes(raw: Buffer) -> memoryview:
 def matrix_of(entry: Entry) -> Matrix:
     """The codes of a tensor on a grid, as a coder sees them."""
     assert entry.grid is not None
-    rows = entry.shape[0] if len(entry.shape) > 1 else 1
     is_fp8 = entry.grid.levels in FP8
     largest = 127 if is_fp8 else max(abs(int(limit)) for limit in entry.grid.code_limits)
     role = re.sub(r"\d+", "*", entry.name)
-    columns = entry.num_elements // max(rows, 1)
-    return Matrix(rows, columns, largest.bit_length(), is_fp8, role)
+    columns = entry.num_elements // max(entry.num_rows, 1)
+    return Matrix(entry.num_rows, columns, largest.bit_length(), is_fp8, role)
 
 
 def _matrices(plan: Plan, section: str) -> list[Matrix]:

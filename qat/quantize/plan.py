@@ -39,6 +39,11 @@ class Entry:
         return math.prod(self.shape)
 
     @property
+    def num_rows(self) -> int:
+        """A vector is one row."""
+        return self.shape[0] if len(self.shape) > 1 else 1
+
+    @property
     def steps_shape(self) -> tuple[int, int]:
         """(rows, groups) of a tensor on a grid."""
         assert self.grid is not None

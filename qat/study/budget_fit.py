@@ -60,8 +60,9 @@ class BudgetSolver:
         with torch.device("meta"):
             self.gpt = GPT(model.shape)
         self.masters = {name: w.detach() for name, w in model.weights.items()}
-        snapped = model.plan.snap(self.masters, model.steps)
-        self.reference = snapped if model.is_on_grid else self.masters
+        self.reference = self.masters
+        if model.is_on_grid:
+            self.reference = model.plan.snap(self.masters, model.steps)
         shown = self._track(batches, "sensitivities")
         sensitivity = fisher_diagonal(self.gpt, self.reference, shown, precision)
         sources = [
@@ -146,7 +147,7 @@ def fit_artifact(
         ) from None
     measured = solver.measured_loss(fit)
     budget_bytes = limit_bytes - count_code_bytes()
-    log.info("chosen by the budget solver:\n%s", choices_table(solver.solver, fitted))
+    log.info("chosen by the budget solver:\n%s", choices_table(fitted))
     log.info(
         "budget solver: %s bytes, %.3f %% of the %s that limit_bytes leaves; loss predicted "
         "%+.5f, measured %+.5f nats per token on %s training tokens; %.0f s off the clock",

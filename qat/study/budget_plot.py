@@ -7,28 +7,26 @@ from pathlib import Path
 from rich import box
 from rich.table import Table
 
-from qat.artifact.budget import Fitted, Solver
+from qat.artifact.budget import Fitted
 from qat.study.plan_table import as_text
 
 
-def choices_table(solver: Solver, fitted: Fitted) -> str:
+def choices_table(fitted: Fitted) -> str:
     """What each tensor is stored as, and what that is predicted to cost."""
     table = Table(box=box.SIMPLE, pad_edge=False)
     for title in ("tensor", "choice", "grid"):
         table.add_column(title)
     for title in ("step / std", "bits/weight", "predicted loss"):
         table.add_column(title, justify="right")
-    rows = zip(solver.sources, solver.costs, fitted.choices, fitted.stored, strict=True)
-    for source, costs, choice, stored in rows:
-        cost = next(cost for cost in costs if cost.choice == choice)
-        grid, entry = stored.entry.grid, stored.entry
+    for cost, stored, loss in zip(fitted.costs, fitted.stored, fitted.losses, strict=True):
+        choice, entry, grid = cost.choice, stored.entry, stored.entry.grid
         table.add_row(
             entry.name,
             choice.name,
             grid.label if grid else entry.dtype,
             f"{choice.size * fitted.zoom:.3f}" if choice.rule else "",
             f"{cost.bits / entry.num_elements:.2f}",
-            f"{source.loss_of(stored):+.6f}",
+            f"{loss:+.6f}",
         )
     return as_text(table)
 
