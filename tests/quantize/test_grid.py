@@ -113,9 +113,10 @@ def test_asymmetric_grids_hold_zero(w: torch.Tensor, bits: int, group_size: int 
 
 def test_column_steps_multiply_row_steps() -> None:
     w = torch.randn(7, 5, generator=torch.Generator().manual_seed(0))
-    rows, columns = torch.rand(7, 1).add(0.1).bfloat16(), torch.rand(5, 1).add(0.1).bfloat16()
+    given = torch.rand(12, 1, generator=torch.Generator().manual_seed(1)).div(50).add(0.1)
+    rows, columns = given.bfloat16().split((7, 5))  # rounded before codes are computed
     grid = Grid(bits=8, step_rule="given", step_dtype="bf16", column_steps=True)
-    coded = encode(w, grid, torch.cat([rows, columns]).float())
+    coded = encode(w, grid, given)
     expected = (w / columns.float().T / rows.float()).round().clamp(-127, 127)
     assert torch.equal(coded.codes.float(), expected)
     assert torch.allclose(decode(coded, grid), expected * rows.float() * columns.float().T)
