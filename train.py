@@ -96,8 +96,7 @@ def train(s: TrainSettings, training_run) -> int:
     plan = plan_of(gpt.shape, s.grid, s.plan)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     scorer = Scorer(
-        gpt.shape, val_stream, tokenizer.byte_table, s.seq_len, s.eval.batch_tokens,
-        s.eval.precision, device, training_run.console,
+        gpt.shape, val_stream, tokenizer.byte_table, s.seq_len, s.eval, device, training_run.console,
     )  # fmt: skip
     training_run.start(source, tokenizer, train_stream, val_stream, plan)
 

@@ -30,7 +30,7 @@ from qat.language.source import from_settings  # noqa: E402
 from qat.language.tokenizer import Tokenizer  # noqa: E402
 from qat.quantize.grid import Grid  # noqa: E402
 from qat.quantize.plan import build_plan  # noqa: E402
-from qat.settings.schema import DataSettings, ModelSettings  # noqa: E402
+from qat.settings.schema import DataSettings, EvalSettings, ModelSettings  # noqa: E402
 from qat.study.budget_fit import BudgetSolver, TrainedModel  # noqa: E402
 from qat.study.result import Result  # noqa: E402
 from qat.study.store_again import stored_tensors  # noqa: E402
@@ -68,7 +68,7 @@ def against_grids(folder: Path) -> list[dict]:
     weights = {name: w.float() for name, w in weights.items()}
     scorer = Scorer(
         shape, TokenStream(source.val_files, "val"), Tokenizer(source.tokenizer).byte_table,
-        s["seq_len"], s["eval"]["batch_tokens"], "fp32", torch.device("cpu"), Console(quiet=True),
+        s["seq_len"], EvalSettings(**s["eval"]), torch.device("cpu"), Console(quiet=True),
     )  # fmt: skip
     stream = TokenStream(source.train_files, "train")
     solver = solver_for(shape, weights, stream, s["seq_len"], s["precision"])

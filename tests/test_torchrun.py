@@ -19,13 +19,15 @@ from tests.conftest import GOLF, ROOT, result_of
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
 
 
-def torchrun_command(*arguments: str, ranks: int = 2) -> list[str]:
+def torchrun_command(*arguments: str, ranks: int = 2, script: str = "train.py") -> list[str]:
     return [sys.executable, "-m", "torch.distributed.run", "--standalone",
-            f"--nproc_per_node={ranks}", str(ROOT / "train.py"), *arguments]  # fmt: skip
+            f"--nproc_per_node={ranks}", str(ROOT / script), *arguments]  # fmt: skip
 
 
-def torchrun(*arguments: str, cwd: Path, ranks: int = 2) -> subprocess.CompletedProcess[str]:
-    command = torchrun_command(*arguments, ranks=ranks)
+def torchrun(
+    *arguments: str, cwd: Path, ranks: int = 2, script: str = "train.py"
+) -> subprocess.CompletedProcess[str]:
+    command = torchrun_command(*arguments, ranks=ranks, script=script)
     return subprocess.run(
         command, capture_output=True, text=True, cwd=cwd, env=ENVIRONMENT, timeout=300
     )

@@ -30,7 +30,7 @@ def open_golf(path: Path, s: EvalTaskSettings) -> OpenedModel:
     ``data.tokenizer`` has another vocabulary."""
     file = read_golf_file(path)
     shape = shape_from(file.plan, path)
-    assert s.seq_len is not None  # asked for by the checks of the settings
+    assert s.eval.seq_len is not None  # asked for by the checks of the settings
     assert s.data.tokenizer is not None
     tokenizer = Tokenizer(Path(s.data.tokenizer))
     if tokenizer.vocab_size != shape.vocab_size:
@@ -39,10 +39,10 @@ def open_golf(path: Path, s: EvalTaskSettings) -> OpenedModel:
             f"in {path} {shape.vocab_size} embeddings; give the tokenizer it was trained with"
         )
     # What the header of an artifact of this project says, from the settings.
-    meta = artifact_meta(shape, s.seq_len, tokenizer.sha256, {"name": "shards"})
+    meta = artifact_meta(shape, s.eval.seq_len, tokenizer.sha256, {"name": "shards"})
     # Its codes and sections are not those of an artifact; scoring needs neither.
     artifact = Artifact(meta, file.plan, file.weights, [], [], file.num_bytes)
-    return OpenedModel(artifact, shape, s.seq_len)
+    return OpenedModel(artifact, shape, s.eval.seq_len)
 
 
 def shape_from(plan: Plan, path: Path) -> GPTShape:

@@ -19,7 +19,7 @@ def run(s: EvalTaskSettings) -> int:
         model.artifact.weights,
         tokenizer.encode_document(s.prompt),
         s.sample.max_tokens,
-        s.seq_len or model.seq_len,
+        s.eval.seq_len or model.seq_len,
         s.sample.temperature,
         s.seed,
     )

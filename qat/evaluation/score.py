@@ -1,27 +1,36 @@
 """val_loss and val_bpb of a set of weights: the one function behind every score in this project.
 
 Float, snapped and artifact weights are scored with the same precision and batch shape, so that
-their differences are quantization and nothing else.
+their differences are quantization and nothing else. Logits are computed where targets are scored
+and nowhere else.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
 from qat.errors import UserError
-from qat.language.batches import validation_batch, validation_windows
+from qat.evaluation.ranks import add_over_ranks, rank_and_ranks
+from qat.evaluation.windows import Batch, Windows, document_windows, read_batches, stream_windows
 from qat.language.bits_per_byte import ByteTable, bits_per_byte
 from qat.language.gpt import GPT, GPTShape
 from qat.language.shards import TokenStream
+from qat.language.tokenizer import BOS_ID
+from qat.settings.ranges import check_eval
+
+if TYPE_CHECKING:
+    from qat.settings.schema import EvalSettings
 
 
 @dataclass(frozen=True)
@@ -38,56 +47,89 @@ class Score:
 class Scorer:
     """Scores any weights of one model shape on one validation stream.
 
-    Windows of ``seq_len`` do not overlap and the incomplete last one is dropped, as in the
-    baseline. Under torchrun the batches are dealt out to the ranks and the sums added up in
-    float64."""
+    ``seq_len`` is that of training; ``settings`` may name another. Under torchrun whole batches
+    are dealt out to the ranks, so sums differ by their order only; they are added up in float64.
+    """
 
     shape: GPTShape
     stream: TokenStream
     byte_table: ByteTable
     seq_len: int
-    batch_tokens: int
-    precision: str
+    settings: EvalSettings
     device: torch.device
     console: Console
+    max_targets: int | None = None  # score so many only, spread over the text
 
     def __post_init__(self) -> None:
-        num_windows = validation_windows(self.stream, self.seq_len)
-        if num_windows < 1:
+        if not self.windows.num_targets:
             raise UserError(
-                f"seq_len = {self.seq_len}: the validation text has only {len(self.stream)} tokens"
+                f"eval.seq_len = {self.settings.seq_len or self.seq_len}: the validation text "
+                f"({self.stream.setting}) has only {len(self.stream)} tokens"
             )
-        windows = (validation_batch(self.stream, self.seq_len, i, 1) for i in range(num_windows))
-        if not any(self.byte_table.count(*window).any() for window in windows):
+        batches = read_batches(self.stream, self.windows.batches(self.settings.batch_tokens))
+        if not any(self.byte_table.count(b.previous, b.targets).any() for b in batches):
             raise UserError(f"{self.stream.setting}: its tokens stand for no bytes of text")
+
+    @cached_property
+    def windows(self) -> Windows:
+        s = self.settings
+        check_eval(s, self.seq_len)
+        seq_len, num_tokens = s.seq_len or self.seq_len, len(self.stream)
+        if s.by_document:
+            windows = document_windows(self.document_starts, num_tokens, seq_len, s.stride)
+        else:
+            windows = stream_windows(num_tokens, seq_len, s.stride)
+        return windows if self.max_targets is None else windows.spread(self.max_targets)
+
+    @cached_property
+    def document_starts(self) -> np.ndarray:
+        """Input positions where documents start, (D,) int64; what precedes the first BOS is one."""
+        starts = self.stream.find(BOS_ID)
+        return starts if len(starts) and starts[0] == 0 else np.append(0, starts)
+
+    def batches(self, title: str) -> Iterator[Batch]:
+        """This rank's batches, on the device; ``title`` is said on the progress bar."""
+        rank, ranks = rank_and_ranks()
+        batches = self.windows.batches(self.settings.batch_tokens)[rank::ranks]
+        quiet = rank != 0 or not self.console.is_terminal
+        read = read_batches(self.stream, batches)
+        for batch in track(
+            read, title, len(batches), console=self.console, transient=True, disable=quiet
+        ):
+            yield batch.to(self.device)
+
+    def forward(
+        self, weights: Mapping[str, Tensor], title: str
+    ) -> Iterator[tuple[Batch, Tensor]]:
+        """This rank's batches, with the logits (N, V) of their scored targets, on the device.
+
+        To be read inside ``torch.inference_mode``.
+        """
+        with torch.device("meta"):
+            gpt = GPT(self.shape)
+        placed = {name: w.to(self.device) for name, w in weights.items()}
+        bf16 = self.settings.precision == "bf16"
+        for batch in self.batches(f"scoring {title}"):
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
+                logits_BTV = torch.func.functional_call(
+                    gpt, placed, (batch.ids_BT,), {"tail": batch.tail}
+                )
+            if logits_BTV.shape[:2].numel() == len(batch.rows):  # no padding: nothing to pick
+                yield batch, logits_BTV.flatten(0, 1)
+            else:
+                yield batch, logits_BTV[batch.rows, batch.columns]
 
     @torch.inference_mode()
     def score(self, weights: Mapping[str, Tensor], title: str) -> Score:
         """Score ``weights`` (name -> float32 tensor); ``title`` names them on the progress bar."""
-        with torch.device("meta"):
-            gpt = GPT(self.shape)
-        placed = {name: w.to(self.device) for name, w in weights.items()}
         table = self.byte_table.to(self.device)
-        rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        num_windows = validation_windows(self.stream, self.seq_len)
-        per_batch = max(1, self.batch_tokens // self.seq_len)
-        starts = range(rank * per_batch, num_windows, ranks * per_batch)
         sums = torch.zeros(3, dtype=torch.float64, device=self.device)  # nats, bytes, tokens
-        quiet = rank != 0 or not self.console.is_terminal
-        for first in track(
-            starts, f"scoring {title}", console=self.console, transient=True, disable=quiet
-        ):
-            count = min(per_batch, num_windows - first)
-            ids, targets = validation_batch(self.stream, self.seq_len, first, count)
-            ids, targets = ids.to(self.device), targets.to(self.device)
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
-                logits_BTV = torch.func.functional_call(gpt, placed, (ids,))
-            nats = F.cross_entropy(logits_BTV.flatten(0, 1), targets.flatten(), reduction="none")
+        for batch, logits_NV in self.forward(weights, title):
+            nats = F.cross_entropy(logits_NV, batch.targets, reduction="none")
             sums[0] += nats.double().sum()
-            sums[1] += table.count(ids, targets).sum()
-            sums[2] += targets.numel()
-        if ranks > 1:
-            dist.all_reduce(sums)
+            sums[1] += table.count(batch.previous, batch.targets).sum()
+            sums[2] += batch.targets.numel()
+        add_over_ranks(sums)
         nats_sum, num_bytes, num_tokens = sums.tolist()
         loss = nats_sum / num_tokens
         bpb = bits_per_byte(nats_sum, int(num_bytes)) if math.isfinite(loss) else loss

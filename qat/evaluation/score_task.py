@@ -16,6 +16,7 @@ from qat.evaluation.open_model import (
     open_model,
     open_validation,
 )
+from qat.evaluation.ranks import joined_ranks, rank_and_ranks
 from qat.evaluation.score import Score, Scorer
 from qat.language.shards import TokenStream
 
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from qat.settings.schema import EvalTaskSettings
 
 
-def score_artifact(path: Path, s: EvalTaskSettings) -> Score:
+def score_artifact(path: Path, s: EvalTaskSettings, device: torch.device) -> Score:
     """Read the file, find its validation text, score it."""
     model = open_model(path, s)
     source, tokenizer = open_validation(model, s.data)
@@ -33,10 +34,9 @@ def score_artifact(path: Path, s: EvalTaskSettings) -> Score:
         model.shape,
         stream,
         tokenizer.byte_table,
-        s.seq_len or model.seq_len,
-        s.eval.batch_tokens,
-        s.eval.precision,
-        torch.device("cuda" if torch.cuda.is_available() else "cpu"),
+        model.seq_len,
+        s.eval,
+        device,
         Console(stderr=True),
     )
     return scorer.score(model.artifact.weights, path.name)
@@ -44,7 +44,10 @@ def score_artifact(path: Path, s: EvalTaskSettings) -> Score:
 
 def run(s: EvalTaskSettings) -> int:
     path = artifact_path(s)
-    score = score_artifact(path, s)
+    with joined_ranks() as device:
+        score = score_artifact(path, s, device)
+        if rank_and_ranks()[0] != 0:
+            return 0
     reader = (GOLF_MODULE,) if path.suffix == GOLF_SUFFIX else ()
     artifact_bytes, code_bytes = path.stat().st_size, count_code_bytes(reader)
     print(f"artifact       {path}")

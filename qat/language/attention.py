@@ -15,27 +15,36 @@ QUERY_BLOCK = 128
 
 
 def causal_attention(q_BHTD: Tensor, k_BGTD: Tensor, v_BGTD: Tensor) -> Tensor:
-    """(B, H, T, D) queries over G key and value heads, G dividing H -> (B, H, T, D)."""
+    """(B, H, T, D) queries over G key and value heads, G dividing H -> (B, H, T, D).
+
+    There may be fewer queries than keys: they are the last ones then.
+    """
     if q_BHTD.device.type == "cuda":
+        queries, keys = q_BHTD.size(2), k_BGTD.size(2)
+        mask = None
+        if queries < keys:  # is_causal would take them for the first ones
+            mask = torch.ones(queries, keys, dtype=torch.bool, device=q_BHTD.device)
+            mask = mask.tril(keys - queries)
         grouped = q_BHTD.size(1) != k_BGTD.size(1)
         return F.scaled_dot_product_attention(
-            q_BHTD, k_BGTD, v_BGTD, is_causal=True, enable_gqa=grouped
+            q_BHTD, k_BGTD, v_BGTD, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped
         )
     return _by_blocks(q_BHTD, k_BGTD, v_BGTD)
 
 
 def _by_blocks(q_BHTD: Tensor, k_BGTD: Tensor, v_BGTD: Tensor) -> Tensor:
     batch, heads, time, dim = q_BHTD.shape
-    groups = k_BGTD.size(1)
+    groups, before = k_BGTD.size(1), k_BGTD.size(2) - time
     queries = (q_BHTD * dim**-0.5).reshape(batch, groups, heads // groups, time, dim)
     blocks = []
     for start in range(0, time, QUERY_BLOCK):
         end = min(start + QUERY_BLOCK, time)
         # All query heads of a key head in one product.
         q = queries[:, :, :, start:end].reshape(batch, groups, -1, dim)
-        scores = (q @ k_BGTD[:, :, :end].mT).unflatten(2, (-1, end - start)).float()
-        at = torch.arange(end, device=q.device)
-        scores = scores.masked_fill(at > at[start:, None], float("-inf"))
+        seen = before + end
+        scores = (q @ k_BGTD[:, :, :seen].mT).unflatten(2, (-1, end - start)).float()
+        at = torch.arange(seen, device=q.device)
+        scores = scores.masked_fill(at > at[before + start :, None], float("-inf"))
         share = scores.softmax(-1).to(v_BGTD.dtype).flatten(2, 3)
-        blocks.append((share @ v_BGTD[:, :, :end]).unflatten(2, (-1, end - start)))
+        blocks.append((share @ v_BGTD[:, :, :seen]).unflatten(2, (-1, end - start)))
     return torch.cat(blocks, dim=3).reshape(batch, heads, time, dim)

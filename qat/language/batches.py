@@ -69,16 +69,3 @@ class TrainingBatches(IterableDataset):
         for step in self._steps():
             for micro in range(self.shape.micro_batches):
                 yield micro_batch(self.stream, self.shape, step, self.rank, micro)
-
-
-def validation_windows(stream: TokenStream, seq_len: int) -> int:
-    """Number of non-overlapping windows of ``seq_len``; an incomplete last one is dropped."""
-    return (len(stream) - 1) // seq_len
-
-
-def validation_batch(
-    stream: TokenStream, seq_len: int, first: int, count: int
-) -> tuple[Tensor, Tensor]:
-    """Windows ``first`` .. ``first + count - 1`` as inputs and targets (count, seq_len), int64."""
-    span = torch.from_numpy(stream.take(first * seq_len, count * seq_len + 1))
-    return span[:-1].view(count, seq_len), span[1:].view(count, seq_len)

@@ -45,11 +45,12 @@ def rms_norm(x: Tensor) -> Tensor:
     return F.rms_norm(x, (x.size(-1),))
 
 
-def rotate(x_BHTD: Tensor) -> Tensor:
+def rotate(x_BHTD: Tensor, first_position: int = 0) -> Tensor:
     """Rotary position embedding over the two halves of the head dimension."""
     half = x_BHTD.size(-1) // 2
     exponent = torch.arange(half, device=x_BHTD.device, dtype=torch.float32) / half
-    position = torch.arange(x_BHTD.size(-2), device=x_BHTD.device, dtype=torch.float32)
+    end = first_position + x_BHTD.size(-2)
+    position = torch.arange(first_position, end, device=x_BHTD.device, dtype=torch.float32)
     angle_TD = torch.outer(position, ROPE_BASE**-exponent)
     cos, sin = angle_TD.cos().to(x_BHTD.dtype), angle_TD.sin().to(x_BHTD.dtype)
     a, b = x_BHTD.split(half, dim=-1)
@@ -70,18 +71,20 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim, bias=False)
         self.q_gain = nn.Parameter(torch.full((num_heads,), QUERY_GAIN))
 
-    def forward(self, x_BTC: Tensor) -> Tensor:
+    def forward(self, x_BTC: Tensor, tail: int | None = None) -> Tensor:
         batch, time, dim = x_BTC.shape
+        tail = time if tail is None else tail
 
         def heads(projected: Tensor, count: int) -> Tensor:
-            return projected.view(batch, time, count, self.head_dim).transpose(1, 2)
+            return projected.view(batch, -1, count, self.head_dim).transpose(1, 2)
 
-        q = rotate(rms_norm(heads(self.c_q(x_BTC), self.num_heads)))
+        q = rms_norm(heads(self.c_q(x_BTC[:, time - tail :]), self.num_heads))
+        q = rotate(q, time - tail)
         k = rotate(rms_norm(heads(self.c_k(x_BTC), self.num_kv_heads)))
         v = heads(self.c_v(x_BTC), self.num_kv_heads)
         q = q * self.q_gain.to(q.dtype)[None, :, None, None]
         y = self.attend(q, k, v)
-        return self.proj(y.transpose(1, 2).reshape(batch, time, dim))
+        return self.proj(y.transpose(1, 2).reshape(batch, tail, dim))
 
 
 class MLP(nn.Module):
@@ -95,7 +98,10 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and MLP, scaled per channel; ``resid_mix`` blends in the first hidden state."""
+    """Attention and MLP, scaled per channel; ``resid_mix`` blends in the first hidden state.
+
+    With ``tail`` only the last positions are computed (keys and values are of all of them).
+    """
 
     def __init__(self, shape: GPTShape) -> None:
         super().__init__()
@@ -105,16 +111,19 @@ class Block(nn.Module):
         self.mlp_scale = nn.Parameter(torch.ones(shape.dim))
         self.resid_mix = nn.Parameter(torch.stack((torch.ones(shape.dim), torch.zeros(shape.dim))))
 
-    def forward(self, x_BTC: Tensor, first_BTC: Tensor) -> Tensor:
+    def forward(self, x_BTC: Tensor, first_BTC: Tensor, tail: int | None = None) -> Tensor:
         keep, again = self.resid_mix.to(x_BTC.dtype)
         x = keep * x_BTC + again * first_BTC
-        x = x + self.attn_scale.to(x.dtype) * self.attn(rms_norm(x))
+        attended = self.attn(rms_norm(x), tail)
+        x = x if tail is None else x[:, -tail:]
+        x = x + self.attn_scale.to(x.dtype) * attended
         return x + self.mlp_scale.to(x.dtype) * self.mlp(rms_norm(x))
 
 
 class GPT(nn.Module):
     """Token ids (B, T) -> float32 logits (B, T, V), or the mean loss in nats with targets.
 
+    ``tail`` = n gives the logits of the last n positions only, (B, n, V), at less than their price.
     The first half of the blocks push their output, the second half pop and add it, scaled per
     channel by ``skip_weights``.
     """
@@ -141,23 +150,26 @@ class GPT(nn.Module):
             if name.endswith(".proj"):
                 nn.init.zeros_(module.weight)
 
-    def hidden(self, ids_BT: Tensor) -> Tensor:
-        """Normalised last hidden state (B, T, C)."""
+    def hidden(self, ids_BT: Tensor, tail: int | None = None) -> Tensor:
+        """Normalised last hidden state (B, T, C), or (B, tail, C)."""
         x = first = rms_norm(self.tok_emb(ids_BT))
         pushed: list[Tensor] = []
+        last = len(self.blocks) - 1
         for index, block in enumerate(self.blocks):
             if index < self.num_pushing:
-                x = block(x, first)
+                x = block(x, first, tail if index == last else None)
                 pushed.append(x)
             else:
                 if pushed:
                     skip = self.skip_weights[index - self.num_pushing].to(x.dtype)
                     x = x + skip * pushed.pop()
-                x = block(x, first)
+                x = block(x, first, tail if index == last else None)
         return rms_norm(x)
 
-    def forward(self, ids_BT: Tensor, targets_BT: Tensor | None = None) -> Tensor:
-        hidden_BTC = self.hidden(ids_BT)
+    def forward(
+        self, ids_BT: Tensor, targets_BT: Tensor | None = None, tail: int | None = None
+    ) -> Tensor:
+        hidden_BTC = self.hidden(ids_BT, tail)
         embedding_VC = self.tok_emb.weight
         if targets_BT is None:
             head = self.lm_head

@@ -110,6 +110,15 @@ class TokenStream:
                         f"ends at {vocab_size - 1}; give the shards' own data.tokenizer"
                     )
 
+    def find(self, token: int) -> np.ndarray:
+        """Positions of a token in the stream, sorted, int64 (reads every token)."""
+        found = [np.zeros(0, dtype=np.int64)]
+        for shard, end in zip(self._shards, self._ends, strict=True):
+            for start in range(0, len(shard), SCAN_TOKENS):
+                at = np.flatnonzero(shard[start : start + SCAN_TOKENS] == token)
+                found.append(at + (end - len(shard) + start))
+        return np.concatenate(found)
+
     @property
     def fingerprint(self) -> str:
         """Hex hash of each shard's length, first and last tokens: tells streams apart, cheaply."""

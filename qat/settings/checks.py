@@ -18,8 +18,10 @@ from qat.settings import machine
 from qat.settings.ranges import (
     at_least,
     check_averaging,
+    check_eval,
     check_model,
     check_optimizer,
+    check_parts,
     check_schedule,
     one_of,
     require,
@@ -62,7 +64,7 @@ def resolve_train(settings: TrainSettings, choices: Mapping[str, str | None]) ->
     at_least("artifact.fit_tokens", s.artifact.fit_tokens, 1)
     at_least("logger.every_steps", s.logger.every_steps, 1)
     one_of("precision", s.precision, ("auto", "bf16", "fp32"))
-    one_of("eval.precision", s.eval.precision, ("fp32", "bf16"))
+    check_eval(s.eval, s.seq_len)
     compile_choice = s.compile.lower()
     one_of("compile", compile_choice, ("auto", "true", "false"))
     one_of("logger.name", s.logger.name, ("csv", "wandb"))
@@ -107,7 +109,6 @@ def _check_name(setting: str, name: str | None) -> None:
 def _check_batches(s: TrainSettings) -> None:
     at_least("seq_len", s.seq_len, 1)
     at_least("batch_tokens", s.batch_tokens, 1)
-    at_least("eval.batch_tokens", s.eval.batch_tokens, 1)
     require(
         s.batch_tokens % s.seq_len == 0,
         "batch_tokens",
@@ -203,6 +204,8 @@ def resolve_eval(settings: EvalTaskSettings, choices: Mapping[str, str | None]) 
     """Checked settings of eval.py, ``data.*`` included."""
     s = settings
     one_of("task", s.task, TASKS)
+    if s.task != "score" and machine.world_size() > 1:
+        raise UserError(f"task={s.task}: runs in one process; start it without torchrun")
     if s.task == "fit":
         needed = "the solver needs a run's checkpoint; give run=RUN and no artifact"
         require(bool(s.run) and not s.artifact, "run", s.run, needed)
@@ -224,11 +227,10 @@ def resolve_eval(settings: EvalTaskSettings, choices: Mapping[str, str | None]) 
     if s.run:
         s = replace(s, run=str(find_run("run", s.run, s.runs_dir)))
     _check_seed(s.seed)
-    at_least("seq_len", s.seq_len, 1)
     at_least("sample.max_tokens", s.sample.max_tokens, 1)
     at_least("sample.temperature", s.sample.temperature, 0)
-    at_least("eval.batch_tokens", s.eval.batch_tokens, 1)
-    one_of("eval.precision", s.eval.precision, ("fp32", "bf16"))
+    check_eval(s.eval)
+    check_parts(s.eval)
     _check_data(s.data)
     one_of("data.source", s.data.source, (*TEXT_SOURCES, "from_artifact"))
     at_least("limit_bytes", s.limit_bytes, 1)
@@ -245,7 +247,7 @@ def _check_golf_file(s: EvalTaskSettings) -> None:
         require(written, "out", s.out, "give the file to write, out=FILE.ptz")
     elif is_golf:
         for setting, value, example in (
-            ("seq_len", s.seq_len, "seq_len=1024"),
+            ("eval.seq_len", s.eval.seq_len, "eval.seq_len=1024"),
             ("data.val_files", s.data.val_files, "data.val_files=GLOB"),
             ("data.tokenizer", s.data.tokenizer, "data.tokenizer=PATH"),
         ):

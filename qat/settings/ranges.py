@@ -7,12 +7,15 @@ import math
 from qat.errors import UserError
 from qat.settings.schema import (
     AveragingSettings,
+    EvalSettings,
+    FullEvalSettings,
     ModelSettings,
     OptimizerSettings,
     ScheduleSettings,
 )
 
 MAX_VOCAB_SIZE = 65_536  # token ids are stored as uint16
+EVAL_PARTS = ("calibration", "damage", "layers", "pairs", "cost")
 
 
 def require(condition: bool, setting: str, value: object, remedy: str) -> None:
@@ -64,6 +67,28 @@ def check_averaging(a: AveragingSettings) -> None:
     at_least("averaging.every_steps", a.every_steps, 1)
     start = a.start_fraction
     require(0.0 <= start < 1.0, "averaging.start_fraction", start, "give 0 or more, below 1")
+
+
+def check_eval(e: EvalSettings, trained_seq_len: int | None = None) -> None:
+    one_of("eval.precision", e.precision, ("fp32", "bf16"))
+    at_least("eval.batch_tokens", e.batch_tokens, 1)
+    at_least("eval.seq_len", e.seq_len, 1)
+    at_least("eval.stride", e.stride, 1)
+    seq_len = e.seq_len or trained_seq_len
+    if e.stride is not None and seq_len is not None and e.stride > seq_len:
+        raise UserError(
+            f"eval.stride = {e.stride}: must be at most eval.seq_len = {seq_len}, or tokens "
+            "between windows would not be scored"
+        )
+
+
+def check_parts(e: FullEvalSettings) -> None:
+    for part in e.parts:
+        one_of("eval.parts", part, EVAL_PARTS)
+    for name in ("layers_tokens", "num_bins", "resamples", "repeats"):
+        at_least(f"eval.{name}", getattr(e, name), 1)
+    is_used = e.pairs_file is None or "pairs" in e.parts
+    require(is_used, "eval.pairs_file", e.pairs_file, "add eval.parts='[pairs]' or eval=full")
 
 
 def check_model(m: ModelSettings) -> None:

@@ -133,6 +133,20 @@ class CheckpointSettings:  # off the clock; the last one is written when trainin
 class EvalSettings:
     precision: str = "fp32"  # fp32 | bf16 (autocast)
     batch_tokens: int = 16_384  # tokens per forward pass
+    seq_len: int | None = None  # of a window; null = as trained
+    stride: int | None = None  # of windows that slide; null = they do not overlap
+    by_document: bool = False  # no window reaches from one document into the next
+
+
+@dataclass
+class FullEvalSettings(EvalSettings):
+    # calibration | damage | layers | pairs | cost, beside val_bpb; eval=full takes all of them
+    parts: list[str] = field(default_factory=list)
+    pairs_file: str | None = None  # .jsonl of minimal pairs; null = those made from templates
+    layers_tokens: int = 65_536  # validation tokens per tensor, of the part layers
+    num_bins: int = 15  # of calibration errors
+    resamples: int = 2_000  # of the bootstrap over documents
+    repeats: int = 20  # of each timing
 
 
 @dataclass
@@ -199,12 +213,11 @@ class EvalTaskSettings:
     runs_dir: str = "logs/runs"
     prompt: str = ""
     seed: int = 1337
-    seq_len: int | None = None  # null = the artifact's; a .ptz has none
     limit_bytes: int = 16_000_000  # artifact + code, decimal; of task=inspect and task=fit
     sample: SampleSettings = field(default_factory=SampleSettings)
     submission: SubmissionSettings = field(default_factory=SubmissionSettings)
     data: DataSettings = field(default_factory=DataSettings)
-    eval: EvalSettings = field(default_factory=EvalSettings)
+    eval: FullEvalSettings = field(default_factory=FullEvalSettings)
 
 
 def from_yaml(text: str, typed: str) -> TrainSettings:

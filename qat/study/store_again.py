@@ -24,6 +24,7 @@ from qat.quantize.plan import Plan
 from qat.settings.schema import (
     ArtifactSettings,
     DataSettings,
+    EvalSettings,
     GridSettings,
     ModelSettings,
     PlanSettings,
@@ -102,8 +103,7 @@ def store_again(
         TokenStream(source.val_files, "data.val_files"),
         tokenizer.byte_table,
         seq_len,
-        settings["eval"]["batch_tokens"],
-        settings["eval"]["precision"],
+        EvalSettings(**settings["eval"]),
         device,
         console,
     )

@@ -81,7 +81,7 @@ def content_of(path: Path) -> dict[str, Any]:
 
 def test_the_reference_trainers_file_scores_as_the_reference_says(program) -> None:
     expected = json.loads((GOLF / "expected.json").read_text())
-    done = program("eval.py", f"artifact={FIXTURE}", "seq_len=128", *TEXT)
+    done = program("eval.py", f"artifact={FIXTURE}", "eval.seq_len=128", *TEXT)
     assert done.code == 0, done.err
     assert value(done.out, "val_bpb") == pytest.approx(expected["artifact_val_bpb"], abs=1e-6)
     assert value(done.out, "val_loss") == pytest.approx(expected["artifact_val_loss"], abs=1e-6)
@@ -95,7 +95,7 @@ def test_the_reference_trainers_file_scores_as_the_reference_says(program) -> No
 
 
 def test_sample_from_it(program) -> None:
-    done = program("eval.py", "task=sample", f"artifact={FIXTURE}", "seq_len=128", *TEXT,
+    done = program("eval.py", "task=sample", f"artifact={FIXTURE}", "eval.seq_len=128", *TEXT,
                    "sample.max_tokens=8", "prompt=The")  # fmt: skip
     assert done.code == 0, done.err
     assert done.out.startswith("The")
@@ -145,7 +145,7 @@ def test_what_is_no_model_is_refused(changes: dict, reason: str, program, tmp_pa
     plan = Plan([Entry(name, size) for name, size in shapes.items() if size is not None])
     data = pack_golf(plan.encode({entry.name: torch.ones(entry.shape) for entry in plan}))
     (tmp_path / "m.ptz").write_bytes(data)
-    done = program("eval.py", "artifact=m.ptz", "seq_len=128", *TEXT)
+    done = program("eval.py", "artifact=m.ptz", "eval.seq_len=128", *TEXT)
     assert done.code == 2, done.err
     assert len(done.err.splitlines()) == 1
     assert done.err.startswith("error: artifact=m.ptz: ")
@@ -154,7 +154,7 @@ def test_what_is_no_model_is_refused(changes: dict, reason: str, program, tmp_pa
 
 def test_a_tokenizer_of_another_vocabulary(finished: Path, cache_dir: Path, program) -> None:
     other = next(cache_dir.rglob("tokenizer.model"))
-    done = program("eval.py", f"artifact={FIXTURE}", "seq_len=128", TEXT[0],
+    done = program("eval.py", f"artifact={FIXTURE}", "eval.seq_len=128", TEXT[0],
                    f"data.tokenizer={other}")  # fmt: skip
     assert done.code == 2
     assert "it has 320 pieces, the model" in done.err
@@ -165,12 +165,12 @@ def test_a_tokenizer_of_another_vocabulary(finished: Path, cache_dir: Path, prog
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        ((f"artifact={FIXTURE}", *TEXT), "seq_len = null: a .ptz file does not say; give seq_len="),
-        ((f"artifact={FIXTURE}", "seq_len=128", TEXT[1]), "data.val_files = null: a .ptz file"),
-        ((f"artifact={FIXTURE}", "seq_len=128", TEXT[0]), "data.tokenizer = null: a .ptz file"),
-        ((f"artifact={FIXTURE}", "seq_len=0", *TEXT), "seq_len = 0: give 1 or more"),
-        ((f"artifact={FIXTURE}", "seq_len=9000000", *TEXT), "seq_len = 9000000: the validation"),
-        (("artifact=no.ptz", "seq_len=128", *TEXT), "artifact=no.ptz: No such file or directory"),
+        ((f"artifact={FIXTURE}", *TEXT), "eval.seq_len = null: a .ptz file does not say; give eval.seq_len="),
+        ((f"artifact={FIXTURE}", "eval.seq_len=128", TEXT[1]), "data.val_files = null: a .ptz file"),
+        ((f"artifact={FIXTURE}", "eval.seq_len=128", TEXT[0]), "data.tokenizer = null: a .ptz file"),
+        ((f"artifact={FIXTURE}", "eval.seq_len=0", *TEXT), "eval.seq_len = 0: give 1 or more"),
+        ((f"artifact={FIXTURE}", "eval.seq_len=9000000", *TEXT), "eval.seq_len = 9000000: the validation"),
+        (("artifact=no.ptz", "eval.seq_len=128", *TEXT), "artifact=no.ptz: No such file or directory"),
         (("task=convert", "out=a.ptz"), "artifact = null: give artifact=PATH or run=RUN"),
         (("task=convert", "artifact=a.qat"), "out = null: give the file to write, out=FILE.ptz"),
         (("task=convert", "artifact=a.qat", "out=b.pt"), "out = b.pt: give the file to write"),
@@ -225,7 +225,7 @@ def test_a_trained_run_converted_scores_the_same(train, program, cache_dir: Path
     done = program("eval.py", "task=convert", f"run={run}", "out=r.ptz")
     assert done.code == 0, done.err
     tokenizer = next(cache_dir.rglob("tokenizer.model"))
-    done = program("eval.py", "artifact=r.ptz", "seq_len=32", "eval.batch_tokens=2048",
+    done = program("eval.py", "artifact=r.ptz", "eval.seq_len=32", "eval.batch_tokens=2048",
                    f"data.val_files={tokenizer.parent}/val_*.bin", f"data.tokenizer={tokenizer}",
                    )  # fmt: skip
     assert done.code == 0, done.err
@@ -272,7 +272,7 @@ def test_no_file_is_overwritten_and_none_left_behind(program, tmp_path: Path) ->
 
 def test_a_damaged_file_is_one_line_of_the_program(program, tmp_path: Path) -> None:
     (tmp_path / "half.ptz").write_bytes(FIXTURE.read_bytes()[:100_000])
-    done = program("eval.py", "artifact=half.ptz", "seq_len=128", *TEXT)
+    done = program("eval.py", "artifact=half.ptz", "eval.seq_len=128", *TEXT)
     assert done.code == 2
     assert done.err == (
         "error: artifact=half.ptz: not a readable .ptz file (its zlib data ends early: truncated)\n"

@@ -15,8 +15,6 @@ from qat.language.batches import (
     BatchShape,
     TrainingBatches,
     micro_batch,
-    validation_batch,
-    validation_windows,
 )
 from qat.language.shards import ShardWriter, TokenStream
 from tests.conftest import GOLF
@@ -123,10 +121,3 @@ def test_a_worker_that_reads_ahead_gives_the_same_batches(stream: TokenStream) -
     for batch, _ in zip(batches, range(10), strict=False):
         for ours, read in zip(batch, next(ahead), strict=True):
             assert torch.equal(ours, read)
-
-
-def test_validation_windows_do_not_overlap_and_drop_the_rest(stream: TokenStream) -> None:
-    assert validation_windows(stream, 16) == (5000 - 1) // 16
-    x, y = validation_batch(stream, 16, 2, 3)
-    assert np.array_equal(x.flatten(), stream.take(32, 48))
-    assert np.array_equal(y.flatten(), stream.take(33, 48))

@@ -1,0 +1,101 @@
+"""What scoring costs: latency, throughput and memory of forward passes, warm-up left out.
+
+The weights are float32 in every case here, so this is the price of the architecture on this
+machine, not of a storage format.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from qat.evaluation.score import Scorer
+from qat.language.gpt import GPT
+
+WARM_UP = 3
+CLEAR_PEAK = "5"  # man proc_pid_clear_refs: resets the peak resident size
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Of repeated timings."""
+
+    median: float
+    lower_quartile: float
+    upper_quartile: float
+
+
+@dataclass(frozen=True)
+class Cost:
+    """``latency_ms``: one sequence by itself. ``tokens_per_second``: batches of batch_tokens.
+
+    ``peak_memory_bytes``: highest resident size of the process while timed, or memory allocated on
+    the GPU; None where the system does not tell.
+    """
+
+    latency_ms: Spread
+    tokens_per_second: Spread
+    peak_memory_bytes: int | None
+
+
+@torch.inference_mode()
+def measure_cost(scorer: Scorer, weights: Mapping[str, Tensor], repeats: int) -> Cost:
+    """Logits of all positions of sequences of ``eval.seq_len`` tokens, ``repeats`` times each."""
+    with torch.device("meta"):
+        gpt = GPT(scorer.shape)
+    device, settings = scorer.device, scorer.settings
+    placed = {name: w.to(device) for name, w in weights.items()}
+    seq_len = settings.seq_len or scorer.seq_len
+    ids = torch.from_numpy(scorer.stream.take(0, seq_len)).to(device)
+
+    def seconds(rows: int) -> list[float]:
+        ids_BT = ids.expand(rows, -1)
+        times = []
+        for _ in range(WARM_UP + repeats):
+            started = time.perf_counter()
+            with torch.autocast(
+                device.type, torch.bfloat16, enabled=settings.precision == "bf16"
+            ):
+                torch.func.functional_call(gpt, placed, (ids_BT,))
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            times.append(time.perf_counter() - started)
+        return times[WARM_UP:]
+
+    is_reset = _reset_peak(device)
+    rows = max(1, settings.batch_tokens // seq_len)
+    latency_ms = [1000 * s for s in seconds(1)]
+    tokens_per_second = [rows * seq_len / s for s in seconds(rows)]
+    peak = _peak_bytes(device) if is_reset else None
+    return Cost(_spread(latency_ms), _spread(tokens_per_second), peak)
+
+
+def _spread(values: list[float]) -> Spread:
+    low, median, high = np.quantile(values, (0.25, 0.5, 0.75))
+    return Spread(float(median), float(low), float(high))
+
+
+def _reset_peak(device: torch.device) -> bool:
+    """Whether the peak starts anew from here."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        return True
+    try:
+        Path("/proc/self/clear_refs").write_text(CLEAR_PEAK)
+    except OSError:  # another system, or not allowed: then the peak is not known
+        return False
+    return True
+
+
+def _peak_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    status = Path("/proc/self/status").read_text()
+    line = next(line for line in status.splitlines() if line.startswith("VmHWM:"))
+    return int(line.split()[1]) * 1024
