@@ -1,6 +1,7 @@
 """Tasks on finished runs and artifacts.
 
     python eval.py artifact=logs/runs/RUN/artifact.qat
+    python eval.py run=RUN eval=full
     python eval.py task=inspect artifact=PATH
     python eval.py task=fit run=RUN limit_bytes=1000000
     python eval.py task=sample artifact=PATH prompt="In the beginning"
@@ -24,6 +25,7 @@ from qat.settings.schema import EvalTaskSettings
 
 TASKS = {
     "score": "qat.evaluation.score_task",
+    "full": "qat.study.full_eval_task",  # task=score, in more respects than val_bpb
     "sample": "qat.evaluation.sample_task",
     "inspect": "qat.evaluation.inspect_task",
     "fit": "qat.study.fit_task",
@@ -34,8 +36,10 @@ TASKS = {
 
 
 def run(s: EvalTaskSettings, job: Job) -> int:
+    of_checkpoint = (s.artifact or "").endswith(".ckpt")
+    in_full = s.task == "score" and (s.eval.parts or of_checkpoint)
     try:
-        return import_module(TASKS[s.task]).run(s)
+        return import_module(TASKS["full" if in_full else s.task]).run(s)
     except ModuleNotFoundError as missing:
         if not str(missing.name).startswith("qat."):
             raise

@@ -59,9 +59,7 @@ def measure_cost(scorer: Scorer, weights: Mapping[str, Tensor], repeats: int) ->
         times = []
         for _ in range(WARM_UP + repeats):
             started = time.perf_counter()
-            with torch.autocast(
-                device.type, torch.bfloat16, enabled=settings.precision == "bf16"
-            ):
+            with torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
                 torch.func.functional_call(gpt, placed, (ids_BT,))
             if device.type == "cuda":
                 torch.cuda.synchronize()

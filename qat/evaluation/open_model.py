@@ -90,16 +90,21 @@ def open_artifact(path: Path) -> OpenedModel:
     return OpenedModel(artifact, shape, seq_len)
 
 
+def names_text(data: DataSettings) -> bool:
+    """Whether the settings say where the validation text is."""
+    typed = data.val_files or data.tokenizer or data.files
+    return bool(typed) or data.source != "from_artifact"
+
+
 def open_validation(model: OpenedModel, data: DataSettings) -> tuple[Source, Tokenizer]:
     """Validation text from the settings if they name some, else from the artifact's header.
 
     UserError if it is not found, or if its tokenizer is not the artifact's.
     """
-    typed = data.val_files or data.tokenizer or data.files or data.source != "from_artifact"
     named = model.artifact.meta["data"]
     if "val_fraction" in named:  # another split would score documents that were trained on
         data = replace(data, val_fraction=named["val_fraction"])
-    if typed:
+    if names_text(data):
         source = from_settings(data, model.shape.vocab_size)
     else:
         source = from_named(named, data, model.shape.vocab_size)

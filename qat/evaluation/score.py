@@ -98,9 +98,7 @@ class Scorer:
         ):
             yield batch.to(self.device)
 
-    def forward(
-        self, weights: Mapping[str, Tensor], title: str
-    ) -> Iterator[tuple[Batch, Tensor]]:
+    def forward(self, weights: Mapping[str, Tensor], title: str) -> Iterator[tuple[Batch, Tensor]]:
         """This rank's batches, with the logits (N, V) of their scored targets, on the device.
 
         To be read inside ``torch.inference_mode``.

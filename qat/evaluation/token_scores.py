@@ -29,7 +29,11 @@ class TokenScores:
 
 @torch.inference_mode()
 def token_scores(
-    scorer: Scorer, weights: Mapping[str, Tensor], fit: TemperatureFit, in_fit: Tensor, title: str
+    scorer: Scorer,
+    weights: Mapping[str, Tensor],
+    fit: TemperatureFit | None,
+    in_fit: Tensor,
+    title: str,
 ) -> TokenScores:
     """One pass over the validation text; ``fit`` sees the tokens where ``in_fit`` (N,) is true."""
     num_targets = scorer.windows.num_targets
@@ -40,9 +44,10 @@ def token_scores(
         highest, likeliest = logits_NV.max(-1)
         confidence[at] = (highest - logits_NV.logsumexp(-1)).exp().cpu()
         predicted[at] = likeliest.float().cpu()  # ids are below 2^16
-        chosen = in_fit[at].to(logits_NV.device)
-        fit.update(logits_NV[chosen], batch.targets[chosen])
-    _join(scorer, fit.sums, nats, confidence, predicted)
+        if fit is not None:
+            chosen = in_fit[at].to(logits_NV.device)
+            fit.update(logits_NV[chosen], batch.targets[chosen])
+    _join(scorer, nats, confidence, predicted, *([] if fit is None else [fit.sums]))
     return TokenScores(nats, confidence, predicted.long())
 
 

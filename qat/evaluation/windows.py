@@ -109,9 +109,7 @@ def document_windows(
     return _overlapping(starts, ends[has_targets] - starts, seq_len, stride or seq_len)
 
 
-def _overlapping(
-    starts: np.ndarray, num_targets: np.ndarray, seq_len: int, stride: int
-) -> Windows:
+def _overlapping(starts: np.ndarray, num_targets: np.ndarray, seq_len: int, stride: int) -> Windows:
     """Sliding windows inside spans of ``num_targets`` targets each."""
     first = np.minimum(num_targets, seq_len)
     later = -(-(num_targets - first) // stride)  # windows after the first, per span

@@ -143,10 +143,10 @@ class FullEvalSettings(EvalSettings):
     # calibration | damage | layers | pairs | cost, beside val_bpb; eval=full takes all of them
     parts: list[str] = field(default_factory=list)
     pairs_file: str | None = None  # .jsonl of minimal pairs; null = those made from templates
-    layers_tokens: int = 65_536  # validation tokens per tensor, of the part layers
+    layers_tokens: int = 16_384  # validation tokens per tensor, of the part layers
     num_bins: int = 15  # of calibration errors
     resamples: int = 2_000  # of the bootstrap over documents
-    repeats: int = 20  # of each timing
+    repeats: int = 10  # of each timing
 
 
 @dataclass

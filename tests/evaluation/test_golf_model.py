@@ -165,12 +165,27 @@ def test_a_tokenizer_of_another_vocabulary(finished: Path, cache_dir: Path, prog
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        ((f"artifact={FIXTURE}", *TEXT), "eval.seq_len = null: a .ptz file does not say; give eval.seq_len="),
-        ((f"artifact={FIXTURE}", "eval.seq_len=128", TEXT[1]), "data.val_files = null: a .ptz file"),
-        ((f"artifact={FIXTURE}", "eval.seq_len=128", TEXT[0]), "data.tokenizer = null: a .ptz file"),
+        (
+            (f"artifact={FIXTURE}", *TEXT),
+            "eval.seq_len = null: a .ptz file does not say; give eval.seq_len=",
+        ),
+        (
+            (f"artifact={FIXTURE}", "eval.seq_len=128", TEXT[1]),
+            "data.val_files = null: a .ptz file",
+        ),
+        (
+            (f"artifact={FIXTURE}", "eval.seq_len=128", TEXT[0]),
+            "data.tokenizer = null: a .ptz file",
+        ),
         ((f"artifact={FIXTURE}", "eval.seq_len=0", *TEXT), "eval.seq_len = 0: give 1 or more"),
-        ((f"artifact={FIXTURE}", "eval.seq_len=9000000", *TEXT), "eval.seq_len = 9000000: the validation"),
-        (("artifact=no.ptz", "eval.seq_len=128", *TEXT), "artifact=no.ptz: No such file or directory"),
+        (
+            (f"artifact={FIXTURE}", "eval.seq_len=9000000", *TEXT),
+            "eval.seq_len = 9000000: the validation",
+        ),
+        (
+            ("artifact=no.ptz", "eval.seq_len=128", *TEXT),
+            "artifact=no.ptz: No such file or directory",
+        ),
         (("task=convert", "out=a.ptz"), "artifact = null: give artifact=PATH or run=RUN"),
         (("task=convert", "artifact=a.qat"), "out = null: give the file to write, out=FILE.ptz"),
         (("task=convert", "artifact=a.qat", "out=b.pt"), "out = b.pt: give the file to write"),

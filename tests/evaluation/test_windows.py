@@ -230,7 +230,9 @@ def test_train_scores_in_the_windows_asked_for(train) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("asked", [(), ("eval.stride=8",), ("eval.stride=8", "eval.by_document=true")])
+@pytest.mark.parametrize(
+    "asked", [(), ("eval.stride=8",), ("eval.stride=8", "eval.by_document=true")]
+)
 def test_ranks_share_the_windows(asked: tuple[str, ...], finished: Path, tmp_path: Path) -> None:
     """1, 2 and 3 processes: the same sums, no window twice and none left out."""
     outputs = []

@@ -1,0 +1,113 @@
+"""The metrics of ``eval=full`` as one table: float, artifact, and what changed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.table import Table
+
+from qat.evaluation.full import ARTIFACT, FLOAT
+
+
+def full_table(metrics: dict[str, Any]) -> Table:
+    """``metrics``: what ``evaluate`` returned."""
+    models = metrics["models"]
+    table = Table(title=f"{metrics['file']}: {metrics['text']['tokens']:,} tokens, "
+                        f"{metrics['text']['text_bytes']:,} bytes, "
+                        f"{metrics['text']['documents']:,} documents", title_justify="left")  # fmt: skip
+    table.add_column("")
+    for name in models:
+        table.add_column(name, justify="right")
+    if len(models) == 2:
+        for title in ("change", "95 % interval", "flips", "real"):
+            table.add_column(title, justify="right")
+
+    def add(title: str, values: dict[str, str], *change: str) -> None:
+        table.add_row(title, *(values[name] for name in models), *change)
+
+    def compare(title: str, form: str, values: dict[str, float]) -> None:
+        change = []
+        if len(models) == 2:
+            change = [f"{values[ARTIFACT] - values[FLOAT]:+{form}}"]
+        add(title, {name: f"{value:{form}}" for name, value in values.items()}, *change)
+
+    for key, form in (("val_bpb", ".5f"), ("val_loss", ".5f"), ("perplexity", ".3f"),
+                      ("top1_accuracy", ".4f")):  # fmt: skip
+        compare(key, form, {name: model[key] for name, model in models.items()})
+    if all("calibration" in model for model in models.values()):
+        table.add_section()
+        _add_calibration(models, compare)
+    if "damage" in metrics:
+        table.add_section()
+        for tier, found in metrics["damage"].items():
+            for key, form in (("val_bpb", ".5f"), ("top1_accuracy", ".4f")):
+                delta = found["delta_" + key.removeprefix("val_")]
+                values = {name: f"{found[f'{key}_{name}']:{form}}" for name in models}
+                add(
+                    f"{key}, {tier} ({found['tokens']:,} tokens)", values,
+                    f"{delta['estimate']:+{form}}", _interval(delta, form),
+                    f"{found['flipped_predictions']:,}", "yes" if delta["is_real"] else "no",
+                )  # fmt: skip
+    if "layers" in metrics:
+        table.add_section()
+        for layer in metrics["layers"]:
+            title = f"only {layer['tensor']}: output error {layer['output_error']:.4f}"
+            add(
+                title,
+                {FLOAT: "", ARTIFACT: f"{layer['val_bpb']:.5f}"},
+                f"{layer['delta_bpb']:+.5f}",
+            )
+    if "pairs" in metrics:
+        table.add_section()
+        _add_pairs(metrics["pairs"], add)
+    if all("cost" in model for model in models.values()):
+        table.add_section()
+        for key, form in (("latency_ms", ".2f"), ("tokens_per_second", ",.0f")):
+            spreads = {name: model["cost"][key] for name, model in models.items()}
+            add(f"{key}, median (quartiles)", {
+                name: f"{s['median']:{form}} ({s['lower_quartile']:{form}} to "
+                      f"{s['upper_quartile']:{form}})" for name, s in spreads.items()
+            })  # fmt: skip
+        peaks = {name: model["cost"]["peak_memory_bytes"] for name, model in models.items()}
+        add(
+            "peak_memory_bytes", {n: "unknown" if p is None else f"{p:,}" for n, p in peaks.items()}
+        )
+    return table
+
+
+def _add_calibration(models: dict[str, Any], compare: Any) -> None:
+    found = {name: model["calibration"] for name, model in models.items()}
+    compare("temperature fitted", ".4f", {name: c["temperature"] for name, c in found.items()})
+    for key, form in (("ece_equal_width", ".5f"), ("ece_equal_mass", ".5f"),
+                      ("nats_per_token", ".5f")):  # fmt: skip
+        for label, title in (("none", "as it is"), ("fitted", "at its temperature")):
+            values = {name: c["temperatures"][label][key] for name, c in found.items()}
+            compare(f"{key}, {title}", form, values)
+        if "floats" in found.get(ARTIFACT, {}).get("temperatures", {}):
+            labels = {FLOAT: "fitted", ARTIFACT: "floats"}
+            values = {name: c["temperatures"][labels[name]][key] for name, c in found.items()}
+            compare(f"{key}, at the float model's temperature", form, values)
+
+
+def _add_pairs(pairs: dict[str, Any], add: Any) -> None:
+    for kind in next(iter(pairs["models"].values())):
+        of_kind = {name: kinds[kind] for name, kinds in pairs["models"].items()}
+        values = {
+            name: f"{a['num_right'] / a['num_pairs']:.3f} ({a['low']:.3f} to {a['high']:.3f})"
+            for name, a in of_kind.items()
+        }
+        num_pairs = next(iter(of_kind.values()))["num_pairs"]
+        change = []
+        if kind == "all" and "float_against_artifact" in pairs:
+            test = pairs["float_against_artifact"]
+            change = [
+                f"p = {test['p_value']:.3g}", "",
+                f"{test['only_first'] + test['only_second']}",
+            ]  # fmt: skip
+        add(f"minimal pairs, {kind} ({num_pairs:,})", values, *change)
+
+
+def _interval(found: dict[str, Any], form: str) -> str:
+    if found["low"] is None:
+        return "too few documents"
+    return f"{found['low']:+{form}} to {found['high']:+{form}}"
