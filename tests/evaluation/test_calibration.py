@@ -187,12 +187,13 @@ def test_an_edge_of_the_range_is_called_one(true_temperature: float, edge: float
 
 
 def test_logits_that_say_nothing_have_no_temperature() -> None:
-    fit = TemperatureFit()
-    fit.update(torch.full((9, 7), 0.3), torch.arange(9) % 7)
-    assert fit.best().at_edge
+    for vocab_size in range(1, 40):
+        fit = TemperatureFit()
+        fit.update(torch.full((9, vocab_size), 0.3), torch.arange(9) % vocab_size)
+        assert fit.best().at_edge
     with pytest.raises(ValueError, match="no tokens"):
         TemperatureFit().best()
-    fit.update(torch.full((1, 7), math.nan), torch.zeros(1, dtype=torch.int64))
+    fit.update(torch.full((1, vocab_size), math.nan), torch.zeros(1, dtype=torch.int64))
     with pytest.raises(ValueError, match="not finite"):
         fit.best()
 
