@@ -8,10 +8,10 @@ works on torch tensors, batch by batch on their own device, since logits are nev
 Temperature scaling (Guo et al. 2017, arXiv 1706.04599) needs the loss at every temperature, but the
 logits pass by once. So the loss is summed at fixed inverse temperatures, Chebyshev nodes of
 log(1/T), and the polynomial through them is minimised. With 32 nodes on 1/4 <= T <= 4 the fitted T
-is within 1e-6 of the exact one where that is near 1, and within 1e-5 elsewhere, for normal, uniform,
-peaked and Zipf-like logits of 2 to 1,024 tokens (and 3e-7 for a trained model); most of that is the
-rounding of float32. Only where all tokens have the same two levels of logits (one likely token, the
-others alike) is it worse: 1e-5 at T = 1, 1e-2 at T = 2.5.
+is within 1e-6 of the exact one where that is near 1, and within 1e-5 elsewhere, for normal,
+uniform, peaked and Zipf-like logits of 2 to 1,024 tokens (and 3e-7 for a trained model); most of
+that is the rounding of float32. Only where all tokens have the same two levels of logits (one
+likely token, the others alike) is it worse: 1e-5 at T = 1, 1e-2 at T = 2.5.
 
 Left out: vector and matrix scaling, and the calibration of tokens other than the likeliest one.
 """

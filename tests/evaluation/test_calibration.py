@@ -164,8 +164,9 @@ def test_temperature_of_the_labels_is_recovered() -> None:
     generator = torch.Generator().manual_seed(8)
     targets_N = torch.multinomial(torch.softmax(logits_NV / 1.7, -1), 1, generator=generator)[:, 0]
     parts = [TemperatureFit(), TemperatureFit()]
-    for k in range(0, 40_000, 1_000):
-        parts[k // 1_000 % 2].update(logits_NV[k : k + 1_000], targets_N[k : k + 1_000])
+    batches = zip(logits_NV.split(7_000), targets_N.split(7_000), strict=True)
+    for k, (logits, targets) in enumerate(batches):
+        parts[k % 2].update(logits, targets)
     whole = TemperatureFit()
     whole.sums = parts[0].sums + parts[1].sums  # as all_reduce does
     assert whole.sums.dtype == torch.float64
