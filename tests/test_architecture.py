@@ -28,6 +28,7 @@ ONLY = {  # third-party package -> rooms that may import it
     "zstandard": {"artifact"},
     "constriction": {"artifact"},
     "huggingface_hub": {"language"},
+    "scipy": {"evaluation", "study"},
     "torchao": set(),
 }
 
