@@ -92,6 +92,7 @@ def train(s: TrainSettings, training_run) -> int:
     if machine.rank() == 0:  # reads every token
         for stream in (train_stream, val_stream):
             stream.check_ids(s.model.vocab_size)
+        tokenizer.check_unknown(val_stream)
     gpt = build_gpt(s.model, s.seed)
     plan = plan_of(gpt.shape, s.grid, s.plan)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

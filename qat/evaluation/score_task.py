@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,6 +30,9 @@ def score_artifact(path: Path, s: EvalTaskSettings) -> Score:
     source, tokenizer = open_validation(model, s.data)
     stream = TokenStream(source.val_files, "data.val_files")
     stream.check_ids(tokenizer.vocab_size)
+    tokenizer.check_unknown(stream)
+    if warning := tokenizer.warning:
+        print(f"warning: {warning}", file=sys.stderr)
     scorer = Scorer(
         model.shape,
         stream,
