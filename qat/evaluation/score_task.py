@@ -31,8 +31,6 @@ def score_artifact(path: Path, s: EvalTaskSettings) -> Score:
     stream = TokenStream(source.val_files, "data.val_files")
     stream.check_ids(tokenizer.vocab_size)
     tokenizer.check_unknown(stream)
-    if warning := tokenizer.warning:
-        print(f"warning: {warning}", file=sys.stderr)
     scorer = Scorer(
         model.shape,
         stream,
@@ -43,6 +41,8 @@ def score_artifact(path: Path, s: EvalTaskSettings) -> Score:
         torch.device("cuda" if torch.cuda.is_available() else "cpu"),
         Console(stderr=True),
     )
+    if warning := tokenizer.warning:
+        print(f"warning: {warning}", file=sys.stderr)
     return scorer.score(model.artifact.weights, path.name)
 
 

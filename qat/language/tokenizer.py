@@ -94,10 +94,8 @@ class Tokenizer:
     @property
     def warning(self) -> str | None:
         """One line if tokens spell another text than the one tokenized, else None."""
-        faults = vocabulary.normalisation_faults(self.pieces)
-        if not faults:
-            return None
-        return f"data.tokenizer={self.path}: {'; '.join(faults)}: bytes of the normalised text"
+        fault = vocabulary.normalisation_fault(self.pieces)
+        return f"data.tokenizer={self.path}: {fault}" if fault else None
 
     def tokens_per_byte(self, stream: TokenStream) -> float:
         """Tokens per UTF-8 byte over the first million tokens of a stream."""

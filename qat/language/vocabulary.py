@@ -58,10 +58,12 @@ def faults(pieces: SentencePieceProcessor) -> list[str]:
         found.append(NO_SPACE_PIECE)
     if not has_byte_fallback(pieces):
         found.append(NO_BYTE_FALLBACK)
-    return found + normalisation_faults(pieces)
+    if fault := normalisation_fault(pieces):
+        found.append(fault)
+    return found
 
 
-def normalisation_faults(pieces: SentencePieceProcessor) -> list[str]:
+def normalisation_fault(pieces: SentencePieceProcessor) -> str | None:
     """How text is changed before it is cut: then the bytes counted are those of another text.
 
     Every character of Unicode is tried; of rules for several characters only a composition is.
@@ -72,11 +74,11 @@ def normalisation_faults(pieces: SentencePieceProcessor) -> list[str]:
     every = points[is_kept].tobytes().decode("utf-32-le")
     found = []
     if any(pieces.normalize(text).strip(SPACE) != text for text in (every, "e\u0301")):
-        found.append("it replaces or drops characters (NFKC and the like)")
+        found.append("replaces or drops characters (NFKC and the like)")
     if pieces.normalize(" a  b ").count(SPACE) < 4:
-        found.append("it drops spaces at the ends of a text and in runs")
+        found.append("drops spaces at the ends of a text and in runs")
     if pieces.normalize(" a").startswith(SPACE) and not pieces.normalize("a").startswith(SPACE):
-        found.append("it puts no space in front of a text, so a first one is taken for it")
+        found.append("puts no space in front of a text, so that a first one is not counted")
     if pieces.normalize("a").endswith(SPACE):
-        found.append("it puts a space behind a text, which is counted")
-    return found
+        found.append("puts a space behind a text, and that is counted")
+    return f"it {', '.join(found)}: bytes of the normalised text" if found else None

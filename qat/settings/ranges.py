@@ -66,6 +66,15 @@ def check_averaging(a: AveragingSettings) -> None:
     require(0.0 <= start < 1.0, "averaging.start_fraction", start, "give 0 or more, below 1")
 
 
+def check_vocab_size(vocab_size: int) -> None:
+    require(
+        1 < vocab_size <= MAX_VOCAB_SIZE,
+        "model.vocab_size",
+        vocab_size,
+        f"give 2 to {MAX_VOCAB_SIZE}; shards store tokens in 16 bits",
+    )
+
+
 def check_model(m: ModelSettings) -> None:
     for name in ("num_layers", "dim", "num_heads", "num_kv_heads", "mlp_mult"):
         at_least(f"model.{name}", getattr(m, name), 1)
@@ -87,9 +96,4 @@ def check_model(m: ModelSettings) -> None:
         m.num_kv_heads,
         f"must divide model.num_heads = {m.num_heads}",
     )
-    require(
-        1 < m.vocab_size <= MAX_VOCAB_SIZE,
-        "model.vocab_size",
-        m.vocab_size,
-        f"give 2 to {MAX_VOCAB_SIZE}; shards store tokens in 16 bits",
-    )
+    check_vocab_size(m.vocab_size)
