@@ -196,8 +196,9 @@ def _prepare(
         for side, ids in tokens.items():
             writers[side].write(ids)
             counted[side] += tokenizer.count_bytes(ids)
-    for side, writer in writers.items():
+    for writer in writers.values():
         writer.close()
+    for side, writer in writers.items():
         if not writer.num_tokens:
             raise UserError(
                 f"data={name}: no document falls on the {side} side "

@@ -124,7 +124,7 @@ def joined(documents: list[list[int]]) -> Tokens:
     shard_tokens=st.integers(1, 70),
     chunk_tokens=st.integers(1, 70),
 )
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=80, deadline=None)
 def test_equal_to_sets_of_tuples(
     multiplier: int, val: Tokens, train: Tokens | None, shard_tokens: int, chunk_tokens: int
 ) -> None:
@@ -180,8 +180,8 @@ def shard_of(path: Path, edit: Callable[[Tokens, Tokenizer], Tokens]) -> None:
 
 def named(folder: Path) -> list[str]:
     return [
-        "task=audit", f"data.val_files={folder}/val_*.bin", f"data.train_files={folder}/train_*.bin",
-        f"data.tokenizer={folder}/tokenizer.model",
+        "task=audit", f"data.val_files={folder}/val_*.bin",
+        f"data.train_files={folder}/train_*.bin", f"data.tokenizer={folder}/tokenizer.model",
     ]  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from qat.language import vocabulary
 from qat.language.shards import ShardWriter, TokenStream
 from qat.language.tokenizer import BOS_ID, Tokenizer
 from qat.language.vocabulary import SPACE, byte_piece
-from tests.conftest import GOLF
+from tests.conftest import GOLF, TINY, Done
 
 TEXTS = [f"the quick brown fox, {n} of them; na\u00efve \u4e2d\u6587" for n in range(200)]
 NORMAL, UNKNOWN, CONTROL, UNUSED, BYTE = 1, 2, 3, 5, 6
@@ -153,6 +154,48 @@ def test_unknown_tokens_in_a_stream_are_refused(tmp_path: Path) -> None:
     tokenizer.check_unknown(known)
     with pytest.raises(UserError, match=r"data\.val_files: 3 tokens are the unknown piece"):
         tokenizer.check_unknown(lost)
+
+
+SCORE = ("eval.py", f"artifact={GOLF}/final_model.int8.ptz", "seq_len=128")
+
+
+def test_scoring_refuses_what_cannot_be_counted(
+    program: Callable[..., Done], tmp_path: Path
+) -> None:
+    model = (GOLF / "tokenizer.model").read_bytes()
+    entry = b"\n\x03"
+    assert model.count(entry + SPACE.encode()) == 1
+    (tmp_path / "t.model").write_bytes(model.replace(entry + SPACE.encode(), entry + b"qzq"))
+    shards = f"data.val_files={GOLF}/fineweb_val_*.bin"
+    done = program(*SCORE, shards, "data.tokenizer=t.model")
+    assert done.code == 2
+    assert done.err.startswith("error: data.tokenizer=t.model: it has no piece for a single space")
+
+    tokens = TokenStream([GOLF / "fineweb_val_000000.bin"], "data").take(0, 1000)
+    writer = ShardWriter(tmp_path, "val")
+    writer.write([*tokens.tolist(), Tokenizer(GOLF / "tokenizer.model").pieces.unk_id()])
+    writer.close()
+    done = program(*SCORE, "data.val_files=val_*.bin", f"data.tokenizer={GOLF}/tokenizer.model")
+    assert done.code == 2
+    assert done.err.startswith("error: data.val_files: 1 tokens are the unknown piece of ")
+
+
+def test_a_normalising_vocabulary_is_said_in_one_line(
+    program: Callable[..., Done], tmp_path: Path
+) -> None:
+    tokens = TokenStream([GOLF / "fineweb_val_000000.bin"], "data").take(0, 1000)
+    for side in ("val", "train"):
+        writer = ShardWriter(tmp_path, side)
+        writer.write(tokens.tolist())
+        writer.close()
+    data = ("data.val_files=val_*.bin", f"data.tokenizer={GOLF}/tokenizer.model")
+    done = program(*SCORE, *data)
+    assert done.code == 0
+    (line,) = done.err.splitlines()
+    assert line == f"warning: {Tokenizer(GOLF / 'tokenizer.model').warning}"
+    more = ("data.train_files=train_*.bin", "model.vocab_size=512", "max_steps=1", "run_name=r")
+    assert program("train.py", *TINY, *data, *more).code == 0
+    assert line in Path("logs/runs/r/train.log").read_text()
 
 
 def test_the_challenges_own_normalises_and_that_is_said() -> None:
