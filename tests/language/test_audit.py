@@ -124,7 +124,7 @@ def joined(documents: list[list[int]]) -> Tokens:
     shard_tokens=st.integers(1, 70),
     chunk_tokens=st.integers(1, 70),
 )
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_equal_to_sets_of_tuples(
     multiplier: int, val: Tokens, train: Tokens | None, shard_tokens: int, chunk_tokens: int
 ) -> None:
