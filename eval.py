@@ -5,6 +5,7 @@
     python eval.py task=inspect artifact=PATH
     python eval.py task=fit run=RUN limit_bytes=1000000
     python eval.py task=sample artifact=PATH prompt="In the beginning"
+    python eval.py task=audit data.train_files=GLOB data.val_files=GLOB data.tokenizer=PATH
     python eval.py task=report runs='logs/runs/*'
     python eval.py task=convert artifact=PATH out=FILE.ptz
     python eval.py task=submission run=RUN out=DIR
@@ -29,6 +30,7 @@ TASKS = {
     "sample": "qat.evaluation.sample_task",
     "inspect": "qat.evaluation.inspect_task",
     "fit": "qat.study.fit_task",
+    "audit": "qat.evaluation.audit_task",
     "report": "qat.study.report",
     "convert": "qat.evaluation.convert_task",
     "submission": "qat.study.submission",

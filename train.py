@@ -92,11 +92,13 @@ def train(s: TrainSettings, training_run) -> int:
     if machine.rank() == 0:  # reads every token
         for stream in (train_stream, val_stream):
             stream.check_ids(s.model.vocab_size)
+        tokenizer.check_unknown(val_stream)
     gpt = build_gpt(s.model, s.seed)
     plan = plan_of(gpt.shape, s.grid, s.plan)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     scorer = Scorer(
-        gpt.shape, val_stream, tokenizer.byte_table, s.seq_len, s.eval, device, training_run.console,
+        gpt.shape, val_stream, tokenizer.byte_table, s.seq_len, s.eval, device,
+        training_run.console,
     )  # fmt: skip
     training_run.start(source, tokenizer, train_stream, val_stream, plan)
 

@@ -116,7 +116,8 @@ def _score_models(
     subject: Subject, text: ScoredText, settings: FullEvalSettings
 ) -> tuple[dict[str, TokenScores], dict[str, dict[str, Any]]]:
     """Token scores and metrics by model."""
-    scores, metrics, temperatures = {}, {}, {}
+    scores, temperatures = {}, {}
+    metrics: dict[str, dict[str, Any]] = {}
     in_fit = torch.from_numpy(text.in_fit)
     for name, weights in subject.models.items():
         calibrates = "calibration" in settings.parts

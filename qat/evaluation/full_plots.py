@@ -57,7 +57,7 @@ def _reliability(models: dict[str, Any], path: Path) -> None:
 
 def _tiers(damage: dict[str, Any], path: Path) -> None:
     figure, axes = _figure(6.5, 4)
-    for at, (tier, found) in enumerate(damage.items()):
+    for at, found in enumerate(damage.values()):
         delta = found["delta_bpb"]
         if delta["low"] is not None:
             axes.plot([at, at], [delta["low"], delta["high"]], color=ARTIFACT_COLOUR, linewidth=2)

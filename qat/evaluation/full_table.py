@@ -12,9 +12,12 @@ from qat.evaluation.full import ARTIFACT, FLOAT
 def full_table(metrics: dict[str, Any]) -> Table:
     """``metrics``: what ``evaluate`` returned."""
     models = metrics["models"]
-    table = Table(title=f"{metrics['file']}: {metrics['text']['tokens']:,} tokens, "
-                        f"{metrics['text']['text_bytes']:,} bytes, "
-                        f"{metrics['text']['documents']:,} documents", title_justify="left")  # fmt: skip
+    text = metrics["text"]
+    title = (
+        f"{metrics['file']}: {text['tokens']:,} tokens, {text['text_bytes']:,} bytes, "
+        f"{text['documents']:,} documents"
+    )
+    table = Table(title=title, title_justify="left")
     table.add_column("")
     for name in models:
         table.add_column(name, justify="right")

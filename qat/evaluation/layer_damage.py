@@ -114,7 +114,7 @@ def layer_damage(
     placed = {name: w.to(scorer.device) for name, w in weights.items()}
     moments = InputMoments(scorer.shape, placed, scorer.settings.precision)
     for batch in limited.batches("inputs of layers"):  # none is padded
-        moments.update(batch.ids_BT)
+        moments.update(batch.ids)
     for total in moments.sums.values():
         add_over_ranks(total)
     before = limited.score(placed, "float weights")

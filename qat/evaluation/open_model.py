@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+from rich.console import Console
+
 from qat.artifact.container import Artifact, read_artifact
 from qat.artifact.export import ARTIFACT, OVERSIZE_SUFFIX
 from qat.errors import UserError
+from qat.evaluation.ranks import rank_and_ranks
+from qat.evaluation.score import Scorer
 from qat.language.gpt import GPTShape, tensor_shapes
+from qat.language.shards import TokenStream
 from qat.language.source import Source, from_named, from_settings
 from qat.language.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
-    from qat.settings.schema import DataSettings, EvalTaskSettings
+    from qat.settings.schema import DataSettings, EvalSettings, EvalTaskSettings
 
 GOLF_SUFFIX = ".ptz"
 GOLF_MODULE = "qat.evaluation.golf_model"
@@ -115,3 +122,23 @@ def open_validation(model: OpenedModel, data: DataSettings) -> tuple[Source, Tok
             "give data.val_files and data.tokenizer of the same vocabulary"
         )
     return source, tokenizer
+
+
+def open_scorer(
+    shape: GPTShape,
+    seq_len: int,
+    source: Source,
+    tokenizer: Tokenizer,
+    settings: EvalSettings,
+    device: torch.device,
+) -> Scorer:
+    """A scorer on the validation text. UserError if its bytes cannot be counted; a warning if they
+    are those of another text than the one tokenized."""
+    stream = TokenStream(source.val_files, "data.val_files")
+    stream.check_ids(tokenizer.vocab_size)
+    tokenizer.check_unknown(stream)
+    if rank_and_ranks()[0] == 0 and (warning := tokenizer.warning):
+        print(f"warning: {warning}", file=sys.stderr)
+    return Scorer(
+        shape, stream, tokenizer.byte_table, seq_len, settings, device, Console(stderr=True)
+    )

@@ -110,7 +110,7 @@ class Scorer:
         for batch in self.batches(f"scoring {title}"):
             with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
                 logits_BTV = torch.func.functional_call(
-                    gpt, placed, (batch.ids_BT,), {"tail": batch.tail}
+                    gpt, placed, (batch.ids,), {"tail": batch.tail}
                 )
             if logits_BTV.shape[:2].numel() == len(batch.rows):  # no padding: nothing to pick
                 yield batch, logits_BTV.flatten(0, 1)

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from rich.console import Console
 
 from qat.artifact.bundle import count_code_bytes
 from qat.evaluation.open_model import (
@@ -14,11 +13,11 @@ from qat.evaluation.open_model import (
     GOLF_SUFFIX,
     artifact_path,
     open_model,
+    open_scorer,
     open_validation,
 )
 from qat.evaluation.ranks import joined_ranks, rank_and_ranks
-from qat.evaluation.score import Score, Scorer
-from qat.language.shards import TokenStream
+from qat.evaluation.score import Score
 
 if TYPE_CHECKING:
     from qat.settings.schema import EvalTaskSettings
@@ -28,17 +27,7 @@ def score_artifact(path: Path, s: EvalTaskSettings, device: torch.device) -> Sco
     """Read the file, find its validation text, score it."""
     model = open_model(path, s)
     source, tokenizer = open_validation(model, s.data)
-    stream = TokenStream(source.val_files, "data.val_files")
-    stream.check_ids(tokenizer.vocab_size)
-    scorer = Scorer(
-        model.shape,
-        stream,
-        tokenizer.byte_table,
-        model.seq_len,
-        s.eval,
-        device,
-        Console(stderr=True),
-    )
+    scorer = open_scorer(model.shape, model.seq_len, source, tokenizer, s.eval, device)
     return scorer.score(model.artifact.weights, path.name)
 
 

@@ -12,7 +12,7 @@ document (from its BOS to the next) is such a stream of its own and nothing is d
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -64,13 +64,13 @@ class Windows:
 
 @dataclass(frozen=True)
 class Batch:
-    """One forward pass: padded inputs (B, T), of which the last ``tail`` columns are needed.
+    """One forward pass: padded inputs ``ids`` (B, T), of which the last ``tail`` columns are needed.
 
     ``targets`` and ``positions`` (input positions in the stream) are those scored, ``rows`` and
     ``columns`` where they stand among the needed ones; (N,) int64 each. ``tail`` None = all.
     """
 
-    ids_BT: Tensor
+    ids: Tensor
     tail: int | None
     rows: Tensor
     columns: Tensor
@@ -79,10 +79,15 @@ class Batch:
     targets: Tensor
 
     def to(self, device: torch.device) -> Batch:
-        moved = {
-            name: value.to(device) for name, value in vars(self).items() if torch.is_tensor(value)
-        }
-        return replace(self, **moved)
+        return Batch(
+            self.ids.to(device),
+            self.tail,
+            self.rows.to(device),
+            self.columns.to(device),
+            self.positions.to(device),
+            self.previous.to(device),
+            self.targets.to(device),
+        )
 
 
 def stream_windows(num_tokens: int, seq_len: int, stride: int | None) -> Windows:

@@ -3,7 +3,9 @@
 A byte table says how many bytes each token stands for, by the challenge's rule: control, unknown
 and unused pieces stand for 0 bytes and act as a boundary; byte pieces for 1; any other piece for
 its UTF-8 length without the leading U+2581, plus 1 for that space unless the previous token is a
-boundary (SentencePiece puts a space in front of every text that the text does not have).
+boundary (SentencePiece puts a space in front of every text that the text does not have). Beyond
+that rule, U+2581 further on in a piece is a space of 1 byte, not the mark's 3. When such counts
+are not those of the text: ``vocabulary.faults``.
 """
 
 from __future__ import annotations

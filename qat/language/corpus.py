@@ -100,7 +100,7 @@ def _parquet(path: Path) -> Iterator[str]:
     try:
         with pyarrow.parquet.ParquetFile(path) as table:
             for batch in table.iter_batches(columns=["text"]):
-                yield from (text for text in batch.column("text").to_pylist() if text)
+                yield from batch.column("text").to_pylist()
     except (pyarrow.ArrowException, KeyError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"data.files: {path}: no readable 'text' column ({reason})") from None
@@ -119,10 +119,12 @@ def check_files(files: list[Path]) -> None:
 
 
 def text_documents(files: list[Path]) -> Iterator[str]:
-    """Documents of the files in the order given, one file at a time in bounded memory."""
+    """Documents of the files in the order given, one file at a time in bounded memory.
+
+    Empty ones are left out: there is nothing in them to predict."""
     for path in files:
         try:
-            yield from READERS[path.suffix](path)
+            yield from filter(None, READERS[path.suffix](path))
         except UnicodeDecodeError as error:
             raise UserError(
                 f"data.files: {path} is not UTF-8 text (byte {error.start} of what was being read)"

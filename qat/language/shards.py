@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 from bisect import bisect_right
+from collections.abc import Iterator
 from itertools import accumulate
 from pathlib import Path
 from typing import BinaryIO
@@ -110,13 +111,27 @@ class TokenStream:
                         f"ends at {vocab_size - 1}; give the shards' own data.tokenizer"
                     )
 
+    def chunks(self, chunk_tokens: int = SCAN_TOKENS) -> Iterator[np.ndarray]:
+        """All tokens once, in order: uint16 arrays of at most ``chunk_tokens``, none across shards.
+
+        Each is a memory map of its own, so that pages that were read can be forgotten.
+        """
+        for path, shard in zip(self.paths, self._shards, strict=True):
+            for start in range(0, len(shard), chunk_tokens):
+                count = min(chunk_tokens, len(shard) - start)
+                offset = HEADER_BYTES + start * shard.itemsize
+                yield np.memmap(path, shard.dtype, "r", offset, (count,))
+
+    def count(self, token: int) -> int:
+        """How often a token occurs (reads every token)."""
+        return sum(int(np.count_nonzero(chunk == token)) for chunk in self.chunks())
+
     def find(self, token: int) -> np.ndarray:
         """Positions of a token in the stream, sorted, int64 (reads every token)."""
-        found = [np.zeros(0, dtype=np.int64)]
-        for shard, end in zip(self._shards, self._ends, strict=True):
-            for start in range(0, len(shard), SCAN_TOKENS):
-                at = np.flatnonzero(shard[start : start + SCAN_TOKENS] == token)
-                found.append(at + (end - len(shard) + start))
+        found, start = [np.zeros(0, dtype=np.int64)], 0
+        for chunk in self.chunks():
+            found.append(np.flatnonzero(chunk == token) + start)
+            start += len(chunk)
         return np.concatenate(found)
 
     @property

@@ -26,12 +26,12 @@ import filelock
 from qat.errors import UserError
 from qat.language import corpus
 from qat.language.shards import ShardWriter
-from qat.language.tokenizer import Tokenizer, countable, train_tokenizer
+from qat.language.tokenizer import Tokenizer, train_tokenizer
 
 if TYPE_CHECKING:
     from qat.settings.schema import DataSettings
 
-LAYOUT = 2  # of the cache; raise it when the preparation below changes what it writes
+LAYOUT = 3  # of the cache; raise it when the preparation below changes what it writes
 ENCODE_DOCUMENTS = 1_024
 YARDSTICK_BYTES = 8_000_000
 SPLIT_HASH_BYTES = 8
@@ -171,35 +171,45 @@ def _prepare(
     """Tokenizer, shards and notes of one corpus into ``folder``."""
 
     def train_side() -> Iterator[str]:
-        return (t for t in documents() if countable(t) and not is_validation(t, val_fraction))
+        return (t for t in documents() if not is_validation(t, val_fraction))
 
     if next(iter(train_side()), None) is None:
         raise UserError(f"data={name}: there is no text to train on; give more, or other files")
     tokenizer = train_tokenizer(train_side(), vocab_size, folder / "tokenizer.model")
-    notes: dict[str, Any] = {"tokenizer_sha256": tokenizer.sha256, "documents_left_out": 0}
+    notes: dict[str, Any] = {"tokenizer_sha256": tokenizer.sha256}
     writers = {side: ShardWriter(folder, side) for side in ("train", "val")}
     for side in writers:
         notes |= {f"{side}_documents": 0, f"{side}_bytes": 0}
     sample = bytearray()
+    counted = dict.fromkeys(writers, 0)
     remaining = iter(documents())
     while texts := list(islice(remaining, ENCODE_DOCUMENTS)):
-        usable = [text for text in texts if countable(text)]
-        notes["documents_left_out"] += len(texts) - len(usable)
-        for text, ids in zip(usable, tokenizer.encode_documents(usable), strict=True):
+        tokens: dict[str, list[int]] = {side: [] for side in writers}
+        for text, ids in zip(texts, tokenizer.encode_documents(texts), strict=True):
             side = "val" if is_validation(text, val_fraction) else "train"
-            writers[side].write(ids)
+            tokens[side] += ids
             raw = text.encode()
             notes[f"{side}_documents"] += 1
             notes[f"{side}_bytes"] += len(raw)
             if side == "val" and len(sample) < YARDSTICK_BYTES:
                 sample += raw
-    for side, writer in writers.items():
+        for side, ids in tokens.items():
+            writers[side].write(ids)
+            counted[side] += tokenizer.count_bytes(ids)
+    for writer in writers.values():
         writer.close()
+    for side, writer in writers.items():
         if not writer.num_tokens:
             raise UserError(
                 f"data={name}: no document falls on the {side} side "
                 f"({notes['train_documents'] + notes['val_documents']} in all, "
                 f"data.val_fraction = {val_fraction}); give more text or another fraction"
+            )
+        if counted[side] != notes[f"{side}_bytes"]:
+            raise UserError(
+                f"data={name}: the tokens of the {side} side count {counted[side]} bytes, its text "
+                f"has {notes[f'{side}_bytes']}: this vocabulary cannot count bytes; try another "
+                "model.vocab_size"
             )
         notes[f"{side}_tokens"] = writer.num_tokens
     notes["val_xz_bits_per_byte"] = 8 * len(lzma.compress(bytes(sample), preset=9)) / len(sample)

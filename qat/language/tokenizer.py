@@ -1,4 +1,7 @@
-"""SentencePiece tokenizers: train on the training split, load any, count the bytes of pieces."""
+"""SentencePiece tokenizers: train on the training split, load any, encode so that bytes add up.
+
+SentencePiece takes U+2581 for a space. Where a text has that character itself, its three bytes are
+spelled by byte pieces, which decode to it and count 3."""
 
 from __future__ import annotations
 
@@ -12,11 +15,14 @@ import sentencepiece
 import torch
 
 from qat.errors import UserError
+from qat.language import vocabulary
 from qat.language.bits_per_byte import ByteTable
 from qat.language.shards import TokenStream
+from qat.language.vocabulary import SPACE
 
-SPACE = "\u2581"
 BOS_ID = 1
+# Appended to a model it is merged into it: normalizer_spec (3) { add_dummy_prefix (3): false }.
+WITHOUT_PREFIX = b"\x1a\x02\x18\x00"
 TRAINING_TEXT_BYTES = 64_000_000
 SAMPLE_TOKENS = 1_000_000
 
@@ -40,11 +46,30 @@ class Tokenizer:
         self.vocab_size: int = self.pieces.vocab_size()
 
     def encode_document(self, text: str) -> list[int]:
-        """BOS and the tokens of one document."""
-        return [BOS_ID, *self.pieces.encode(text)]
+        """BOS and the tokens of one document; BOS alone if it is empty."""
+        first, *rest = text.split(SPACE)
+        ids = [BOS_ID, *self.pieces.encode(first)]
+        for segment in rest:
+            ids += self._space_mark + self._inside.encode(segment)
+        return ids
 
     def encode_documents(self, texts: list[str]) -> list[list[int]]:
-        return [[BOS_ID, *ids] for ids in self.pieces.encode(texts)]
+        """The same of each, faster."""
+        return [
+            self.encode_document(text) if SPACE in text else [BOS_ID, *ids]
+            for text, ids in zip(texts, self.pieces.encode(texts), strict=True)
+        ]
+
+    @cached_property
+    def _space_mark(self) -> list[int]:
+        """U+2581 itself, byte by byte."""
+        return [self.pieces.piece_to_id(vocabulary.byte_piece(byte)) for byte in SPACE.encode()]
+
+    @cached_property
+    def _inside(self) -> sentencepiece.SentencePieceProcessor:
+        """The same vocabulary for text that goes on: it puts no space in front."""
+        model = self.pieces.serialized_model_proto() + WITHOUT_PREFIX
+        return sentencepiece.SentencePieceProcessor(model_proto=model)
 
     def decode(self, ids: list[int]) -> str:
         return self.pieces.decode(ids)
@@ -57,32 +82,40 @@ class Tokenizer:
                 f"pieces; set model.vocab_size={self.vocab_size}"
             )
 
+    def check_unknown(self, stream: TokenStream) -> None:
+        """UserError if a stream to score holds unknown tokens (reads every token)."""
+        if num_unknown := stream.count(self.pieces.unk_id()):
+            raise UserError(
+                f"{stream.setting}: {num_unknown} tokens are the unknown piece of "
+                f"data.tokenizer={self.path}: their bytes are lost; give shards made by a "
+                "tokenizer with byte fallback"
+            )
+
+    @property
+    def warning(self) -> str | None:
+        """One line if tokens spell another text than the one tokenized, else None."""
+        fault = vocabulary.normalisation_fault(self.pieces)
+        return f"data.tokenizer={self.path}: {fault}" if fault else None
+
     def tokens_per_byte(self, stream: TokenStream) -> float:
         """Tokens per UTF-8 byte over the first million tokens of a stream."""
-        ids = torch.from_numpy(stream.take(0, min(len(stream), SAMPLE_TOKENS)))
-        return len(ids) / max(int(self.byte_table.count(ids[:-1], ids[1:]).sum()), 1)
+        ids = stream.take(0, min(len(stream), SAMPLE_TOKENS)).tolist()
+        return len(ids) / max(self.count_bytes(ids), 1)
+
+    def count_bytes(self, ids: list[int]) -> int:
+        """Bytes of tokens after the first one, which is only what comes before them."""
+        tokens = torch.tensor(ids, dtype=torch.int64)
+        return int(self.byte_table.count(tokens[:-1], tokens[1:]).sum())
 
     @cached_property
     def byte_table(self) -> ByteTable:
-        own_bytes, spaces, boundaries = [], [], []
-        for token in range(self.vocab_size):
-            piece = self.pieces.id_to_piece(token)
-            silent = (
-                self.pieces.is_control(token)
-                or self.pieces.is_unknown(token)
-                or self.pieces.is_unused(token)
+        """UserError if the vocabulary cannot spell a space as one byte."""
+        if not vocabulary.has_space_piece(self.pieces):
+            raise UserError(
+                f"data.tokenizer={self.path}: {vocabulary.NO_SPACE_PIECE}: bits per byte would be "
+                "too low; give shards and a tokenizer with such a piece"
             )
-            is_byte = self.pieces.is_byte(token)
-            text = "" if silent or is_byte else piece
-            boundaries.append(silent)
-            spaces.append(text.startswith(SPACE))
-            own_bytes.append(1 if is_byte else len(text.removeprefix(SPACE).encode()))
-        return ByteTable(torch.tensor(own_bytes), torch.tensor(spaces), torch.tensor(boundaries))
-
-
-def countable(text: str) -> bool:
-    """Whether the byte table can count this text: U+2581 itself reads as a space, so it cannot."""
-    return bool(text) and SPACE not in text
+        return vocabulary.byte_table(self.pieces)
 
 
 def _first_bytes(texts: Iterable[str], limit_bytes: int) -> Iterator[str]:
@@ -119,7 +152,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, path: Path) -> Tokeni
         raise UserError(f"model.vocab_size = {vocab_size}: no such vocabulary: {reason}") from None
     path.write_bytes(model.getvalue())
     tokenizer = Tokenizer(path)
-    if tokenizer.pieces.is_unknown(tokenizer.pieces.piece_to_id(SPACE)):
+    if not vocabulary.has_space_piece(tokenizer.pieces):
         raise UserError(
             f"model.vocab_size = {vocab_size}: the vocabulary has no piece for a single space, so "
             "bytes cannot be counted; try a larger one"

@@ -23,6 +23,7 @@ from qat.settings.ranges import (
     check_optimizer,
     check_parts,
     check_schedule,
+    check_vocab_size,
     one_of,
     require,
 )
@@ -33,7 +34,7 @@ from qat.settings.schema import (
     TrainSettings,
 )
 
-TASKS = ("score", "sample", "inspect", "fit", "convert", "submission", "report")
+TASKS = ("score", "sample", "inspect", "fit", "audit", "convert", "submission", "report")
 TEXT_SOURCES = ("web_bible", "text", "hub")
 
 
@@ -217,6 +218,11 @@ def resolve_eval(settings: EvalTaskSettings, choices: Mapping[str, str | None]) 
         require(not s.artifact, "artifact", s.artifact, "a submission is made of run=RUN")
         require(bool(s.run), "run", s.run, "give the run to submit, run=RUN")
         require(bool(s.out), "out", s.out, "give the folder to write, out=DIR")
+    elif s.task == "audit" and not (s.artifact or s.run):
+        d = s.data
+        is_typed = bool(d.train_files or d.val_files or d.tokenizer or d.files)
+        needed = "name the data: data.val_files=GLOB data.tokenizer=PATH, data=NAME, or run=RUN"
+        require(is_typed or d.source != "from_artifact", "data", d.source, needed)
     elif not (s.task == "score" and s.eval.parts and s.artifact and s.run):
         require(
             bool(s.artifact) != bool(s.run),
@@ -234,6 +240,7 @@ def resolve_eval(settings: EvalTaskSettings, choices: Mapping[str, str | None]) 
     _check_data(s.data)
     one_of("data.source", s.data.source, (*TEXT_SOURCES, "from_artifact"))
     at_least("limit_bytes", s.limit_bytes, 1)
+    check_vocab_size(s.model.vocab_size)
     _check_golf_file(s)
     return s
 

@@ -69,6 +69,15 @@ def check_averaging(a: AveragingSettings) -> None:
     require(0.0 <= start < 1.0, "averaging.start_fraction", start, "give 0 or more, below 1")
 
 
+def check_vocab_size(vocab_size: int) -> None:
+    require(
+        1 < vocab_size <= MAX_VOCAB_SIZE,
+        "model.vocab_size",
+        vocab_size,
+        f"give 2 to {MAX_VOCAB_SIZE}; shards store tokens in 16 bits",
+    )
+
+
 def check_eval(e: EvalSettings, trained_seq_len: int | None = None) -> None:
     one_of("eval.precision", e.precision, ("fp32", "bf16"))
     at_least("eval.batch_tokens", e.batch_tokens, 1)
@@ -112,9 +121,4 @@ def check_model(m: ModelSettings) -> None:
         m.num_kv_heads,
         f"must divide model.num_heads = {m.num_heads}",
     )
-    require(
-        1 < m.vocab_size <= MAX_VOCAB_SIZE,
-        "model.vocab_size",
-        m.vocab_size,
-        f"give 2 to {MAX_VOCAB_SIZE}; shards store tokens in 16 bits",
-    )
+    check_vocab_size(m.vocab_size)

@@ -190,6 +190,11 @@ class TrainSettings:
 
 
 @dataclass
+class VocabularySettings:  # named as in training; an artifact says its own
+    vocab_size: int = 1024  # of text that task=audit prepares
+
+
+@dataclass
 class SampleSettings:
     max_tokens: int = 100
     temperature: float = 0.8  # 0 = always the likeliest token
@@ -205,7 +210,7 @@ class SubmissionSettings:  # what submission.json says beside the run's numbers
 
 @dataclass
 class EvalTaskSettings:
-    task: str = "score"  # score | sample | inspect | fit | convert | submission | report
+    task: str = "score"  # score | sample | inspect | fit | audit | convert | submission | report
     artifact: str | None = None  # file: a .qat, or a .ptz of the challenge
     out: str | None = None  # what is written: convert's .ptz, fit's .qat, submission's folder
     run: str | None = None  # run folder or run name; stands for its artifact
@@ -214,6 +219,7 @@ class EvalTaskSettings:
     prompt: str = ""
     seed: int = 1337
     limit_bytes: int = 16_000_000  # artifact + code, decimal; of task=inspect and task=fit
+    model: VocabularySettings = field(default_factory=VocabularySettings)
     sample: SampleSettings = field(default_factory=SampleSettings)
     submission: SubmissionSettings = field(default_factory=SubmissionSettings)
     data: DataSettings = field(default_factory=DataSettings)

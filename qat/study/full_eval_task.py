@@ -16,9 +16,14 @@ from qat.errors import UserError
 from qat.evaluation.full import ARTIFACT, FLOAT, Subject, evaluate
 from qat.evaluation.full_plots import draw
 from qat.evaluation.full_table import full_table
-from qat.evaluation.open_model import artifact_path, names_text, open_model, open_validation
+from qat.evaluation.open_model import (
+    artifact_path,
+    names_text,
+    open_model,
+    open_scorer,
+    open_validation,
+)
 from qat.evaluation.ranks import joined_ranks, rank_and_ranks
-from qat.evaluation.score import Scorer
 from qat.language.shards import TokenStream
 from qat.language.source import from_settings
 from qat.language.tokenizer import Tokenizer
@@ -78,11 +83,7 @@ def _subject(path: Path, s: EvalTaskSettings, device: torch.device) -> Subject:
     if path.suffix != SUFFIX:
         models[ARTIFACT] = model.artifact.weights
         on_grid = [entry.name for entry in model.artifact.plan.on_grid]
-    stream = TokenStream(source.val_files, "data.val_files")
-    stream.check_ids(shape.vocab_size)
-    scorer = Scorer(
-        shape, stream, tokenizer.byte_table, seq_len, s.eval, device, Console(stderr=True)
-    )
+    scorer = open_scorer(shape, seq_len, source, tokenizer, s.eval, device)
     training = TokenStream(source.train_files, "data.train_files") if source.train_files else None
     return Subject(models, on_grid, scorer, tokenizer, training)
 

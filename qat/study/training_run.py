@@ -130,8 +130,8 @@ class TrainingRun:
             if self.row.val_xz_bits_per_byte
             else "",
         )
-        if left_out := source.notes.get("documents_left_out"):
-            log.warning("%d documents left out: empty, or with U+2581 in them", left_out)
+        if warning := tokenizer.warning:
+            log.warning("warning: %s", warning)
         compiled = "compiled" if s.compile == "true" else "eager"
         log.info("%s, %s; the plan (bits with steps):\n%s", s.precision, compiled, plan_table(plan))
 

@@ -90,6 +90,36 @@ def test_cache_is_by_content_and_not_by_path(tmp_path: Path, cache_dir: Path) ->
     assert source.from_text([str(tmp_path / "two.txt")], 290, 0.3, cache_dir) != a
 
 
+def test_the_space_mark_in_a_text_stays_and_empty_texts_go(tmp_path: Path, cache_dir: Path) -> None:
+    texts = [f"line {n}\u2581of \u2581 a small file\u2581" for n in range(300)]
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in [*texts, "", *texts[:3]])
+    (tmp_path / "a.jsonl").write_text(lines)
+    table = pyarrow.table({"text": [None, *texts, "", *texts[:3]]})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    for name in ("a.jsonl", "a.parquet"):
+        prepared = source.from_text([str(tmp_path / name)], 290, 0.1, cache_dir)
+        both = documents(prepared, "train") + documents(prepared, "val")
+        assert sorted(both) == sorted([*texts, *texts[:3]])
+        notes = prepared.notes
+        assert notes["train_documents"] + notes["val_documents"] == 303
+        assert notes["train_bytes"] + notes["val_bytes"] == sum(len(t.encode()) for t in both)
+
+
+def test_tokens_that_count_other_bytes_than_the_text_stop_the_preparation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As U+2581 would, if it were encoded like a space."""
+    monkeypatch.setattr(
+        Tokenizer,
+        "encode_documents",
+        lambda self, texts: [[BOS_ID, *self.pieces.encode(t)] for t in texts],
+    )
+    (tmp_path / "a.txt").write_text("words and\u2581words\n\n" * 9000)
+    with pytest.raises(UserError, match=r"data=text: the tokens of the (train|val) side count \d+"):
+        source.from_text([str(tmp_path / "a.txt")], 280, 0.3, tmp_path / "cache")
+    assert not list((tmp_path / "cache").glob("*/notes.json"))
+
+
 def test_shards_are_memory_mapped(cache_dir: Path) -> None:
     prepared = source.from_web_bible(1024, 0.05, cache_dir)
     import numpy as np
