@@ -1,6 +1,12 @@
 """What evaluation costs, at the size of real data.
 
-    .venv/bin/python benchmarks/evaluate.py --audit    # table on stdout, JSON in logs/audit.json
+    .venv/bin/python benchmarks/evaluate.py --sliding  # table on stdout, JSON in logs/sliding.json
+    .venv/bin/python benchmarks/evaluate.py --audit    # ... in logs/audit.json
+
+``--sliding``: windows of 256 with a stride of 64 at the laptop shapes (random weights and tokens),
+against loops that compute all logits of every window: one window at a time with torch's attention,
+as a trainer's own model would do it, the same with the attention of this project, and that in
+batches of the same size. Losses must agree to 1e-6.
 
 ``--audit``: the computation of ``task=audit`` on shards of random tokens in a temporary folder, a
 twentieth of them validation text, some of whose documents are planted in the training text. It
@@ -21,19 +27,26 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from rich.console import Console
+from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from qat.evaluation.score import Scorer  # noqa: E402
 from qat.language.audit import audit  # noqa: E402
 from qat.language.bits_per_byte import ByteTable  # noqa: E402
+from qat.language.gpt import GPT, Attention, GPTShape  # noqa: E402
 from qat.language.shards import ShardWriter, TokenStream  # noqa: E402
 from qat.language.tokenizer import BOS_ID  # noqa: E402
+from qat.settings.schema import EvalSettings  # noqa: E402
 
 AUDIT_CHILD = "--audit-child"
 VOCAB_SIZE = 1024
 SHORTEST, LONGEST = 50, 3000  # tokens of a document
+SLIDING_TOKENS, SEQ_LEN, STRIDE, ROUNDS = 6_000, 256, 64, 5
+NAIVE = "one window at a time"
 PLANTED = 25  # validation documents in the training text
 
 
@@ -86,6 +99,76 @@ def audit_child(folder: Path) -> None:
     print(json.dumps(measured))
 
 
+def _torchs_attention(q_BHTD: Tensor, k_BGTD: Tensor, v_BGTD: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(q_BHTD, k_BGTD, v_BGTD, is_causal=True, enable_gqa=True)
+
+
+def _naive_sliding(scorer: Scorer, weights: dict[str, torch.Tensor], rows: int) -> float:
+    """Mean loss in nats; all logits of ``rows`` windows at a time, the scored ones used."""
+    with torch.device("meta"):
+        gpt = GPT(scorer.shape)
+    windows, total = scorer.windows, 0.0
+    for first in range(0, len(windows.starts), rows):
+        starts, tails = (found[first : first + rows] for found in (windows.starts, windows.tails))
+        spans = np.stack([scorer.stream.take(int(start), SEQ_LEN + 1) for start in starts])
+        ids = torch.from_numpy(spans)
+        logits_BTV = torch.func.functional_call(gpt, weights, (ids[:, :-1],))
+        nats_BT = F.cross_entropy(logits_BTV.mT, ids[:, 1:], reduction="none")
+        scored = torch.arange(SEQ_LEN) >= SEQ_LEN - torch.from_numpy(tails)[:, None]
+        total += float(nats_BT[scored].double().sum())
+    return total / windows.num_targets
+
+
+@torch.inference_mode()
+def bench_sliding() -> None:
+    torch.manual_seed(0)
+    shape = GPTShape(VOCAB_SIZE, 4, 288, 6, 3, 2, True)
+    weights = {name: torch.randn_like(p) * 0.05 for name, p in GPT(shape).named_parameters()}
+    table = ByteTable(
+        torch.full((VOCAB_SIZE,), 3), torch.zeros(VOCAB_SIZE, dtype=torch.bool),
+        torch.arange(VOCAB_SIZE) <= BOS_ID,
+    )  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        writer = ShardWriter(Path(folder), "val")
+        writer.write(_random_documents(np.random.default_rng(0), 5)[:SLIDING_TOKENS])
+        writer.close()
+        stream = TokenStream(list(Path(folder).glob("*.bin")), "val")
+        scorer = Scorer(
+            shape, stream, table, SEQ_LEN, EvalSettings(stride=STRIDE), torch.device("cpu"),
+            Console(quiet=True),
+        )  # fmt: skip
+        rows = scorer.settings.batch_tokens // SEQ_LEN
+        attend = Attention.attend
+
+        def with_torchs_attention() -> float:
+            Attention.attend = staticmethod(_torchs_attention)
+            try:
+                return _naive_sliding(scorer, weights, 1)
+            finally:
+                Attention.attend = staticmethod(attend)
+
+        ways = {
+            NAIVE: with_torchs_attention,
+            "... our attention": lambda: _naive_sliding(scorer, weights, 1),
+            "... and in batches": lambda: _naive_sliding(scorer, weights, rows),
+            "eval.stride": lambda: scorer.score(weights, "").val_loss,
+        }
+        seconds: dict[str, list[float]] = {name: [] for name in ways}
+        for _ in range(ROUNDS):  # by turns, so that noise hits all of them
+            losses = {}
+            for name, way in ways.items():
+                started = time.perf_counter()
+                losses[name] = way()
+                seconds[name].append(time.perf_counter() - started)
+    spread = max(losses.values()) - min(losses.values())
+    assert spread < 1e-6, losses
+    medians = {name: float(np.median(times)) for name, times in seconds.items()}
+    print(f"{scorer.windows.num_targets} targets, losses within {spread:.1e}")
+    for name, median in medians.items():
+        print(f"{name:24} {median:8.2f} s  x {medians[NAIVE] / median:.2f}")
+    (ROOT / "logs" / "sliding.json").write_text(json.dumps(medians | {"spread": spread}) + "\n")
+
+
 def bench_audit(gigabytes: float) -> None:
     with tempfile.TemporaryDirectory() as folder:
         write_shards(Path(folder), int(gigabytes * 1e9))
@@ -100,12 +183,15 @@ def bench_audit(gigabytes: float) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     mode = parser.add_mutually_exclusive_group(required=True)
+    mode.add_argument("--sliding", action="store_true", help="stride 64 against a plain loop")
     mode.add_argument("--audit", action="store_true", help="task=audit on random shards")
     mode.add_argument(AUDIT_CHILD, metavar="FOLDER", help=argparse.SUPPRESS)
     parser.add_argument("--gigabytes", type=float, default=1.0, help="of shards, for --audit")
     arguments = parser.parse_args()
     if arguments.audit_child:
         audit_child(Path(arguments.audit_child))
+    elif arguments.sliding:
+        bench_sliding()
     elif arguments.audit:
         bench_audit(arguments.gigabytes)
 

@@ -90,5 +90,6 @@ def _layers(layers: list[dict[str, Any]], path: Path) -> None:
             f" {layer['output_error']:.3f}", (max(layer["delta_bpb"], 0.0), at),
             va="center", fontsize=7,
         )  # fmt: skip
+    axes.margins(x=0.08)  # room for the numbers
     axes.set_xlabel("rise of bits per byte if only this tensor is quantized (number: output error)")
     figure.savefig(path, dpi=120)

@@ -64,7 +64,7 @@ class Windows:
 
 @dataclass(frozen=True)
 class Batch:
-    """One forward pass: padded inputs ``ids`` (B, T), of which the last ``tail`` columns are needed.
+    """One forward pass: padded inputs ``ids`` (B, T), whose last ``tail`` columns are needed.
 
     ``targets`` and ``positions`` (input positions in the stream) are those scored, ``rows`` and
     ``columns`` where they stand among the needed ones; (N,) int64 each. ``tail`` None = all.

@@ -1,8 +1,9 @@
 """Causal attention with grouped queries, by whatever is fastest where it runs.
 
-CUDA has flash kernels. On a CPU torch's flash attention takes three times as long as the same sums
-written as matrix products over blocks of queries, each against the keys before its end only (4x288
-model, T = 256, forward and backward: 34 ms flash, 12 ms compiled blocks, 16 ms eager blocks).
+CUDA has flash kernels. On a CPU torch's flash attention, forward and backward, takes three times as
+long as the same sums written as matrix products over blocks of queries, each against the keys
+before its end only (4x288 model, T = 256: 34 ms flash, 12 ms compiled blocks, 16 ms eager blocks).
+Forward alone it is the fast one by as much, so scoring uses it.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ def causal_attention(q_BHTD: Tensor, k_BGTD: Tensor, v_BGTD: Tensor) -> Tensor:
 
     There may be fewer queries than keys: they are the last ones then.
     """
-    if q_BHTD.device.type == "cuda":
+    if q_BHTD.device.type == "cuda" or not torch.is_grad_enabled():
         queries, keys = q_BHTD.size(2), k_BGTD.size(2)
         mask = None
         if queries < keys:  # is_causal would take them for the first ones

@@ -132,7 +132,7 @@ class CheckpointSettings:  # off the clock; the last one is written when trainin
 @dataclass
 class EvalSettings:
     precision: str = "fp32"  # fp32 | bf16 (autocast)
-    batch_tokens: int = 16_384  # tokens per forward pass
+    batch_tokens: int = 4_096  # tokens per forward pass; more than a CPU's caches hold is slower
     seq_len: int | None = None  # of a window; null = as trained
     stride: int | None = None  # of windows that slide; null = they do not overlap
     by_document: bool = False  # no window reaches from one document into the next
