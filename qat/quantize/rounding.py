@@ -176,6 +176,13 @@ def decode_view(code: Tensor, step: Tensor, zero: Tensor | None) -> Tensor:
     return code.mul_(step[..., None]).add_(0.0)  # -0 becomes +0: equal weights are equal bits
 
 
+def as_stored(codes: Tensor, grid: Grid) -> Tensor:
+    """Codes as float32 numbers -> int8; those of fp8 are the bits of the format."""
+    return (
+        codes.to(FP8[grid.levels]).view(torch.int8) if grid.levels in FP8 else codes.to(torch.int8)
+    )
+
+
 def _refitted(code: Tensor, scale: Scale) -> Tensor:
     """The stored step that undoes the shrinkage of mean|w|."""
     mean = code.abs().mean(-1)
@@ -213,7 +220,7 @@ def encode(w: Tensor, grid: Grid, steps: Tensor | None = None) -> Codes:
     codes = join_groups(coded, w.shape)
     zeros = [scale.zero.to(torch.int8) for scale in scales if scale.zero is not None]
     return Codes(
-        codes.to(FP8[grid.levels]).view(torch.int8) if grid.levels in FP8 else codes.to(torch.int8),
+        as_stored(codes, grid),
         torch.cat(stored, dim=1),
         torch.cat(zeros, dim=1) if zeros else None,
     )
