@@ -92,7 +92,7 @@ def test_it_is_the_dense_solver(grid: Grid, act_order: bool, damping: float) -> 
 
 
 @given(grids(), st.integers(1, 8), st.integers(1, 70), st.integers(0, 2**31), st.booleans())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 def test_it_is_never_worse_than_rounding(
     grid: Grid, rows: int, columns: int, seed: int, act_order: bool
 ) -> None:
@@ -123,7 +123,7 @@ def test_without_the_better_row_it_would_be_worse() -> None:
 
 
 @given(grids(), st.integers(1, 8), st.integers(1, 70), st.integers(0, 2**31), st.booleans())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 def test_inputs_that_do_not_hang_together_leave_rounding(
     grid: Grid, rows: int, columns: int, seed: int, act_order: bool
 ) -> None:
@@ -182,14 +182,19 @@ def test_column_steps_are_a_scaled_problem() -> None:
     assert torch.allclose(decode(ours, both), decode(expected, by_row) * column_steps)
 
 
-def test_correlated_inputs_gain_much_and_order_more() -> None:
-    w, hessian, grid = normal(128, 128, 9), correlated(128, 10), Grid(bits=4)
+@pytest.mark.parametrize(
+    "grid",
+    [Grid(bits=4), Grid("fp8_e4m3"), Grid("fp8_e5m2"), Grid("binary", step_rule="absmean")],
+    ids=lambda grid: grid.label,
+)
+def test_correlated_inputs_gain_much_and_order_more(grid: Grid) -> None:
+    w, hessian = normal(128, 128, 9), correlated(128, 10)
     bound = float(trace(snap(w, grid), w, hessian).sum())
     plain, ordered = (
         float(trace(decode(GptqFactor(hessian, 0.01, a).quantize(w, grid), grid), w, hessian).sum())
         for a in (False, True)
     )
-    assert ordered < plain < 0.8 * bound
+    assert ordered < plain < 0.85 * bound
 
 
 def test_the_first_column_is_only_rounded() -> None:
