@@ -8,8 +8,11 @@ steps alone, so the error is never above that.
 
 The paper folds its scales into the layer before, where all matrices that read it share them; here
 they are stored as ``column_steps``, exactly, at their dtype's bytes per column, and each matrix has
-its own. So the grid has one step per row. Left out: the paper's search for a clip, which
-step_rule=mse does.
+its own. So the grid has one step per row.
+
+Row steps by amax suit it best: mse clips just those columns that were scaled up to be kept exact,
+and on random matrices (``benchmarks/gptq.py``) no power but 0 ever won. Left out: the paper's
+search for a clip by output error.
 
 Source: Lin et al., arXiv 2306.00978.
 """

@@ -161,7 +161,7 @@ def weighted_steps(w: Tensor, grid: Grid, importance: Tensor) -> Tensor:
     """Steps of the mse rule where a squared error in column j counts ``importance[j]`` times.
 
     ``importance`` (columns,) is the diagonal of the hessian: the mean square of each input. Returns
-    steps to hand to ``encode``, float32. ValueError for a grid that has no mse rule.
+    steps (rows, groups) to hand to ``encode``, float32. ValueError for a grid without an mse rule.
     """
     if grid.levels == "binary":
         raise ValueError("step_rule = mse: binary levels take absmean")

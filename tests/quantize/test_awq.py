@@ -14,7 +14,7 @@ from torch import Tensor
 from qat.quantize.awq import ALPHAS, awq
 from qat.quantize.gptq import GptqFactor
 from qat.quantize.grid import Grid
-from qat.quantize.rounding import decode, snap
+from qat.quantize.rounding import decode, encode, snap
 
 GRIDS = [
     Grid(bits=4),
@@ -58,6 +58,8 @@ def test_it_is_stored_exactly_and_never_worse(
     assert found.grid.column_steps
     assert torch.equal(snap(w, found.grid, found.coded.steps.float()), stored)
     assert tuple(found.coded.steps.shape) == (rows + columns, 1)
+    row_steps, column_steps = found.coded.steps.split((rows, columns))
+    assert torch.equal(row_steps, encode(w / column_steps.float().T, grid).steps)
     bound = output_error(snap(w, grid), w, x)
     assert output_error(stored, w, x) <= bound * (1 + 1e-6) + 1e-30
 
