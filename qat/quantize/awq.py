@@ -11,7 +11,7 @@ they are stored as ``column_steps``, exactly, at their dtype's bytes per column,
 its own. So the grid has one step per row.
 
 Row steps by amax suit it best: mse clips just those columns that were scaled up to be kept exact,
-and on random matrices (``benchmarks/gptq.py``) no power but 0 ever won. Left out: the paper's
+and on random matrices (``benchmarks/gptq.py``) no power gained a thousandth. Left out: the paper's
 search for a clip by output error.
 
 Source: Lin et al., arXiv 2306.00978.
