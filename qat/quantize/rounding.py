@@ -144,18 +144,31 @@ def _find_scale(view: Tensor, grid: Grid) -> Scale:
     return _scale(_clip_to_step(_least_square_clip(view, grid), grid), grid)
 
 
-def _least_square_clip(view: Tensor, grid: Grid) -> Tensor:
+def _least_square_clip(view: Tensor, grid: Grid, importance: Tensor | None = None) -> Tensor:
     amax = view.abs().amax(-1)
     best_clip, least = amax, torch.full_like(amax, torch.inf)
     for share in MSE_SHARES:
         clip = amax * share
         step = _clip_to_step(clip, grid).to(DTYPES[grid.step_dtype]).float()[..., None]
-        error = (
-            round_to_codes(in_step_units(view, step), grid).mul_(step).sub_(view).square_().sum(-1)
-        )
+        square = round_to_codes(in_step_units(view, step), grid).mul_(step).sub_(view).square_()
+        error = (square if importance is None else square.mul_(importance)).sum(-1)
         best_clip = torch.where(error < least, clip, best_clip)
         least = torch.minimum(error, least)
     return best_clip
+
+
+def weighted_steps(w: Tensor, grid: Grid, importance: Tensor) -> Tensor:
+    """Steps of the mse rule where a squared error in column j counts ``importance[j]`` times.
+
+    ``importance`` (columns,) is the diagonal of the hessian: the mean square of each input. Returns
+    steps (rows, groups) to hand to ``encode``, float32. ValueError for a grid without an mse rule.
+    """
+    if grid.levels == "binary":
+        raise ValueError("step_rule = mse: binary levels take absmean")
+    rule = replace(grid, step_rule="mse", fixed_step=None)
+    views = zip(group_views(w, rule), group_views(importance.expand_as(w), rule), strict=True)
+    clips = [_least_square_clip(view, rule, counts) for view, counts in views]
+    return torch.cat([_clip_to_step(clip, rule) for clip in clips], dim=1)
 
 
 def encode_view(view: Tensor, grid: Grid, scale: Scale) -> Tensor:
@@ -174,6 +187,13 @@ def decode_view(code: Tensor, step: Tensor, zero: Tensor | None) -> Tensor:
     if zero is not None:
         code.sub_(zero[..., None])
     return code.mul_(step[..., None]).add_(0.0)  # -0 becomes +0: equal weights are equal bits
+
+
+def as_stored(codes: Tensor, grid: Grid) -> Tensor:
+    """Codes as float32 numbers -> int8; those of fp8 are the bits of the format."""
+    return (
+        codes.to(FP8[grid.levels]).view(torch.int8) if grid.levels in FP8 else codes.to(torch.int8)
+    )
 
 
 def _refitted(code: Tensor, scale: Scale) -> Tensor:
@@ -213,7 +233,7 @@ def encode(w: Tensor, grid: Grid, steps: Tensor | None = None) -> Codes:
     codes = join_groups(coded, w.shape)
     zeros = [scale.zero.to(torch.int8) for scale in scales if scale.zero is not None]
     return Codes(
-        codes.to(FP8[grid.levels]).view(torch.int8) if grid.levels in FP8 else codes.to(torch.int8),
+        as_stored(codes, grid),
         torch.cat(stored, dim=1),
         torch.cat(zeros, dim=1) if zeros else None,
     )
