@@ -137,8 +137,8 @@ def open_scorer(
     stream = TokenStream(source.val_files, "data.val_files")
     stream.check_ids(tokenizer.vocab_size)
     tokenizer.check_unknown(stream)
+    console = Console(stderr=True)
+    scorer = Scorer(shape, stream, tokenizer.byte_table, seq_len, settings, device, console)
     if rank_and_ranks()[0] == 0 and (warning := tokenizer.warning):
         print(f"warning: {warning}", file=sys.stderr)
-    return Scorer(
-        shape, stream, tokenizer.byte_table, seq_len, settings, device, Console(stderr=True)
-    )
+    return scorer

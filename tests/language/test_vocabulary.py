@@ -156,7 +156,7 @@ def test_unknown_tokens_in_a_stream_are_refused(tmp_path: Path) -> None:
         tokenizer.check_unknown(lost)
 
 
-SCORE = ("eval.py", f"artifact={GOLF}/final_model.int8.ptz", "seq_len=128")
+SCORE = ("eval.py", f"artifact={GOLF}/final_model.int8.ptz", "eval.seq_len=128")
 
 
 def test_scoring_refuses_what_cannot_be_counted(
