@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from qat.evaluation.score import Scorer
-from qat.language.gpt import GPT
 
 WARM_UP = 3
 CLEAR_PEAK = "5"  # man proc_pid_clear_refs: resets the peak resident size
@@ -47,8 +46,6 @@ class Cost:
 @torch.inference_mode()
 def measure_cost(scorer: Scorer, weights: Mapping[str, Tensor], repeats: int) -> Cost:
     """Logits of all positions of sequences of ``eval.seq_len`` tokens, ``repeats`` times each."""
-    with torch.device("meta"):
-        gpt = GPT(scorer.shape)
     device, settings = scorer.device, scorer.settings
     placed = {name: w.to(device) for name, w in weights.items()}
     seq_len = settings.seq_len or scorer.seq_len
@@ -60,7 +57,7 @@ def measure_cost(scorer: Scorer, weights: Mapping[str, Tensor], repeats: int) ->
         for _ in range(WARM_UP + repeats):
             started = time.perf_counter()
             with torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
-                torch.func.functional_call(gpt, placed, (ids_BT,))
+                torch.func.functional_call(scorer.gpt, placed, (ids_BT,))
             if device.type == "cuda":
                 torch.cuda.synchronize()
             times.append(time.perf_counter() - started)

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from rich.console import Console
 from rich.progress import track
-from torch import Tensor
+from torch import Tensor, nn
 
 from qat.errors import UserError
 from qat.evaluation.ranks import add_over_ranks, rank_and_ranks
@@ -59,6 +59,7 @@ class Scorer:
     device: torch.device
     console: Console
     max_targets: int | None = None  # score so many only, spread over the text
+    module: nn.Module | None = None  # computes in place of the plain model
 
     def __post_init__(self) -> None:
         if not self.windows.num_targets:
@@ -82,6 +83,12 @@ class Scorer:
         return windows if self.max_targets is None else windows.spread(self.max_targets)
 
     @cached_property
+    def gpt(self) -> nn.Module:
+        """Token ids -> logits with weights that are handed in, as ``GPT`` (which holds none)."""
+        with torch.device("meta"):
+            return self.module or GPT(self.shape)
+
+    @cached_property
     def document_starts(self) -> np.ndarray:
         """Input positions where documents start, (D,) int64; what precedes the first BOS is one."""
         starts = self.stream.find(BOS_ID)
@@ -103,8 +110,7 @@ class Scorer:
 
         To be read inside ``torch.inference_mode``.
         """
-        with torch.device("meta"):
-            gpt = GPT(self.shape)
+        gpt = self.gpt
         placed = {name: w.to(self.device) for name, w in weights.items()}
         bf16 = self.settings.precision == "bf16"
         for batch in self.batches(f"scoring {title}"):

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from qat.evaluation.ranks import add_over_ranks, rank_and_ranks
 from qat.evaluation.score import Scorer
-from qat.language.gpt import GPT
 
 
 @torch.inference_mode()
@@ -22,8 +21,6 @@ def sentence_nats(
 
     ``sentences`` are token ids with BOS. Batches are dealt out to the ranks.
     """
-    with torch.device("meta"):
-        gpt = GPT(scorer.shape)
     placed = {name: w.to(scorer.device) for name, w in weights.items()}
     order = sorted(range(len(sentences)), key=lambda i: -len(sentences[i]))
     rows = max(1, scorer.settings.batch_tokens // len(sentences[order[0]]))
@@ -41,7 +38,7 @@ def sentence_nats(
         ids = ids.to(scorer.device)
         bf16 = scorer.settings.precision == "bf16"
         with torch.autocast(scorer.device.type, torch.bfloat16, enabled=bf16):
-            logits_BTV = torch.func.functional_call(gpt, placed, (ids[:, :-1],))
+            logits_BTV = torch.func.functional_call(scorer.gpt, placed, (ids[:, :-1],))
         nats_BT = F.cross_entropy(logits_BTV.mT, ids[:, 1:], reduction="none").double()
         is_target = torch.arange(1, ids.shape[1]) < lengths[:, None]
         nats_BT[~is_target.to(scorer.device)] = 0.0

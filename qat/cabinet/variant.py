@@ -1,0 +1,58 @@
+"""What a variant is: one way to store a trained model, its bytes, and what it computes with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What a variant makes of a model.
+
+    ``weights``: name -> what the forward pass computes with, float32 or a library's own tensor.
+    ``module``: what computes in place of the plain GPT, if the library has layers of its own (its
+    parameters are then in it, and ``weights`` are those that it does not hold).
+    ``disk_bytes``: of a file, packed and entropy-coded, steps and zero points included.
+    ``memory_bytes``: of all tensors as they are held to compute with them (``inner_bytes``).
+    ``embedding``: how the token embedding is stored, as tables say it.
+    """
+
+    weights: dict[str, Tensor]
+    disk_bytes: int
+    memory_bytes: int
+    embedding: str
+    module: nn.Module | None = None
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A row of the table. ``missing`` returns why this machine cannot make it, or None."""
+
+    name: str
+    family: str  # float | rounding | gptq | scaled | low rank | torchao | bitsandbytes | gguf | qat
+    make: Callable[[], Kept]
+    missing: Callable[[], str | None] = lambda: None
+
+
+def inner_bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of storage, of a tensor subclass those of its inner tensors: its outer dtype and size
+    are what it stands for, not what it holds. Storage that is shared counts once."""
+    seen: dict[int, int] = {}
+
+    def visit(tensor: Tensor) -> None:
+        if hasattr(tensor, "__tensor_flatten__"):
+            names, _ = tensor.__tensor_flatten__()
+            for name in names:
+                visit(getattr(tensor, name))
+        else:
+            storage = tensor.untyped_storage()
+            seen[storage.data_ptr()] = tensor.numel() * tensor.element_size()
+
+    with torch.no_grad():
+        for tensor in tensors:
+            visit(tensor)
+    return sum(seen.values())
