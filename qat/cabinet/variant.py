@@ -38,6 +38,15 @@ class Variant:
     missing: Callable[[], str | None] = lambda: None
 
 
+def unmade(name: str, family: str, reason: str) -> Variant:
+    """A row that no machine can make yet, and why."""
+
+    def make() -> Kept:
+        raise AssertionError(reason)
+
+    return Variant(name, family, make, lambda: reason)
+
+
 def inner_bytes(tensors: Iterable[Tensor]) -> int:
     """Bytes of storage, of a tensor subclass those of its inner tensors: its outer dtype and size
     are what it stands for, not what it holds. Storage that is shared counts once."""

@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from qat.evaluation.layer_inputs import EMBEDDING, LayerInputs
-from qat.evaluation.ranks import add_over_ranks
 from qat.evaluation.score import Scorer
+from qat.evaluation.windows import read_batches
 
 
 @dataclass(frozen=True)
@@ -56,11 +56,9 @@ def layer_damage(
     limited = replace(scorer, settings=plain, max_targets=max_targets)
     placed = {name: w.to(scorer.device) for name, w in weights.items()}
     inputs = LayerInputs(scorer.shape, placed, scorer.settings.precision)
-    for batch in limited.batches("inputs of layers"):  # none is padded
-        inputs.update(batch.ids)
-    shared = {id(found.products): found.products for found in inputs.of.values()}
-    for total in (*shared.values(), inputs.token_counts):
-        add_over_ranks(total)
+    # Little enough for every rank to see all of it; none of these windows is padded.
+    for batch in read_batches(scorer.stream, limited.windows.batches(plain.batch_tokens)):
+        inputs.update(batch.ids.to(scorer.device))
     before = limited.score(placed, "float weights")
     found = []
     for name in names:
