@@ -2,6 +2,7 @@
 
     python eval.py artifact=logs/runs/RUN/artifact.qat
     python eval.py run=RUN eval=full
+    python eval.py task=sweep run=RUN
     python eval.py task=inspect artifact=PATH
     python eval.py task=fit run=RUN limit_bytes=1000000
     python eval.py task=sample artifact=PATH prompt="In the beginning"
@@ -30,6 +31,7 @@ TASKS = {
     "sample": "qat.evaluation.sample_task",
     "inspect": "qat.evaluation.inspect_task",
     "fit": "qat.study.fit_task",
+    "sweep": "qat.study.sweep_task",
     "audit": "qat.evaluation.audit_task",
     "report": "qat.study.report",
     "convert": "qat.evaluation.convert_task",

@@ -95,7 +95,8 @@ def kept(encoded: list[Encoded], more: Mapping[str, Tensor] | None = None) -> Ke
 
 def _floats(model: Frozen, dtype: str) -> Kept:
     plan = Plan([Entry(name, tuple(w.shape), None, dtype) for name, w in model.weights.items()])
-    return kept(plan.encode(model.weights))
+    made = kept(plan.encode(model.weights))
+    return replace(made, precision="bf16") if dtype == "bf16" else made
 
 
 def _on_grid(model: Frozen, grid: Grid, embedding: Grid, method: Method) -> Kept:

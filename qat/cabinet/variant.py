@@ -26,6 +26,7 @@ class Kept:
     memory_bytes: int
     embedding: str
     module: nn.Module | None = None
+    precision: str = "fp32"  # fp32 | bf16 (autocast): what it computes in
 
 
 @dataclass(frozen=True)

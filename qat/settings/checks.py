@@ -34,7 +34,7 @@ from qat.settings.schema import (
     TrainSettings,
 )
 
-TASKS = ("score", "sample", "inspect", "fit", "audit", "convert", "submission", "report")
+TASKS = ("score", "sample", "inspect", "fit", "audit", "sweep", "convert", "submission", "report")
 TEXT_SOURCES = ("web_bible", "text", "hub")
 
 
@@ -212,6 +212,11 @@ def resolve_eval(settings: EvalTaskSettings, choices: Mapping[str, str | None]) 
         require(bool(s.run) and not s.artifact, "run", s.run, needed)
         is_named = s.out is None or s.out.endswith(".qat")
         require(is_named, "out", s.out, "give the file to write, out=FILE.qat")
+    elif s.task == "sweep":
+        one = "give run=RUN or artifact=CHECKPOINT.ckpt (one of them)"
+        require(bool(s.artifact) != bool(s.run), "run", s.run, one)
+        is_checkpoint = s.artifact is None or s.artifact.endswith(".ckpt")
+        require(is_checkpoint, "artifact", s.artifact, "variants are made of a float checkpoint")
     elif s.task == "report":
         require(bool(s.runs), "runs", s.runs, "give a glob of run folders, runs='logs/runs/*'")
     elif s.task == "submission":

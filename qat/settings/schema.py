@@ -210,11 +210,14 @@ class SubmissionSettings:  # what submission.json says beside the run's numbers
 
 @dataclass
 class EvalTaskSettings:
-    task: str = "score"  # score | sample | inspect | fit | audit | convert | submission | report
+    task: str = (
+        "score"  # score | sample | inspect | fit | audit | sweep | convert | submission | report
+    )
     artifact: str | None = None  # file: a .qat, or a .ptz of the challenge
     out: str | None = None  # what is written: convert's .ptz, fit's .qat, submission's folder
     run: str | None = None  # run folder or run name; stands for its artifact
     runs: str | None = None  # glob of run folders
+    variants: list[str] | None = None  # globs of task=sweep's rows; null = all
     runs_dir: str = "logs/runs"
     prompt: str = ""
     seed: int = 1337

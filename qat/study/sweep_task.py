@@ -1,0 +1,170 @@
+"""``eval.py task=sweep run=RUN``: every post-training method on one frozen checkpoint.
+
+A variant that was measured is not measured again: each leaves ``<variant>/metrics.json`` in the
+folder, and ``manifest.json`` says what they were all measured on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, replace
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor
+
+from qat.artifact.export import ARTIFACT
+from qat.cabinet.bitsandbytes_variants import bitsandbytes_variants
+from qat.cabinet.calibration import (
+    random_sequences,
+    read_inputs,
+    training_sequences,
+    written_sequences,
+)
+from qat.cabinet.gguf_variants import gguf_variants
+from qat.cabinet.grid_variants import Frozen, grid_variants, kept
+from qat.cabinet.roofline import Ceilings, measure_ceilings
+from qat.cabinet.torchao_variants import torchao_variants
+from qat.cabinet.variant import Variant
+from qat.errors import UserError
+from qat.evaluation.frequency_tiers import count_tokens, tier_by_token
+from qat.evaluation.full import TRAINING_TOKENS, encode_pairs, pairs_of
+from qat.evaluation.open_model import names_text, open_artifact, open_scorer
+from qat.evaluation.scored_text import ScoredText
+from qat.language.shards import TokenStream
+from qat.language.source import from_settings
+from qat.language.tokenizer import Tokenizer
+from qat.study import provenance
+from qat.study.float_model import FloatModel, open_float
+from qat.study.run_folder import CHECKPOINT, write_atomically
+from qat.study.sweep_plots import draw
+from qat.study.sweep_report import stop_text, write_report
+from qat.study.sweep_row import Bench
+from qat.study.sweep_summary import summarise
+
+if TYPE_CHECKING:
+    from qat.settings.schema import EvalTaskSettings
+
+MANIFEST, RESULTS, ROW, ROOFLINE = "manifest.json", "results.json", "metrics.json", "roofline.json"
+
+
+def run(s: EvalTaskSettings) -> int:
+    path = Path(s.artifact) if s.artifact else Path(s.run or "") / CHECKPOINT
+    model = open_float(path, f"artifact={path}" if s.artifact else f"run={s.run}")
+    folder = Path(s.out or path.parent / "sweep")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    bench, training = _bench(model, s, device)
+    manifest = _claim(folder, model, s)
+    weights = {name: w.to(device) for name, w in model.weights.items()}
+    variants = _variants(model, weights, training, path.parent / ARTIFACT, folder, s, device)
+    console = Console(stderr=True)
+    todo = [v for v in variants if not (folder / v.name / ROW).is_file()]
+    if todo:
+        reference = bench.reference(weights)
+        for variant in track(
+            todo, "variants", console=console, transient=True, disable=not console.is_terminal
+        ):
+            row = bench.row(variant, reference)
+            (folder / variant.name).mkdir(exist_ok=True)
+            write_atomically(folder / variant.name / ROW, json.dumps(row, indent=1) + "\n")
+            told = row["reason"] or f"{row['disk_bytes']:,} bytes, val_bpb {row['val_bpb']:.5f}"
+            console.print(f"{variant.name}: {told}", highlight=False)
+    rows = [json.loads((folder / v.name / ROW).read_text("utf-8")) for v in variants]
+    write_atomically(folder / RESULTS, json.dumps(rows, indent=1) + "\n")
+    ceilings = _ceilings(folder, device)
+    write_report(rows, ceilings, manifest, folder)
+    pictures = draw(rows, ceilings, folder)
+    print(stop_text(rows, summarise(rows, ceilings)))
+    print(f"written: {', '.join(str(folder / n) for n in ('REPORT.md', RESULTS, *pictures))}")
+    return 0
+
+
+def _bench(
+    model: FloatModel, s: EvalTaskSettings, device: torch.device
+) -> tuple[Bench, TokenStream]:
+    """The texts. UserError if there is no training text: methods are calibrated on it."""
+    data = s.data if names_text(s.data) else model.settings.data
+    source = from_settings(data, model.shape.vocab_size)
+    if not source.train_files:
+        raise UserError("data.train_files = null: variants are calibrated on it; give a glob")
+    tokenizer = Tokenizer(source.tokenizer)
+    tokenizer.check_vocab_size(model.shape.vocab_size)
+    scorer = open_scorer(model.shape, model.settings.seq_len, source, tokenizer, s.eval, device)
+    training = TokenStream(source.train_files, "data.train_files")
+    counts = count_tokens(training, model.shape.vocab_size, TRAINING_TOKENS)
+    sentences = encode_pairs(tokenizer, pairs_of(s.eval))
+    text = ScoredText.of(scorer)
+    return Bench(scorer, text, sentences, tier_by_token(counts), s.eval, s.seed), training
+
+
+def _claim(folder: Path, model: FloatModel, s: EvalTaskSettings) -> dict[str, Any]:
+    """The folder's manifest, written now or found. UserError if its rows are of something else."""
+    digest = hashlib.sha256()
+    for name, w in sorted(model.weights.items()):
+        digest.update(name.encode())
+        digest.update(w.contiguous().numpy().tobytes())
+    same = {"weights_sha256": digest.hexdigest(), "seed": s.seed, "eval": asdict(s.eval)}
+    path = folder / MANIFEST
+    if path.is_file():
+        found = json.loads(path.read_text("utf-8"))
+        for key, value in same.items():
+            if found.get(key) != value:
+                raise UserError(f"out={folder}: its variants were measured with another {key}")
+        return found
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"out={folder}: {error.strerror or error}") from None
+    manifest = same | provenance.collect(1)
+    write_atomically(path, json.dumps(manifest, indent=1) + "\n")
+    return manifest
+
+
+def _variants(
+    model: FloatModel,
+    weights: dict[str, Tensor],
+    training: TokenStream,
+    artifact: Path,
+    folder: Path,
+    s: EvalTaskSettings,
+    device: torch.device,
+) -> list[Variant]:
+    """Those that ``variants`` names; all by default. UserError if it names none."""
+    seq_len = model.settings.seq_len
+    sequences = {
+        "train": training_sequences(training, seq_len),
+        "self": written_sequences(model.shape, weights, s.seed),
+        "random": random_sequences(model.shape, seq_len, s.seed),
+    }
+    inputs = {kind: read_inputs(model.shape, weights, ids) for kind, ids in sequences.items()}
+    rows = grid_variants(Frozen(model.shape, weights, sequences, inputs))
+    rows += torchao_variants(model.shape, weights, device)
+    rows += bitsandbytes_variants(model.shape, weights, device)
+    rows += gguf_variants(model.shape, weights, folder)
+    if artifact.is_file():
+        opened = open_artifact(artifact).artifact
+        num_bytes = opened.num_bytes
+        rows.append(
+            Variant(
+                "own_artifact", "qat", lambda: replace(kept(opened.encoded), disk_bytes=num_bytes)
+            )
+        )
+    if s.variants is None:
+        return rows
+    chosen = [v for v in rows if any(fnmatchcase(v.name, glob) for glob in s.variants)]
+    if not chosen:
+        names = ", ".join(v.name for v in rows)
+        raise UserError(f"variants = {s.variants}: names none of {names}")
+    return chosen
+
+
+def _ceilings(folder: Path, device: torch.device) -> Ceilings:
+    path = folder / ROOFLINE
+    if not path.is_file():
+        write_atomically(path, json.dumps(asdict(measure_ceilings(device)), indent=1) + "\n")
+    return Ceilings(**json.loads(path.read_text("utf-8")))

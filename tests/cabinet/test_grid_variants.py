@@ -1,0 +1,219 @@
+"""Variants on the project's grids: what they say they hold is what a file of them gives back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from qat.artifact.container import pack, read_artifact
+from qat.cabinet.calibration import (
+    SELF_TOKENS,
+    SEQUENCES,
+    random_sequences,
+    read_inputs,
+    written_sequences,
+)
+from qat.cabinet.grid_variants import (
+    GRIDS,
+    RANK,
+    Frozen,
+    encoded_by,
+    grid_variants,
+    kept,
+    plan_for,
+)
+from qat.cabinet.methods import gptq, lite, nearest
+from qat.cabinet.variant import Kept, inner_bytes
+from qat.language.gpt import GPT, GPTShape
+from qat.quantize.grid import Grid
+from qat.quantize.output_error import row_output_errors
+from qat.quantize.rounding import decode, encode
+from qat.quantize.smooth import snap_tokens
+
+SHAPE = GPTShape(48, 2, 64, 4, 2, 2, True)
+
+
+def frozen(shape: GPTShape = SHAPE) -> Frozen:
+    """Weights with rows and columns of their own scales, and inputs that are correlated."""
+    torch.manual_seed(0)
+    weights = {}
+    for name, p in GPT(shape).named_parameters():
+        w = torch.randn_like(p) * 0.2
+        if p.ndim == 2 and name.endswith(".weight"):
+            w *= torch.rand(p.size(0), 1).exp() * torch.rand(1, p.size(1)).exp()
+        weights[name] = w.detach()
+    sequences = {
+        "train": random_sequences(shape, 16, 1),
+        "self": written_sequences(shape, weights, 2),
+        "random": random_sequences(shape, 16, 3),
+    }
+    inputs = {kind: read_inputs(shape, weights, ids) for kind, ids in sequences.items()}
+    return Frozen(shape, weights, sequences, inputs)
+
+
+@pytest.fixture(scope="module")
+def model() -> Frozen:
+    return frozen()
+
+
+@pytest.fixture(scope="module")
+def made(model: Frozen) -> dict[str, Kept]:
+    return {v.name: v.make() for v in grid_variants(model) if v.missing() is None}
+
+
+def logits(weights: dict[str, torch.Tensor], ids: torch.Tensor) -> torch.Tensor:
+    with torch.inference_mode():
+        return torch.func.functional_call(GPT(SHAPE), weights, (ids,))
+
+
+def test_names_are_unique_and_rows_stay(model: Frozen) -> None:
+    variants = grid_variants(model)
+    assert len({v.name for v in variants}) == len(variants)
+    reasons = {v.name: v.missing() for v in variants if v.missing()}
+    assert list(reasons) == ["hqq_int4_g64"]
+
+
+def test_weights_are_those_of_a_file(model: Frozen, tmp_path: Path) -> None:
+    plan = plan_for(SHAPE, GRIDS["int4_g64"], GRIDS["int8"])
+    for method in (nearest, gptq(model.inputs["train"])):
+        encoded = encoded_by(plan, model.weights, method)
+        found = kept(encoded)
+        data = pack(encoded, plan, {}, "mix")
+        (tmp_path / "a.qat").write_bytes(data)
+        assert found.disk_bytes == len(data)
+        read = read_artifact(tmp_path / "a.qat")
+        for name, w in found.weights.items():
+            assert w.equal(read.weights[name]), name
+
+
+def test_bytes_are_those_held(made: dict[str, Kept]) -> None:
+    codes = sum(w.numel() for n, w in made["fp32"].weights.items() if n.endswith(".weight"))
+    rows = sum(w.shape[0] for n, w in made["fp32"].weights.items() if n.endswith(".weight"))
+    vectors = sum(w.numel() for n, w in made["fp32"].weights.items() if not n.endswith(".weight"))
+    assert made["fp32"].memory_bytes == 4 * (codes + vectors)
+    assert made["bf16"].memory_bytes == made["fp16"].memory_bytes == 2 * (codes + vectors)
+    assert made["rtn_int8"].memory_bytes == codes + 2 * rows + 4 * vectors
+    assert made["rtn_int4_g64"].embedding == "int4_g64"
+    assert made["rtn_int4_g64_e8"].embedding == "int8"
+    assert made["rtn_int4"].disk_bytes < made["rtn_int6"].disk_bytes < made["rtn_int8"].disk_bytes
+    shapes = {n: w.shape for n, w in made["fp32"].weights.items() if ".attn.c" in n or ".proj" in n
+              or ".fc" in n}  # fmt: skip
+    factors = 2 * RANK * sum(rows + columns for rows, columns in shapes.values())
+    lqer, rounded = made["lqer_int4_g64_e8"], made["rtn_int4_g64_e8"]
+    assert lqer.memory_bytes - rounded.memory_bytes == factors
+    assert lqer.disk_bytes - rounded.disk_bytes == factors
+
+
+def test_gptq_makes_the_outputs_better(model: Frozen, made: dict[str, Kept]) -> None:
+    """On the text it was calibrated on, matrix by matrix, the tied head among them."""
+    inputs = model.inputs["train"]
+    for name, w in model.weights.items():
+        if not name.endswith(".weight"):
+            continue
+        errors = {
+            variant: float(
+                row_output_errors(made[variant].weights[name] - w, inputs.hessian(name)).sum()
+            )
+            for variant in ("rtn_int4", "gptq_int4", "rtn_int4_g64_e8", "gptq_plain_int4_g64_e8")
+        }
+        assert errors["gptq_int4"] < errors["rtn_int4"], name
+        assert errors["gptq_plain_int4_g64_e8"] <= errors["rtn_int4_g64_e8"], name
+
+
+def test_sequential_gptq_reads_what_came_before(model: Frozen, made: dict[str, Kept]) -> None:
+    one, two = (made[f"gptq_{kind}int4_g64_e8"].weights for kind in ("", "sequential_"))
+    first = [n for n in one if n.startswith("blocks.0.") and n.endswith(".weight")]
+    later = [n for n in one if n.startswith("blocks.1.") and n.endswith(".weight")]
+    assert all(one[name].equal(two[name]) for name in first)
+    assert not any(one[name].equal(two[name]) for name in later)
+
+
+def test_lite_takes_the_best_clip_of_each_row() -> None:
+    torch.manual_seed(0)
+    w = torch.randn(6, 2000)
+    w[0, 0] = 30.0  # worth clipping
+    grid = Grid(bits=4)
+    plan = plan_for(SHAPE, grid, grid)
+    entry, codes = lite(plan.entries["tok_emb.weight"], w)
+    errors = (decode(codes, entry.grid) - w).square().sum(1)
+    candidates = torch.stack([
+        (decode(encode(w, Grid(bits=4, step_rule="percentile", percentile=p)), grid) - w)
+        .square().sum(1)
+        for p in (0.999, 0.9995, 0.9999, 0.99999, 1.0)
+    ])  # fmt: skip
+    assert errors.allclose(candidates.amin(0))
+    assert errors[0] < 0.5 * candidates[-1, 0]
+
+
+def test_folding_channel_scales_changes_no_output(model: Frozen) -> None:
+    """With steps too fine to matter: what is left is the folding itself."""
+    from qat.cabinet import grid_variants as g
+
+    fine = Grid(levels="fp8_e4m3")  # any grid: the float weights are compared before it
+    seen = {}
+
+    def catch(plan, weights, method):
+        seen.update(weights)
+        return encoded_by(plan, weights, method)
+
+    original = g.encoded_by
+    g.encoded_by = catch
+    try:
+        g._folded(model, fine)
+    finally:
+        g.encoded_by = original
+    ids = model.sequences["random"][:4]
+    assert logits(seen, ids).allclose(logits(model.weights, ids), atol=1e-4)
+    assert not seen["blocks.0.mlp.proj.weight"].equal(model.weights["blocks.0.mlp.proj.weight"])
+
+
+def test_smoothquant_reads_int8_activations(model: Frozen, made: dict[str, Kept]) -> None:
+    found = made["smoothquant_w8a8"]
+    assert found.module is not None
+    ids = model.sequences["random"][:4]
+    with torch.inference_mode():
+        quantized = found.module(ids)
+    exact = logits(model.weights, ids)
+    rounded = logits(made["rtn_int8"].weights, ids)
+    assert not quantized.equal(exact)
+    assert (quantized - exact).abs().mean() < 0.3 * exact.std()
+    assert (quantized - rounded).abs().max() > 0
+    layer = found.module.blocks[0].mlp.fc
+    x = torch.randn(3, 64)
+    scale = made["smoothquant_w8a8"].weights["blocks.0.mlp.fc.weight"].abs().amax(0)
+    assert scale.shape == (64,)
+    hook = next(iter(layer._forward_pre_hooks.values()))
+    (seen,) = hook(layer, (x,))
+    used = (x / seen).nanmedian()  # the migration scale, up to rounding
+    assert torch.isfinite(used)
+    assert F.mse_loss(layer(x), snap_tokens(x) @ model.weights["blocks.0.mlp.fc.weight"].T) < 0.1
+
+
+def test_an_untied_embedding_is_rounded_and_its_head_is_not() -> None:
+    shape = GPTShape(**SHAPE.as_dict() | {"tie_embeddings": False})
+    untied = frozen(shape)
+    made = {v.name: v.make() for v in grid_variants(untied) if v.name in ("rtn_int4", "gptq_int4")}
+    rounded, better = made["rtn_int4"].weights, made["gptq_int4"].weights
+    assert rounded["tok_emb.weight"].equal(better["tok_emb.weight"])
+    assert not rounded["lm_head.weight"].equal(better["lm_head.weight"])
+
+
+def test_written_text_is_the_models_own(model: Frozen) -> None:
+    ids = model.sequences["self"]
+    assert ids.shape == (SEQUENCES, SELF_TOKENS)
+    assert (ids[:, 0] == 1).all()
+    again = written_sequences(SHAPE, model.weights, 2)
+    assert ids.equal(again)
+    # Tokens that the model finds likely are drawn more often than others.
+    shares = logits(model.weights, ids[:, :-1]).softmax(-1)
+    drawn = shares.gather(-1, ids[:, 1:, None]).mean()
+    assert float(drawn) == pytest.approx(float(shares.square().sum(-1).mean()), rel=0.05)
+
+
+def test_shared_storage_counts_once() -> None:
+    w = torch.randn(10, 10)
+    assert inner_bytes([w, w]) == 400
+    assert inner_bytes([w, torch.randn(5)]) == 420
