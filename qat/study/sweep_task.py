@@ -10,6 +10,7 @@ import hashlib
 import json
 from dataclasses import asdict, replace
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
+from qat.artifact.container import Artifact
 from qat.artifact.export import ARTIFACT
 from qat.cabinet.bitsandbytes_variants import bitsandbytes_variants
 from qat.cabinet.calibration import (
@@ -30,7 +32,7 @@ from qat.cabinet.gguf_variants import gguf_variants
 from qat.cabinet.grid_variants import Frozen, grid_variants, kept
 from qat.cabinet.roofline import Ceilings, measure_ceilings
 from qat.cabinet.torchao_variants import torchao_variants
-from qat.cabinet.variant import Variant
+from qat.cabinet.variant import Kept, Variant
 from qat.errors import UserError
 from qat.evaluation.frequency_tiers import count_tokens, tier_by_token
 from qat.evaluation.full import TRAINING_TOKENS, encode_pairs, pairs_of
@@ -148,12 +150,8 @@ def _variants(
     rows += gguf_variants(model.shape, weights, folder)
     if artifact.is_file():
         opened = open_artifact(artifact).artifact
-        num_bytes = opened.num_bytes
-        rows.append(
-            Variant(
-                "own_artifact", "qat", lambda: replace(kept(opened.encoded), disk_bytes=num_bytes)
-            )
-        )
+        own = partial(_own, opened)
+        rows.append(Variant("own_artifact", "qat", own))
     if s.variants is None:
         return rows
     chosen = [v for v in rows if any(fnmatchcase(v.name, glob) for glob in s.variants)]
@@ -161,6 +159,10 @@ def _variants(
         names = ", ".join(v.name for v in rows)
         raise UserError(f"variants = {s.variants}: names none of {names}")
     return chosen
+
+
+def _own(artifact: Artifact) -> Kept:
+    return replace(kept(artifact.encoded), disk_bytes=artifact.num_bytes)
 
 
 def _ceilings(folder: Path, device: torch.device) -> Ceilings:

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from qat.artifact.container import pack, read_artifact
+from qat.cabinet import grid_variants as grid_variants_file
 from qat.cabinet.calibration import (
     SELF_TOKENS,
     SEQUENCES,
@@ -25,13 +25,14 @@ from qat.cabinet.grid_variants import (
     kept,
     plan_for,
 )
-from qat.cabinet.methods import gptq, lite, nearest
+from qat.cabinet.methods import Method, gptq, lite, nearest
 from qat.cabinet.variant import Kept, inner_bytes
 from qat.language.gpt import GPT, GPTShape
 from qat.quantize.grid import Grid
 from qat.quantize.output_error import row_output_errors
+from qat.quantize.plan import Encoded, Plan
 from qat.quantize.rounding import decode, encode
-from qat.quantize.smooth import snap_tokens
+from qat.quantize.smooth import migration_scales, snap_tokens
 
 SHAPE = GPTShape(48, 2, 64, 4, 2, 2, True)
 
@@ -148,23 +149,18 @@ def test_lite_takes_the_best_clip_of_each_row() -> None:
     assert errors[0] < 0.5 * candidates[-1, 0]
 
 
-def test_folding_channel_scales_changes_no_output(model: Frozen) -> None:
-    """With steps too fine to matter: what is left is the folding itself."""
-    from qat.cabinet import grid_variants as g
+def test_folding_channel_scales_changes_no_output(
+    model: Frozen, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The float weights that are rounded compute what the trained ones do."""
+    seen: dict[str, torch.Tensor] = {}
 
-    fine = Grid(levels="fp8_e4m3")  # any grid: the float weights are compared before it
-    seen = {}
-
-    def catch(plan, weights, method):
+    def catch(plan: Plan, weights: dict[str, torch.Tensor], method: Method) -> list[Encoded]:
         seen.update(weights)
         return encoded_by(plan, weights, method)
 
-    original = g.encoded_by
-    g.encoded_by = catch
-    try:
-        g._folded(model, fine)
-    finally:
-        g.encoded_by = original
+    monkeypatch.setattr(grid_variants_file, "encoded_by", catch)
+    grid_variants_file._folded(model, GRIDS["int8_tensor"])
     ids = model.sequences["random"][:4]
     assert logits(seen, ids).allclose(logits(model.weights, ids), atol=1e-4)
     assert not seen["blocks.0.mlp.proj.weight"].equal(model.weights["blocks.0.mlp.proj.weight"])
@@ -181,15 +177,13 @@ def test_smoothquant_reads_int8_activations(model: Frozen, made: dict[str, Kept]
     assert not quantized.equal(exact)
     assert (quantized - exact).abs().mean() < 0.3 * exact.std()
     assert (quantized - rounded).abs().max() > 0
-    layer = found.module.blocks[0].mlp.fc
+    name = "blocks.0.mlp.fc.weight"
+    largest = model.inputs["train"].of[name].largest
+    scale = migration_scales(largest, [model.weights[name]])
     x = torch.randn(3, 64)
-    scale = made["smoothquant_w8a8"].weights["blocks.0.mlp.fc.weight"].abs().amax(0)
-    assert scale.shape == (64,)
-    hook = next(iter(layer._forward_pre_hooks.values()))
-    (seen,) = hook(layer, (x,))
-    used = (x / seen).nanmedian()  # the migration scale, up to rounding
-    assert torch.isfinite(used)
-    assert F.mse_loss(layer(x), snap_tokens(x) @ model.weights["blocks.0.mlp.fc.weight"].T) < 0.1
+    with torch.inference_mode():
+        expected = snap_tokens(x / scale) @ found.weights[name].T
+        assert found.module.blocks[0].mlp.fc(x).allclose(expected, atol=1e-5)
 
 
 def test_an_untied_embedding_is_rounded_and_its_head_is_not() -> None:
