@@ -18,6 +18,7 @@ from qat.settings import machine
 from qat.settings.ranges import (
     at_least,
     check_averaging,
+    check_constraints,
     check_eval,
     check_model,
     check_optimizer,
@@ -34,7 +35,9 @@ from qat.settings.schema import (
     TrainSettings,
 )
 
-TASKS = ("score", "sample", "inspect", "fit", "audit", "convert", "submission", "report")
+TASKS = (
+    "score", "sample", "inspect", "fit", "audit", "convert", "submission", "report", "choose",
+)  # fmt: skip
 TEXT_SOURCES = ("web_bible", "text", "hub")
 
 
@@ -214,6 +217,9 @@ def resolve_eval(settings: EvalTaskSettings, choices: Mapping[str, str | None]) 
         require(is_named, "out", s.out, "give the file to write, out=FILE.qat")
     elif s.task == "report":
         require(bool(s.runs), "runs", s.runs, "give a glob of run folders, runs='logs/runs/*'")
+    elif s.task == "choose":
+        require(bool(s.sweep), "sweep", s.sweep, "give the folder of a sweep, sweep=FOLDER")
+        check_constraints(s.constraints)
     elif s.task == "submission":
         require(not s.artifact, "artifact", s.artifact, "a submission is made of run=RUN")
         require(bool(s.run), "run", s.run, "give the run to submit, run=RUN")

@@ -129,7 +129,8 @@ def test_a_used_name_is_refused_and_the_first_run_kept(train, tmp_path: Path) ->
 EVAL_CASES: list[tuple[tuple[str, ...], str]] = [
     ((), "artifact = null: give artifact=PATH or run=RUN"),
     (("task=scoer",),
-     "task = scoer: choose from score, sample, inspect, fit, audit, convert, submission, report"),
+     "task = scoer: choose from score, sample, inspect, fit, audit, convert, submission, report, "
+     "choose"),
     (("artefact=x",), "artefact: unknown setting; did you mean artifact?"),
     (("artifact=none.qat",), "artifact=none.qat: No such file"),
     (("artifact=it's (a) [file], ${seed}",), "artifact=it's (a) [file], ${seed}: No such file"),
