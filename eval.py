@@ -8,6 +8,7 @@
     python eval.py task=sample artifact=PATH prompt="In the beginning"
     python eval.py task=audit data.train_files=GLOB data.val_files=GLOB data.tokenizer=PATH
     python eval.py task=report runs='logs/runs/*'
+    python eval.py task=choose sweep=FOLDER 'constraints={latency_ms: 10, artifact_bytes: 2000000}'
     python eval.py task=convert artifact=PATH out=FILE.ptz
     python eval.py task=submission run=RUN out=DIR
 
@@ -34,6 +35,7 @@ TASKS = {
     "sweep": "qat.study.sweep_task",
     "audit": "qat.evaluation.audit_task",
     "report": "qat.study.report",
+    "choose": "qat.study.choose_task",
     "convert": "qat.evaluation.convert_task",
     "submission": "qat.study.submission",
 }

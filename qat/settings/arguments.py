@@ -22,8 +22,8 @@ CONF = Path(__file__).resolve().parents[2] / "conf"
 SCHEMAS = {"train": TrainSettings, "eval": EvalTaskSettings}
 # Prose and paths of eval.py, taken as typed: Hydra's grammar would trip over ',' or '(' in them.
 VERBATIM_KEYS = (
-    "prompt", "artifact", "out", "run", "runs", "submission.author", "submission.github_id",
-    "submission.name", "submission.blurb",
+    "prompt", "artifact", "out", "run", "runs", "sweep", "submission.author",
+    "submission.github_id", "submission.name", "submission.blurb",
 )  # fmt: skip
 QUIET_FLAGS = ("-h", "--help", "--version", "-c", "--cfg", "-i", "--info")
 

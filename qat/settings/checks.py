@@ -18,6 +18,7 @@ from qat.settings import machine
 from qat.settings.ranges import (
     at_least,
     check_averaging,
+    check_constraints,
     check_eval,
     check_model,
     check_optimizer,
@@ -34,7 +35,10 @@ from qat.settings.schema import (
     TrainSettings,
 )
 
-TASKS = ("score", "sample", "inspect", "fit", "audit", "sweep", "convert", "submission", "report")
+TASKS = (
+    "score", "sample", "inspect", "fit", "audit", "sweep", "choose", "convert", "submission",
+    "report",
+)  # fmt: skip
 TEXT_SOURCES = ("web_bible", "text", "hub")
 
 
@@ -219,6 +223,9 @@ def resolve_eval(settings: EvalTaskSettings, choices: Mapping[str, str | None]) 
         require(is_checkpoint, "artifact", s.artifact, "variants are made of a float checkpoint")
     elif s.task == "report":
         require(bool(s.runs), "runs", s.runs, "give a glob of run folders, runs='logs/runs/*'")
+    elif s.task == "choose":
+        require(bool(s.sweep), "sweep", s.sweep, "give the folder of a sweep, sweep=FOLDER")
+        check_constraints(s.constraints)
     elif s.task == "submission":
         require(not s.artifact, "artifact", s.artifact, "a submission is made of run=RUN")
         require(bool(s.run), "run", s.run, "give the run to submit, run=RUN")

@@ -210,14 +210,15 @@ class SubmissionSettings:  # what submission.json says beside the run's numbers
 
 @dataclass
 class EvalTaskSettings:
-    task: str = (
-        "score"  # score | sample | inspect | fit | audit | sweep | convert | submission | report
-    )
+    task: str = "score"  # what to do; all of them: TASKS in qat/settings/checks.py
     artifact: str | None = None  # file: a .qat, or a .ptz of the challenge
     out: str | None = None  # what is written: convert's .ptz, fit's .qat, submission's folder
     run: str | None = None  # run folder or run name; stands for its artifact
     runs: str | None = None  # glob of run folders
     variants: list[str] | None = None  # globs of task=sweep's rows; null = all
+    sweep: str | None = None  # folder with the results.json of a post-training sweep
+    # of task=choose: the most that a variant may have of a quantity (qat/settings/ranges.py)
+    constraints: dict[str, float] = field(default_factory=dict)
     runs_dir: str = "logs/runs"
     prompt: str = ""
     seed: int = 1337
