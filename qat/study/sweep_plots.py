@@ -145,7 +145,8 @@ def _reliability(rows: Sequence[Row], path: Path) -> None:
         bins = row["reliability"]
         axes.plot(
             [b["mean_confidence"] for b in bins], [b["accuracy"] for b in bins], "o-",
-            color=colour, markersize=4, linewidth=1, label=f"{row['variant']}: ECE {row['ece']:.4f}",
+            color=colour, markersize=4, linewidth=1,
+            label=f"{row['variant']}: ECE {row['ece']:.4f}",
         )  # fmt: skip
     axes.set_xlabel("confidence: probability of the likeliest token")
     axes.set_ylabel("accuracy: how often it was right")

@@ -44,7 +44,6 @@ from qat.language.tokenizer import Tokenizer
 from qat.study import provenance
 from qat.study.float_model import FloatModel, open_float
 from qat.study.run_folder import CHECKPOINT, write_atomically
-from qat.study.sweep_plots import draw
 from qat.study.sweep_report import stop_text, write_report
 from qat.study.sweep_row import Bench
 from qat.study.sweep_summary import summarise
@@ -80,9 +79,8 @@ def run(s: EvalTaskSettings) -> int:
     write_atomically(folder / RESULTS, json.dumps(rows, indent=1) + "\n")
     ceilings = _ceilings(folder, device)
     write_report(rows, ceilings, manifest, folder)
-    pictures = draw(rows, ceilings, folder)
     print(stop_text(rows, summarise(rows, ceilings)))
-    print(f"written: {', '.join(str(folder / n) for n in ('REPORT.md', RESULTS, *pictures))}")
+    print(f"written: {folder}/REPORT.md, summary.json, {RESULTS} and pictures")
     return 0
 
 
