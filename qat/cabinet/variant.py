@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+
+from qat.artifact.coder import encode_section
 
 
 @dataclass(frozen=True)
@@ -54,15 +56,29 @@ def inner_bytes(tensors: Iterable[Tensor]) -> int:
     seen: dict[int, int] = {}
 
     def visit(tensor: Tensor) -> None:
+
+
+def inner_tensors(tensors: Iterable[Tensor]) -> Iterator[Tensor]:
+    """What is held: of a tensor subclass its inner tensors (its outer dtype and size are what it
+    stands for), of any other tensor itself."""
+    for tensor in tensors:
         if hasattr(tensor, "__tensor_flatten__"):
             names, _ = tensor.__tensor_flatten__()
-            for name in names:
-                visit(getattr(tensor, name))
+            yield from inner_tensors(getattr(tensor, name) for name in names)
         else:
-            storage = tensor.untyped_storage()
-            seen[storage.data_ptr()] = tensor.numel() * tensor.element_size()
+            yield tensor.detach()
 
-    with torch.no_grad():
-        for tensor in tensors:
-            visit(tensor)
-    return sum(seen.values())
+
+def inner_bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of storage of the inner tensors. Storage that is shared counts once."""
+    held = {t.untyped_storage().data_ptr(): t.nbytes for t in inner_tensors(tensors)}
+    return sum(held.values())
+
+
+def coded_bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of the inner tensors, one after another, through zstd: a library's file, compressed."""
+    raw = b"".join(
+        t.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+        for t in inner_tensors(tensors)
+    )
+    return len(encode_section(raw, (), "zstd")[1])

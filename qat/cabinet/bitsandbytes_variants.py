@@ -1,0 +1,110 @@
+"""bitsandbytes: LLM.int8() (arXiv 2208.07339), NF4 and FP4 of blocks of 64 (arXiv 2305.14314).
+
+Its layers replace those of the blocks, and their own code computes. LLM.int8() rounds activations
+to int8 per token, through float16, but for columns that hold an outlier (6 and more, the paper's
+threshold). The 4-bit layers multiply by the dequantized matrix in the dtype of the activations.
+
+Left out: the repacking that the 4-bit layers do at their first product on CPUs with AVX512-BF16. It
+rounds activations and steps to bfloat16 and undoes double quantization, so that score and bytes
+would depend on the machine.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from functools import partial
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor, nn
+
+from qat.cabinet.library_gpt import EMBEDDING, block_linears, float_gpt
+from qat.cabinet.variant import Kept, Variant, coded_bytes, inner_bytes
+from qat.language.gpt import GPTShape
+
+OUTLIER_THRESHOLD = 6.0
+BLOCK_SIZE = 64
+
+# a layer of floats -> the library's layer, and all tensors that it holds
+Replace = Callable[[nn.Linear], tuple[nn.Linear, list[Tensor]]]
+
+
+def bitsandbytes_variants(
+    shape: GPTShape, weights: dict[str, Tensor], device: torch.device
+) -> list[Variant]:
+    """LLM.int8, NF4, NF4 with double quantization, FP4; ``weights``: name -> float32 tensor."""
+
+    def make(replace: Replace) -> Kept:
+        gpt = float_gpt(shape, weights, device)
+        held: list[Tensor] = []
+        for name, layer in block_linears(gpt).items():
+            theirs, tensors = replace(layer)
+            gpt.set_submodule(name, theirs.eval())
+            held += tensors
+        replaced = {f"{name}.weight" for name in block_linears(gpt)}
+        held += [p for name, p in gpt.named_parameters() if name not in replaced]
+        return Kept({}, coded_bytes(held), inner_bytes(held), EMBEDDING, gpt)
+
+    rows: dict[str, Replace] = {
+        "LLM.int8": _int8,
+        "NF4": partial(_four_bit, "nf4", False),
+        "NF4 double": partial(_four_bit, "nf4", True),
+        "FP4": partial(_four_bit, "fp4", False),
+    }
+    return [
+        Variant(f"bitsandbytes {name}", "bitsandbytes", partial(make, replace), _missing)
+        for name, replace in rows.items()
+    ]
+
+
+def _missing() -> str | None:
+    if find_spec("bitsandbytes") is None:
+        return "needs bitsandbytes: pip install -e '.[cabinet]'"
+    return None
+
+
+def _int8(layer: nn.Linear) -> tuple[nn.Linear, list[Tensor]]:
+    from bitsandbytes.nn import Int8Params, Linear8bitLt
+
+    # It says at every product that it casts to float16, which is what LLM.int8() is.
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+    theirs = Linear8bitLt(
+        layer.in_features,
+        layer.out_features,
+        bias=False,
+        has_fp16_weights=False,
+        threshold=OUTLIER_THRESHOLD,
+        device="meta",
+    )
+    weight = Int8Params(layer.weight.detach(), requires_grad=False)
+    theirs.weight = weight.to(layer.weight.device)  # quantizes
+    theirs.init_8bit_state()
+    return theirs, [theirs.state.CB, theirs.state.SCB]
+
+
+def _four_bit(kind: str, is_double: bool, layer: nn.Linear) -> tuple[nn.Linear, list[Tensor]]:
+    from bitsandbytes.nn import Linear4bit, Params4bit
+
+    theirs = Linear4bit(
+        layer.in_features,
+        layer.out_features,
+        bias=False,
+        compress_statistics=is_double,
+        quant_type=kind,
+        device="meta",
+    )
+    theirs.support_avx512bf16_for_cpu = False
+    weight = Params4bit(
+        layer.weight.detach(),
+        blocksize=BLOCK_SIZE,
+        compress_statistics=is_double,
+        quant_type=kind,
+        module=theirs,
+    )
+    theirs.weight = weight.to(layer.weight.device)  # quantizes
+    state = theirs.weight.quant_state
+    held = [theirs.weight.data, state.absmax, state.code]
+    if is_double:
+        held += [state.offset, state.state2.absmax, state.state2.code]
+    return theirs, held

@@ -1,0 +1,48 @@
+"""A small model of random weights, and what a variant makes of it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from qat.cabinet.variant import Kept, Variant
+from qat.language.gpt import GPT, GPTShape
+
+SHAPE = GPTShape(96, 3, 64, 4, 2, 2, True)
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="session")
+def weights() -> dict[str, Tensor]:
+    return random_weights(SHAPE)
+
+
+def random_weights(shape: GPTShape) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    named = GPT(shape).named_parameters()
+    return {name: torch.randn(p.shape, generator=generator) * 0.1 for name, p in named}
+
+
+def block_matrices(weights: dict[str, Tensor]) -> list[str]:
+    return [n for n in weights if n.startswith("blocks.") and n.endswith(".weight")]
+
+
+def ids() -> Tensor:
+    return torch.randint(0, 96, (2, 24), generator=torch.Generator().manual_seed(2))
+
+
+@torch.inference_mode()
+def logits_of(kept: Kept) -> Tensor:
+    """As the scorer computes them."""
+    gpt = kept.module or GPT(SHAPE).to("meta")
+    return torch.func.functional_call(gpt, kept.weights, (ids(),), {"tail": 24})
+
+
+@torch.inference_mode()
+def plain_logits(weights: dict[str, Tensor]) -> Tensor:
+    return torch.func.functional_call(GPT(SHAPE), weights, (ids(),), {"tail": 24})
+
+
+def named(variants: list[Variant], name: str) -> Variant:
+    return next(v for v in variants if v.name == name)

@@ -1,0 +1,149 @@
+"""torchao's rows: they compute with what they hold, and hold what their formats say."""
+
+from __future__ import annotations
+
+from importlib.machinery import ModuleSpec
+
+import pytest
+import torch
+from torch import Tensor
+
+from qat.cabinet import torchao_variants as rows
+from qat.cabinet.torchao_variants import torchao_variants
+from qat.language.gpt import GPTShape
+from tests.cabinet.conftest import (
+    CPU,
+    SHAPE,
+    block_matrices,
+    logits_of,
+    named,
+    plain_logits,
+    random_weights,
+)
+
+WEIGHT_ONLY = ("Int8WeightOnly", "IntxWeightOnly int4 g32", "Float8WeightOnly")
+DYNAMIC = "Int8DynamicActivationInt8Weight"
+FOR_CUDA = {
+    "Float8DynamicActivationFloat8Weight": "needs CUDA capability >= 8.9",
+    "Int4WeightOnly g32 (mslk)": "needs CUDA capability >= 8.0",
+    "Int4WeightOnly g32 (tinygemm)": "needs CUDA capability >= 8.0",
+}
+
+
+def bytes_of_matrix(name: str, rows: int, columns: int) -> int:
+    if "int4 g32" in name:  # a byte per code; float32 step and int8 zero point per group
+        return rows * columns + rows * columns // 32 * 5
+    return rows * (columns + (4 if "Float8" in name else 5))
+
+
+def stepped(weight: Tensor) -> Tensor:
+    """Codes times steps, by hand from the inner tensors."""
+    codes, steps = weight.qdata.float(), weight.scale.float()
+    return codes * steps.repeat_interleave(codes.size(1) // steps.size(1), dim=1)
+
+
+@pytest.mark.parametrize("name", [*WEIGHT_ONLY, DYNAMIC])
+def test_rows_compute_with_the_weights_they_hold(name: str, weights: dict[str, Tensor]) -> None:
+    before = {key: w.clone() for key, w in weights.items()}
+    row = named(torchao_variants(SHAPE, weights, CPU), f"torchao {name}")
+    assert row.missing() is None
+    kept = row.make()
+    dequantized = dict(kept.module.named_parameters())
+    for key in block_matrices(weights):
+        held = dequantized[key]
+        dequantized[key] = held.dequantize()
+        torch.testing.assert_close(dequantized[key], stepped(held), rtol=1e-6, atol=1e-7)
+    # Activations that are rounded to 8 bits per token move a logit by some hundredths.
+    closeness = 0.1 if name == DYNAMIC else 1e-4
+    expected = plain_logits(dequantized)
+    torch.testing.assert_close(logits_of(kept), expected, rtol=0, atol=closeness)
+    if name == DYNAMIC:
+        assert (logits_of(kept) - expected).abs().max() > 1e-3  # they are rounded
+    assert (expected - plain_logits(weights)).abs().max() > 1e-2  # and so are the weights
+    assert kept.embedding == "float32"
+    assert torch.equal(dequantized["tok_emb.weight"], weights["tok_emb.weight"])
+    assert all(torch.equal(before[key], w) for key, w in weights.items())
+
+
+@pytest.mark.parametrize("name", [*WEIGHT_ONLY, DYNAMIC])
+@pytest.mark.parametrize("is_tied", [True, False])
+def test_memory_is_what_the_formats_say(name: str, is_tied: bool) -> None:
+    shape = GPTShape(**SHAPE.as_dict() | {"tie_embeddings": is_tied})
+    weights = random_weights(shape)
+    kept = named(torchao_variants(shape, weights, CPU), f"torchao {name}").make()
+    matrices = block_matrices(weights)
+    floats = sum(4 * w.numel() for key, w in weights.items() if key not in matrices)
+    quantized = sum(bytes_of_matrix(name, *weights[key].shape) for key in matrices)
+    assert kept.memory_bytes == floats + quantized
+    assert floats * 0.9 < kept.disk_bytes < kept.memory_bytes
+
+
+def test_four_bits_are_small_on_disk_only(weights: dict[str, Tensor]) -> None:
+    variants = torchao_variants(SHAPE, weights, CPU)
+    int8 = named(variants, "torchao Int8WeightOnly").make()
+    int4 = named(variants, "torchao IntxWeightOnly int4 g32").make()
+    assert int4.memory_bytes > int8.memory_bytes
+    assert int4.disk_bytes < 0.9 * int8.disk_bytes
+
+
+@pytest.mark.parametrize("name", WEIGHT_ONLY)
+def test_rows_compute_under_autocast(name: str, weights: dict[str, Tensor]) -> None:
+    kept = named(torchao_variants(SHAPE, weights, CPU), f"torchao {name}").make()
+    exact = logits_of(kept)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(logits_of(kept), exact, rtol=0, atol=0.3)
+
+
+def test_every_row_works_or_says_what_it_needs(weights: dict[str, Tensor]) -> None:
+    reasons = {v.name: v.missing() for v in torchao_variants(SHAPE, weights, CPU)}
+    expected = {f"torchao {name}": None for name in [*WEIGHT_ONLY, DYNAMIC]}
+    assert reasons == expected | {f"torchao {name}": why for name, why in FOR_CUDA.items()}
+
+
+def test_needs_are_those_of_the_machine(
+    weights: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a machine with CUDA would be told, before torchao is asked."""
+    cuda = torch.device("cuda")
+    monkeypatch.setattr(rows, "_failure", lambda *_: "asked torchao")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 6))
+    reasons = {v.name: v.missing() for v in torchao_variants(SHAPE, weights, cuda)}
+    assert reasons["torchao Float8DynamicActivationFloat8Weight"] == "needs CUDA capability >= 8.9"
+    assert reasons["torchao Int4WeightOnly g32 (mslk)"] == "needs mslk"
+    assert reasons["torchao Int4WeightOnly g32 (tinygemm)"] == "asked torchao"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    monkeypatch.setattr(rows, "find_spec", lambda name: ModuleSpec(name, None))
+    for variant in torchao_variants(SHAPE, weights, cuda):
+        assert variant.missing() == "asked torchao"
+
+
+def test_a_shape_that_torchao_refuses_is_a_reason_in_one_line() -> None:
+    shape = GPTShape(96, 2, 48, 4, 2, 2, True)
+    variants = torchao_variants(shape, random_weights(shape), CPU)
+    reason = named(variants, "torchao IntxWeightOnly int4 g32").missing()
+    assert reason is not None
+    assert "32" in reason
+    assert "\n" not in reason
+
+
+def test_a_matrix_that_torchao_skips_is_an_error(
+    weights: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from torchao import quantization
+
+    monkeypatch.setattr(quantization, "quantize_", lambda *_, **__: None)
+    row = named(torchao_variants(SHAPE, weights, CPU), "torchao Int8WeightOnly")
+    assert "does not quantize blocks.0.attn.c_q (64, 64)" in (row.missing() or "")
+    with pytest.raises(ValueError, match="does not quantize blocks"):
+        row.make()
+
+
+def test_rows_for_cuda_compute_in_bfloat16(weights: dict[str, Tensor]) -> None:
+    """Their casts, around a configuration that a CPU has too."""
+    row = rows.Row(rows.ROWS["Float8WeightOnly"].config, capability=(0, 0))
+    gpt = rows._converted(row, SHAPE, weights, CPU)
+    layer = gpt.blocks[0].mlp.fc
+    assert layer.weight.dtype == torch.bfloat16
+    x_BTC = torch.randn(2, 5, 64)
+    expected = torch.nn.functional.linear(x_BTC.bfloat16(), layer.weight.dequantize()).float()
+    assert torch.equal(layer(x_BTC), expected)
