@@ -50,14 +50,6 @@ def unmade(name: str, family: str, reason: str) -> Variant:
     return Variant(name, family, make, lambda: reason)
 
 
-def inner_bytes(tensors: Iterable[Tensor]) -> int:
-    """Bytes of storage, of a tensor subclass those of its inner tensors: its outer dtype and size
-    are what it stands for, not what it holds. Storage that is shared counts once."""
-    seen: dict[int, int] = {}
-
-    def visit(tensor: Tensor) -> None:
-
-
 def inner_tensors(tensors: Iterable[Tensor]) -> Iterator[Tensor]:
     """What is held: of a tensor subclass its inner tensors (its outer dtype and size are what it
     stands for), of any other tensor itself."""
