@@ -15,10 +15,11 @@ EMBEDDING = "float32"  # how tables call what these libraries make of it
 
 
 def float_gpt(shape: GPTShape, weights: dict[str, Tensor], device: torch.device) -> GPT:
-    """A model in evaluation mode. It shares the tensors that are on the device already."""
+    """A model in evaluation mode. It shares the storage of what is on the device already, but
+    never a parameter: libraries change those in place."""
     with torch.device("meta"):
         gpt = GPT(shape)
-    placed = {name: w.to(device) for name, w in weights.items()}
+    placed = {name: w.detach().to(device) for name, w in weights.items()}
     gpt.load_state_dict(placed, assign=True)
     return gpt.requires_grad_(False).eval()
 

@@ -41,7 +41,7 @@ class Row:
 
 
 def _int8_dynamic(ao: Any, device: torch.device) -> Any:
-    """Seven bits on CPUs without VNNI, where torchao's sums of eight may overflow."""
+    """Seven bits on CPUs without VNNI, as torchao advises: sums of eight may overflow there."""
     return ao.quantization.Int8DynamicActivationInt8WeightConfig(
         set_inductor_config=False, reduce_range=ao.utils.should_reduce_range(device)
     )
@@ -90,12 +90,13 @@ def torchao_variants(
     """One variant per configuration; ``weights``: name -> float32 tensor of the whole model."""
 
     def make(row: Row) -> Kept:
-        gpt = _converted(row, shape, weights, device)
+        gpt = float_gpt(shape, weights, device)
+        _convert(gpt, row, device)
         held = list(gpt.parameters())
         return Kept({}, coded_bytes(held), inner_bytes(held), EMBEDDING, gpt)
 
     def missing(row: Row) -> str | None:
-        return _unmet(row, device) or _failure(row, shape, weights, device)
+        return _unmet(row, device) or _failure(row, float_gpt(shape, weights, device), device)
 
     return [
         Variant(f"torchao {name}", "torchao", partial(make, row), partial(missing, row))
@@ -103,10 +104,9 @@ def torchao_variants(
     ]
 
 
-def _converted(row: Row, shape: GPTShape, weights: dict[str, Tensor], device: torch.device) -> GPT:
+def _convert(gpt: GPT, row: Row, device: torch.device) -> None:
     import torchao
 
-    gpt = float_gpt(shape, weights, device)
     layers = block_linears(gpt)
     if row.capability is not None:
         for layer in layers.values():
@@ -118,7 +118,6 @@ def _converted(row: Row, shape: GPTShape, weights: dict[str, Tensor], device: to
     for name, layer in layers.items():
         if not hasattr(layer.weight, "__tensor_flatten__"):  # torchao only logs what it skips
             raise ValueError(f"torchao does not quantize {name} {tuple(layer.weight.shape)}")
-    return gpt
 
 
 def _compute_in_bfloat16(layer: nn.Linear) -> None:
@@ -137,17 +136,16 @@ def _unmet(row: Row, device: torch.device) -> str | None:
     return None
 
 
-def _failure(
-    row: Row, shape: GPTShape, weights: dict[str, Tensor], device: torch.device
-) -> str | None:
+def _failure(row: Row, gpt: GPT, device: torch.device) -> str | None:
     """Why torchao cannot convert this model or compute with it: what it raises, in one line.
 
     Which shapes and machines its kernels take is known to the kernels alone, hence the attempt.
     """
     ids_BT = torch.zeros(1, PROBE_TOKENS, dtype=torch.long, device=device)
     try:
+        _convert(gpt, row, device)
         with torch.inference_mode():
-            _converted(row, shape, weights, device)(ids_BT)
+            gpt(ids_BT)
     except Exception as error:
         return f"{type(error).__name__}: {error}".splitlines()[0]
     return None

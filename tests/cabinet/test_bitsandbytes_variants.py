@@ -129,9 +129,6 @@ def test_memory_is_what_the_formats_say(name: str, weights: dict[str, Tensor]) -
             "NF4 double": numel // 2 + numel // 64 + 4 * -(-numel // 64 // 256) + 4 + 17 * 64,
         }[name]
     assert kept.memory_bytes == expected
-    logits_of(kept)
-    held = [t for m in kept.module.modules() for t in m.parameters(recurse=False)]
-    assert sum(t.nbytes for t in held) < kept.memory_bytes  # also after a product: not repacked
     assert kept.disk_bytes < kept.memory_bytes
 
 
