@@ -142,10 +142,10 @@ def _reliability(rows: Sequence[Row], path: Path) -> None:
     if base and base not in shown:
         shown = [*shown, base]
     for row, colour in zip(shown, LINE_COLOURS, strict=False):
-        bins = row["reliability"]
+        bins, label = row["reliability"], f"{row['variant']}: ECE {row['ece']:.4f}"
         axes.plot(
             [b["mean_confidence"] for b in bins], [b["accuracy"] for b in bins], "o-",
-            color=colour, markersize=4, linewidth=1, label=f"{row['variant']}: ECE {row['ece']:.4f}",
+            color=colour, markersize=4, linewidth=1, label=label,
         )  # fmt: skip
     axes.set_xlabel("confidence: probability of the likeliest token")
     axes.set_ylabel("accuracy: how often it was right")
