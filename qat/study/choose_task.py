@@ -88,14 +88,12 @@ def least_move(rows: Sequence[Row], constraints: Mapping[str, float]) -> Move | 
     """None where no single constraint, however far it moves, leads to another variant."""
     chosen = choose(rows, constraints).chosen
     moves = []
-    for row in measured(rows):
-        failed = failures(row, constraints)
-        needed = value(row, failed[0]) if len(failed) == 1 else None
-        if needed is None:
-            continue
-        winner = choose(rows, {**constraints, failed[0]: needed}).chosen
-        if winner is not None and winner is not chosen:
-            moves.append(Move(failed[0], needed, winner))
+    for name, limit in constraints.items():
+        for to in {value(row, name) for row in measured(rows)}:
+            if to is not None and to > limit:
+                winner = choose(rows, {**constraints, name: to}).chosen
+                if winner is not None and winner is not chosen:
+                    moves.append(Move(name, to, winner))
     return min(moves, key=lambda move: move.to / constraints[move.constraint], default=None)
 
 
