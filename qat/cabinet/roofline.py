@@ -17,6 +17,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -61,7 +62,7 @@ def measure_ceilings(device: torch.device) -> Ceilings:
         matrix = torch.ones(size, size, dtype=dtype, device=device)
         product = torch._int_mm if dtype == torch.int8 else torch.mm
         try:
-            seconds = _median_seconds(lambda p=product, m=matrix: p(m, m), device)
+            seconds = _median_seconds(partial(product, matrix, matrix), device)
         except RuntimeError as error:  # no such kernel on this device
             missing[name] = str(error).splitlines()[0]
         else:

@@ -214,7 +214,11 @@ def explain(error: Exception, config_name: str) -> str:
             f"{text.splitlines()[0]}: if it is a plugin, install it: pip install -e '.[launchers]'"
         )
     if match := re.search(r"Could not override '([^']+)'", text):
-        return f"{match[1]}: {unknown(match[1].split('@')[0], config_name)}"
+        key = match[1].split("@")[0]
+        inner = re.search(r"Key '([^']+)'", detail)
+        if inner and inner[1] != key.split(".")[-1]:  # group={key: value}
+            key = f"{key}.{inner[1]}"
+        return f"{key}: {unknown(key, config_name)}"
     if match := re.search(r"Error merging override (.+)", text):
         if "ListConfig" in detail:
             detail = "give a list, [a,b]"

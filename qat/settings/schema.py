@@ -209,6 +209,17 @@ class SubmissionSettings:  # what submission.json says beside the run's numbers
 
 
 @dataclass
+class ConstraintSettings:  # of task=choose: the most that a variant may have; null = any
+    latency_ms: float | None = None  # forward pass of one sequence
+    artifact_bytes: float | None = None  # of the file
+    memory_bytes: float | None = None  # of the tensors as they are held
+    val_bpb: float | None = None
+    perplexity: float | None = None
+    ece: float | None = None  # expected calibration error, without a temperature
+    peak_memory_bytes: float | None = None  # of the process
+
+
+@dataclass
 class EvalTaskSettings:
     task: str = "score"  # what to do; all of them: TASKS in qat/settings/checks.py
     artifact: str | None = None  # file: a .qat, or a .ptz of the challenge
@@ -217,14 +228,13 @@ class EvalTaskSettings:
     runs: str | None = None  # glob of run folders
     variants: list[str] | None = None  # globs of task=sweep's rows; null = all
     sweep: str | None = None  # folder with the results.json of a post-training sweep
-    # of task=choose: the most that a variant may have of a quantity (qat/settings/ranges.py)
-    constraints: dict[str, float] = field(default_factory=dict)
     runs_dir: str = "logs/runs"
     prompt: str = ""
     seed: int = 1337
     limit_bytes: int = 16_000_000  # artifact + code, decimal; of task=inspect and task=fit
     model: VocabularySettings = field(default_factory=VocabularySettings)
     sample: SampleSettings = field(default_factory=SampleSettings)
+    constraints: ConstraintSettings = field(default_factory=ConstraintSettings)
     submission: SubmissionSettings = field(default_factory=SubmissionSettings)
     data: DataSettings = field(default_factory=DataSettings)
     eval: FullEvalSettings = field(default_factory=FullEvalSettings)

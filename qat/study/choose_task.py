@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from qat.errors import UserError
@@ -87,14 +88,12 @@ def least_move(rows: Sequence[Row], constraints: Mapping[str, float]) -> Move | 
     """None where no single constraint, however far it moves, leads to another variant."""
     chosen = choose(rows, constraints).chosen
     moves = []
-    for row in measured(rows):
-        failed = failures(row, constraints)
-        needed = value(row, failed[0]) if len(failed) == 1 else None
-        if needed is None:
-            continue
-        winner = choose(rows, {**constraints, failed[0]: needed}).chosen
-        if winner is not None and winner is not chosen:
-            moves.append(Move(failed[0], needed, winner))
+    for name, limit in constraints.items():
+        for to in {value(row, name) for row in measured(rows)}:
+            if to is not None and to > limit:
+                winner = choose(rows, {**constraints, name: to}).chosen
+                if winner is not None and winner is not chosen:
+                    moves.append(Move(name, to, winner))
     return min(moves, key=lambda move: move.to / constraints[move.constraint], default=None)
 
 
@@ -103,13 +102,16 @@ def print_choice(rows: Sequence[Row], constraints: Mapping[str, float]) -> None:
     found, move = choose(rows, constraints), least_move(rows, constraints)
     table = Table(title="At most what was asked for (!: more than that)", title_justify="left")
     table.add_column("variant")
-    for title in ("val_bpb", *(f"{name} <= {limit:,g}" for name, limit in constraints.items())):
+    for title in (
+        "val_bpb",
+        *(f"{name} <= {_number(limit)}" for name, limit in constraints.items()),
+    ):
         table.add_column(title, justify="right")
     table.add_column("verdict")
     for row in rows:
         if row["status"] != "measured":
             blank = [""] * (len(constraints) + 1)
-            table.add_row(row["variant"], *blank, f"{row['status']}: {row['reason']}")
+            table.add_row(row["variant"], *blank, escape(f"{row['status']}: {row['reason']}"))
             continue
         cells = [_cell(row, name, limit) for name, limit in constraints.items()]
         table.add_row(
@@ -136,8 +138,11 @@ def _cell(row: Row, name: str, limit: float) -> str:
     found = value(row, name)
     if found is None:
         return "not known !"
-    shown = f"{found:,}" if isinstance(found, int) else f"{found:,.5g}"
-    return f"{shown} !" if found > limit else shown
+    return f"{_number(found)} !" if found > limit else _number(found)
+
+
+def _number(value: float) -> str:
+    return f"{value:,.9g}"
 
 
 def _verdict(row: Row, found: Choice, constraints: Mapping[str, float]) -> str:
@@ -154,14 +159,16 @@ def _runner_up(move: Move | None, constraints: Mapping[str, float]) -> str:
     if move is None:
         return "runner-up: none; no single constraint that moves leads to another variant"
     limit = constraints[move.constraint]
+    share = move.to / limit - 1
     return (
         f"runner-up: {move.winner['variant']} (val_bpb {move.winner['val_bpb']:.5f}) if "
-        f"{move.constraint} may be {move.to!r} instead of {limit:g} (+{move.to / limit - 1:.1%})"
+        f"{move.constraint} may be {move.to!r} instead of {_number(limit)} (+{share:.1%})"
     )
 
 
 def run(s: EvalTaskSettings) -> int:
     """``eval.py task=choose sweep=FOLDER constraints=...``."""
     assert s.sweep is not None  # asked for by the checks of the settings
-    print_choice(read_rows(Path(s.sweep)), s.constraints)
+    typed = {name: limit for name, limit in vars(s.constraints).items() if limit is not None}
+    print_choice(read_rows(Path(s.sweep)), typed)
     return 0

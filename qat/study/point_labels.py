@@ -7,6 +7,7 @@ from typing import Any
 
 FONT_SIZE = 7  # points
 CHARACTER_WIDTH, LINE_HEIGHT = 0.62 * FONT_SIZE, 1.25 * FONT_SIZE
+RADIUS = 4  # points, of a dot
 GAP = 5  # points, from a dot's centre to its name
 DISTANCES = (1, 2.5, 4, 6, 8)  # in gaps; the nearest free place is taken
 DIRECTIONS = ((1, 1), (1, 0), (1, -1), (0, 1), (0, -1), (-1, 0), (-1, 1), (-1, -1))
@@ -14,19 +15,24 @@ DIRECTIONS = ((1, 1), (1, 0), (1, -1), (0, 1), (0, -1), (-1, 0), (-1, 1), (-1, -
 Box = tuple[float, float, float, float]  # left, bottom, right, top
 
 
-def label_points(axes: Any, points: Sequence[tuple[float, float]], names: Sequence[str]) -> None:
-    """Write each name beside its point, with a line to it if it had to go far.
+def label_points(
+    axes: Any, points: Sequence[tuple[float, float]], names: Sequence[str | None]
+) -> None:
+    """Write each name beside its point, with a line to it if it had to go far; None: no name.
 
-    Limits and scales of the axes have to be final. Where all places are taken a name is left out
-    rather than written over another.
+    Limits, scales and legend of the axes have to be final. Where all places are taken a name is
+    left out rather than written over another.
     """
     axes.figure.canvas.draw()  # fixes the layout
     to_points = 72 / axes.figure.dpi
     area = axes.get_window_extent()
     left, bottom, right, top = (to_points * edge for edge in area.extents)
     places = [tuple(to_points * xy) for xy in axes.transData.transform(points)]
-    taken: list[Box] = [(x - 3, y - 3, x + 3, y + 3) for x, y in places]
+    taken: list[Box] = [(x - RADIUS, y - RADIUS, x + RADIUS, y + RADIUS) for x, y in places]
+    taken.append(tuple(to_points * edge for edge in axes.get_legend().get_window_extent().extents))
     for (x, y), point, name in zip(places, points, names, strict=True):
+        if name is None:
+            continue
         width = CHARACTER_WIDTH * len(name)
         for distance, (dx, dy) in ((d, way) for d in DISTANCES for way in DIRECTIONS):
             start = x + dx * GAP * distance - width * (1 - dx) / 2

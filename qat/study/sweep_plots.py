@@ -17,6 +17,7 @@ FAMILY_COLOURS = {  # in the order in which tables list them
     "qat": "#332288",
 }  # fmt: skip
 LINE_COLOURS = ("#4477aa", "#cc6677", "#228833", "#997700", "#aa3377", "#66ccee", "#ee7733", "grey")
+LINE_STYLES = {"float32": "-", "bfloat16": "--", "int8": ":"}  # of compute ceilings
 MAX_VARIANTS = 8  # of one picture of tiers
 MAX_CURVES = 4  # of the reliability diagram, beside the float model's
 FINE_BPB = 0.005  # differences below this are drawn to scale, above it as logarithms
@@ -142,11 +143,10 @@ def _reliability(rows: Sequence[Row], path: Path) -> None:
     if base and base not in shown:
         shown = [*shown, base]
     for row, colour in zip(shown, LINE_COLOURS, strict=False):
-        bins = row["reliability"]
+        bins, label = row["reliability"], f"{row['variant']}: ECE {row['ece']:.4f}"
         axes.plot(
             [b["mean_confidence"] for b in bins], [b["accuracy"] for b in bins], "o-",
-            color=colour, markersize=4, linewidth=1,
-            label=f"{row['variant']}: ECE {row['ece']:.4f}",
+            color=colour, markersize=4, linewidth=1, label=label,
         )  # fmt: skip
     axes.set_xlabel("confidence: probability of the likeliest token")
     axes.set_ylabel("accuracy: how often it was right")
@@ -166,12 +166,11 @@ def _roofline(found: Sequence[Row], ceilings: Ceilings, path: Path) -> None:
     slope = [low * ceilings.bytes_per_second, highest]
     memory = f"memory: {ceilings.bytes_per_second / 1e9:.0f} GB/s"
     axes.plot([low, ridge], slope, color="black", linewidth=1, label=memory)
-    for (precision, flops), colour in zip(
-        ceilings.flops_per_second.items(), LINE_COLOURS, strict=False
-    ):
+    for precision, flops in ceilings.flops_per_second.items():
         label = f"{precision}: {flops / 1e9:,.0f} GFLOP/s"
         start = flops / ceilings.bytes_per_second
-        axes.plot([start, high], [flops, flops], color=colour, linewidth=1, label=label)
+        style = LINE_STYLES[precision]
+        axes.plot([start, high], [flops, flops], style, color="grey", linewidth=1, label=label)
     for row, point in zip(found, points, strict=True):
         axes.plot(*point, "o", color=FAMILY_COLOURS[row["family"]], markersize=5)
     _scale_log(axes.xaxis, axes.set_xscale)
@@ -180,12 +179,11 @@ def _roofline(found: Sequence[Row], ceilings: Ceilings, path: Path) -> None:
     axes.set_xlabel("operations per byte of weights and activations")
     axes.set_ylabel("operations per second")
     _name_families(axes, found)
-    fastest = {row["family"]: row for row in sorted(found, key=lambda row: -row["latency_ms"])}
+    in_order = sorted(found, key=lambda row: -row["latency_ms"])
+    fastest = {row["family"]: row["variant"] for row in in_order}.values()
     axes.set_title("named: the fastest of its family", fontsize=9)
-    label_points(
-        axes, [_roof_point(row) for row in fastest.values()],
-        [row["variant"] for row in fastest.values()],
-    )  # fmt: skip
+    names = [row["variant"] if row["variant"] in fastest else None for row in found]
+    label_points(axes, points, names)
     figure.savefig(path)
 
 

@@ -7,6 +7,7 @@ the reason instead. What the columns mean: ``qat/evaluation/METRICS.md``.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -195,7 +196,7 @@ def _promised_then_measured(found: dict[str, Any], precision: str) -> tuple[floa
 def full_table(rows: Sequence[Row], on_frontier: Sequence[str]) -> str:
     families = list(FAMILY_COLOURS)
     ordered = sorted(
-        rows, key=lambda row: (families.index(row["family"]), row.get("disk_bytes", 0))
+        rows, key=lambda row: (families.index(row["family"]), row.get("disk_bytes", math.inf))
     )
     titles = [*COLUMNS, *TIERS, "flips", "pairs", *COSTS, "note"]
     lines = ["| " + " | ".join(titles) + " |", "|" + " --- |" * len(titles)]
