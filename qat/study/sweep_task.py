@@ -10,7 +10,6 @@ import hashlib
 import json
 from dataclasses import asdict, replace
 from fnmatch import fnmatchcase
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +18,6 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
-from qat.artifact.container import Artifact
 from qat.artifact.export import ARTIFACT
 from qat.cabinet.bitsandbytes_variants import bitsandbytes_variants
 from qat.cabinet.calibration import (
@@ -32,7 +30,7 @@ from qat.cabinet.gguf_variants import gguf_variants
 from qat.cabinet.grid_variants import Frozen, grid_variants, kept
 from qat.cabinet.roofline import Ceilings, measure_ceilings
 from qat.cabinet.torchao_variants import torchao_variants
-from qat.cabinet.variant import Kept, Variant
+from qat.cabinet.variant import Kept, Variant, unmade
 from qat.errors import UserError
 from qat.evaluation.frequency_tiers import count_tokens, tier_by_token
 from qat.evaluation.full import TRAINING_TOKENS, encode_pairs, pairs_of
@@ -147,9 +145,7 @@ def _variants(
     rows += bitsandbytes_variants(model.shape, weights, device)
     rows += gguf_variants(model.shape, weights, folder)
     if artifact.is_file():
-        opened = open_artifact(artifact).artifact
-        own = partial(_own, opened)
-        rows.append(Variant("own_artifact", "qat", own))
+        rows.append(_own_variant(artifact))
     if s.variants is None:
         return rows
     chosen = [v for v in rows if any(fnmatchcase(v.name, glob) for glob in s.variants)]
@@ -159,8 +155,17 @@ def _variants(
     return chosen
 
 
-def _own(artifact: Artifact) -> Kept:
-    return replace(kept(artifact.encoded), disk_bytes=artifact.num_bytes)
+def _own_variant(path: Path) -> Variant:
+    """The file that the run itself wrote, a row with the reason if it cannot be read."""
+    try:
+        artifact = open_artifact(path).artifact
+    except UserError as error:
+        return unmade("own_artifact", "qat", str(error))
+
+    def make() -> Kept:
+        return replace(kept(artifact.encoded), disk_bytes=artifact.num_bytes)
+
+    return Variant("own_artifact", "qat", make)
 
 
 def _ceilings(folder: Path, device: torch.device) -> Ceilings:
