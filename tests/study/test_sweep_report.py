@@ -10,7 +10,7 @@ import pytest
 
 from qat.cabinet.roofline import Ceilings
 from qat.study.sweep_plots import MAX_VARIANTS, spread_over
-from qat.study.sweep_report import write_report
+from qat.study.sweep_report import as_markdown, write_report
 from qat.study.sweep_summary import roof_seconds, summarise
 from tests.study.sweep_rows import CEILINGS, make_float, make_row, unavailable
 
@@ -25,6 +25,12 @@ ROWS = [
     unavailable("gptq_int3", "gptq", "no data | at all"),
     unavailable("bnb_nf4", "bitsandbytes", "needs CUDA"),
 ]
+
+
+def tell(rows: list[dict[str, Any]]) -> tuple[str, dict[str, Any]]:
+    """Report and summary, without pictures."""
+    summary = summarise(rows, CEILINGS)
+    return as_markdown(rows, summary, {}, []), summary
 
 
 def write(rows: list[dict[str, Any]], folder: Path) -> tuple[str, dict[str, Any]]:
@@ -56,8 +62,8 @@ def test_report_and_summary(tmp_path: Path) -> None:
     assert all(f"({name})" in report for name in pictures)
 
 
-def test_all_rows_in_one_table_by_family_then_bytes(tmp_path: Path) -> None:
-    report, _ = write(ROWS, tmp_path)
+def test_all_rows_in_one_table_by_family_then_bytes() -> None:
+    report, _ = tell(ROWS)
     table = report.split("## All variants")[1].split("## Measured on")[0]
     lines = [line for line in table.splitlines() if line.startswith("| ")][2:]
     assert [line.split(" | ")[0].removeprefix("| ") for line in lines] == [
@@ -72,11 +78,11 @@ def test_all_rows_in_one_table_by_family_then_bytes(tmp_path: Path) -> None:
     }  # fmt: skip
 
 
-def test_where_to_stop_moves_with_the_rows(tmp_path: Path) -> None:
+def test_where_to_stop_moves_with_the_rows() -> None:
     worse = [r if r["variant"] != "gptq_int6" else {**r, "gap_bpb": 0.0031} for r in ROWS]
-    assert write(worse, tmp_path)[1]["where_to_stop"]["variant"] == "rtn_int8"
+    assert tell(worse)[1]["where_to_stop"]["variant"] == "rtn_int8"
     smaller = make_row("qat_int4", "qat", 800_000, -0.001)
-    report, summary = write([*ROWS, smaller], tmp_path)
+    report, summary = tell([*ROWS, smaller])
     assert summary["where_to_stop"]["variant"] == "qat_int4"
     assert summary["frontier"] == ["qat_int4"]
     assert "Nothing on the frontier is smaller." in report
@@ -89,9 +95,9 @@ def test_what_cannot_be_answered_says_why(tmp_path: Path) -> None:
     assert "cannot be applied: fp32 is unavailable (lost)" in report
     assert "No speed-up can be said: fp32 was not measured." in report
     assert "no grid was measured both rounded (rtn_*) and with GPTQ" in report
-    report, _ = write(rows[1:], tmp_path)
+    report, _ = tell(rows[1:])
     assert "there is no fp32" in report
-    assert "No variant on the frontier meets it." in write([make_float(gap_bpb=1.0)], tmp_path)[0]
+    assert "No variant on the frontier meets it." in tell([make_float(gap_bpb=1.0)])[0]
     (tmp_path / "none").mkdir()
     report, summary = write(rows[:1], tmp_path / "none")
     assert summary["frontier"] == []
