@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from qat.artifact.container import pack
 from qat.cabinet.calibration import read_inputs
 from qat.cabinet.methods import Method, gptq, lite, nearest, scaled
-from qat.cabinet.variant import Kept, Variant, inner_bytes, unmade
+from qat.cabinet.variant import Kept, Variant, inner_bytes
 from qat.evaluation.layer_inputs import EMBEDDING, HEAD, LayerInputs
 from qat.language.gpt import GPT, GPTShape, tensor_shapes
 from qat.quantize.grid import Grid
+from qat.quantize.hqq import hqq
 from qat.quantize.low_rank import lqer
 from qat.quantize.plan import Encoded, Entry, Plan, build_plan
 from qat.quantize.rounding import Codes
@@ -149,6 +150,24 @@ def _low_rank(model: Frozen, grid: Grid, embedding: Grid, inputs: LayerInputs) -
     return replace(made, weights=made.weights | corrected)
 
 
+def _half_quadratic(model: Frozen, grid: Grid, embedding: Grid) -> Kept:
+    """HQQ: codes and steps as in a file, real zero points beside it."""
+    assert grid.bits is not None
+    assert grid.group_size is not None
+    stored_grid = replace(grid, range="full")
+    encoded = []
+    zeros, weights = {}, {}
+    for item in plan_for(model.shape, stored_grid, embedding).encode(model.weights):
+        name = item.entry.name
+        if item.coded is not None and name not in (EMBEDDING, HEAD):
+            found = hqq(model.weights[name].cpu(), grid.bits, grid.group_size)
+            item = Encoded(item.entry, Codes(found.codes, found.steps))
+            zeros[name], weights[name] = found.zeros, found.weights
+        encoded.append(item)
+    made = kept(encoded, zeros)
+    return replace(made, weights=made.weights | weights)
+
+
 def _smooth(model: Frozen, inputs: LayerInputs) -> Kept:
     """W8A8 simulated: int8 weights, and every matrix of a block reads int8 activations."""
     by_input: dict[int, list[str]] = {}
@@ -214,6 +233,6 @@ def grid_variants(model: Frozen) -> list[Variant]:
         Variant("awq_int4_e8", "scaled", on(GRIDS["int4"], int8, lambda: scaled(train))),
         Variant("smoothquant_w8a8", "scaled", lambda: _smooth(model, train)),
         Variant("lqer_int4_g64_e8", "low rank", lambda: _low_rank(model, g64, int8, train)),
-        unmade("hqq_int4_g64", "scaled", "needs real zero points; whole ones it never moves"),
+        Variant("hqq_int4_g64_e8", "scaled", lambda: _half_quadratic(model, g64, int8)),
     ]  # fmt: skip
     return rows

@@ -63,7 +63,7 @@ def calibration(
 ) -> dict[str, Any]:
     """What METRICS.md lists under ``calibration``, as it is and at each named temperature."""
     assert reading.temperature is not None
-    scaled = scores_at(scorer, weights, list(temperatures.values()), title)
+    scaled = scores_at(scorer, weights, list(temperatures.values()), ~text.in_fit, title)
     judged = {"none": (reading.scores.nats, reading.scores.confidence)}
     judged |= dict(zip(temperatures, scaled, strict=True))
     return {

@@ -94,10 +94,14 @@ class Scorer:
         starts = self.stream.find(BOS_ID)
         return starts if len(starts) and starts[0] == 0 else np.append(0, starts)
 
-    def batches(self, title: str) -> Iterator[Batch]:
-        """This rank's batches, on the device; ``title`` is said on the progress bar."""
+    def batches(self, title: str, needed: np.ndarray | None = None) -> Iterator[Batch]:
+        """This rank's batches, on the device; ``title`` is said on the progress bar.
+
+        ``needed`` (by input position): leave out windows whose scored targets are none of these.
+        """
         rank, ranks = rank_and_ranks()
-        batches = self.windows.batches(self.settings.batch_tokens)[rank::ranks]
+        windows = self.windows if needed is None else self.windows.holding(needed)
+        batches = windows.batches(self.settings.batch_tokens)[rank::ranks]
         quiet = rank != 0 or not self.console.is_terminal
         read = read_batches(self.stream, batches)
         for batch in track(
@@ -105,7 +109,9 @@ class Scorer:
         ):
             yield batch.to(self.device)
 
-    def forward(self, weights: Mapping[str, Tensor], title: str) -> Iterator[tuple[Batch, Tensor]]:
+    def forward(
+        self, weights: Mapping[str, Tensor], title: str, needed: np.ndarray | None = None
+    ) -> Iterator[tuple[Batch, Tensor]]:
         """This rank's batches, with the logits (N, V) of their scored targets, on the device.
 
         To be read inside ``torch.inference_mode``.
@@ -113,7 +119,7 @@ class Scorer:
         gpt = self.gpt
         placed = {name: w.to(self.device) for name, w in weights.items()}
         bf16 = self.settings.precision == "bf16"
-        for batch in self.batches(f"scoring {title}"):
+        for batch in self.batches(f"scoring {title}", needed):
             with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
                 logits_BTV = torch.func.functional_call(
                     gpt, placed, (batch.ids,), {"tail": batch.tail}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -53,12 +54,19 @@ def token_scores(
 
 @torch.inference_mode()
 def scores_at(
-    scorer: Scorer, weights: Mapping[str, Tensor], temperatures: list[float], title: str
+    scorer: Scorer,
+    weights: Mapping[str, Tensor],
+    temperatures: list[float],
+    needed: np.ndarray,
+    title: str,
 ) -> list[tuple[Tensor, Tensor]]:
-    """(nats, confidence), (N,) each, of the model at every temperature; one pass for all."""
+    """(nats, confidence), (N,) each, of the model at every temperature; one pass for all.
+
+    Where ``needed`` (N,) is false they may be 0 instead.
+    """
     num_targets = scorer.windows.num_targets
     found = [(_empty(num_targets), _empty(num_targets)) for _ in temperatures]
-    for batch, logits_NV in scorer.forward(weights, title):
+    for batch, logits_NV in scorer.forward(weights, title, needed):
         at = batch.positions.cpu()
         for temperature, (nats, confidence) in zip(temperatures, found, strict=True):
             values = at_temperature(logits_NV, batch.targets, temperature)

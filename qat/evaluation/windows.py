@@ -41,6 +41,13 @@ class Windows:
         chosen = np.arange(count) * len(self.starts) // count
         return Windows(self.starts[chosen], self.lengths[chosen], self.tails[chosen])
 
+    def holding(self, needed: np.ndarray) -> Windows:
+        """Those with a scored target for which ``needed``, by input position, is true."""
+        before = np.append(0, np.cumsum(needed))
+        ends = self.starts + self.lengths
+        chosen = before[ends] > before[ends - self.tails]
+        return Windows(self.starts[chosen], self.lengths[chosen], self.tails[chosen])
+
     def batches(self, batch_tokens: int) -> list[Windows]:
         """Windows for one forward pass each, at most ``batch_tokens`` padded inputs.
 

@@ -69,6 +69,7 @@ class Program:
 
 def main(program: Program) -> int:
     """Compose, check and run; returns the exit code. What goes wrong in a run stays in ``run``."""
+    machine.keep_freed_memory()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # hand exceptions to us instead of exiting with 1
     for name, schema in SCHEMAS.items():
         ConfigStore.instance().store(name=f"{name}_schema", node=schema)

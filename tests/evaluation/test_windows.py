@@ -91,6 +91,17 @@ def test_batches_hold_every_window_once(size: tuple[int, int, int], batch_tokens
         assert len({bool(whole) for whole in batch.tails == batch.lengths}) == 1
 
 
+@given(sizes, st.data())
+def test_windows_that_hold_what_is_needed(size: tuple[int, int, int], data: st.DataObject) -> None:
+    windows = stream_windows(*size)
+    needed = np.zeros(size[0] - 1, dtype=bool)
+    needed[sorted(data.draw(st.sets(st.integers(0, size[0] - 2), max_size=3)))] = True
+    chosen = windows.holding(needed)
+    assert set(np.flatnonzero(needed)) & set(scored(windows)) <= set(scored(chosen))
+    spans = zip(chosen.starts + chosen.lengths, chosen.tails, strict=True)
+    assert all(needed[end - tail : end].any() for end, tail in spans)
+
+
 @given(sizes, st.integers(1, 300))
 def test_a_part_of_the_windows_is_spread_over_all(
     size: tuple[int, int, int], max_targets: int
