@@ -7,6 +7,9 @@ the seconds, and of the errors the order rather than the size. An error is the s
 over all matrices, over that of rounding to nearest on the same grid. Matrices that read the same
 input share one factor. Collecting hessians is not timed. Seconds are those of all layers on int4;
 the other grids are tried on the first layer.
+
+Last, GPTQ of the whole 9x512 model with random weights, as ``task=sweep`` does it: 128 sequences of
+512 random tokens through the model to collect the hessians, then all matrices on int4 g64.
 """
 
 from __future__ import annotations
@@ -24,6 +27,10 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from qat.cabinet.calibration import MAX_TOKENS, random_sequences, read_inputs  # noqa: E402
+from qat.cabinet.grid_variants import encoded_by, plan_for  # noqa: E402
+from qat.cabinet.methods import gptq as gptq_method  # noqa: E402
+from qat.language.gpt import GPT, GPTShape  # noqa: E402
 from qat.quantize.awq import awq  # noqa: E402
 from qat.quantize.gptq import GptqFactor  # noqa: E402
 from qat.quantize.grid import Grid  # noqa: E402
@@ -101,6 +108,22 @@ ARMS = {
 }
 
 
+def whole_model() -> dict[str, float]:
+    """Seconds of calibration and of GPTQ."""
+    shape = GPTShape(1024, LAYERS, 512, 8, 4, 2, True)
+    weights = {name: torch.randn_like(p) * 0.02 for name, p in GPT(shape).named_parameters()}
+    weights = {name: w.detach() for name, w in weights.items()}
+    started = time.perf_counter()
+    inputs = read_inputs(shape, weights, random_sequences(shape, MAX_TOKENS, 0))
+    calibrated = time.perf_counter()
+    grid = Grid(bits=4, group_size=64)
+    encoded_by(plan_for(shape, grid, Grid(bits=8)), weights, gptq_method(inputs))
+    return {
+        "calibration": calibrated - started,
+        "gptq": time.perf_counter() - calibrated,
+    }
+
+
 def main() -> None:
     torch.manual_seed(0)
     seconds: dict[str, float] = defaultdict(float)
@@ -132,8 +155,10 @@ def main() -> None:
     for arm, found in errors.items():
         cells = [f"{found[g] / base[g]:10.3f}" if g in found else f"{'':10}" for g in GRIDS]
         print(f"{arm:34}" + "".join(cells))
+    whole = whole_model()
+    print("\nwhole model, " + ", ".join(f"{part} {s:.1f} s" for part, s in whole.items()))
     out = ROOT / "logs" / "gptq.json"
-    out.write_text(json.dumps({"seconds": seconds, "errors": errors}))
+    out.write_text(json.dumps({"seconds": seconds, "errors": errors, "whole_model": whole}))
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from qat.language.gpt import GPT, GPTShape
 from qat.language.shards import TokenStream
 from qat.language.tokenizer import BOS_ID
 
-SEQUENCES = 128
+SEQUENCES, MAX_TOKENS = 128, 512  # of a sequence; more cost time and change little
 SELF_TOKENS = 64  # of a sequence that the model writes: it takes a forward pass per token
 BATCH_SEQUENCES = 16
 

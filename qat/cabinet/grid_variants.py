@@ -8,7 +8,7 @@ variant has, coded by ``mix``.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -48,17 +48,32 @@ CLIPS = {
 RULES = {"*_scale": "fp32", "*.resid_mix": "fp32", "*.q_gain": "fp32", "skip_weights": "fp32"}
 
 
-@dataclass(frozen=True)
 class Frozen:
     """The model that all variants are made of, and what its matrices read of each kind of text.
 
-    ``sequences``: kind -> (S, T) ids; ``inputs``: kind -> sums over them.
+    ``texts``: kind (train, self, random) -> what makes its (S, T) ids. Both are made once, when the
+    first variant asks for them.
     """
 
-    shape: GPTShape
-    weights: dict[str, Tensor]
-    sequences: Mapping[str, Tensor]
-    inputs: Mapping[str, LayerInputs]
+    def __init__(
+        self,
+        shape: GPTShape,
+        weights: dict[str, Tensor],
+        texts: Mapping[str, Callable[[], Tensor]],
+    ) -> None:
+        self.shape, self.weights, self.texts = shape, weights, texts
+        self._sequences: dict[str, Tensor] = {}
+        self._inputs: dict[str, LayerInputs] = {}
+
+    def sequences(self, kind: str) -> Tensor:
+        if kind not in self._sequences:
+            self._sequences[kind] = self.texts[kind]()
+        return self._sequences[kind]
+
+    def inputs(self, kind: str) -> LayerInputs:
+        if kind not in self._inputs:
+            self._inputs[kind] = read_inputs(self.shape, self.weights, self.sequences(kind))
+        return self._inputs[kind]
 
 
 def plan_for(shape: GPTShape, grid: Grid, embedding: Grid) -> Plan:
@@ -100,8 +115,10 @@ def _floats(model: Frozen, dtype: str) -> Kept:
     return replace(made, precision="bf16") if dtype == "bf16" else made
 
 
-def _on_grid(model: Frozen, grid: Grid, embedding: Grid, method: Method) -> Kept:
-    return kept(encoded_by(plan_for(model.shape, grid, embedding), model.weights, method))
+def _on_grid(
+    shape: GPTShape, weights: Mapping[str, Tensor], grid: Grid, embedding: Grid, method: Method
+) -> Kept:
+    return kept(encoded_by(plan_for(shape, grid, embedding), weights, method))
 
 
 def _folded(model: Frozen, grid: Grid) -> Kept:
@@ -114,7 +131,7 @@ def _folded(model: Frozen, grid: Grid) -> Kept:
                 matrix = name.removesuffix(f"{kind}_scale") + f"{kind}.proj.weight"
                 weights[matrix] = weights[matrix] * weights[name][:, None]
                 weights[name] = torch.ones_like(weights[name])
-    return _on_grid(replace(model, weights=weights), grid, grid, nearest)
+    return _on_grid(model.shape, weights, grid, grid, nearest)
 
 
 def _sequential(model: Frozen, grid: Grid, embedding: Grid, sequences: Tensor) -> Kept:
@@ -179,7 +196,7 @@ def _smooth(model: Frozen, inputs: LayerInputs) -> Kept:
         found = migration_scales(inputs.of[names[0]].largest, [weights[n] for n in names])
         for name in names:
             weights[name], scales[name] = weights[name] * found, found
-    made = _on_grid(replace(model, weights=weights), GRIDS["int8"], GRIDS["int8"], nearest)
+    made = _on_grid(model.shape, weights, GRIDS["int8"], GRIDS["int8"], nearest)
     module = GPT(model.shape)
     module.load_state_dict(made.weights)
     for name, layer in module.named_modules():
@@ -198,10 +215,13 @@ def _smooth(model: Frozen, inputs: LayerInputs) -> Kept:
 
 def grid_variants(model: Frozen) -> list[Variant]:
     """All rows of this file, cheapest to make first."""
-    int8, g64, train = GRIDS["int8"], GRIDS["int4_g64"], model.inputs["train"]
+    int8, g64 = GRIDS["int8"], GRIDS["int4_g64"]
+
+    def train() -> LayerInputs:
+        return model.inputs("train")
 
     def on(grid: Grid, embedding: Grid, method: Callable[[], Method]) -> Callable[[], Kept]:
-        return lambda: _on_grid(model, grid, embedding, method())
+        return lambda: _on_grid(model.shape, model.weights, grid, embedding, method())
 
     rows = [
         Variant(dtype, "float", partial(_floats, model, dtype))
@@ -217,22 +237,22 @@ def grid_variants(model: Frozen) -> list[Variant]:
     )
     for name in ("int6", "int5", "int4", "int4_g64", "int4_g128", "ternary"):
         grid = GRIDS[name]
-        rows.append(Variant(f"gptq_{name}", "gptq", on(grid, grid, lambda: gptq(train))))
+        rows.append(Variant(f"gptq_{name}", "gptq", on(grid, grid, lambda: gptq(train()))))
     for name in ("int4", "int4_g64", "ternary"):
         grid = GRIDS[name]
         rows.append(Variant(f"rtn_{name}_e8", "rounding", on(grid, int8, lambda: nearest)))
-        rows.append(Variant(f"gptq_{name}_e8", "gptq", on(grid, int8, lambda: gptq(train))))
+        rows.append(Variant(f"gptq_{name}_e8", "gptq", on(grid, int8, lambda: gptq(train()))))
     rows += [
         Variant("gptq_plain_int4_g64_e8", "gptq",
-                on(g64, int8, lambda: gptq(train, act_order=False, by_inputs=False))),
-        Variant("gptq_self_int4_g64_e8", "gptq", on(g64, int8, lambda: gptq(model.inputs["self"]))),
+                on(g64, int8, lambda: gptq(train(), act_order=False, by_inputs=False))),
+        Variant("gptq_self_int4_g64_e8", "gptq", on(g64, int8, lambda: gptq(model.inputs("self")))),
         Variant("gptq_random_int4_g64_e8", "gptq",
-                on(g64, int8, lambda: gptq(model.inputs["random"]))),
+                on(g64, int8, lambda: gptq(model.inputs("random")))),
         Variant("gptq_sequential_int4_g64_e8", "gptq",
-                lambda: _sequential(model, g64, int8, model.sequences["train"])),
-        Variant("awq_int4_e8", "scaled", on(GRIDS["int4"], int8, lambda: scaled(train))),
-        Variant("smoothquant_w8a8", "scaled", lambda: _smooth(model, train)),
-        Variant("lqer_int4_g64_e8", "low rank", lambda: _low_rank(model, g64, int8, train)),
+                lambda: _sequential(model, g64, int8, model.sequences("train"))),
+        Variant("awq_int4_e8", "scaled", on(GRIDS["int4"], int8, lambda: scaled(train()))),
+        Variant("smoothquant_w8a8", "scaled", lambda: _smooth(model, train())),
+        Variant("lqer_int4_g64_e8", "low rank", lambda: _low_rank(model, g64, int8, train())),
         Variant("hqq_int4_g64_e8", "scaled", lambda: _half_quadratic(model, g64, int8)),
     ]  # fmt: skip
     return rows

@@ -68,15 +68,17 @@ def _is_near(rows: Sequence[Row], row: Row) -> bool:
 
 
 def gptq_over_rounding(rows: Sequence[Row]) -> dict[str, dict[str, float] | None]:
-    """Grid -> what ``gptq_GRID`` has over ``rtn_GRID``; None where one was not measured.
+    """Grid -> what ``gptq_GRID`` has over ``rtn_GRID``, of grids with both rows; None where one
+    was not measured.
 
     ``bpb_bought``: bits per byte that rounding loses and GPTQ does not. ``bytes_added``: of the
     file.
     """
-    prefixes = ("rtn_", "gptq_")
-    grids = [r["variant"].split("_", 1)[1] for r in rows if r["variant"].startswith(prefixes)]
+    names = {row["variant"] for row in rows}
+    tuned_grids = [name.removeprefix("gptq_") for name in names if name.startswith("gptq_")]
+    grids = sorted(grid for grid in tuned_grids if f"rtn_{grid}" in names)
     found: dict[str, dict[str, float] | None] = {}
-    for grid in dict.fromkeys(grids):
+    for grid in grids:
         rounded, tuned = find(rows, f"rtn_{grid}"), find(rows, f"gptq_{grid}")
         found[grid] = rounded and tuned and {
             "bpb_bought": rounded["val_bpb"] - tuned["val_bpb"],

@@ -21,8 +21,8 @@ from torch import Tensor
 from qat.artifact.export import ARTIFACT
 from qat.cabinet.bitsandbytes_variants import bitsandbytes_variants
 from qat.cabinet.calibration import (
+    MAX_TOKENS,
     random_sequences,
-    read_inputs,
     training_sequences,
     written_sequences,
 )
@@ -133,14 +133,13 @@ def _variants(
     device: torch.device,
 ) -> list[Variant]:
     """Those that ``variants`` names; all by default. UserError if it names none."""
-    seq_len = model.settings.seq_len
-    sequences = {
-        "train": training_sequences(training, seq_len),
-        "self": written_sequences(model.shape, weights, s.seed),
-        "random": random_sequences(model.shape, seq_len, s.seed),
+    seq_len = min(model.settings.seq_len, MAX_TOKENS)
+    texts = {
+        "train": lambda: training_sequences(training, seq_len),
+        "self": lambda: written_sequences(model.shape, weights, s.seed),
+        "random": lambda: random_sequences(model.shape, seq_len, s.seed),
     }
-    inputs = {kind: read_inputs(model.shape, weights, ids) for kind, ids in sequences.items()}
-    rows = grid_variants(Frozen(model.shape, weights, sequences, inputs))
+    rows = grid_variants(Frozen(model.shape, weights, texts))
     rows += torchao_variants(model.shape, weights, device)
     rows += bitsandbytes_variants(model.shape, weights, device)
     rows += gguf_variants(model.shape, weights, folder)

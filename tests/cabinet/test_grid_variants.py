@@ -13,7 +13,6 @@ from qat.cabinet.calibration import (
     SELF_TOKENS,
     SEQUENCES,
     random_sequences,
-    read_inputs,
     written_sequences,
 )
 from qat.cabinet.grid_variants import (
@@ -46,13 +45,12 @@ def frozen(shape: GPTShape = SHAPE) -> Frozen:
         if p.ndim == 2 and name.endswith(".weight"):
             w *= torch.rand(p.size(0), 1).exp() * torch.rand(1, p.size(1)).exp()
         weights[name] = w.detach()
-    sequences = {
-        "train": random_sequences(shape, 16, 1),
-        "self": written_sequences(shape, weights, 2),
-        "random": random_sequences(shape, 16, 3),
+    texts = {
+        "train": lambda: random_sequences(shape, 16, 1),
+        "self": lambda: written_sequences(shape, weights, 2),
+        "random": lambda: random_sequences(shape, 16, 3),
     }
-    inputs = {kind: read_inputs(shape, weights, ids) for kind, ids in sequences.items()}
-    return Frozen(shape, weights, sequences, inputs)
+    return Frozen(shape, weights, texts)
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +76,7 @@ def test_names_are_unique_and_all_can_be_made(model: Frozen) -> None:
 
 def test_weights_are_those_of_a_file(model: Frozen, tmp_path: Path) -> None:
     plan = plan_for(SHAPE, GRIDS["int4_g64"], GRIDS["int8"])
-    for method in (nearest, gptq(model.inputs["train"])):
+    for method in (nearest, gptq(model.inputs("train"))):
         encoded = encoded_by(plan, model.weights, method)
         found = kept(encoded)
         data = pack(encoded, plan, {}, "mix")
@@ -116,7 +114,7 @@ def test_real_zero_points_are_counted(made: dict[str, Kept]) -> None:
 
 def test_gptq_makes_the_outputs_better(model: Frozen, made: dict[str, Kept]) -> None:
     """On the text it was calibrated on, matrix by matrix, the tied head among them."""
-    inputs = model.inputs["train"]
+    inputs = model.inputs("train")
     for name, w in model.weights.items():
         if not name.endswith(".weight"):
             continue
@@ -167,7 +165,7 @@ def test_folding_channel_scales_changes_no_output(
 
     monkeypatch.setattr(grid_variants_file, "encoded_by", catch)
     grid_variants_file._folded(model, GRIDS["int8_tensor"])
-    ids = model.sequences["random"][:4]
+    ids = model.sequences("random")[:4]
     assert logits(seen, ids).allclose(logits(model.weights, ids), atol=1e-4)
     assert not seen["blocks.0.mlp.proj.weight"].equal(model.weights["blocks.0.mlp.proj.weight"])
 
@@ -175,7 +173,7 @@ def test_folding_channel_scales_changes_no_output(
 def test_smoothquant_reads_int8_activations(model: Frozen, made: dict[str, Kept]) -> None:
     found = made["smoothquant_w8a8"]
     assert found.module is not None
-    ids = model.sequences["random"][:4]
+    ids = model.sequences("random")[:4]
     with torch.inference_mode():
         quantized = found.module(ids)
     exact = logits(model.weights, ids)
@@ -184,7 +182,7 @@ def test_smoothquant_reads_int8_activations(model: Frozen, made: dict[str, Kept]
     assert (quantized - exact).abs().mean() < 0.3 * exact.std()
     assert (quantized - rounded).abs().max() > 0
     name = "blocks.0.mlp.fc.weight"
-    largest = model.inputs["train"].of[name].largest
+    largest = model.inputs("train").of[name].largest
     scale = migration_scales(largest, [model.weights[name]])
     x = torch.randn(3, 64)
     with torch.inference_mode():
@@ -202,7 +200,7 @@ def test_an_untied_embedding_is_rounded_and_its_head_is_not() -> None:
 
 
 def test_written_text_is_the_models_own(model: Frozen) -> None:
-    ids = model.sequences["self"]
+    ids = model.sequences("self")
     assert ids.shape == (SEQUENCES, SELF_TOKENS)
     assert (ids[:, 0] == 1).all()
     again = written_sequences(SHAPE, model.weights, 2)
