@@ -112,7 +112,8 @@ def whole_model() -> dict[str, float]:
     """Seconds of calibration and of GPTQ."""
     shape = GPTShape(1024, LAYERS, 512, 8, 4, 2, True)
     weights = {name: torch.randn_like(p) * 0.02 for name, p in GPT(shape).named_parameters()}
-    weights = {name: w.detach() for name, w in weights.items()}
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    weights = {name: w.detach().to(device) for name, w in weights.items()}
     started = time.perf_counter()
     inputs = read_inputs(shape, weights, random_sequences(shape, MAX_TOKENS, 0))
     calibrated = time.perf_counter()

@@ -39,6 +39,8 @@ METRICS = "metrics.json"
 def run(s: EvalTaskSettings) -> int:
     path = artifact_path(s)
     out = Path(s.out or path.parent / f"{path.stem}_eval")
+    if out.exists() and not out.is_dir():  # before minutes are spent
+        raise UserError(f"out={out}: a file; give the folder to write")
     with joined_ranks() as device:
         metrics = evaluate(_subject(path, s, device), s.eval, s.seed)
         if rank_and_ranks()[0] != 0:

@@ -8,6 +8,7 @@ back, scored, and marked as exported. Of several baselines the mean counts, so n
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -64,10 +65,19 @@ def _arm(qat: str, grid: str, settings: dict[str, Any]) -> str:
     return f"{qat} on {grid}, {averaging['kind']} of {averaging['of']}"
 
 
+def _design(result: Result) -> str:
+    """What runs share that differ in their seed alone."""
+    chosen = {key: result.settings[key] for key in QUANTIZATION_SETTINGS}
+    shared = identity(result) | {"seed": None, "limit_bytes": result.limit_bytes}
+    text = json.dumps([shared, chosen], sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
 def row_of(result: Result) -> dict[str, Any]:
     """A run's row of the table, not yet compared."""
     row = {key: value for key, value in asdict(result).items() if key != "settings"}
     row["arm"] = _arm(result.qat, result.grid, result.settings)
+    row["design"] = _design(result)
     row["exported"] = False
     row["delta_bpb"] = None
     if result.artifact_bytes is not None and result.code_bytes is not None:

@@ -1,4 +1,4 @@
-"""The paired table: every QAT run beside its no-QAT baseline, printed and written."""
+"""The paired table, every QAT run beside its no-QAT baseline, and a verdict on each arm's seeds."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from rich.table import Table
 from qat.errors import UserError
 from qat.study.pairing import build_rows
 from qat.study.run_folder import CONFIG, write_atomically
+from qat.study.verdicts import verdict_lines
 
 if TYPE_CHECKING:
     from qat.settings.schema import EvalTaskSettings
@@ -82,8 +83,12 @@ def report(folders: list[Path], into: Path) -> list[dict[str, Any]]:
     """Print the table, write it ``into`` a folder as Markdown and JSON, return the rows."""
     rows = build_rows(folders, Console(stderr=True))
     print_table(rows)
+    lines = verdict_lines(rows)
+    for line in lines:
+        print(line)
     into.mkdir(parents=True, exist_ok=True)
-    write_atomically(into / "report.md", as_markdown(rows))
+    text = "".join(f"\n{line}\n" for line in lines)
+    write_atomically(into / "report.md", as_markdown(rows) + text)
     write_atomically(into / "report.json", json.dumps(rows, indent=1) + "\n")
     print(f"also written: {into / 'report.md'} and report.json")
     return rows

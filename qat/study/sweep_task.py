@@ -58,7 +58,7 @@ def run(s: EvalTaskSettings) -> int:
     folder = Path(s.out or path.parent / "sweep")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     bench, training = _bench(model, s, device)
-    manifest = _claim(folder, model, s)
+    manifest = _claim(folder, model, bench, training, s)
     weights = {name: w.to(device) for name, w in model.weights.items()}
     variants = _variants(model, weights, training, path.parent / ARTIFACT, folder, s, device)
     console = Console(stderr=True)
@@ -100,13 +100,21 @@ def _bench(
     return Bench(scorer, text, sentences, tier_by_token(counts), s.eval, s.seed), training
 
 
-def _claim(folder: Path, model: FloatModel, s: EvalTaskSettings) -> dict[str, Any]:
+def _claim(
+    folder: Path, model: FloatModel, bench: Bench, training: TokenStream, s: EvalTaskSettings
+) -> dict[str, Any]:
     """The folder's manifest, written now or found. UserError if its rows are of something else."""
     digest = hashlib.sha256()
     for name, w in sorted(model.weights.items()):
         digest.update(name.encode())
         digest.update(w.contiguous().numpy().tobytes())
-    same = {"weights_sha256": digest.hexdigest(), "seed": s.seed, "eval": asdict(s.eval)}
+    same = {
+        "weights_sha256": digest.hexdigest(),
+        "validation_text": bench.scorer.stream.fingerprint,
+        "training_text": training.fingerprint,
+        "seed": s.seed,
+        "eval": asdict(s.eval),
+    }
     path = folder / MANIFEST
     if path.is_file():
         found = json.loads(path.read_text("utf-8"))

@@ -248,6 +248,7 @@ def test_an_artifact_elsewhere_takes_its_float_model_from_run(
         (("eval.parts=[speed]",), "eval.parts = speed: choose from calibration, damage,"),
         (("eval=everything",), "eval=everything: no such option; choose from full, score"),
         (("eval=full", "eval.resamples=0"), "eval.resamples = 0: give 1 or more"),
+        (("eval=full", "out=bad.jsonl"), "out=bad.jsonl: a file; give the folder to write"),
         (("eval.stride=999",), "eval.stride = 999: must be at most eval.seq_len = 32"),
         (("eval.seq_len=9999999",), "eval.seq_len = 9999999: the validation text"),
         (("seq_len=16",), "seq_len: unknown setting; did you mean eval.seq_len"),

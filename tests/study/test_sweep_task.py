@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from qat.artifact.container import read_artifact
+from qat.language.shards import ShardWriter
 from tests.conftest import result_of
 
 QUICK = ("eval.repeats=2", "eval.resamples=50", "eval.batch_tokens=2048")
@@ -85,11 +87,25 @@ def test_mistakes_get_one_line(asked: tuple[str, ...], line: str, sweep) -> None
     assert line in done.err
 
 
-def test_another_question_takes_another_folder(sweep) -> None:
+def test_another_question_takes_another_folder(sweep, finished: Path, cache_dir: Path) -> None:
     assert sweep("variants=[rtn_ternary]").code == 0
     done = sweep("variants=[rtn_ternary]", "seed=2")
     assert (done.code, done.err.count("\n")) == (2, 1), done.err
     assert "out=found: its variants were measured with another seed" in done.err
+    shards = Path("other")
+    shards.mkdir()
+    cached = cache_dir / read_artifact(finished / "artifact.qat").meta["data"]["cache_key"]
+    for file in cached.iterdir():
+        (shards / file.name).write_bytes(file.read_bytes())
+    writer = ShardWriter(shards, "val")
+    writer.write([1, *range(5, 300)] * 4)
+    writer.close()
+    done = sweep(
+        "variants=[rtn_ternary]", "data.train_files=other/train_*.bin",
+        "data.val_files=other/val_*.bin", "data.tokenizer=other/tokenizer.model",
+    )  # fmt: skip
+    assert (done.code, done.err.count("\n")) == (2, 1), done.err
+    assert "out=found: its variants were measured with another validation_text" in done.err
 
 
 @pytest.mark.slow

@@ -55,7 +55,13 @@ def test_the_fields_own_sweep(train, tmp_path: Path) -> None:
     files = sorted(sweep.glob("*/exports/*.qat"))
     assert len(files) == 2
     assert all(read_artifact(path).plan.on_grid[0].grid.bits == 6 for path in files)
-    assert (sweep / "report.md").read_text().count("\n") == 2 + 8
+    report = (sweep / "report.md").read_text()
+    assert report.count("\n") == 2 + 8 + 2 * 2
+    for arm, grid in (("int8", "int8"), ("int6", "int6")):
+        deltas = [row["delta_bpb"] for row in table if row["qat"] == arm]
+        line = f"{arm} on {grid} (seeds 1, 2): {sum(deltas) / 2:+.5f} bpb against none (95 % "
+        assert line in report
+        assert line in done.out
     for folder in folders:
         assert len([p for p in folder.rglob("*") if "artifact" in p.name]) == 1
 
