@@ -47,6 +47,7 @@ def test_a_run_fills_its_limit(train) -> None:
     assert "will not fit" not in done.err
 
 
+@pytest.mark.slow
 def test_after_qat_the_trained_grid_is_kept_where_it_fits(train, program, cache_dir) -> None:
     """With room to spare nothing is gained by leaving the grid that the model was trained on."""
     assert train("qat=int6", "qat.start_step=5", "run_name=q").code == 0

@@ -107,6 +107,7 @@ def test_the_pip_line_has_the_projects_packages_as_installed(handed_in: Path) ->
         assert metadata.version(name).split("+")[0] == version
 
 
+@pytest.mark.slow
 def test_it_trains_the_same_run_again(handed_in: Path, finished: Path, tmp_path: Path) -> None:
     """Equal settings and equal bytes, by the packed modules and no others."""
     _, train, _ = commands(handed_in)

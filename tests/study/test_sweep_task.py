@@ -57,6 +57,7 @@ def test_a_row_per_variant_and_none_measured_twice(sweep, finished: Path) -> Non
     assert rows[DYNAMIC]["reason"] in report
 
 
+@pytest.mark.slow
 def test_a_damaged_sweep_goes_on_where_it_was(sweep) -> None:
     """As after kill -9: rows are whole or missing, and the missing ones are made."""
     assert sweep("variants=[fp32,rtn_int4]").code == 0
