@@ -274,13 +274,14 @@ def test_a_text_without_bytes_is_refused(tmp_path: Path, weights: dict) -> None:
 
 
 @pytest.mark.slow
-def test_two_ranks_measure_the_same(finished: Path, tmp_path: Path) -> None:
+def test_two_ranks_measure_the_same(finished: Path, cache_dir: Path, tmp_path: Path) -> None:
     parts = "eval.parts=[calibration,damage,layers,pairs]"
     found = []
     for ranks in (1, 2):
         done = torchrun(
             f"artifact={finished / 'artifact.qat'}", parts, "eval.stride=16", *QUICK,
-            f"out={tmp_path / str(ranks)}", cwd=tmp_path, ranks=ranks, script="eval.py",
+            f"out={tmp_path / str(ranks)}", f"data.cache_dir={cache_dir}", cwd=tmp_path,
+            ranks=ranks, script="eval.py",
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("val_loss") == 1

@@ -244,12 +244,15 @@ def test_train_scores_in_the_windows_asked_for(train) -> None:
 @pytest.mark.parametrize(
     "asked", [(), ("eval.stride=8",), ("eval.stride=8", "eval.by_document=true")]
 )
-def test_ranks_share_the_windows(asked: tuple[str, ...], finished: Path, tmp_path: Path) -> None:
+def test_ranks_share_the_windows(
+    asked: tuple[str, ...], finished: Path, cache_dir: Path, tmp_path: Path
+) -> None:
     """1, 2 and 3 processes: the same sums, no window twice and none left out."""
     outputs = []
     for ranks in (1, 2, 3):
         done = torchrun(
-            f"artifact={finished / 'artifact.qat'}", "eval.batch_tokens=512", *asked,
+            f"artifact={finished / 'artifact.qat'}", f"data.cache_dir={cache_dir}",
+            "eval.batch_tokens=512", *asked,
             cwd=tmp_path, ranks=ranks, script="eval.py",
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
