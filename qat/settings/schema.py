@@ -146,7 +146,7 @@ class FullEvalSettings(EvalSettings):
     layers_tokens: int = 16_384  # validation tokens per tensor, of the part layers
     num_bins: int = 15  # of calibration errors
     resamples: int = 2_000  # of the bootstrap over documents
-    repeats: int = 10  # of each timing
+    repeats: int = 5  # of each timing
 
 
 @dataclass
