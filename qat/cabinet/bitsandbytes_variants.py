@@ -25,7 +25,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor, nn
 
-from qat.cabinet.library_gpt import EMBEDDING, block_linears, float_gpt
+from qat.cabinet.float_gpt import EMBEDDING, block_linears, float_gpt
 from qat.cabinet.variant import Kept, Variant, coded_bytes, inner_bytes
 from qat.language.gpt import GPTShape
 

@@ -49,8 +49,7 @@ def gptq(inputs: LayerInputs, act_order: bool = True, by_inputs: bool = True) ->
         if entry.name == EMBEDDING and not inputs.shape.tie_embeddings:
             return nearest(entry, w)
         hessian = inputs.hessian(entry.name)
-        is_tied = entry.name == EMBEDDING
-        key = id(inputs.of[HEAD if is_tied else entry.name].products)
+        key = id(inputs.read_by(entry.name).products)
         if key not in factors:
             factors[key] = GptqFactor(hessian, act_order=act_order)
         steps = None

@@ -26,15 +26,16 @@ def draw(metrics: dict[str, Any], folder: Path) -> list[str]:
     return drawn
 
 
-def _figure(width: float, height: float):
+def new_figure(width: float, height: float):
+    """(figure, axes) of so many inches."""
     from matplotlib.figure import Figure  # slow to import
 
-    figure = Figure(figsize=(width, height), layout="constrained")
+    figure = Figure(figsize=(width, height), layout="constrained", dpi=120)
     return figure, figure.subplots()
 
 
 def _reliability(models: dict[str, Any], path: Path) -> None:
-    figure, axes = _figure(5.5, 5.5)
+    figure, axes = new_figure(5.5, 5.5)
     axes.plot([0, 1], [0, 1], color="grey", linewidth=1, label="calibrated")
     for name, model in models.items():
         found = model["calibration"]["temperatures"]
@@ -52,11 +53,11 @@ def _reliability(models: dict[str, Any], path: Path) -> None:
     axes.set_xlim(0, 1)
     axes.set_ylim(0, 1)
     axes.legend(loc="upper left")
-    figure.savefig(path, dpi=120)
+    figure.savefig(path)
 
 
 def _tiers(damage: dict[str, Any], path: Path) -> None:
-    figure, axes = _figure(6.5, 4)
+    figure, axes = new_figure(6.5, 4)
     for at, found in enumerate(damage.values()):
         delta = found["delta_bpb"]
         if delta["low"] is not None:
@@ -76,11 +77,11 @@ def _tiers(damage: dict[str, Any], path: Path) -> None:
         f"95 % intervals over documents; x: not called real (interval or < {MIN_FLIPS} flips)",
         fontsize=9,
     )
-    figure.savefig(path, dpi=120)
+    figure.savefig(path)
 
 
 def _layers(layers: list[dict[str, Any]], path: Path) -> None:
-    figure, axes = _figure(7, 1 + 0.22 * len(layers))
+    figure, axes = new_figure(7, 1 + 0.22 * len(layers))
     names = [layer["tensor"] for layer in layers]
     axes.barh(names, [layer["delta_bpb"] for layer in layers], color=ARTIFACT_COLOUR)
     axes.invert_yaxis()
@@ -92,4 +93,4 @@ def _layers(layers: list[dict[str, Any]], path: Path) -> None:
         )  # fmt: skip
     axes.margins(x=0.08)  # room for the numbers
     axes.set_xlabel("rise of bits per byte if only this tensor is quantized (number: output error)")
-    figure.savefig(path, dpi=120)
+    figure.savefig(path)

@@ -10,13 +10,13 @@ import math
 from typing import TYPE_CHECKING
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
 from qat.artifact.bundle import count_code_bytes
 from qat.artifact.coder import CODERS
 from qat.artifact.container import HASH_BYTES, PREFIX, Artifact, matrix_of, read_artifact
 from qat.evaluation.open_model import artifact_path
+from qat.evaluation.print_wide import print_wide
 from qat.quantize.plan import Encoded
 
 if TYPE_CHECKING:
@@ -84,9 +84,7 @@ def run(s: EvalTaskSettings) -> int:
     coder = artifact.sections[0][1]
     for item in artifact.encoded:
         table.add_row(*_row(item, coder))
-    console = Console()
-    natural = Console(width=10_000).measure(table).maximum
-    Console(width=max(console.width, natural)).print(table)
+    print_wide(table)
     for name, size in size_lines(artifact, s.limit_bytes):
         print(f"{size:>14,}  {name}")
     return 0

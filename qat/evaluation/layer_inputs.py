@@ -84,10 +84,14 @@ class LayerInputs:
         self.token_counts += torch.bincount(ids_BT.flatten(), minlength=self.shape.vocab_size)
         self.num_tokens += ids_BT.numel()
 
-    def hessian(self, name: str) -> Tensor:
-        """Mean of x x^T (C, C) of what a matrix reads; of a tied embedding, what it reads as head.
+    def read_by(self, name: str) -> Inputs:
+        """What a matrix reads; of a tied embedding, what it reads as head.
 
         KeyError for a tensor that reads nothing: an untied embedding, a vector.
         """
         is_tied = name == EMBEDDING and self.shape.tie_embeddings
-        return self.of[HEAD if is_tied else name].products / self.num_tokens
+        return self.of[HEAD if is_tied else name]
+
+    def hessian(self, name: str) -> Tensor:
+        """Mean of x x^T (C, C) of what ``read_by`` gives."""
+        return self.read_by(name).products / self.num_tokens

@@ -12,11 +12,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from qat.errors import UserError
+from qat.evaluation.print_wide import print_wide
 from qat.study.frontier import dominated
 from qat.study.sweep_summary import Row, measured
 
@@ -117,7 +117,7 @@ def print_choice(rows: Sequence[Row], constraints: Mapping[str, float]) -> None:
         table.add_row(
             row["variant"], f"{row['val_bpb']:.5f}", *cells, _verdict(row, found, constraints)
         )
-    Console(width=max(80, Console(width=10_000).measure(table).maximum)).print(table)
+    print_wide(table)
     for title, kept in (
         ("meet all", found.survivors),
         ("of these beaten", [row for row in found.survivors if row not in found.candidates]),

@@ -8,8 +8,11 @@ from pathlib import Path
 from torch import Tensor
 
 from qat.errors import UserError
+from qat.evaluation.open_model import names_text
 from qat.language.gpt import GPTShape, tensor_shapes
-from qat.settings.schema import TrainSettings, from_yaml
+from qat.language.source import Source, from_settings
+from qat.language.tokenizer import Tokenizer
+from qat.settings.schema import DataSettings, TrainSettings, from_yaml
 from qat.study.run_folder import read_config
 from qat.study.store_again import stored_tensors
 from qat.training.build import shape_of
@@ -22,6 +25,15 @@ class FloatModel:
     shape: GPTShape
     weights: dict[str, Tensor]
     settings: TrainSettings
+
+    def open_text(self, data: DataSettings) -> tuple[Source, Tokenizer]:
+        """The text that ``data`` names, else that of its run. UserError if it is not found, or of
+        another vocabulary."""
+        chosen = data if names_text(data) else self.settings.data
+        source = from_settings(chosen, self.shape.vocab_size)
+        tokenizer = Tokenizer(source.tokenizer)
+        tokenizer.check_vocab_size(self.shape.vocab_size)
+        return source, tokenizer
 
 
 def open_float(checkpoint: Path, typed: str) -> FloatModel:

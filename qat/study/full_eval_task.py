@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from rich.console import Console
 
 from qat.errors import UserError
 from qat.evaluation.full import ARTIFACT, FLOAT, Subject, evaluate
@@ -18,15 +17,13 @@ from qat.evaluation.full_plots import draw
 from qat.evaluation.full_table import full_table
 from qat.evaluation.open_model import (
     artifact_path,
-    names_text,
     open_model,
     open_scorer,
     open_validation,
 )
+from qat.evaluation.print_wide import print_wide
 from qat.evaluation.ranks import joined_ranks, rank_and_ranks
 from qat.language.shards import TokenStream
-from qat.language.source import from_settings
-from qat.language.tokenizer import Tokenizer
 from qat.study.float_model import SUFFIX, FloatModel, open_float
 from qat.study.run_folder import CHECKPOINT, write_atomically
 
@@ -52,10 +49,7 @@ def run(s: EvalTaskSettings) -> int:
         raise UserError(f"out={out}: {error.strerror or error}") from None
     write_atomically(out / METRICS, json.dumps(metrics, indent=1) + "\n")
     pictures = draw(metrics, out)
-    table = full_table(metrics)
-    console = Console()
-    natural = Console(width=10_000).measure(table).maximum
-    Console(width=max(console.width, natural)).print(table)
+    print_wide(full_table(metrics))
     for part, reason in metrics["left_out"].items():
         print(f"left out: {part}: {reason}")
     print(f"also written: {', '.join(str(out / name) for name in (METRICS, *pictures))}")
@@ -69,10 +63,7 @@ def _subject(path: Path, s: EvalTaskSettings, device: torch.device) -> Subject:
         reference: FloatModel | None = open_float(path, f"artifact={path}")
         assert reference is not None
         shape, seq_len = reference.shape, reference.settings.seq_len
-        data = s.data if names_text(s.data) else reference.settings.data
-        source = from_settings(data, shape.vocab_size)
-        tokenizer = Tokenizer(source.tokenizer)
-        tokenizer.check_vocab_size(shape.vocab_size)
+        source, tokenizer = reference.open_text(s.data)
     else:
         model = open_model(path, s)
         shape, seq_len = model.shape, model.seq_len

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from qat.errors import UserError
+from qat.evaluation.print_wide import print_wide
 from qat.study.pairing import build_rows
 from qat.study.run_folder import CONFIG, write_atomically
 from qat.study.verdicts import verdict_lines
@@ -50,9 +51,7 @@ def print_table(rows: list[dict[str, Any]]) -> None:
     for row in rows:
         bad = row["status"] != "finished" or row.get("qat_never_started")
         table.add_row(*_cells(row), style="red" if bad else None)
-    console = Console()
-    natural = Console(width=10_000).measure(table).maximum
-    Console(width=max(console.width, natural)).print(table)
+    print_wide(table)
 
 
 def as_markdown(rows: list[dict[str, Any]]) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from qat.cabinet.roofline import Ceilings
+from qat.evaluation.full_plots import new_figure
 from qat.study.frontier import dominated
 from qat.study.point_labels import label_points
 from qat.study.sweep_summary import FLOAT, Row, find, frontier, measured
@@ -53,17 +54,10 @@ def spread_over(rows: Sequence[Row], most: int) -> list[Row]:
     return line
 
 
-def _figure(width: float, height: float):
-    from matplotlib.figure import Figure  # slow to import
-
-    figure = Figure(figsize=(width, height), layout="constrained", dpi=120)
-    return figure, figure.subplots()
-
-
 def _pareto(rows: Sequence[Row], key: str, label: str, path: Path) -> None:
     found, base = measured(rows), find(rows, FLOAT)
     zero = base["val_bpb"] if base else min(row["val_bpb"] for row in found)
-    figure, axes = _figure(9, 6)
+    figure, axes = new_figure(9, 6)
     beaten = dominated(found, (key, "val_bpb"))
     points = [(row[key], row["val_bpb"] - zero) for row in found]
     for row, point, is_beaten in zip(found, points, beaten, strict=True):
@@ -117,7 +111,7 @@ def _scale_bpb(axes: Any) -> list[float]:
 
 def _tiers(rows: Sequence[Row], path: Path) -> None:
     shown = [row for row in spread_over(rows, MAX_VARIANTS) if row["tiers"]]
-    figure, axes = _figure(8, 5)
+    figure, axes = new_figure(8, 5)
     for at, row in enumerate(shown):
         colour = LINE_COLOURS[at]
         for tier, found in enumerate(row["tiers"].values()):
@@ -137,7 +131,7 @@ def _tiers(rows: Sequence[Row], path: Path) -> None:
 
 
 def _reliability(rows: Sequence[Row], path: Path) -> None:
-    figure, axes = _figure(5.5, 5.5)
+    figure, axes = new_figure(5.5, 5.5)
     axes.plot([0, 1], [0, 1], color="grey", linewidth=1, label="calibrated")
     base, shown = find(rows, FLOAT), spread_over(rows, MAX_CURVES)
     if base and base not in shown:
@@ -157,7 +151,7 @@ def _reliability(rows: Sequence[Row], path: Path) -> None:
 
 
 def _roofline(found: Sequence[Row], ceilings: Ceilings, path: Path) -> None:
-    figure, axes = _figure(8, 5.5)
+    figure, axes = new_figure(8, 5.5)
     points = [_roof_point(row) for row in found]
     highest = max(ceilings.flops_per_second.values())
     ridge = highest / ceilings.bytes_per_second

@@ -34,11 +34,9 @@ from qat.cabinet.variant import Kept, Variant, unmade
 from qat.errors import UserError
 from qat.evaluation.frequency_tiers import count_tokens, tier_by_token
 from qat.evaluation.full import TRAINING_TOKENS, encode_pairs, pairs_of
-from qat.evaluation.open_model import names_text, open_artifact, open_scorer
+from qat.evaluation.open_model import open_artifact, open_scorer
 from qat.evaluation.scored_text import ScoredText
 from qat.language.shards import TokenStream
-from qat.language.source import from_settings
-from qat.language.tokenizer import Tokenizer
 from qat.study import provenance
 from qat.study.float_model import FloatModel, open_float
 from qat.study.run_folder import CHECKPOINT, write_atomically
@@ -86,12 +84,9 @@ def _bench(
     model: FloatModel, s: EvalTaskSettings, device: torch.device
 ) -> tuple[Bench, TokenStream]:
     """The texts. UserError if there is no training text: methods are calibrated on it."""
-    data = s.data if names_text(s.data) else model.settings.data
-    source = from_settings(data, model.shape.vocab_size)
+    source, tokenizer = model.open_text(s.data)
     if not source.train_files:
         raise UserError("data.train_files = null: variants are calibrated on it; give a glob")
-    tokenizer = Tokenizer(source.tokenizer)
-    tokenizer.check_vocab_size(model.shape.vocab_size)
     scorer = open_scorer(model.shape, model.settings.seq_len, source, tokenizer, s.eval, device)
     training = TokenStream(source.train_files, "data.train_files")
     counts = count_tokens(training, model.shape.vocab_size, TRAINING_TOKENS)
