@@ -1,0 +1,86 @@
+"""What a study found, as its report shows it: plain values, written to ``findings.json``.
+
+A treatment is a way to train and a way to store: an arm, or an arm and one of the study's stores.
+All differences are in bits per byte, treatment - reference: below 0 the treatment is better.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from qat.study.significance import Verdict
+
+
+@dataclass(frozen=True)
+class Interval:
+    """Mean over seeds and its 95 % interval (None with one seed)."""
+
+    mean: float
+    low: float | None
+    high: float | None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A treatment against a reference with the same seeds."""
+
+    against: str  # in words
+    by_seed: dict[int, float]  # treatment - reference
+    verdict: Verdict
+
+
+@dataclass(frozen=True)
+class Treatment:
+    name: str
+    arm: str
+    store: str | None  # None: as the run itself stored it
+    grid: str  # label
+    is_qat: bool
+    val_bpb: dict[int, float]  # of the artifact, by seed
+    total_bytes: dict[int, int]  # artifact and code
+    missing_seeds: dict[int, str]  # started without an artifact, and why
+    alike: Comparison | None  # the baseline stored in the same way; None for the baseline itself
+    equal_bytes: Comparison | None  # the baseline fitted by the solver to the treatment's bytes
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """alike.mean = throughput + training + gap, exactly, in every seed and in the mean."""
+
+    name: str  # of the treatment
+    is_measured: bool  # throughput from runs of equal steps; else estimated from the loss curve
+    throughput: Interval  # steps lost to overhead
+    training: Interval  # what fake quantization does to the float weights at equal steps
+    gap: Interval  # change of the quantization gap
+    total: Interval
+    basis: str  # in words: how throughput was found
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Training loss of an arm in bits per byte over its clock, averaged over seeds."""
+
+    arm: str
+    seconds: list[float]
+    bpb: list[float]
+    switch_seconds: float | None  # mean start of QAT
+    val_bpb_float: float | None
+    val_bpb_artifact: float | None
+
+
+@dataclass(frozen=True)
+class Findings:
+    name: str
+    question: str
+    headline: str  # the verdict in a sentence
+    baseline: str  # name of its arm
+    seeds: list[int]
+    budget_seconds: float | None
+    hardware: list[str]
+    commits: list[str]
+    commands: list[str]
+    treatments: list[Treatment]
+    ledgers: list[Ledger]
+    curves: list[Curve]
+    rows: list[dict[str, Any]] = field(default_factory=list)  # every started run: report.json
