@@ -70,19 +70,19 @@ def train(s: TrainSettings, training_run) -> int:
     import torch
 
     from qat.artifact.bundle import count_code_bytes
-    from qat.artifact.export import ARTIFACT, export
+    from qat.artifact.export import ARTIFACT
     from qat.evaluation.open_model import artifact_meta
     from qat.evaluation.score import Scorer
     from qat.language.batches import BatchShape
     from qat.language.shards import TokenStream
     from qat.language.source import from_settings
     from qat.language.tokenizer import Tokenizer
-    from qat.study.budget_fit import PLOT, TrainedModel, fit_artifact
+    from qat.study.budget_fit import PLOT, TrainedModel
+    from qat.study.storing import CalibrationText, store
     from qat.training.build import build_gpt, plan_of
     from qat.training.checkpoint import load_checkpoint
     from qat.training.fit import Forecast, StopAtSigterm, build_trainer, fit
     from qat.training.progress_bar import ProgressBar
-    from qat.training.sensitivity import calibration_batches
 
     source = from_settings(s.data, s.model.vocab_size)
     tokenizer = Tokenizer(source.tokenizer)
@@ -123,25 +123,16 @@ def train(s: TrainSettings, training_run) -> int:
     if outcome.average is not None:
         weights, steps = (placed(tensors) for tensors in outcome.average)
     meta = artifact_meta(gpt.shape, s.seq_len, tokenizer.sha256, source.identity)
-    path = training_run.path(ARTIFACT)
-
-    def store():
-        on_grid = outcome.qat_last_step == outcome.steps
-        model = TrainedModel(gpt.shape, weights, plan, steps, on_grid)
-        if s.artifact.fit:
-            batches = calibration_batches(
-                train_stream, s.artifact.fit_tokens, s.micro_batch_tokens, s.seq_len
-            )
-            model = fit_artifact(
-                model, batches, s.precision, s.artifact, s.limit_bytes, meta,
-                training_run.path(PLOT), training_run.console,
-            )  # fmt: skip
-        exported = export(
-            model.weights, model.plan, meta, s.artifact.coder, path, s.limit_bytes, model.steps
+    model = TrainedModel(gpt.shape, weights, plan, steps, outcome.qat_last_step == outcome.steps)
+    text = CalibrationText(train_stream, s.micro_batch_tokens, s.seq_len, s.precision)
+    done = trainer.strategy.broadcast(
+        store(
+            model, s.artifact, text, s.limit_bytes, meta, training_run.path(ARTIFACT),
+            training_run.path(PLOT), training_run.console,
         )
-        return exported, model.plan.snap(model.weights, model.steps)
-
-    done = trainer.strategy.broadcast(store() if machine.rank() == 0 else None)
+        if machine.rank() == 0
+        else None
+    )  # fmt: skip
     assert done is not None
     exported, snapped = done
     scores = {

@@ -17,6 +17,7 @@ from qat.errors import UserError
 from qat.settings import machine
 from qat.settings.ranges import (
     at_least,
+    check_artifact,
     check_averaging,
     check_constraints,
     check_eval,
@@ -66,7 +67,7 @@ def resolve_train(settings: TrainSettings, choices: Mapping[str, str | None]) ->
     at_least("limit_bytes", s.limit_bytes, 1)
     check_schedule(s.schedule)
     check_averaging(s.averaging)
-    at_least("artifact.fit_tokens", s.artifact.fit_tokens, 1)
+    check_artifact(s.artifact)
     at_least("logger.every_steps", s.logger.every_steps, 1)
     one_of("precision", s.precision, ("auto", "bf16", "fp32"))
     check_eval(s.eval, s.seq_len)

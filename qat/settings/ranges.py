@@ -6,6 +6,7 @@ import math
 
 from qat.errors import UserError
 from qat.settings.schema import (
+    ArtifactSettings,
     AveragingSettings,
     ConstraintSettings,
     EvalSettings,
@@ -59,6 +60,13 @@ def check_schedule(s: ScheduleSettings) -> None:
             f"{fraction} and schedule.warmdown_steps = {s.warmdown_steps}: two warmdowns; add "
             "schedule.warmdown_steps=null"
         )
+
+
+def check_artifact(a: ArtifactSettings) -> None:
+    at_least("artifact.fit_tokens", a.fit_tokens, 1)
+    one_of("artifact.method", a.method, ("round", "gptq"))
+    if a.fit and a.method == "gptq":
+        raise UserError("artifact.fit and artifact.method = gptq both choose codes; give one")
 
 
 def check_averaging(a: AveragingSettings) -> None:

@@ -118,6 +118,7 @@ class ArtifactSettings:
     coder: str = (
         "mix"  # zlib | zstd | lzma | brotli | constriction | mix | auto (all of them, the smallest)
     )
+    method: str = "round"  # round | gptq (full-Hessian, calibrated on training text)
     fit: bool = False  # fill limit_bytes: choose each tensor's grid by what its errors cost
     prune: bool = False  # ... with weights up to 0.6 steps set to 0 among the choices
     fit_tokens: int = 32_768  # ... of training text, to find out what errors cost

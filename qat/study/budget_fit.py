@@ -120,6 +120,8 @@ class BudgetSolver:
 
 def stored_label(plan: Plan, artifact: ArtifactSettings) -> str:
     """How a run's file is stored, as tables say it."""
+    if artifact.method != "round":
+        return f"{artifact.method} {plan.label}"
     return plan.label + ("+fit" if artifact.fit else "")
 
 

@@ -46,7 +46,7 @@ def run(s: EvalTaskSettings) -> int:
     is_on_grid = result.qat_last_step == result.steps
     plan = plan_in(result.settings, result.settings)
     done, score = store_again(
-        folder, result.settings, plan, artifact, s.limit_bytes, is_on_grid, out,
+        folder, result.settings, plan, artifact, s.limit_bytes, True, is_on_grid, out,
         Console(stderr=True),
     )  # fmt: skip
     print(f"artifact       {done.path}")

@@ -19,7 +19,7 @@ from rich.console import Console
 
 from qat.errors import TrainingError, UserError
 from qat.study.result import Result
-from qat.study.store_again import export_baseline
+from qat.study.store_again import export_again
 
 QUANTIZATION_SETTINGS = ("qat", "grid", "plan", "artifact")
 BOOKKEEPING_SETTINGS = (
@@ -156,7 +156,8 @@ class _Table:
             return baseline.val_bpb_artifact
         key = folder, storage(target)
         if key not in self._exported:
-            exported = export_baseline(folder, baseline, target, self._console)
+            limit_bytes = target["limit_bytes"]  # equal bytes are what is compared
+            exported = export_again(folder, baseline, target, limit_bytes, self._console)
             self._exported[key] = exported["val_bpb_artifact"]
             self.rows.append(_exported_row(baseline, exported))
         return self._exported[key]

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from qat.artifact.export import OVERSIZE_SUFFIX, Export, export
+from qat.artifact.export import OVERSIZE_SUFFIX, Export
 from qat.errors import UserError
 from qat.evaluation.open_model import artifact_meta
 from qat.evaluation.score import Score, Scorer
@@ -29,12 +29,12 @@ from qat.settings.schema import (
     ModelSettings,
     PlanSettings,
 )
-from qat.study.budget_fit import TrainedModel, fit_artifact, stored_label
+from qat.study.budget_fit import TrainedModel, stored_label
 from qat.study.result import Result
 from qat.study.run_folder import CHECKPOINT, EXPORTS, write_atomically
+from qat.study.storing import CalibrationText, store
 from qat.training.build import plan_of, shape_of
 from qat.training.checkpoint import load_checkpoint
-from qat.training.sensitivity import calibration_batches
 
 Tensors = dict[str, torch.Tensor]
 
@@ -67,18 +67,20 @@ def store_again(
     plan: Plan,
     artifact: ArtifactSettings,
     limit_bytes: int,
+    is_own: bool,
     is_on_grid: bool,
     file: Path,
     console: Console,
 ) -> tuple[Export, Score]:
     """Store the checkpoint of the run in ``folder`` by ``plan``, or fitted to the limit.
 
-    ``is_on_grid`` as in TrainedModel. UserError or TrainingError if its checkpoint or its data
+    ``is_own``: the run was trained for this plan; ``is_on_grid`` as in TrainedModel. UserError or TrainingError if its checkpoint or its data
     cannot be read or stored.
     """
     shape = shape_of(ModelSettings(**settings["model"]))
     data = DataSettings(**settings["data"])
-    if not artifact.fit:  # then no training shards are needed: they may be gone, or gigabytes
+    reads_text = artifact.fit or artifact.method == "gptq"
+    if not reads_text:  # then no training shards are needed: they may be gone, or gigabytes
         data = replace(data, train_files=None, train_shards=1)
     source = from_settings(data, shape.vocab_size)
     tokenizer = Tokenizer(source.tokenizer)
@@ -89,15 +91,13 @@ def store_again(
         {name: tensor.to(device) for name, tensor in tensors.items()}
         for tensors in stored_tensors(folder / CHECKPOINT)
     )
-    model = TrainedModel(shape, weights, plan, steps, is_on_grid)
-    if artifact.fit:
+    model = TrainedModel(shape, weights, plan, steps if is_own else {}, is_on_grid)
+    text = None
+    if reads_text:
         stream = TokenStream(source.train_files, "data.train_files")
-        batches = calibration_batches(
-            stream, artifact.fit_tokens, settings["micro_batch_tokens"], seq_len
-        )
-        plot = file.with_suffix(".png")
-        model = fit_artifact(model, batches, precision, artifact, limit_bytes, meta, plot, console)
-    done = export(model.weights, model.plan, meta, artifact.coder, file, limit_bytes, model.steps)
+        text = CalibrationText(stream, settings["micro_batch_tokens"], seq_len, precision)
+    plot = file.with_suffix(".png")
+    done, _ = store(model, artifact, text, limit_bytes, meta, file, plot, console)
     scorer = Scorer(
         shape,
         TokenStream(source.val_files, "data.val_files"),
@@ -110,15 +110,17 @@ def store_again(
     return done, scorer.score(done.artifact.weights, f"{folder.name} on {plan.label}")
 
 
-def export_baseline(
-    folder: Path, baseline: Result, target: dict[str, Any], console: Console
+def export_again(
+    folder: Path, result: Result, target: dict[str, Any], limit_bytes: int, console: Console
 ) -> dict[str, Any]:
-    """Store the baseline as ``target`` settings say; a finished export is reused.
-
-    Under the target's limit, since equal bytes are what is compared. Errors of ``store_again``.
+    """Store a finished run as ``target`` says (settings: grid, plan, artifact); a finished export
+    is reused. What changes of the run's row. Errors of ``store_again``.
     """
     artifact = ArtifactSettings(**target["artifact"])
-    plan, limit_bytes = plan_in(baseline.settings, target), target["limit_bytes"]
+    plan = plan_in(result.settings, target)
+    # Learned steps and what training saw belong to the grid that was trained on.
+    is_own = plan == plan_in(result.settings, result.settings)
+    is_on_grid = is_own and result.qat_last_step == result.steps
     label = stored_label(plan, artifact)
     name = f"{label}_{artifact.coder}_{limit_bytes}_{plan.digest[:8]}"
     known = folder / EXPORTS / f"{name}.json"
@@ -127,7 +129,7 @@ def export_baseline(
         return json.loads(known.read_text(encoding="utf-8"))
     known.parent.mkdir(exist_ok=True)
     done, score = store_again(
-        folder, baseline.settings, plan, artifact, limit_bytes, False, file, console
+        folder, result.settings, plan, artifact, limit_bytes, is_own, is_on_grid, file, console
     )
     row = {
         "grid": label,
