@@ -15,7 +15,7 @@ from pathlib import Path
 
 from qat.errors import PreemptedError, TrainingError, UserError
 from qat.settings import checks, machine
-from qat.settings.command_line import INTERRUPTED, Job, Program, main
+from qat.settings.command_line import INTERRUPTED, Job, Program, Sweep, main
 from qat.settings.schema import TrainSettings
 
 log = logging.getLogger("qat")
@@ -28,6 +28,10 @@ def resolve(settings: TrainSettings, choices) -> TrainSettings:
 
         settings, choices = saved_settings(settings)
     settings = checks.resolve_train(settings, choices)
+    if choices.get("arm"):
+        from qat.study.study_runs import check_same
+
+        check_same(settings, choices["arm"])
     from qat.training.build import check_coder, plan_of, shape_of, switch_of
 
     check_coder(settings)
@@ -37,15 +41,24 @@ def resolve(settings: TrainSettings, choices) -> TrainSettings:
 
 
 def run(s: TrainSettings, job: Job) -> int:
-    """One run to its row, whatever happens; returns the exit code."""
-    from qat.study.training_run import TrainingRun
+    """One run to its row, or an arm of a study with all that belongs to it; the exit code."""
+    if job.sweep_dir is not None and job.choices.get("arm"):
+        from qat.study.study_runs import run_arm
 
+        return run_arm(s, job, run_one)
     if s.resume is not None:
         from qat.study.resume import is_finished, saved_job
 
         job = saved_job(s.resume, job)
         if is_finished(s.resume):
             return 0
+    return run_one(s, job)
+
+
+def run_one(s: TrainSettings, job: Job) -> int:
+    """One run to its row, whatever happens; the exit code."""
+    from qat.study.training_run import TrainingRun
+
     training_run = TrainingRun(s, job)
     try:
         return train(s, training_run)
@@ -146,15 +159,26 @@ def train(s: TrainSettings, training_run) -> int:
     return training_run.finish(outcome, len(train_stream), exported, scores)
 
 
-def after_sweep(folder: Path, num_jobs: int) -> int:
-    """Print the paired table of a sweep; the highest exit code of its runs."""
-    from qat.study.report import folders_in, report
+def before_sweep(sweep: Sweep) -> None:
+    if sweep.study is not None:
+        from qat.study.study_runs import write_study
 
-    rows = [row for row in report(folders_in(folder), folder) if not row["exported"]]
-    return max([row.get("exit_code", 1) for row in rows] + [int(num_jobs > len(rows))])
+        write_study(sweep.folder, sweep.study, sweep.arms, sweep.command)
 
 
-PROGRAM = Program("train", resolve, run, after_sweep)
+def after_sweep(sweep: Sweep) -> int:
+    """Print the paired table, or the verdicts of a study; the highest exit code of the runs."""
+    from qat.study.report import folders_in, report, report_study
+
+    if sweep.study is not None:
+        rows = report_study(sweep.folder, sweep.study)
+    else:
+        rows = report(folders_in(sweep.folder), sweep.folder)
+    rows = [row for row in rows if not row["exported"]]
+    return max([row.get("exit_code", 1) for row in rows] + [int(sweep.num_jobs > len(rows))])
+
+
+PROGRAM = Program("train", resolve, run, before_sweep, after_sweep)
 
 if __name__ == "__main__":
     sys.exit(main(PROGRAM))

@@ -65,7 +65,15 @@ def test_imports_follow_the_arrows(path: Path) -> None:
     for name in imports(path):
         parts = name.split(".")
         if parts[0] == "qat":
-            open_to_all = ("", ".schema", ".command_line", ".checks", ".ranges", ".replay")
+            open_to_all = (
+                "",
+                ".schema",
+                ".command_line",
+                ".checks",
+                ".options",
+                ".ranges",
+                ".replay",
+            )
             is_schema = name in [f"qat.settings{end}" for end in open_to_all]
             typed = room(path) in ("training", "evaluation", "cabinet", "study", "language")
             assert parts[1] in allowed or (is_schema and typed), f"{path} imports {name}"

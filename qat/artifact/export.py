@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ class Export:
 
 
 def export(
-    encoded: Sequence[Encoded], meta: Mapping[str, Any], coder: str, path: Path, limit_bytes: int
+    encoded: list[Encoded], meta: Mapping[str, Any], coder: str, path: Path, limit_bytes: int
 ) -> Export:
     """Write atomically, read back."""
     data = pack(encoded, Plan([item.entry for item in encoded]), meta, coder)

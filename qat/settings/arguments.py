@@ -7,7 +7,6 @@ import sys
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from functools import reduce
-from pathlib import Path
 from typing import Any, get_type_hints
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -16,9 +15,10 @@ from omegaconf import DictConfig, OmegaConf
 
 from qat.errors import UserError
 from qat.settings import machine
+from qat.settings.arms import ARM
+from qat.settings.options import CONF
 from qat.settings.schema import EvalTaskSettings, TrainSettings
 
-CONF = Path(__file__).resolve().parents[2] / "conf"
 SCHEMAS = {"train": TrainSettings, "eval": EvalTaskSettings}
 # Prose and paths of eval.py, taken as typed: Hydra's grammar would trip over ',' or '(' in them.
 VERBATIM_KEYS = (
@@ -93,7 +93,7 @@ def groups(config_name: str) -> set[str]:
 
 def check_options(arguments: list[str], config_name: str) -> None:
     """A group takes the name of one option, never a list or null."""
-    names = groups(config_name)
+    names = groups(config_name) - {ARM}
     settings = [a for a in arguments if is_setting(a) and a.split("=")[0] in names]
     for override in OverridesParser.create().parse_overrides(settings):
         options = [path.stem for path in sorted((CONF / override.key_or_group).glob("*.yaml"))]

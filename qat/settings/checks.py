@@ -74,6 +74,7 @@ def resolve_train(settings: TrainSettings, choices: Mapping[str, str | None]) ->
     compile_choice = s.compile.lower()
     one_of("compile", compile_choice, ("auto", "true", "false"))
     one_of("logger.name", s.logger.name, ("csv", "wandb"))
+    one_of("ledger", s.ledger, ("estimate", "full"))
     at_least("checkpoint.every_steps", s.checkpoint.every_steps, 1)
     at_least("checkpoint.every_seconds", s.checkpoint.every_seconds, 0)
     _check_name("run_name", s.run_name)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import os
 import re
+import shlex
 import sys
 import time
 import traceback
@@ -34,6 +35,7 @@ from qat.settings.arguments import (
     CONF,
     SCHEMAS,
     check_options,
+    groups,
     is_setting,
     overrides_together,
     put_verbatim,
@@ -42,6 +44,7 @@ from qat.settings.arguments import (
     unknown,
     with_profile,
 )
+from qat.settings.arms import ARM, with_arms
 
 INTERRUPTED = 130  # as shells say it
 SWEEP_FLAGS = ("-m", "--multirun")
@@ -58,13 +61,25 @@ class Job:
 
 
 @dataclass(frozen=True)
+class Sweep:
+    """Several runs, checked: where they go, and the study that they are, if one."""
+
+    folder: Path
+    num_jobs: int
+    study: str | None
+    arms: list[str]  # of the study
+    command: str  # as typed
+
+
+@dataclass(frozen=True)
 class Program:
     """train.py or eval.py: ``resolve`` completes settings, ``run`` returns an exit code."""
 
     config_name: str
     resolve: Callable[[Any, Mapping[str, str | None]], Any]
     run: Callable[[Any, Job], int]
-    after_sweep: Callable[[Path, int], int] | None = None
+    before_sweep: Callable[[Sweep], None] | None = None
+    after_sweep: Callable[[Sweep], int] | None = None
 
 
 def main(program: Program) -> int:
@@ -114,11 +129,15 @@ def _main(program: Program) -> int:
         raise UserError(f"-m: {program.config_name}.py does one thing at a time; drop -m")
     refuse_unknown_additions(arguments, program.config_name)
     check_options(arguments, program.config_name)
+    if program.config_name == "train":
+        arguments = with_arms(arguments, groups("train"), is_sweep)
     arguments = overrides_together(arguments)
     sweep = _check_sweep(program, arguments) if is_sweep else None
     if sweep is not None and not any(a.startswith("sweep_name=") for a in arguments):
         # The default is the time, and it is later by now.
-        arguments.insert(0, f"sweep_name={sweep[0].name}")
+        arguments.insert(0, f"sweep_name={sweep.folder.name}")
+    if sweep is not None and program.before_sweep is not None:
+        program.before_sweep(sweep)
     exit_codes: list[int] = []  # of jobs in this process: a launcher may start others
 
     def run_job(config: DictConfig) -> None:
@@ -147,12 +166,12 @@ def _main(program: Program) -> int:
         run_job
     )()
     if sweep is not None and program.after_sweep is not None:
-        exit_codes.append(program.after_sweep(*sweep))
+        exit_codes.append(program.after_sweep(sweep))
     return max(exit_codes, default=0)
 
 
-def _check_sweep(program: Program, arguments: list[str]) -> tuple[Path, int]:
-    """Compose and check every job of a sweep before the first starts; its folder, their number."""
+def _check_sweep(program: Program, arguments: list[str]) -> Sweep:
+    """Compose and check every job of a sweep before the first starts."""
     if machine.world_size() > 1:
         raise UserError(
             "-m: a sweep starts its own jobs; run it without torchrun, or one job per torchrun"
@@ -184,10 +203,13 @@ def _check_sweep(program: Program, arguments: list[str]) -> tuple[Path, int]:
         ]
         jobs = list(itertools.product(*choices))
         names: list[str | None] = []
+        arms: dict[str, None] = {}
         folders: list[Path] = []
         for job in jobs:
             config = compose(list(job))
             runtime_choices = dict(config.hydra.runtime.choices)
+            if runtime_choices.get(ARM):
+                arms[runtime_choices[ARM]] = None
             folders.append(Path(config.hydra.sweep.dir))
             del config.hydra
             settings = program.resolve(OmegaConf.to_object(config), runtime_choices)
@@ -195,9 +217,11 @@ def _check_sweep(program: Program, arguments: list[str]) -> tuple[Path, int]:
     shared = {name for name in names if name is not None and names.count(name) > 1}
     if shared:
         raise UserError(f"run_name={min(shared)}: {len(jobs)} jobs would share it; leave it out")
-    if taken := [folder for folder in folders if folder.exists()]:
+    study = runtime_choices["experiment"] if arms else None
+    if study is None and (taken := [folder for folder in folders if folder.exists()]):
         raise UserError(f"sweep_name={taken[0].name}: {taken[0]} is there already; give another")
-    return folders[0], len(jobs)
+    command = shlex.join(["python", f"{program.config_name}.py", *sys.argv[1:]])
+    return Sweep(folders[0], len(jobs), study, list(arms), command)
 
 
 def _require_slurm() -> None:

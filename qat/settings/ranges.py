@@ -53,8 +53,8 @@ def check_schedule(s: ScheduleSettings) -> None:
     if s.warmdown_fraction is None:
         return
     fraction = f"schedule.warmdown_fraction = {s.warmdown_fraction}"
-    if not 0.0 < s.warmdown_fraction <= 1.0:
-        raise UserError(f"{fraction}: give more than 0, up to 1")
+    if not 0.0 < s.warmdown_fraction < math.inf:
+        raise UserError(f"{fraction}: give more than 0")
     if s.warmdown_steps is not None:
         raise UserError(
             f"{fraction} and schedule.warmdown_steps = {s.warmdown_steps}: two warmdowns; add "

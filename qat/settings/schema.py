@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -45,7 +46,9 @@ class OptimizerSettings:
 @dataclass
 class ScheduleSettings:
     warmdown_steps: int | None = MISSING  # the rate falls over so many last steps
-    warmdown_fraction: float | None = None  # ... or over this share of the clock, or of max_steps
+    # ... or over this share of the clock, or of max_steps; above 1 it falls from the start, from
+    # 1 / warmdown_fraction of its peak
+    warmdown_fraction: float | None = None
     floor: float = 0.0  # where it falls to, as a share of its peak
     warmup_steps: int = MISSING  # untimed priming steps; everything is restored after them
 
@@ -161,6 +164,24 @@ class LoggerSettings:
 
 
 @dataclass
+class StoreSettings:  # one more way to store what an arm trained
+    grid: str | None = None  # a grid= option; null = the arm's own
+    method: str = "round"  # as artifact.method
+
+
+@dataclass
+class StudySettings:  # of an experiment that is one; only its sweep reads them
+    question: str = ""
+    baseline: str = "none"  # the arm that all others are compared with
+    seeds: list[int] = field(default_factory=list)
+    grid: str | None = None  # that arms without QAT are stored on; null = the run's own
+    arms: dict[str, dict[str, Any]] = field(default_factory=dict)  # name -> overrides
+    stores: dict[str, StoreSettings] = field(default_factory=dict)  # beside each arm's own file
+    # Compare each QAT arm also with the baseline that the budget solver fits to as many bytes.
+    equal_bytes: bool = False
+
+
+@dataclass
 class TrainSettings:
     profile: str = MISSING
     seed: int = 1337
@@ -176,6 +197,10 @@ class TrainSettings:
     resume: str | None = None  # a run's folder or name: go on with it, settings and all
     sweep_name: str = "sweep-${now:%Y%m%d-%H%M%S}"
     runs_dir: str = "logs/runs"
+    # Of a study, the split of a QAT arm's effect. full: train a baseline of as many steps for it;
+    # estimate: from the baseline's loss curve.
+    ledger: str = "estimate"
+    study: StudySettings = field(default_factory=StudySettings)
     model: ModelSettings = field(default_factory=ModelSettings)
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     schedule: ScheduleSettings = field(default_factory=ScheduleSettings)

@@ -120,9 +120,7 @@ class BudgetSolver:
 
 def stored_label(plan: Plan, artifact: ArtifactSettings) -> str:
     """How a run's file is stored, as tables say it."""
-    if artifact.method != "round":
-        return f"{artifact.method} {plan.label}"
-    return plan.label + ("+fit" if artifact.fit else "")
+    return plan.label + ("+fit" if artifact.fit else "+gptq" if artifact.method == "gptq" else "")
 
 
 def fit_artifact(

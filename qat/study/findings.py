@@ -46,7 +46,10 @@ class Treatment:
 
 @dataclass(frozen=True)
 class Ledger:
-    """alike.mean = throughput + training + gap, exactly, in every seed and in the mean."""
+    """total = throughput + training + gap, in every seed and in the mean.
+
+    Against the arm that differs in QAT alone: that of ``alike``, unless the study varies more.
+    """
 
     name: str  # of the treatment
     is_measured: bool  # throughput from runs of equal steps; else estimated from the loss curve
@@ -55,6 +58,7 @@ class Ledger:
     gap: Interval  # change of the quantization gap
     total: Interval
     basis: str  # in words: how throughput was found
+    against: str = "none"  # the arm that shares all but QAT with it
 
 
 @dataclass(frozen=True)

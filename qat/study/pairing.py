@@ -30,23 +30,25 @@ BOOKKEEPING_SETTINGS = (
     "limit_bytes",
     "resume",
     "checkpoint",
+    "study",
+    "ledger",
 )
 
 
-def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by dotted name."""
+    found: dict[str, Any] = {}
     for key, value in settings.items():
-        flat |= (
-            _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-        )
-    return flat
+        name = prefix + key
+        found |= flat(value, f"{name}.") if isinstance(value, dict) else {name: value}
+    return found
 
 
 def identity(result: Result) -> dict[str, Any]:
     """What two runs must share to be compared; data by content, not by path."""
     left_out = (*QUANTIZATION_SETTINGS, *BOOKKEEPING_SETTINGS, "data")
     shared = {key: value for key, value in result.settings.items() if key not in left_out}
-    return _flat(shared | {"data": result.data, "hardware": result.hardware})
+    return flat(shared | {"data": result.data, "hardware": result.hardware})
 
 
 def storage(settings: dict[str, Any]) -> str:
@@ -76,7 +78,7 @@ def _design(result: Result) -> str:
 def row_of(result: Result) -> dict[str, Any]:
     """A run's row of the table, not yet compared."""
     row = {key: value for key, value in asdict(result).items() if key != "settings"}
-    row["arm"] = _arm(result.qat, result.grid, result.settings)
+    row["arm"] = result.arm or _arm(result.qat, result.grid, result.settings)
     row["design"] = _design(result)
     row["exported"] = False
     row["delta_bpb"] = None

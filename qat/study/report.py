@@ -78,6 +78,10 @@ def find_run_folders(pattern: str) -> list[Path]:
     return found
 
 
+def report_study(folder: Path, name: str) -> list[dict[str, Any]]:
+    return []
+
+
 def report(folders: list[Path], into: Path) -> list[dict[str, Any]]:
     """Print the table, write it ``into`` a folder as Markdown and JSON, return the rows."""
     rows = build_rows(folders, Console(stderr=True))

@@ -23,6 +23,7 @@ class Result:
     status: str  # finished | oversize | failed
     exit_code: int  # 0, 3 (oversize), 2 (a mistake in settings or data), 130 (interrupted), 1
     error: str | None
+    arm: str | None  # of the study, None outside of one
     seed: int
     profile: str
     qat: str  # the option typed: none, int6, ...

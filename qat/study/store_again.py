@@ -6,7 +6,7 @@ What rounding afterwards gives a baseline on somebody else's grid, and ``eval.py
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from qat.language.shards import TokenStream
 from qat.language.source import from_settings
 from qat.language.tokenizer import Tokenizer
 from qat.quantize.plan import Plan
+from qat.settings.options import read_grid
 from qat.settings.schema import (
     ArtifactSettings,
     DataSettings,
@@ -28,6 +29,8 @@ from qat.settings.schema import (
     GridSettings,
     ModelSettings,
     PlanSettings,
+    StoreSettings,
+    StudySettings,
 )
 from qat.study.budget_fit import TrainedModel, stored_label
 from qat.study.result import Result
@@ -74,8 +77,8 @@ def store_again(
 ) -> tuple[Export, Score]:
     """Store the checkpoint of the run in ``folder`` by ``plan``, or fitted to the limit.
 
-    ``is_own``: the run was trained for this plan; ``is_on_grid`` as in TrainedModel. UserError or TrainingError if its checkpoint or its data
-    cannot be read or stored.
+    ``is_own``: the run was trained for this plan; ``is_on_grid`` as in TrainedModel. UserError or
+    TrainingError if its checkpoint or its data cannot be read or stored.
     """
     shape = shape_of(ModelSettings(**settings["model"]))
     data = DataSettings(**settings["data"])
@@ -108,6 +111,16 @@ def store_again(
         console,
     )
     return done, scorer.score(done.artifact.weights, f"{folder.name} on {plan.label}")
+
+
+def storage_of(
+    settings: dict[str, Any], study: StudySettings, store: StoreSettings
+) -> dict[str, Any]:
+    """The storage settings of a run as one of its study's stores changes them."""
+    option = store.grid or (None if settings["qat"]["enabled"] else study.grid)
+    grid = settings["grid"] if option is None else asdict(read_grid(option))
+    artifact = settings["artifact"] | {"method": store.method}
+    return {"grid": grid, "plan": settings["plan"], "artifact": artifact}
 
 
 def export_again(

@@ -77,6 +77,7 @@ class TrainingRun:
             status="failed",
             exit_code=1,
             error=None,
+            arm=job.choices.get("arm"),
             seed=s.seed,
             profile=s.profile,
             qat=str(job.choices["qat"]),

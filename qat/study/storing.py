@@ -1,0 +1,83 @@
+"""Weights -> the file of a run: rounded by its plan, by GPTQ, or fitted to the limit.
+
+All of it happens off the clock; GPTQ and the solver read training text, as many runs do inside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from rich.console import Console
+from torch import Tensor
+
+from qat.artifact.export import Export, export
+from qat.cabinet.calibration import MAX_TOKENS, read_inputs, training_sequences
+from qat.cabinet.grid_variants import encoded_by
+from qat.cabinet.methods import gptq
+from qat.errors import TrainingError
+from qat.language.shards import TokenStream
+from qat.quantize.plan import Encoded
+from qat.study.budget_fit import TrainedModel, fit_artifact
+from qat.training.sensitivity import calibration_batches
+
+if TYPE_CHECKING:
+    from qat.settings.schema import ArtifactSettings
+
+
+class CalibrationText(NamedTuple):
+    """Training text, and how a run reads it."""
+
+    stream: TokenStream
+    micro_batch_tokens: int
+    seq_len: int
+    precision: str
+
+
+def store(
+    model: TrainedModel,
+    artifact: ArtifactSettings,
+    text: CalibrationText | None,
+    limit_bytes: int,
+    meta: Mapping[str, Any],
+    path: Path,
+    plot: Path,
+    console: Console,
+) -> tuple[Export, dict[str, Tensor]]:
+    """Write the file and read it back; beside it the weights that it should give, from memory.
+
+    ``text`` may be None if neither the solver nor GPTQ is asked for. ``plot`` is where the solver
+    draws its curve. TrainingError names a tensor that cannot be stored: its weights diverged, or
+    its step overflows.
+    """
+    try:
+        if artifact.fit:
+            assert text is not None
+            batches = calibration_batches(
+                text.stream, artifact.fit_tokens, text.micro_batch_tokens, text.seq_len
+            )
+            model = fit_artifact(
+                model, batches, text.precision, artifact, limit_bytes, meta, plot, console
+            )
+        if artifact.method == "gptq":
+            assert text is not None
+            encoded = _by_gptq(model, text)
+            snapped = {item.entry.name: item.decode() for item in encoded}
+        else:
+            encoded = model.plan.encode(model.weights, model.steps)
+            snapped = model.plan.snap(model.weights, model.steps)
+    except ValueError as error:
+        raise TrainingError(
+            f"cannot store {path.name}: {error}; if training diverged, lower the learning rates"
+        ) from None
+    return export(encoded, meta, artifact.coder, path, limit_bytes), snapped
+
+
+def _by_gptq(model: TrainedModel, text: CalibrationText) -> list[Encoded]:
+    """What matrices read is measured with the weights that training saw: snapped ones after QAT."""
+    weights = dict(model.weights)
+    seen = model.plan.snap(weights, model.steps) if model.is_on_grid else weights
+    sequences = training_sequences(text.stream, min(text.seq_len, MAX_TOKENS))
+    inputs = read_inputs(model.shape, seen, sequences)
+    return encoded_by(model.plan, weights, gptq(inputs))

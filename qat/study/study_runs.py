@@ -1,0 +1,150 @@
+"""The runs of a study: a folder per arm and seed, run once, and gone on with after a kill.
+
+``<sweep>/<arm>_s<seed>/`` is a run like any other. Designs that are run into one folder share the
+arms that they both name, if the settings are the same. Each QAT arm may hold a run of its own,
+``equal_steps/``: its baseline trained for as many steps as the arm had (``ledger=full``).
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+
+from qat.errors import TrainingError, UserError
+from qat.language.source import absolute_paths
+from qat.settings.options import read_study
+from qat.settings.schema import (
+    QatSettings,
+    StoreSettings,
+    StudySettings,
+    TrainSettings,
+    from_yaml,
+)
+from qat.study.pairing import flat
+from qat.study.result import Result
+from qat.study.run_folder import CONFIG, read_config, write_atomically
+from qat.study.store_again import export_again, storage_of
+
+if TYPE_CHECKING:
+    from qat.settings.command_line import Job
+
+log = logging.getLogger("qat")
+EQUAL_STEPS = "equal_steps"
+FREE_SETTINGS = (  # that a run may have otherwise than the one found in its folder
+    "run_name", "sweep_name", "runs_dir", "resume", "logger", "checkpoint", "study", "ledger",
+)  # fmt: skip
+RunOne = Callable[[TrainSettings, "Job"], int]  # its exit code
+
+
+@dataclass
+class Study:
+    """``<name>.study.json`` in a sweep's folder: the design, and how it was asked for."""
+
+    name: str
+    settings: StudySettings
+    arms: list[str]  # that were asked for
+    commands: list[str]
+
+    @staticmethod
+    def read(path: Path) -> Study:
+        """UserError if it is not a study's file of this version."""
+        try:
+            said = json.loads(path.read_text(encoding="utf-8"))
+            stores = said["settings"].pop("stores")
+            settings = StudySettings(**said.pop("settings"))
+            settings.stores = {name: StoreSettings(**store) for name, store in stores.items()}
+            return Study(settings=settings, **said)
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise UserError(f"{path}: not a study of this version ({error})") from None
+
+
+def study_file(folder: Path, name: str) -> Path:
+    return folder / f"{name}.study.json"
+
+
+def write_study(folder: Path, name: str, arms: list[str], command: str) -> None:
+    """Say in a sweep's folder which study it is, beside the arms and commands given before."""
+    settings = read_study(name)
+    assert settings is not None
+    path = study_file(folder, name)
+    before = Study.read(path) if path.is_file() else Study(name, settings, [], [])
+    all_arms = dict.fromkeys([*before.arms, *arms])
+    ordered = [a for a in settings.arms if a in all_arms]
+    ordered += [a for a in all_arms if a not in settings.arms]
+    study = Study(name, settings, ordered, list(dict.fromkeys([*before.commands, command])))
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, json.dumps(asdict(study), indent=1) + "\n")
+
+
+def run_name(arm: str, seed: int) -> str:
+    return f"{arm}_s{seed}"
+
+
+def check_same(s: TrainSettings, arm: str) -> None:
+    """UserError if this arm and seed were run in the study's folder with other settings."""
+    folder = Path(s.runs_dir) / s.sweep_name / run_name(arm, s.seed)
+    if not (folder / CONFIG).is_file():
+        return
+    there = flat(asdict(from_yaml(read_config(folder, "sweep_name")[0], str(folder))))
+    asked = flat(asdict(replace(s, data=absolute_paths(s.data))))
+    for key, value in asked.items():
+        if there.get(key) != value and key.split(".")[0] not in FREE_SETTINGS:
+            raise UserError(
+                f"sweep_name={s.sweep_name}: {folder.name} was run there with {key} = "
+                f"{there.get(key)}, not {value}; give another sweep_name"
+            )
+
+
+def run_arm(s: TrainSettings, job: Job, run_one: RunOne) -> int:
+    """Train an arm, or go on with it; then what the study makes of it. The exit code."""
+    assert job.sweep_dir is not None
+    folder = job.sweep_dir / run_name(str(job.choices["arm"]), s.seed)
+    code = _run_once(replace(s, run_name=folder.name), job, folder, run_one)
+    result = Result.read(folder)
+    if result is None or result.status == "failed":
+        return code
+    try:
+        for store in s.study.stores.values():
+            target = storage_of(result.settings, s.study, store)
+            export_again(folder, result, target, s.limit_bytes, Console(stderr=True))
+    except (UserError, TrainingError) as error:
+        log.error("error: %s", error)
+        return error.exit_code
+    if s.ledger == "full" and result.qat_steps:
+        code = max(code, _run_equal_steps(s, job, folder, result, run_one))
+    return code
+
+
+def _run_once(s: TrainSettings, job: Job, folder: Path, run_one: RunOne) -> int:
+    """A run that is finished is not run again; one that died goes on."""
+    result = Result.read(folder)
+    if result is not None and result.status != "failed":
+        print(f"{folder} is {result.status}, val_bpb {result.val_bpb_artifact:.5f}")
+        return result.exit_code
+    if (folder / CONFIG).is_file():
+        s = replace(s, resume=str(folder))
+    return run_one(s, job)
+
+
+def _run_equal_steps(s: TrainSettings, job: Job, arm: Path, result: Result, run_one: RunOne) -> int:
+    """The arm's baseline, by steps and not by the clock: what the same updates give without QAT."""
+    assert result.steps is not None
+    group = s.logger.group or s.sweep_name
+    again = replace(
+        s,
+        qat=QatSettings(enabled=False),
+        budget_seconds=None,
+        max_steps=result.steps,
+        run_name=EQUAL_STEPS,
+        logger=replace(s.logger, group=group),
+    )
+    choices = {**job.choices, "qat": "none", "arm": None}
+    asked = [*job.overrides, "qat=none", "budget_seconds=null", f"max_steps={result.steps}"]
+    again_job = replace(job, choices=choices, overrides=asked, sweep_dir=arm)
+    return _run_once(again, again_job, arm / EQUAL_STEPS, run_one)
