@@ -168,10 +168,12 @@ def before_sweep(sweep: Sweep) -> None:
 
 def after_sweep(sweep: Sweep) -> int:
     """Print the paired table, or the verdicts of a study; the highest exit code of the runs."""
-    from qat.study.report import folders_in, report, report_study
+    from qat.study.report import folders_in, report
+    from qat.study.study_report import report_study
+    from qat.study.study_runs import study_file
 
     if sweep.study is not None:
-        rows = report_study(sweep.folder, sweep.study)
+        rows = report_study(study_file(sweep.folder, sweep.study))
     else:
         rows = report(folders_in(sweep.folder), sweep.folder)
     rows = [row for row in rows if not row["exported"]]

@@ -224,7 +224,8 @@ def resolve_eval(settings: EvalTaskSettings, choices: Mapping[str, str | None]) 
         is_checkpoint = s.artifact is None or s.artifact.endswith(".ckpt")
         require(is_checkpoint, "artifact", s.artifact, "variants are made of a float checkpoint")
     elif s.task == "report":
-        require(bool(s.runs), "runs", s.runs, "give a glob of run folders, runs='logs/runs/*'")
+        one = "give study=NAME or a glob of run folders, runs='logs/runs/*' (one of them)"
+        require(bool(s.runs) != bool(s.study), "runs", s.runs, one)
     elif s.task == "choose":
         require(bool(s.sweep), "sweep", s.sweep, "give the folder of a sweep, sweep=FOLDER")
         check_constraints(s.constraints)
@@ -246,6 +247,8 @@ def resolve_eval(settings: EvalTaskSettings, choices: Mapping[str, str | None]) 
         )
     if s.run:
         s = replace(s, run=str(find_run("run", s.run, s.runs_dir)))
+    if s.study:
+        s = replace(s, study=str(find_run("study", s.study, s.runs_dir)))
     _check_seed(s.seed)
     at_least("sample.max_tokens", s.sample.max_tokens, 1)
     at_least("sample.temperature", s.sample.temperature, 0)

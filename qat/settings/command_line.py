@@ -149,8 +149,6 @@ def _main(program: Program) -> int:
         )
         # Nothing but an interrupt may leave: Hydra would add lines of its own.
         try:
-            if job.sweep_dir is None and run.sweeper.get("params"):
-                raise UserError(f"experiment={job.choices['experiment']}: it is a sweep; add -m")
             settings = OmegaConf.to_object(config)
             put_verbatim(settings, verbatim)
             exit_codes.append(program.run(program.resolve(settings, job.choices), job))
@@ -188,18 +186,11 @@ def _check_sweep(program: Program, arguments: list[str]) -> Sweep:
         hydra_config = compose(plain).hydra
         if str(hydra_config.launcher.get("_target_")).endswith(".SlurmLauncher"):
             _require_slurm()
-        params = hydra_config.sweeper.get("params") or {}
-        typed = {o.get_key_element() for o in parsed}
-        if twice := typed & set(params):
-            raise UserError(
-                f"{min(twice)}: the experiment sweeps it already; drop it from the command"
-            )
-        lines = parser.parse_overrides([f"{key}={value}" for key, value in params.items()]) + parsed
         choices = [
             [f"{o.get_key_element()}={value}" for value in o.sweep_string_iterator()]
             if o.is_sweep_override()
             else [str(o.input_line)]
-            for o in lines
+            for o in parsed
         ]
         jobs = list(itertools.product(*choices))
         names: list[str | None] = []

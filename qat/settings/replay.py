@@ -58,8 +58,6 @@ def replayed(
         else:
             kept.append(f"{key}={_spelled(_value(settings, key))}")
     kept += [f"{path}={_spelled(_value(settings, path))}" for path in named]
-    if choices.get("experiment") is not None:  # it may be a sweep, of which this was one job
-        kept.append("hydra.sweeper.params=null")
     return kept
 
 

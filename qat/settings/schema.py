@@ -252,6 +252,7 @@ class EvalTaskSettings:
     out: str | None = None  # what is written: convert's .ptz, fit's .qat, submission's folder
     run: str | None = None  # run folder or run name; stands for its artifact
     runs: str | None = None  # glob of run folders
+    study: str | None = None  # folder or name of a study's sweep
     variants: list[str] | None = None  # globs of task=sweep's rows; null = all
     sweep: str | None = None  # folder with the results.json of a post-training sweep
     runs_dir: str = "logs/runs"

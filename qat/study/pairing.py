@@ -102,7 +102,8 @@ def _exported_row(baseline: Result, exported: dict[str, Any]) -> dict[str, Any]:
     return row
 
 
-def _row_without_result(folder: Path, status: str, note: str) -> dict[str, Any]:
+def row_without_result(folder: Path, status: str, note: str) -> dict[str, Any]:
+    """The row of a run that has none of its own."""
     return {"arm": "?", "run_name": folder.name, "status": status, "exported": False, "note": note}
 
 
@@ -173,13 +174,13 @@ def build_rows(folders: list[Path], console: Console) -> list[dict[str, Any]]:
         try:
             result = Result.read(folder)
         except UserError as error:
-            without.append(_row_without_result(folder, "unreadable", str(error)))
+            without.append(row_without_result(folder, "unreadable", str(error)))
             continue
         if result is not None:
             results[folder] = result
         else:
             note = f"{folder.name}: no result; it died or is still running"
-            without.append(_row_without_result(folder, "unfinished", note))
+            without.append(row_without_result(folder, "unfinished", note))
     scored = {f: r for f, r in results.items() if is_baseline(r) and r.val_bpb_float is not None}
     table = _Table(scored, console)
     by_seed = sorted(results.items(), key=lambda i: (i[1].seed, not is_baseline(i[1]), i[0].name))

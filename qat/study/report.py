@@ -78,10 +78,6 @@ def find_run_folders(pattern: str) -> list[Path]:
     return found
 
 
-def report_study(folder: Path, name: str) -> list[dict[str, Any]]:
-    return []
-
-
 def report(folders: list[Path], into: Path) -> list[dict[str, Any]]:
     """Print the table, write it ``into`` a folder as Markdown and JSON, return the rows."""
     rows = build_rows(folders, Console(stderr=True))
@@ -98,7 +94,13 @@ def report(folders: list[Path], into: Path) -> list[dict[str, Any]]:
 
 
 def run(s: EvalTaskSettings) -> int:
-    """``eval.py task=report``: written beside the runs if they share a folder, else in runs_dir."""
+    """``eval.py task=report``: of studies into their folder; of other runs beside them if they
+    share a folder, else into runs_dir."""
+    if s.study:
+        from qat.study.study_report import report_studies
+
+        report_studies(Path(s.study))
+        return 0
     assert s.runs
     folders = find_run_folders(s.runs)
     parents = {folder.parent for folder in folders}

@@ -57,6 +57,16 @@ def bar_in_bpb(val_bpb: float, val_loss: float) -> float:
     return BAR_NATS * val_bpb / val_loss
 
 
+def interval(values: Sequence[float]) -> tuple[float, float | None, float | None]:
+    """Mean and Student's 95 % interval; None with one value."""
+    count, mean = len(values), float(np.mean(values))
+    if count < 2:
+        return mean, None, None
+    error = float(np.std(values, ddof=1)) / math.sqrt(count)
+    margin = float(stats.t.ppf(1 - LEVEL / 2, count - 1)) * error
+    return mean, mean - margin, mean + margin
+
+
 def verdict(arm: Sequence[float], baseline: Sequence[float], bar_bpb: float) -> Verdict:
     """``arm`` and ``baseline``: val_bpb by seed, in the same order. ValueError if they are not
     pairs."""
@@ -68,14 +78,14 @@ def verdict(arm: Sequence[float], baseline: Sequence[float], bar_bpb: float) -> 
         return Verdict(1, mean, bar_bpb)
     spread = float(differences.std(ddof=1))
     error = spread / math.sqrt(count)
-    margin = float(stats.t.ppf(1 - LEVEL / 2, count - 1)) * error
+    _, low, high = interval(differences.tolist())
     resampled = np.random.default_rng(0).choice(differences, (RESAMPLES, count)).mean(1)
     bootstrap_low, bootstrap_high = np.quantile(resampled, [LEVEL / 2, 1 - LEVEL / 2]).tolist()
     return Verdict(
         num_seeds=count,
         mean=mean,
-        low=mean - margin,
-        high=mean + margin,
+        low=low,
+        high=high,
         p_value=_two_sided(mean, error, count - 1),
         p_welch=_welch(arm, baseline),
         p_over_bar=_one_sided(mean + bar_bpb, error, count - 1),

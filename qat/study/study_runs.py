@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("qat")
 EQUAL_STEPS = "equal_steps"
+SUFFIX = ".study.json"
 FREE_SETTINGS = (  # that a run may have otherwise than the one found in its folder
     "run_name", "sweep_name", "runs_dir", "resume", "logger", "checkpoint", "study", "ledger",
 )  # fmt: skip
@@ -65,7 +66,7 @@ class Study:
 
 
 def study_file(folder: Path, name: str) -> Path:
-    return folder / f"{name}.study.json"
+    return folder / f"{name}{SUFFIX}"
 
 
 def write_study(folder: Path, name: str, arms: list[str], command: str) -> None:

@@ -62,8 +62,6 @@ CASES: list[tuple[tuple[str, ...], str]] = [
     (("qat=",), "qat=: no such option"),
     (("qat=[int6]",), "qat=[int6]: no such option"),
     (("-m", "qat=none,[int6]"), "no such option"),
-    (("experiment=main_job",), "experiment=main_job: it is a sweep; add -m"),
-    (("experiment=main_job", "qat=int8"), "experiment=main_job: it is a sweep; add -m"),
     (("qat=int6", "qat.start_lr_scale=0.5", "schedule.warmdown_steps=0"), "the rate never falls"),
     (("qat=int6", "qat.start_lr_scale=0.1", "schedule.floor=0.2"), "never falls below 0.2"),
     (("schedule.warmdown_fraction=0.4",), "two warmdowns; add schedule.warmdown_steps=null"),

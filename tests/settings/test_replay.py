@@ -30,15 +30,14 @@ def test_places_and_names_are_left_out_and_paths_are_absolute(settings: TrainSet
     ]  # fmt: skip
 
 
-def test_the_environment_is_not_asked_again_and_a_sweep_is_not_swept(
+def test_the_environment_is_not_asked_again(
     settings: TrainSettings,
 ) -> None:
     settings.data.files = None
     settings.plan.rules = {"*.mlp.*": "fp16"}
     typed = ["qat=${oc.env:ARM}", r"seed=$\{oc.env\:SEED\}", "plan.rules={'*.mlp.*':${oc.env:D}}"]
-    assert replayed(typed, settings, CHOICES | {"experiment": "main_job"}) == [
+    assert replayed(typed, settings, CHOICES) == [
         "profile=golf", "qat=int6", "seed=3", "plan.rules={*.mlp.*:'fp16'}",
-        "hydra.sweeper.params=null",
     ]  # fmt: skip
 
 

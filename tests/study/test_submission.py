@@ -275,18 +275,18 @@ def test_a_job_of_a_sweep_is_replayed_as_one_run(
     """The experiment's own sweep, relative paths and environment variables stay behind."""
     (tmp_path / "My text.txt").write_bytes(corpus.read_bytes())
     monkeypatch.setenv("RATE", "0.03")
-    done = train("-m", "experiment=main_job", "sweep_name=s", "max_steps=2", "logger.tags=[a]",
+    done = train("-m", "experiment=pair", "seed=1", "sweep_name=s", "max_steps=2", "logger.tags=[a]",
                  "data.files=['My text.txt']", "optimizer.matrix_lr=${oc.env:RATE}")  # fmt: skip
     assert done.code == 0, done.err
     monkeypatch.delenv("RATE")
-    (run,) = (p for p in Path("logs/runs/s").iterdir() if "int6_int6" in p.name)
+    run = Path("logs/runs/s/int6_s1")
     done = program("eval.py", "task=submission", f"run={run}", "out=out")
     assert done.code == 0, done.err
     source = (tmp_path / "out" / "train_gpt.py").read_text()
     line = re.search(r"^OVERRIDES: list\[str\] = (\[.*?)\s*\]$", source, re.MULTILINE)
     assert line
     overrides = eval(line[1] + "]")
-    assert "qat=int6" in overrides
+    assert {"experiment=pair", "arm=int6", "seed=1"} <= set(overrides)
     assert f"data.files=['{tmp_path}/My text.txt']" in overrides
     assert "optimizer.matrix_lr=0.03" in overrides
     assert not [o for o in overrides if o.startswith(("logger", "sweep_name"))]

@@ -162,13 +162,6 @@ def test_nothing_starts_if_one_job_is_impossible(train, tmp_path: Path) -> None:
     assert not (tmp_path / "logs").exists()
 
 
-def test_an_experiment_is_one_yaml(train) -> None:
-    done = train("-m", "experiment=main_job", "max_steps=4")
-    assert done.code == 0, done.err
-    assert [(row["qat"], row["grid"]) for row in rows()] == [("none", "int6"), ("int6", "int6")]
-    assert train("-m", "experiment=main_job", "qat=int8").code == 2
-
-
 def test_a_run_that_died_is_a_row_too(train, program) -> None:
     train("run_name=alive", "max_steps=2")
     dead = RUNS / "dead"

@@ -1,0 +1,58 @@
+"""Training loss over the clock, of an arm's seeds together."""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from statistics import mean
+
+import numpy as np
+
+from qat.study.findings import Curve
+from qat.study.result import Result
+
+POINTS = 120
+SMOOTHING = 0.04  # of the run's steps: the time constant of the moving average
+
+
+def curve_of(arm: str, runs: Mapping[Path, Result]) -> Curve:
+    """Mean over runs (folder -> row) of the smoothed loss of their steps, in bits per byte of
+    validation text: nats are converted at its tokens per byte."""
+    times, losses, switches = [], [], []
+    for folder, result in runs.items():
+        with open(folder / "metrics.csv", newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+        if not rows or not result.val_bpb_float or not result.val_loss_float:
+            continue
+        bits_per_nat = result.val_bpb_float / result.val_loss_float
+        loss = np.array([float(row["train_loss"]) for row in rows]) * bits_per_nat
+        times.append(np.array([float(row["elapsed_seconds"]) for row in rows]))
+        losses.append(_smoothed(loss))
+        on = [float(row["elapsed_seconds"]) for row in rows if row["qat_on"] == "1"]
+        switches += on[:1]
+    scored = [r for r in runs.values() if r.val_bpb_float is not None]
+    if not times:
+        return Curve(arm, [], [], None, None, None)
+    shared = np.linspace(max(t[0] for t in times), min(t[-1] for t in times), POINTS)
+    together = np.mean([np.interp(shared, t, y) for t, y in zip(times, losses, strict=True)], 0)
+    return Curve(
+        arm=arm,
+        seconds=shared.tolist(),
+        bpb=together.tolist(),
+        switch_seconds=mean(switches) if switches else None,
+        val_bpb_float=mean(r.val_bpb_float for r in scored if r.val_bpb_float),
+        val_bpb_artifact=mean(r.val_bpb_artifact for r in scored if r.val_bpb_artifact),
+    )
+
+
+def _smoothed(loss: np.ndarray) -> np.ndarray:
+    """Exponential moving average, unbiased at the start."""
+    keep = math.exp(-1 / max(SMOOTHING * len(loss), 1.0))
+    total = weight = 0.0
+    out = []
+    for value in loss:
+        total, weight = keep * total + value, keep * weight + 1
+        out.append(total / weight)
+    return np.array(out)

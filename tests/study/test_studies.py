@@ -1,0 +1,293 @@
+"""Studies: arms by one YAML, each run once, gone on with after a kill, and what they find."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import hydra
+import pytest
+from omegaconf import OmegaConf
+from rich.console import Console
+
+from qat.settings import checks
+from qat.settings.arguments import groups
+from qat.settings.arms import with_arms
+from qat.settings.options import CONF, read_study
+from qat.study.findings import Findings
+from qat.study.study_findings import find_out
+from qat.study.study_runs import Study
+from tests.conftest import ROOT, Done, result_of
+
+RUNS = Path("logs/runs")
+EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
+ASKED = ("-m", "experiment=gptq", "seed=1,2", "max_steps=8", "ledger=full", "sweep_name=s")
+
+
+@pytest.fixture(scope="module")
+def gptq(tiny: list[str], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Done]:
+    """The folder of a finished study of 2 arms x 3 stores x 2 seeds, only read, and what it said"""
+    import os
+
+    from tests.conftest import _call
+
+    parent, before = tmp_path_factory.mktemp("study"), os.getcwd()
+    os.chdir(parent)
+    try:
+        done = _call("train.py", [*tiny, *ASKED])
+    finally:
+        os.chdir(before)
+    assert done.code == 0, done.err
+    return parent / RUNS / "s", done
+
+
+def found(folder: Path) -> Findings:
+    (file,) = folder.glob("*.study.json")
+    return find_out(folder, Study.read(file), Console(quiet=True))
+
+
+def own_copy(folder: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(folder, tmp_path / RUNS / "s"))
+
+
+def change(run: Path, **values: object) -> None:
+    file = run / "result.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_every_design_composes(experiment: str) -> None:
+    """All its arms, and what they say is what is set."""
+    study = read_study(experiment)
+    assert study is not None
+    for name, arm in study.arms.items():
+        asked = [f"experiment={experiment}", f"arm={name}", "profile=laptop"]
+        with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+            lines = with_arms(asked, groups("train"), is_sweep=False)
+            config = hydra.compose("train", lines, return_hydra_config=True)
+        choices = dict(config.hydra.runtime.choices)
+        del config.hydra
+        settings = checks.resolve_train(OmegaConf.to_object(config), choices)
+        for key, value in arm.items():
+            if key in groups("train"):
+                assert choices[key] == value
+            else:
+                here: object = settings
+                for part in key.split("."):
+                    here = getattr(here, part)
+                assert here == value
+        assert settings.qat.enabled == (choices["qat"] != "none")
+
+
+def test_a_study_is_a_folder_per_arm_and_seed(gptq: tuple[Path, Done]) -> None:
+    folder, done = gptq
+    runs = sorted(path.parent.name for path in folder.glob("*/result.json"))
+    assert runs == ["int6_s1", "int6_s2", "none_s1", "none_s2"]
+    row = result_of(folder / "int6_s2")
+    assert (row["arm"], row["seed"], row["qat"]) == ("int6", 2, "int6")
+    assert len(list(folder.glob("*/exports/*.json"))) == 10  # 2 stores each, none on int6 too
+    assert (folder / "gptq" / "report.html").is_file()
+    assert found(folder).headline in done.out
+
+
+def test_treatments_are_arms_and_stores(gptq: tuple[Path, Done]) -> None:
+    treatments = {t.name: t for t in found(gptq[0]).treatments}
+    assert [*treatments] == [
+        "none", "none/sdclip", "none/gptq", "int6", "int6/sdclip", "int6/gptq",
+    ]  # fmt: skip
+    assert treatments["none"].grid == "int6"
+    assert treatments["none"].alike is None
+    against = {name: t.alike.against for name, t in treatments.items() if t.alike}
+    assert against["none/gptq"] == "none on int6"
+    assert against["int6/sdclip"] == "none on int6_sigma12.85"
+    assert against["int6/gptq"] == "none on int6+gptq"
+    for t in treatments.values():
+        if t.is_qat and t.alike:
+            base = treatments[f"none/{t.store}" if t.store else "none"].val_bpb
+            for seed, delta in t.alike.by_seed.items():
+                assert delta == pytest.approx(t.val_bpb[seed] - base[seed], abs=1e-12)
+
+
+def test_the_ledger_adds_up_and_equal_steps_are_measured(gptq: tuple[Path, Done]) -> None:
+    """Bounded by steps no step is lost, so the baseline's equal-steps run is the baseline."""
+    findings = found(gptq[0])
+    (ledger,) = findings.ledgers
+    (int6,) = (t for t in findings.treatments if t.name == "int6")
+    assert int6.alike is not None
+    assert ledger.is_measured
+    assert ledger.throughput.mean == 0.0
+    total = ledger.throughput.mean + ledger.training.mean + ledger.gap.mean
+    assert total == pytest.approx(ledger.total.mean, abs=1e-12)
+    assert ledger.total.mean == pytest.approx(int6.alike.verdict.mean, abs=1e-12)
+    gap = [result_of(gptq[0] / f"int6_s{seed}")["quant_gap_bpb"] for seed in (1, 2)]
+    none = {t.name: t for t in findings.treatments}["none"].val_bpb
+    gap_none = [none[s] - result_of(gptq[0] / f"none_s{s}")["val_bpb_float"] for s in (1, 2)]
+    assert ledger.gap.mean == pytest.approx((sum(gap) - sum(gap_none)) / 2, abs=1e-12)
+
+
+def test_again_runs_nothing_and_finds_the_same(
+    gptq: tuple[Path, Done], tmp_path: Path, train: Callable[..., Done]
+) -> None:
+    folder = own_copy(gptq[0], tmp_path)
+    files = [p for name in ("result.json", "train.log") for p in folder.rglob(name)]
+    before = {p: p.read_bytes() for p in files}
+    assert train(*ASKED).code == 0
+    assert {p: p.read_bytes() for p in before} == before
+    assert found(folder).treatments == found(gptq[0]).treatments
+
+
+def test_a_run_that_died_goes_on_and_only_that(
+    gptq: tuple[Path, Done], tmp_path: Path, train: Callable[..., Done]
+) -> None:
+    folder = own_copy(gptq[0], tmp_path)
+    logs = {p: p.stat().st_mtime_ns for p in folder.glob("*/train.log")}
+    (folder / "int6_s1" / "result.json").unlink()
+    shutil.rmtree(folder / "none_s2")
+    assert train(*ASKED).code == 0
+    changed = {p.parent.name for p, at in logs.items() if p.stat().st_mtime_ns != at}
+    assert changed == {"int6_s1", "none_s2"}
+    assert found(folder).treatments == found(gptq[0]).treatments
+
+
+def test_a_planted_effect_is_found_with_its_size(gptq: tuple[Path, Done], tmp_path: Path) -> None:
+    folder = own_copy(gptq[0], tmp_path)
+    for seed, wobble in ((1, 1e-5), (2, -1e-5)):
+        base = {t.name: t for t in found(folder).treatments}["none"].val_bpb[seed]
+        change(folder / f"int6_s{seed}", val_bpb_artifact=base - 0.02 + wobble)
+    (int6,) = (t for t in found(folder).treatments if t.name == "int6")
+    assert int6.alike is not None
+    assert int6.alike.verdict.mean == pytest.approx(-0.02, abs=1e-12)
+    assert int6.alike.verdict.p_value is not None
+    assert int6.alike.verdict.p_value < 0.001
+    assert "QAT pays for int6 (-20.0 mbpb" in found(folder).headline
+
+
+def test_every_started_seed_is_named(gptq: tuple[Path, Done], tmp_path: Path) -> None:
+    folder = own_copy(gptq[0], tmp_path)
+    change(folder / "int6_s1", status="failed", error="train loss is nan", val_bpb_artifact=None)
+    (folder / "none_s2" / "result.json").unlink()
+    findings = found(folder)
+    assert findings.seeds == [1, 2]
+    (int6,) = (t for t in findings.treatments if t.name == "int6")
+    assert int6.missing_seeds == {
+        1: "train loss is nan", 2: "no baseline of this seed has a score"
+    }  # fmt: skip
+    assert int6.alike is None
+    assert {(r["arm"], r["seed"], r["status"]) for r in findings.rows} == {
+        ("none", 1, "finished"), ("none", 2, "unfinished"),
+        ("int6", 1, "failed"), ("int6", 2, "finished"),
+    }  # fmt: skip
+
+
+def test_runs_of_other_machines_are_not_pairs(gptq: tuple[Path, Done], tmp_path: Path) -> None:
+    folder = own_copy(gptq[0], tmp_path)
+    change(folder / "int6_s1", hardware="another")
+    (int6,) = (t for t in found(folder).treatments if t.name == "int6")
+    assert int6.missing_seeds == {1: "its baseline had other hardware"}
+    assert int6.alike is not None
+    assert [*int6.alike.by_seed] == [2]
+
+
+def test_other_settings_in_the_same_folder_are_refused(
+    gptq: tuple[Path, Done], tmp_path: Path, train: Callable[..., Done]
+) -> None:
+    own_copy(gptq[0], tmp_path)
+    done = train(*ASKED, "max_steps=9")
+    assert done.code == 2
+    assert "sweep_name=s: none_s1 was run there with max_steps = 8, not 9" in done.err
+
+
+def test_designs_share_the_arms_that_both_name(
+    gptq: tuple[Path, Done], tmp_path: Path, train: Callable[..., Done]
+) -> None:
+    folder = own_copy(gptq[0], tmp_path)
+    log = (folder / "none_s1" / "train.log").read_text()
+    asked = ("experiment=bits", "arm=none,int3", "seed=1", "max_steps=8", "sweep_name=s")
+    done = train("-m", *asked)
+    assert done.code == 0, done.err
+    assert (folder / "none_s1" / "train.log").read_text() == log
+    bits = find_out(folder, Study.read(folder / "bits.study.json"), Console(quiet=True))
+    assert {t.name for t in bits.treatments} == {"none", "int3"}
+    (int3,) = (t for t in bits.treatments if t.name == "int3")
+    assert int3.equal_bytes is not None
+    assert int3.equal_bytes.against == "none, fitted to as many bytes on " + "".join(
+        {json.loads(p.read_text())["grid"] for p in folder.glob("none_s1/exports/*fit*.json")}
+    )
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        (("experiment=bits", "arm=int9"), "arm=int9: choose from none, int8, int6, int5, int4, b"),
+        (("experiment=bits", "arm=int4", "grid=int6"), "drop grid=int6"),
+        (("experiment=bits", "arm=int4", "qat=int6"), "qat=int6: arm=int4 of the experiment sets"),
+        (("experiment=bits",), "give one arm=NAME, or -m"),
+        (("arm=int4",), "arm=int4: goes with an experiment that has arms"),
+        (("-m", "experiment=bits", "ledger=half"), "ledger = half: choose from estimate, full"),
+    ],
+)
+def test_mistakes(asked: tuple[str, ...], message: str, train: Callable[..., Done]) -> None:
+    done = train(*asked)
+    assert (done.code, done.err.count("error:")) == (2, 1), done.err
+    assert message in done.err
+    assert not RUNS.exists()
+
+
+def test_one_arm_alone(train: Callable[..., Done]) -> None:
+    done = train("experiment=bits", "arm=int4", "run_name=one", "max_steps=4")
+    assert done.code == 0, done.err
+    assert result_of(RUNS / "one")["grid"] == "int4"
+
+
+@pytest.mark.parametrize("content", ["", "{}", '{"name": "gptq"}'])
+def test_a_damaged_study_is_one_line(
+    content: str, gptq: tuple[Path, Done], tmp_path: Path, program: Callable[..., Done]
+) -> None:
+    folder = own_copy(gptq[0], tmp_path)
+    (folder / "gptq.study.json").write_text(content)
+    done = program("eval.py", "task=report", "study=s")
+    assert (done.code, done.err.count("\n")) == (2, 1), done.err
+    assert "gptq.study.json: not a study" in done.err
+
+
+@pytest.mark.slow
+def test_kill_9_and_again(tiny: list[str], tmp_path: Path, train: Callable[..., Done]) -> None:
+    """Killed three times at moments of its own; finished runs are left as they are."""
+    asked = ["-m", "experiment=pair", "seed=1,2,3", "max_steps=150", "checkpoint.every_steps=10"]
+    command = [sys.executable, str(ROOT / "train.py"), *tiny, *asked]
+    finished: dict[Path, bytes] = {}
+    for _ in range(3):
+        process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.DEVNULL)
+        wanted, until = len(finished) + 1, time.monotonic() + 120
+        while len(list((tmp_path / RUNS).glob("pair/*/result.json"))) < wanted:
+            assert time.monotonic() < until
+            time.sleep(0.05)
+        time.sleep(0.4)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        now = {p: p.read_bytes() for p in (tmp_path / RUNS).glob("pair/*/result.json")}
+        assert all(now[path] == text for path, text in finished.items())
+        finished = now
+    assert train(*asked).code == 0
+    assert all(path.read_bytes() == text for path, text in finished.items())
+    killed = found(tmp_path / RUNS / "pair").treatments
+    assert train(*asked, "sweep_name=whole").code == 0
+    assert killed == found(tmp_path / RUNS / "whole").treatments
+
+
+@pytest.mark.slow
+def test_a_launcher_runs_the_arms(tiny: list[str], tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "train.py"), "-m", *tiny, "experiment=pair", "seed=1,2",
+         "max_steps=8", "hydra/launcher=parallel"],
+        cwd=tmp_path, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert len(list((tmp_path / RUNS).glob("pair/*/result.json"))) == 4
+    assert "written: logs/runs/pair/pair/" in done.stdout
