@@ -26,12 +26,12 @@ def draw(metrics: dict[str, Any], folder: Path) -> list[str]:
     return drawn
 
 
-def new_figure(width: float, height: float):
-    """(figure, axes) of so many inches."""
+def new_figure(width: float, height: float, **grid: Any):
+    """(figure, axes) of so many inches; several axes by ``grid``, as ``Figure.subplots`` has it."""
     from matplotlib.figure import Figure  # slow to import
 
     figure = Figure(figsize=(width, height), layout="constrained", dpi=120)
-    return figure, figure.subplots()
+    return figure, figure.subplots(**grid)
 
 
 def _reliability(models: dict[str, Any], path: Path) -> None:

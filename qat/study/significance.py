@@ -97,6 +97,16 @@ def verdict(arm: Sequence[float], baseline: Sequence[float], bar_bpb: float) -> 
     )
 
 
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Each p adjusted for there being so many, in the order given (Holm 1979): call those below a
+    level real, and the chance of one false call among all stays below that level."""
+    adjusted, largest = [0.0] * len(p_values), 0.0
+    for rank, at in enumerate(sorted(range(len(p_values)), key=lambda at: p_values[at])):
+        largest = max(largest, (len(p_values) - rank) * p_values[at])
+        adjusted[at] = min(1.0, largest)
+    return adjusted
+
+
 def _two_sided(mean: float, error: float, freedom: int) -> float:
     if error == 0.0:  # equal in every seed: no doubt is left, or no difference
         return 0.0 if mean else 1.0

@@ -67,7 +67,7 @@ def _pareto(rows: Sequence[Row], key: str, label: str, path: Path) -> None:
         )  # fmt: skip
     line = sorted(point for point, out in zip(points, beaten, strict=True) if not out)
     axes.plot(*zip(*line, strict=True), color="grey", linewidth=1, drawstyle="steps-post")
-    _scale_log(axes.xaxis, axes.set_xscale)
+    scale_log(axes.xaxis, axes.set_xscale)
     shown = _scale_bpb(axes)
     axes.set_yticks(shown, [f"{zero + over:.3f} ({over:+g})" for over in shown])
     axes.set_xlabel(label)
@@ -86,7 +86,8 @@ def _name_families(axes: Any, found: Sequence[Row]) -> None:
     axes.legend(fontsize=8)
 
 
-def _scale_log(axis: Any, set_scale: Any) -> None:
+def scale_log(axis: Any, set_scale: Any) -> None:
+    """Logarithms on an axis, few ticks; ``set_scale``: that of its axes."""
     from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
     set_scale("log")
@@ -167,8 +168,8 @@ def _roofline(found: Sequence[Row], ceilings: Ceilings, path: Path) -> None:
         axes.plot([start, high], [flops, flops], style, color="grey", linewidth=1, label=label)
     for row, point in zip(found, points, strict=True):
         axes.plot(*point, "o", color=FAMILY_COLOURS[row["family"]], markersize=5)
-    _scale_log(axes.xaxis, axes.set_xscale)
-    _scale_log(axes.yaxis, axes.set_yscale)
+    scale_log(axes.xaxis, axes.set_xscale)
+    scale_log(axes.yaxis, axes.set_yscale)
     axes.set_xlim(low, high)
     axes.set_xlabel("operations per byte of weights and activations")
     axes.set_ylabel("operations per second")
