@@ -13,6 +13,7 @@ from pathlib import Path
 
 import hydra
 import pytest
+from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 from rich.console import Console
 
@@ -20,6 +21,7 @@ from qat.settings import checks
 from qat.settings.arguments import groups
 from qat.settings.arms import with_arms
 from qat.settings.options import CONF, read_study
+from qat.settings.schema import TrainSettings
 from qat.study.findings import Findings
 from qat.study.study_findings import find_out
 from qat.study.study_runs import Study
@@ -64,6 +66,7 @@ def change(run: Path, **values: object) -> None:
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_every_design_composes(experiment: str) -> None:
     """All its arms, and what they say is what is set."""
+    ConfigStore.instance().store(name="train_schema", node=TrainSettings)
     study = read_study(experiment)
     assert study is not None
     for name, arm in study.arms.items():

@@ -275,8 +275,9 @@ def test_a_job_of_a_sweep_is_replayed_as_one_run(
     """The experiment's own sweep, relative paths and environment variables stay behind."""
     (tmp_path / "My text.txt").write_bytes(corpus.read_bytes())
     monkeypatch.setenv("RATE", "0.03")
-    done = train("-m", "experiment=pair", "seed=1", "sweep_name=s", "max_steps=2", "logger.tags=[a]",
-                 "data.files=['My text.txt']", "optimizer.matrix_lr=${oc.env:RATE}")  # fmt: skip
+    done = train("-m", "experiment=pair", "seed=1", "sweep_name=s", "max_steps=2",
+                 "logger.tags=[a]", "data.files=['My text.txt']",
+                 "optimizer.matrix_lr=${oc.env:RATE}")  # fmt: skip
     assert done.code == 0, done.err
     monkeypatch.delenv("RATE")
     run = Path("logs/runs/s/int6_s1")
