@@ -134,7 +134,7 @@ EVAL_CASES: list[tuple[tuple[str, ...], str]] = [
     (("qat=int6",), "qat: unknown setting; see"),
     (("-m", "seed=1,2"), "-m: eval.py does one thing at a time"),
     (("run=nobody",), "run=nobody: no such folder"),
-    (("task=report",), "runs = null: give a glob"),
+    (("task=report",), "runs = null: give study=NAME or a glob"),
     (("task=report", "runs=nothing/*"), "runs=nothing/*: no run folder found"),
     (("artifact=a.qat", "eval.precision=int4"), "eval.precision = int4"),
     (("artifact=a.qat", "data=web_bibel"), "data=web_bibel: no such option"),
