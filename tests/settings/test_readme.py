@@ -47,7 +47,7 @@ def test_command(
     seen = []
     resolve = train.resolve if name == "train" else checks.resolve_eval
     program = Program(
-        name, resolve, lambda settings, job: seen.append(settings) or 0, lambda folder, jobs: 0
+        name, resolve, lambda settings, job: seen.append(settings) or 0, after_sweep=lambda _: 0
     )
     assert main(program) == 0
     assert seen
