@@ -1,7 +1,7 @@
 """One picture of a study's report: for a PNG file as it is, for the page as SVG.
 
-Drawn in the light colours of ``report_colours.py``; in the SVG they become CSS variables, text stays
-text, and the same numbers give the same bytes.
+Drawn in the light colours of ``report_colours.py``; in the SVG they become CSS variables, text
+stays text, and the same numbers give the same bytes.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ STYLE: dict[Any, Any] = {
     "xtick.color": RULE, "ytick.color": RULE, "xtick.labelcolor": INK, "ytick.labelcolor": INK,
     "grid.color": LIGHT["grid"], "grid.linewidth": 0.6, "axes.axisbelow": True,
     "legend.frameon": False, "legend.fontsize": 8, "font.size": 9, "axes.titlesize": 9,
-    "axes.spines.top": False, "axes.spines.right": False,
+    "axes.spines.top": False, "axes.spines.right": False, "axes.unicode_minus": False,
 }  # fmt: skip
 NAME_CHARS = 34
 
