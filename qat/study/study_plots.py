@@ -29,7 +29,7 @@ from qat.study.sweep_plots import TICKS_BPB, scale_log
 
 PANELS_ABREAST = 3
 SHOWN_FROM = 0.1  # of the clock: what comes before is steep and says nothing of the arms
-WIDE = 20  # differences over so many bars are drawn as logarithms
+WIDE = 10  # differences over so many bars are drawn as logarithms
 
 
 def pictures(findings: Findings) -> list[Picture]:
