@@ -109,6 +109,8 @@ def _sections(findings: Findings, drawn: Sequence[Picture]) -> list[Section]:
 
 
 def _audit(findings: Findings) -> list[Any]:
+    if not findings.rows:
+        return ["No run was started."]
     table = tables.audit_table(findings.rows)
     wrong = len(table.bad_rows)
     summary = (

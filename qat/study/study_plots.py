@@ -19,10 +19,10 @@ from qat.study.study_picture import (
     INK,
     MUTED,
     RULE,
-    STYLE,
     SURFACE,
     WORSE,
     Picture,
+    in_style,
     wrapped,
 )
 from qat.study.sweep_plots import TICKS_BPB, scale_log
@@ -34,13 +34,8 @@ WIDE = 10  # differences over so many bars are drawn as logarithms
 
 def pictures(findings: Findings) -> list[Picture]:
     """Those that the findings have numbers for."""
-    from matplotlib import rc_context
-
-    with rc_context(STYLE):
+    with in_style():
         drawn = [_waterfall(findings), _curves(findings), _pareto(findings), _seeds(findings)]
-        for picture in drawn:
-            if picture:
-                picture.figure.draw_without_rendering()  # ticks take their colours when drawn
     return [picture for picture in drawn if picture]
 
 
@@ -99,6 +94,7 @@ def _draw_ledger(axes: Any, ledger: Ledger) -> None:
         )  # fmt: skip
     axes.axhline(0.0, color=RULE, linewidth=1)
     axes.set_xticks(range(4), ["throughput", "training", "gap", "total"], fontsize=7.5)
+    axes.use_sticky_edges = False  # numbers stand beyond the bars
     axes.margins(y=0.14)
     axes.grid(axis="y")
     axes.set_title(wrapped(ledger.name))
@@ -172,7 +168,7 @@ def _draw_curves(axes: Any, curves: Sequence[Curve]) -> None:
 
 
 def _pareto(findings: Findings) -> Picture | None:
-    from matplotlib.ticker import EngFormatter
+    from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
     shown = [treatment for treatment in findings.treatments if treatment.val_bpb]
     if not shown:
@@ -202,7 +198,8 @@ def _pareto(findings: Findings) -> Picture | None:
         if max(values) > 2 * min(values):
             scale_log(axis, set_scale)
         elif axis is axes.xaxis:
-            axis.set_major_formatter(EngFormatter(sep=""))
+            axis.set_major_locator(MaxNLocator(6))
+            axis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     axes.set_xlabel("bytes of artifact and code")
     axes.set_ylabel("val_bpb of the artifact")
     axes.grid()
@@ -243,7 +240,7 @@ def _seeds(findings: Findings) -> Picture | None:
         low, high = axes.get_xlim()
         ticks = sorted({1000 * sign * step for sign in (-1, 1) for step in TICKS_BPB})
         shown = [tick for tick in ticks if low <= tick <= high]
-        axes.set_xticks(shown, [f"{tick:+g}" for tick in shown])
+        axes.set_xticks(shown, [f"{tick:+g}" if tick else "0" for tick in shown])
         axes.set_xlim(low, high)
         axes.minorticks_off()
     axes.axvline(0.0, color=RULE, linewidth=1)
