@@ -23,7 +23,7 @@ def label_points(
     Limits, scales and legend of the axes have to be final. Where all places are taken a name is
     left out rather than written over another.
     """
-    axes.figure.canvas.draw()  # fixes the layout
+    axes.figure.draw_without_rendering()  # fixes the layout; a canvas of no backend does not
     to_points = 72 / axes.figure.dpi
     area = axes.get_window_extent()
     left, bottom, right, top = (to_points * edge for edge in area.extents)

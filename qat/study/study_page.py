@@ -109,10 +109,12 @@ def _sections(findings: Findings, drawn: Sequence[Picture]) -> list[Section]:
 
 
 def _audit(findings: Findings) -> list[Any]:
+    if not findings.rows:
+        return ["No run was started."]
     table = tables.audit_table(findings.rows)
     wrong = len(table.bad_rows)
     summary = (
-        f"{wrong} of {len(table.rows)} runs have a finding, in red and in words in the last column."
+        f"{wrong} of {len(table.rows)} runs have a finding, in red and in words."
         if wrong
         else f"All {len(table.rows)} runs finished, trained as asked and kept the clock."
     )
@@ -193,7 +195,7 @@ def _table_as_markdown(table: Table) -> str:
     for at, row in enumerate(table.rows):
         cells = [_escaped(cell).replace("|", "\\|") for cell in row]
         if at in table.bad_rows:
-            cells[-1] = f"**{cells[-1]}**"
+            cells[1] = f"**{cells[1]}**"
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

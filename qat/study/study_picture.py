@@ -1,7 +1,7 @@
 """One picture of a study's report: for a PNG file as it is, for the page as SVG.
 
-Drawn in the light colours of ``report_colours.py``; in the SVG they become CSS variables, text stays
-text, and the same numbers give the same bytes.
+Drawn in the light colours of ``report_colours.py``; in the SVG they become CSS variables, text
+stays text, and the same numbers give the same bytes.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import re
 import textwrap
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ STYLE: dict[Any, Any] = {
     "xtick.color": RULE, "ytick.color": RULE, "xtick.labelcolor": INK, "ytick.labelcolor": INK,
     "grid.color": LIGHT["grid"], "grid.linewidth": 0.6, "axes.axisbelow": True,
     "legend.frameon": False, "legend.fontsize": 8, "font.size": 9, "axes.titlesize": 9,
-    "axes.spines.top": False, "axes.spines.right": False,
+    "axes.spines.top": False, "axes.spines.right": False, "axes.unicode_minus": False,
 }  # fmt: skip
 NAME_CHARS = 34
 
@@ -38,20 +39,26 @@ class Picture:
     figure: Any
 
 
+def in_style() -> AbstractContextManager[None]:
+    """To draw in, and to save in: axes make their ticks when they are saved."""
+    from matplotlib import rc_context  # slow to import
+
+    return rc_context(STYLE)
+
+
 def save_png(picture: Picture, folder: Path) -> str:
     """Write the picture into the folder; its file's name."""
     name = f"{picture.name}.png"
-    picture.figure.savefig(folder / name, dpi=150)
+    with in_style():
+        picture.figure.savefig(folder / name, dpi=150)
     return name
 
 
 def as_svg(picture: Picture) -> Markup:
     """An ``<svg>`` to stand in an HTML page: its ids begin with the picture's name, its colours are
     CSS variables."""
-    from matplotlib import rc_context
-
     written = io.StringIO()
-    with rc_context(STYLE):
+    with in_style():
         picture.figure.savefig(written, format="svg", transparent=True)
     _, _, inside = written.getvalue().partition("</metadata>")
     inside = re.sub(r'(\bid="|xlink:href="#|url\(#)', rf"\g<1>{picture.name}-", inside)

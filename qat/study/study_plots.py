@@ -19,28 +19,23 @@ from qat.study.study_picture import (
     INK,
     MUTED,
     RULE,
-    STYLE,
     SURFACE,
     WORSE,
     Picture,
+    in_style,
     wrapped,
 )
 from qat.study.sweep_plots import TICKS_BPB, scale_log
 
 PANELS_ABREAST = 3
 SHOWN_FROM = 0.1  # of the clock: what comes before is steep and says nothing of the arms
-WIDE = 20  # differences over so many bars are drawn as logarithms
+WIDE = 10  # differences over so many bars are drawn as logarithms
 
 
 def pictures(findings: Findings) -> list[Picture]:
     """Those that the findings have numbers for."""
-    from matplotlib import rc_context
-
-    with rc_context(STYLE):
+    with in_style():
         drawn = [_waterfall(findings), _curves(findings), _pareto(findings), _seeds(findings)]
-        for picture in drawn:
-            if picture:
-                picture.figure.draw_without_rendering()  # ticks take their colours when drawn
     return [picture for picture in drawn if picture]
 
 
@@ -53,6 +48,7 @@ def _waterfall(findings: Findings) -> Picture | None:
     figure, all_axes = new_figure(
         3.3 * num_columns, 3.0 * num_rows, nrows=num_rows, ncols=num_columns, squeeze=False
     )
+    figure.get_layout_engine().set(h_pad=0.1)
     for axes, ledger in zip(all_axes.flat, ledgers, strict=False):
         _draw_ledger(axes, ledger)
     for axes in all_axes.flat[len(ledgers) :]:
@@ -62,8 +58,8 @@ def _waterfall(findings: Findings) -> Picture | None:
     totals = [f"{ledger.name}: total {text.ledger_mbpb(ledger)[-1]} mbpb" for ledger in ledgers]
     return Picture(
         "waterfall",
-        "Each bar begins where the one before ended, so the first three add up to the dark total. "
-        "Blue goes down (better), orange goes up (worse); whiskers are 95 % intervals over seeds. "
+        "Each bar begins where the one before ended, so the first three add up to the total. Blue "
+        "goes down (better), orange goes up (worse); whiskers are 95 % intervals over seeds. "
         "A hollow throughput bar is estimated from the loss curve, a full one measured by runs of "
         "equal steps. Each panel has its own scale.",
         "Waterfall of throughput, training and gap. " + "; ".join(totals),
@@ -84,19 +80,21 @@ def _draw_ledger(axes: Any, ledger: Ledger) -> None:
             at, change, 0.62, start, edgecolor=colour, linewidth=1.2,
             color=SURFACE if is_hollow else colour,
         )  # fmt: skip
-        top = max(start, start + change)
+        reached = start + change
         if part.low is not None and part.high is not None:
             low, high = start + 1000 * part.low, start + 1000 * part.high
-            # Beside the middle, where it shows against the bar.
+            # Beside the bar, which may be as dark.
             axes.plot([at + 0.4, at + 0.4], [low, high], color=INK, linewidth=1.2)
-            top = max(top, high)
+            reached = low if change < 0 else high
         if at < len(parts):
             axes.plot([at + 0.31, at + 0.69], [ends[at]] * 2, color=RULE, linewidth=0.8)
         axes.annotate(
-            number, (at, top), textcoords="offset points", xytext=(0, 3), ha="center", fontsize=8
-        )
+            number, (at, reached), textcoords="offset points", xytext=(0, -3 if change < 0 else 3),
+            ha="center", va="top" if change < 0 else "bottom", fontsize=8,
+        )  # fmt: skip
     axes.axhline(0.0, color=RULE, linewidth=1)
     axes.set_xticks(range(4), ["throughput", "training", "gap", "total"], fontsize=7.5)
+    axes.use_sticky_edges = False  # numbers stand beyond the bars
     axes.margins(y=0.14)
     axes.grid(axis="y")
     axes.set_title(wrapped(ledger.name))
@@ -128,8 +126,8 @@ def _curves(findings: Findings) -> Picture | None:
     return Picture(
         "curves",
         "Above: training loss, mean over seeds; a diamond marks the mean start of QAT. The first "
-        f"{SHOWN_FROM:.0%} of the clock may rise out of the picture. Below: validation at the end "
-        "of each arm; the line from the float weights to the artifact is the quantization gap.",
+        f"{100 * SHOWN_FROM:.0f} % of the clock may rise out of the picture. Below: validation at "
+        "the end of each arm; the line from float weights to artifact is the quantization gap.",
         "Training curves of " + ", ".join(curve.arm for curve in curves),
         figure,
     )
@@ -170,6 +168,8 @@ def _draw_curves(axes: Any, curves: Sequence[Curve]) -> None:
 
 
 def _pareto(findings: Findings) -> Picture | None:
+    from matplotlib.ticker import MaxNLocator, StrMethodFormatter
+
     shown = [treatment for treatment in findings.treatments if treatment.val_bpb]
     if not shown:
         return None
@@ -188,7 +188,7 @@ def _pareto(findings: Findings) -> Picture | None:
         )  # fmt: skip
     for label, mark, colour in (("QAT", "o", BETTER), ("no QAT", "s", WORSE)):
         axes.plot([], [], mark, color=colour, label=label)
-    axes.plot([], [], "o", color=MUTED, markerfacecolor=SURFACE, label="beaten in both")
+    axes.plot([], [], "o", color=MUTED, markerfacecolor=SURFACE, label="beaten by another")
     axes.plot([], [], color=RULE, label="frontier")
     axes.margins(0.12)
     for axis, set_scale, values in zip(
@@ -197,10 +197,13 @@ def _pareto(findings: Findings) -> Picture | None:
     ):  # fmt: skip
         if max(values) > 2 * min(values):
             scale_log(axis, set_scale)
+        elif axis is axes.xaxis:
+            axis.set_major_locator(MaxNLocator(6))
+            axis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     axes.set_xlabel("bytes of artifact and code")
     axes.set_ylabel("val_bpb of the artifact")
     axes.grid()
-    axes.legend(loc="upper right")
+    axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=4)
     order = sorted(range(len(shown)), key=lambda at: beaten[at])  # the frontier gets its names
     label_points(axes, [points[at] for at in order], [shown[at].name for at in order])
     best = [t.name for t, out in zip(shown, beaten, strict=True) if not out]
@@ -237,7 +240,7 @@ def _seeds(findings: Findings) -> Picture | None:
         low, high = axes.get_xlim()
         ticks = sorted({1000 * sign * step for sign in (-1, 1) for step in TICKS_BPB})
         shown = [tick for tick in ticks if low <= tick <= high]
-        axes.set_xticks(shown, [f"{tick:+g}" for tick in shown])
+        axes.set_xticks(shown, [f"{tick:+g}" if tick else "0" for tick in shown])
         axes.set_xlim(low, high)
         axes.minorticks_off()
     axes.axvline(0.0, color=RULE, linewidth=1)

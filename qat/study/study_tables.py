@@ -22,7 +22,7 @@ class Table:
     caption: str
     columns: dict[str, bool]  # title -> whether its cells are numbers
     rows: list[list[str]]
-    bad_rows: frozenset[int] = frozenset()  # their last cell says in words what is wrong
+    bad_rows: frozenset[int] = frozenset()  # their second cell says in words what is wrong
 
 
 def verdict_table(findings: Findings) -> Table:
@@ -124,6 +124,7 @@ def runs_table(rows: Sequence[Row]) -> Table:
     cells = [
         [
             row["run_name"],
+            row.get("note") or "",
             row["arm"],
             text.count(row.get("seed")),
             text.bpb(row.get("val_bpb_float")),
@@ -134,14 +135,13 @@ def runs_table(rows: Sequence[Row]) -> Table:
             text.count(row.get("total_bytes")),
             text.count(row.get("steps")),
             text.fixed(row.get("ms_per_step"), 1),
-            row.get("note") or "",
         ]
         for row in rows
     ]
     columns = {
-        "run": False, "arm": False, "seed": True, "float bpb": True, "artifact bpb": True,
-        "gap": True, "vs baseline": True, "artifact bytes": True, "with code": True,
-        "steps": True, "ms/step": True, "note": False,
+        "run": False, "note": False, "arm": False, "seed": True, "float bpb": True,
+        "artifact bpb": True, "gap": True, "vs baseline": True, "artifact bytes": True,
+        "with code": True, "steps": True, "ms/step": True,
     }  # fmt: skip
     bad = frozenset(at for at, row in enumerate(rows) if row["status"] != "finished")
     return Table("Every run; a baseline stored again has a row for each store", columns, cells, bad)
@@ -154,6 +154,7 @@ def audit_table(rows: Sequence[Row]) -> Table:
     cells = [
         [
             row["run_name"],
+            "; ".join(what) if what else "ok",
             row["arm"],
             text.count(row.get("seed")),
             _share(row.get("on_grid_share")),
@@ -163,14 +164,13 @@ def audit_table(rows: Sequence[Row]) -> Table:
             text.fixed(row.get("train_seconds"), 2),
             text.fixed(row.get("overshoot_seconds"), 3),
             row["status"],
-            "; ".join(what) if what else "ok",
         ]
         for row, what in zip(trained, found, strict=True)
     ]
     columns = {
-        "run": False, "arm": False, "seed": True, "on grid": True, "with gradient": True,
-        "movable": True, "QAT steps": True, "training s": True, "overshoot s": True,
-        "status": False, "finding": False,
+        "run": False, "finding": False, "arm": False, "seed": True, "on grid": True,
+        "with gradient": True, "movable": True, "QAT steps": True, "training s": True,
+        "overshoot s": True, "status": False,
     }  # fmt: skip
     bad = frozenset(at for at, what in enumerate(found) if what)
     return Table("Liveness of QAT and the training clock, run by run", columns, cells, bad)
@@ -197,7 +197,7 @@ def faults(row: Row) -> list[str]:
         found.append("QAT NEVER STARTED")
     share = row.get("on_grid_share")
     if share is not None and share < 1 and row.get("gradient") not in OFF_GRID_BY_NATURE:
-        found.append(f"OFF THE GRID: {_share(1 - share)} of the weights as last seen in training")
+        found.append(f"OFF THE GRID: {1 - share:.1e} of the weights")
     over, step = row.get("overshoot_seconds"), row.get("ms_per_step")
     if over is not None and step is not None and over > step / 1000:
         found.append(f"CLOCK OVERRUN by {1000 * over / step:.1f} steps")

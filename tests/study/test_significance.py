@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import combinations
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from qat.study.significance import BAR_NATS, Verdict, bar_in_bpb, verdict
+from qat.study.significance import BAR_NATS, Verdict, bar_in_bpb, holm, verdict
 
 SEED_STD, NOISE_STD = 0.0008, 0.0005  # between seeds, and what pairing does not cancel
 
@@ -131,3 +132,15 @@ def test_what_is_no_pair_is_refused() -> None:
     for arm, baseline in (([], []), ([1.0], [1.0, 2.0])):
         with pytest.raises(ValueError, match="not pairs"):
             verdict(arm, baseline, 0.003)
+
+
+@given(st.lists(st.floats(0, 1), max_size=6))
+def test_holm_is_the_closed_test_of_bonferroni(p_values: list[float]) -> None:
+    """A hypothesis is rejected if every set that holds it is, each by Bonferroni."""
+    everyone = range(len(p_values))
+    sets = [s for size in everyone for s in combinations(everyone, size + 1)]
+    closed = [
+        max(min(1.0, len(s) * min(p_values[i] for i in s)) for s in sets if at in s)
+        for at in everyone
+    ]
+    assert holm(p_values) == pytest.approx(closed)
