@@ -25,6 +25,7 @@ ONLY = {  # third-party package -> rooms that may import it
     "hydra": {"settings"},
     "lightning": {"training", "study"},
     "wandb": {"study"},
+    "wandb_workspaces": {"study"},
     "sentencepiece": {"language"},
     "zstandard": {"artifact"},
     "constriction": {"artifact"},
