@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import struct
+import time
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -21,6 +22,10 @@ HEADER_BYTES, BLOCK_BYTES = 7, 32 * 1024
 FULL, FIRST, MIDDLE, LAST = 1, 2, 3, 4
 
 
+class UnfinishedError(Exception):
+    """The file ends within a message: W&B's own process is still writing it."""
+
+
 def fragments(raw: bytes) -> Iterator[tuple[int, bytes]]:
     assert raw[:4] == b":W&B"
     at = HEADER_BYTES
@@ -29,24 +34,42 @@ def fragments(raw: bytes) -> Iterator[tuple[int, bytes]]:
         if left < HEADER_BYTES:  # no room for another fragment's head
             at += left
             continue
+        if len(raw) - at < HEADER_BYTES:
+            raise UnfinishedError
         crc, length, kind = struct.unpack_from("<IHB", raw, at)
         data = raw[at + HEADER_BYTES : at + HEADER_BYTES + length]
+        if len(data) < length:
+            raise UnfinishedError
         assert zlib.crc32(bytes([kind]) + data) == crc
         yield kind, data
         at += HEADER_BYTES + length
 
 
-def records(file: Path) -> Iterator[Record]:
+def records(raw: bytes) -> list[Record]:
+    found: list[Record] = []
     message, is_open = b"", False
-    for kind, data in fragments(file.read_bytes()):
+    for kind, data in fragments(raw):
         assert is_open == (kind in (MIDDLE, LAST))
         message = message + data if is_open else data
         is_open = kind in (FIRST, MIDDLE)
         if not is_open:
-            record = Record()
-            record.ParseFromString(message)
-            yield record
-    assert not is_open
+            found.append(Record())
+            found[-1].ParseFromString(message)
+    if not found or not found[-1].HasField("exit"):
+        raise UnfinishedError
+    return found
+
+
+def finished_records(file: Path) -> list[Record]:
+    """All of them: a run's ``finish()`` returns some milliseconds before the last are written."""
+    deadline = time.monotonic() + 30
+    while True:
+        try:
+            return records(file.read_bytes())
+        except UnfinishedError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.01)
 
 
 @dataclass
@@ -66,16 +89,14 @@ class OfflineRun:
 
 
 def _values(items: Any) -> dict[str, Any]:
-    return {
-        item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in items
-    }  # fmt: skip
+    return {item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in items}
 
 
-def read_offline_run(run_folder: Path) -> OfflineRun:
-    """What was logged, in order; a later value of a summary or config key replaces an earlier."""
-    (file,) = run_folder.glob("*.wandb")
-    found = OfflineRun(run_folder, RunRecord())
-    for record in records(file):
+def read_offline_run(parent: Path) -> OfflineRun:
+    """What the one offline run in ``parent`` logged; a later value of a key replaces an earlier."""
+    (file,) = parent.glob("wandb/offline-run-*/*.wandb")
+    found = OfflineRun(file.parent, RunRecord())
+    for record in finished_records(file):
         match record.WhichOneof("record_type"):
             case "run":
                 found.run = record.run
