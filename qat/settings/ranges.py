@@ -11,12 +11,14 @@ from qat.settings.schema import (
     ConstraintSettings,
     EvalSettings,
     FullEvalSettings,
+    LoggerSettings,
     ModelSettings,
     OptimizerSettings,
     ScheduleSettings,
 )
 
 MAX_VOCAB_SIZE = 65_536  # token ids are stored as uint16
+MAX_TAG_LENGTH = 64  # of W&B
 EVAL_PARTS = ("calibration", "damage", "layers", "pairs", "cost")
 
 
@@ -31,6 +33,14 @@ def one_of(setting: str, value: str, options: tuple[str, ...]) -> None:
 
 def at_least(setting: str, value: float | None, lowest: int) -> None:
     require(value is None or value >= lowest, setting, value, f"give {lowest} or more")
+
+
+def check_logger(s: LoggerSettings) -> None:
+    one_of("logger.name", s.name, ("csv", "wandb"))
+    at_least("logger.every_steps", s.every_steps, 1)
+    for tag in s.tags:
+        remedy = f"give tags of 1 to {MAX_TAG_LENGTH} characters"
+        require(1 <= len(tag) <= MAX_TAG_LENGTH, "logger.tags", tag, remedy)
 
 
 def check_optimizer(o: OptimizerSettings) -> None:

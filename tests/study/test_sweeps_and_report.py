@@ -316,22 +316,3 @@ def test_a_sweep_into_a_folder_with_glob_signs(train) -> None:
     done = train("-m", "seed=1,2", "runs_dir='a[1]'", "max_steps=1")
     assert done.code == 0, done.err
     assert len(list(Path("a[1]").glob("*/report.md"))) == 1
-
-
-def test_wandb_offline_holds_rows_config_and_group(train, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WANDB_SILENT", "true")
-    done = train("-m", "logger=wandb", "qat=none,int6", "sweep_name=pair", "max_steps=2")
-    assert done.code == 0, done.err
-    files = sorted((RUNS / "pair").glob("*/wandb/offline-run-*/*.wandb"))
-    assert len(files) == 2
-    for file, arm in zip(files, ("none", "int6"), strict=True):
-        raw = file.read_bytes()
-        for key in (
-            "val_bpb_artifact",
-            "qat_never_started",
-            "seed1337",
-            "warmdown_steps",
-            "pair",
-            arm,
-        ):
-            assert key.encode() in raw, (file, key)
