@@ -25,11 +25,8 @@ ONLY = {  # third-party package -> rooms that may import it
     "hydra": {"settings"},
     "lightning": {"training", "study"},
     "wandb": {"study"},
-<<<<<<< HEAD
     "jinja2": {"study"},
-=======
     "wandb_workspaces": {"study"},
->>>>>>> wandb
     "sentencepiece": {"language"},
     "zstandard": {"artifact"},
     "constriction": {"artifact"},

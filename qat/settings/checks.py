@@ -68,22 +68,13 @@ def resolve_train(settings: TrainSettings, choices: Mapping[str, str | None]) ->
     at_least("limit_bytes", s.limit_bytes, 1)
     check_schedule(s.schedule)
     check_averaging(s.averaging)
-<<<<<<< HEAD
     check_artifact(s.artifact)
-    at_least("logger.every_steps", s.logger.every_steps, 1)
-=======
-    at_least("artifact.fit_tokens", s.artifact.fit_tokens, 1)
     check_logger(s.logger)
->>>>>>> wandb
     one_of("precision", s.precision, ("auto", "bf16", "fp32"))
     check_eval(s.eval, s.seq_len)
     compile_choice = s.compile.lower()
     one_of("compile", compile_choice, ("auto", "true", "false"))
-<<<<<<< HEAD
-    one_of("logger.name", s.logger.name, ("csv", "wandb"))
     one_of("ledger", s.ledger, ("estimate", "full"))
-=======
->>>>>>> wandb
     at_least("checkpoint.every_steps", s.checkpoint.every_steps, 1)
     at_least("checkpoint.every_seconds", s.checkpoint.every_seconds, 0)
     _check_name("run_name", s.run_name)
