@@ -170,10 +170,11 @@ def after_sweep(sweep: Sweep) -> int:
     """Print the paired table, or the verdicts of a study; the highest exit code of the runs."""
     from qat.study.report import folders_in, report
     from qat.study.study_report import report_study
-    from qat.study.study_runs import study_file
+    from qat.study.study_runs import Study, study_file
 
     if sweep.study is not None:
-        rows = report_study(study_file(sweep.folder, sweep.study))
+        study = Study.read(study_file(sweep.folder, sweep.study))
+        rows = report_study(sweep.folder, study, sweep.settings.logger)
     else:
         rows = report(folders_in(sweep.folder), sweep.folder)
     rows = [row for row in rows if not row["exported"]]

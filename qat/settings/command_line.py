@@ -68,6 +68,7 @@ class Sweep:
     num_jobs: int
     study: str | None
     arms: list[str]  # of the study
+    settings: Any  # of the last job
     command: str  # as typed
 
 
@@ -212,7 +213,7 @@ def _check_sweep(program: Program, arguments: list[str]) -> Sweep:
     if study is None and (taken := [folder for folder in folders if folder.exists()]):
         raise UserError(f"sweep_name={taken[0].name}: {taken[0]} is there already; give another")
     command = shlex.join(["python", f"{program.config_name}.py", *sys.argv[1:]])
-    return Sweep(folders[0], len(jobs), study, list(arms), command)
+    return Sweep(folders[0], len(jobs), study, list(arms), settings, command)
 
 
 def _require_slurm() -> None:

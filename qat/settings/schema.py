@@ -262,6 +262,7 @@ class EvalTaskSettings:
     model: VocabularySettings = field(default_factory=VocabularySettings)
     sample: SampleSettings = field(default_factory=SampleSettings)
     constraints: ConstraintSettings = field(default_factory=ConstraintSettings)
+    logger: LoggerSettings = field(default_factory=LoggerSettings)  # of task=report
     submission: SubmissionSettings = field(default_factory=SubmissionSettings)
     data: DataSettings = field(default_factory=DataSettings)
     eval: FullEvalSettings = field(default_factory=FullEvalSettings)

@@ -99,7 +99,7 @@ def run(s: EvalTaskSettings) -> int:
     if s.study:
         from qat.study.study_report import report_studies
 
-        report_studies(Path(s.study))
+        report_studies(Path(s.study), s.logger)
         return 0
     assert s.runs
     folders = find_run_folders(s.runs)

@@ -220,7 +220,8 @@ def find_out(folder: Path, study: Study, console: Console) -> Findings:
                 treatments.append(treatment)
                 if treatment.is_qat and store is None:
                     ledgers += ledger_of(treatment, _twins(files, arm))
-    rows = [_row(run) for run in files.runs]
+    differences = {t.arm: t.alike.by_seed for t in treatments if t.store is None and t.alike}
+    rows = [_row(run, differences.get(run.arm, {}).get(run.seed)) for run in files.runs]
     results = [run.result for run in files.runs if run.result]
     curves = [curve_of(arm, {r.folder: r.result for r in files.of(arm).values() if r.result})
               for arm in study.arms if files.of(arm)]  # fmt: skip
@@ -258,9 +259,10 @@ def _twins(files: StudyFiles, arm: str) -> list[Twin]:
     return twins
 
 
-def _row(run: ArmRun) -> Row:
+def _row(run: ArmRun, delta_bpb: float | None) -> Row:
     if run.result is None:
         return row_without_result(run.folder, "unfinished", run.problem or "") | {
             "arm": run.arm, "seed": run.seed
         }  # fmt: skip
-    return row_of(run.result) | {"gradient": run.result.settings["qat"]["gradient"]}
+    gradient = run.result.settings["qat"]["gradient"]
+    return row_of(run.result) | {"gradient": gradient, "delta_bpb": delta_bpb}

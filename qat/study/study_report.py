@@ -2,33 +2,39 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from qat.errors import UserError
 from qat.study.study_findings import find_out
 from qat.study.study_page import write_report
-from qat.study.study_runs import SUFFIX, Study
+from qat.study.study_runs import Study, studies_in
+
+if TYPE_CHECKING:
+    from qat.settings.schema import LoggerSettings
 
 
-def report_study(file: Path) -> list[dict[str, Any]]:
-    """Print the verdict, write the report into ``<study>/`` beside the file; the runs' rows."""
-    study = Study.read(file)
-    findings = find_out(file.parent, study, Console(stderr=True))
-    folder = file.parent / study.name
+def report_study(sweep: Path, study: Study, logger: LoggerSettings) -> list[dict[str, Any]]:
+    """Print the verdict, write the report into ``<sweep>/<study>/``; the runs' rows.
+
+    With logger=wandb the comparison is logged too, in the group of the study's runs.
+    """
+    findings = find_out(sweep, study, Console(stderr=True))
+    folder = sweep / study.name
     folder.mkdir(exist_ok=True)
     written = write_report(findings, folder)
     print(findings.headline)
     print(f"written: {folder}/{', '.join(written)}")
+    if logger.name == "wandb":
+        from qat.study.wandb_comparison import log_comparison
+
+        print(log_comparison(findings, folder, replace(logger, group=logger.group or sweep.name)))
     return findings.rows
 
 
-def report_studies(folder: Path) -> None:
+def report_studies(sweep: Path, logger: LoggerSettings) -> None:
     """UserError if there is no study in the folder."""
-    files = sorted(folder.glob(f"*{SUFFIX}"))
-    if not files:
-        raise UserError(f"study={folder}: no study there; give the folder of a study's sweep")
-    for file in files:
-        report_study(file)
+    for study in studies_in(sweep):
+        report_study(sweep, study, logger)

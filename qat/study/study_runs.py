@@ -83,6 +83,26 @@ def write_study(folder: Path, name: str, arms: list[str], command: str) -> None:
     write_atomically(path, json.dumps(asdict(study), indent=1) + "\n")
 
 
+def studies_in(folder: Path) -> list[Study]:
+    """Those that sweeps left there; else that of runs put there one by one (launch/study.sh).
+
+    UserError if there is none.
+    """
+    if files := sorted(folder.glob(f"*{SUFFIX}")):
+        return [Study.read(file) for file in files]
+    arms: dict[str, dict[str, None]] = {}
+    for path in sorted(folder.glob(f"*/{CONFIG}")):
+        choices = read_config(path.parent, "study")[1]
+        experiment, arm = choices.get("experiment"), choices.get("arm")
+        if experiment and arm:
+            arms.setdefault(experiment, {})[arm] = None
+    found = [(name, read_study(name), of_one) for name, of_one in arms.items()]
+    studies = [Study(name, s, [*of_one], []) for name, s, of_one in found if s is not None]
+    if not studies:
+        raise UserError(f"study={folder}: no study there; give the folder of a study's sweep")
+    return studies
+
+
 def run_name(arm: str, seed: int) -> str:
     return f"{arm}_s{seed}"
 

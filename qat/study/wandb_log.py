@@ -48,7 +48,7 @@ def wandb_logger(
 ) -> WandbLogger:
     """Starts a W&B run in the run's folder. Tags: arm, seed, grid and the user's; UserError if W&B
     refuses it."""
-    arm = getattr(row, "arm", None) or row.qat
+    arm = row.arm or row.qat
     own_tags = [tag[:MAX_TAG_LENGTH] for tag in (arm, f"seed{row.seed}", row.grid)]
     logger = WandbLogger(
         project=s.logger.project,

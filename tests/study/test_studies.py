@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -25,7 +26,8 @@ from qat.settings.schema import TrainSettings
 from qat.study.findings import Findings
 from qat.study.study_findings import find_out
 from qat.study.study_runs import Study
-from tests.conftest import ROOT, Done, result_of
+from tests.conftest import ROOT, Done, _call, result_of
+from tests.study.offline_run import read_offline_run
 
 RUNS = Path("logs/runs")
 EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
@@ -35,10 +37,6 @@ ASKED = ("-m", "experiment=gptq", "seed=1,2", "max_steps=8", "ledger=full", "swe
 @pytest.fixture(scope="module")
 def gptq(tiny: list[str], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Done]:
     """The folder of a finished study of 2 arms x 3 stores x 2 seeds, only read, and what it said"""
-    import os
-
-    from tests.conftest import _call
-
     parent, before = tmp_path_factory.mktemp("study"), os.getcwd()
     os.chdir(parent)
     try:
@@ -206,6 +204,7 @@ def test_other_settings_in_the_same_folder_are_refused(
     assert "sweep_name=s: none_s1 was run there with max_steps = 8, not 9" in done.err
 
 
+@pytest.mark.slow
 def test_designs_share_the_arms_that_both_name(
     gptq: tuple[Path, Done], tmp_path: Path, train: Callable[..., Done]
 ) -> None:
@@ -257,6 +256,34 @@ def test_a_damaged_study_is_one_line(
     done = program("eval.py", "task=report", "study=s")
     assert (done.code, done.err.count("\n")) == (2, 1), done.err
     assert "gptq.study.json: not a study" in done.err
+
+
+def test_runs_put_in_place_one_by_one_are_a_study(
+    train: Callable[..., Done], program: Callable[..., Done]
+) -> None:
+    """As launch/study.sh does, whose runs are torchrun's."""
+    for arm in ("none", "int6"):
+        asked = (f"arm={arm}", "seed=1", f"run_name={arm}_s1", "runs_dir=logs/runs/pair")
+        assert train("experiment=pair", *asked, "max_steps=4").code == 0
+    done = program("eval.py", "task=report", "study=pair")
+    assert done.code == 0, done.err
+    assert "int6 (" in done.out
+    assert (RUNS / "pair" / "pair" / "REPORT.md").is_file()
+    assert program("eval.py", "task=report", "study=logs").code == 2
+
+
+def test_a_report_logged_to_wandb_is_in_the_group_of_its_runs(
+    gptq: tuple[Path, Done], tmp_path: Path, program: Callable[..., Done]
+) -> None:
+    own_copy(gptq[0], tmp_path)
+    done = program("eval.py", "task=report", "study=s", "logger=wandb")
+    assert done.code == 0, done.err
+    assert "wandb sync" in done.out
+    logged = read_offline_run(tmp_path / RUNS / "s" / "gptq")
+    assert (logged.run.run_group, logged.run.job_type) == ("s", "comparison")
+    (int6,) = (t for t in found(tmp_path / RUNS / "s").treatments if t.name == "int6")
+    assert int6.alike is not None
+    assert logged.summary["int6/delta_bpb"] == int6.alike.verdict.mean
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ import pytest
 from qat.study.study_page import write_report
 from tests.study.test_study_page import CASES, NAMES
 
+pytestmark = pytest.mark.slow
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run"]
 # Contrast of every text with the ground it stands on, by the formula of WCAG 2.
 CONTRASTS = """() => {
