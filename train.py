@@ -83,6 +83,7 @@ def train(s: TrainSettings, training_run) -> int:
     import torch
 
     from qat.artifact.bundle import count_code_bytes
+    from qat.artifact.container import pack
     from qat.artifact.export import ARTIFACT
     from qat.evaluation.open_model import artifact_meta
     from qat.evaluation.score import Scorer
@@ -116,7 +117,7 @@ def train(s: TrainSettings, training_run) -> int:
     training_run.start(source, tokenizer, train_stream, val_stream, plan)
 
     callbacks = [
-        Forecast(plan, None if s.artifact.fit else s.limit_bytes, count_code_bytes()),
+        Forecast(plan, None if s.artifact.fit or s.qat.rate else s.limit_bytes, count_code_bytes()),
         ProgressBar(training_run.console, tokenizer.tokens_per_byte(val_stream)),
         StopAtSigterm(),
     ]
@@ -124,9 +125,14 @@ def train(s: TrainSettings, training_run) -> int:
     first_step = state["progress"]["step"] if state is not None else 0
     trainer = build_trainer(training_run.loggers(first_step), callbacks)
     shape = BatchShape(s.batch_tokens, s.seq_len, machine.world_size(), checks.micro_batches(s))
+    meta = artifact_meta(gpt.shape, s.seq_len, tokenizer.sha256, source.identity)
+
+    def file_bytes(masters, steps) -> int:
+        return len(pack(plan.encode(masters, steps), plan, meta, s.artifact.coder))
+
     outcome = fit(
-        s, gpt, plan, train_stream, shape, trainer, training_run.checkpoint, state
-    )  # fmt: skip
+        s, gpt, plan, train_stream, shape, trainer, training_run.checkpoint, state, file_bytes
+    )
 
     def placed(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return {name: tensor.detach().to(device) for name, tensor in tensors.items()}
@@ -135,7 +141,6 @@ def train(s: TrainSettings, training_run) -> int:
     weights, steps = last, last_steps
     if outcome.average is not None:
         weights, steps = (placed(tensors) for tensors in outcome.average)
-    meta = artifact_meta(gpt.shape, s.seq_len, tokenizer.sha256, source.identity)
     model = TrainedModel(gpt.shape, weights, plan, steps, outcome.qat_last_step == outcome.steps)
     text = CalibrationText(train_stream, s.micro_batch_tokens, s.seq_len, s.precision)
     done = trainer.strategy.broadcast(

@@ -23,6 +23,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from qat.artifact.rate import bits_of_codes, entropy_bits
 from qat.quantize.grid import MAX_BITS, MIN_BITS, Grid
 from qat.quantize.plan import Encoded, Entry, Plan
 from qat.quantize.rounding import group_views
@@ -31,8 +32,6 @@ SIZES = tuple(2.0 ** (k / 3) for k in range(-15, 5))  # of a step, in standard d
 SENSITIVITY_FLOOR = 0.01  # of the tensor's mean: few batches prove nothing to be without effect
 DEAD_ZONE = 0.6  # of a step: with pruning, weights up to it become 0, not only up to 0.5
 SMALLEST_ZOOM = 0.8  # that clips no code: bits that came and went would make sizes jump
-CLASSES, CLASSES_PER_OCTAVE = 40, 2
-BITS_PER_TABLE_CELL = 6.0  # what learning one probability costs a coder, roughly
 
 
 class StepRule(NamedTuple):
@@ -180,26 +179,12 @@ def _bits_for(largest_code: float) -> int:
     return next(fit, MAX_BITS)
 
 
-def _entropy_bits(counts: Tensor) -> float:
-    """Bits for all symbols of a table of counts (classes, symbols), its own size included."""
-    counts = counts.double()
-    nats = torch.special.entr(counts).sum() - torch.special.entr(counts.sum(1)).sum()
-    return float(nats) / math.log(2) + BITS_PER_TABLE_CELL * int(counts.count_nonzero())
-
-
 def _bits_of(encoded: Encoded) -> float:
     floats = (
         encoded.floats.contiguous().view(torch.uint8).reshape(-1, encoded.floats.element_size())
     )
     planes = torch.stack([torch.bincount(plane, minlength=256) for plane in floats.T])
-    bits = _entropy_bits(planes)
+    bits = entropy_bits(planes)
     if encoded.coded is None:
         return bits
-    codes = encoded.coded.codes.reshape(encoded.entry.num_rows, -1)
-    size = codes.abs().float()
-    row, column = size.mean(1, keepdim=True), size.mean(0, keepdim=True)
-    expected = (row * column / size.mean().clamp_min(1e-9)).clamp_min_(1e-9)
-    classes = expected.log2_().mul_(CLASSES_PER_OCTAVE).add_(CLASSES - 8 * CLASSES_PER_OCTAVE)
-    classes = classes.clamp_(0, CLASSES - 1).int()
-    cells = classes.mul_(256).add_(codes.int() + 128).flatten()
-    return bits + _entropy_bits(torch.bincount(cells, minlength=256 * CLASSES).view(CLASSES, 256))
+    return bits + bits_of_codes(encoded.coded.codes.reshape(encoded.entry.num_rows, -1))

@@ -23,10 +23,12 @@ from torch import Tensor
 
 from qat.quantize.grid import Grid
 from qat.quantize.rounding import (
+    decode,
     encode,
     group_views,
     in_step_units,
     join_groups,
+    products_in_step_units,
     round_to_codes,
     snap,
     split_steps,
@@ -101,6 +103,9 @@ def _soft_round(x: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
 
 
 def _learned(w: Tensor, grid: Grid, steps: Tensor) -> Seen:
+    """``step_slope`` is d seen / d step; of products of steps in units of the product."""
+    if grid.column_steps:
+        return _learned_products(w, grid, steps)
     low, high = grid.code_limits
     coded = encode(w, grid, steps)
     seen, inside_views, slopes = [], [], []
@@ -117,6 +122,27 @@ def _learned(w: Tensor, grid: Grid, steps: Tensor) -> Seen:
     )
 
 
-def sum_per_step(x: Tensor, grid: Grid) -> Tensor:
-    """Sum over the weights that share a step; weight's shape -> (rows, groups)."""
+def _learned_products(w: Tensor, grid: Grid, steps: Tensor) -> Seen:
+    low, high = grid.code_limits
+    coded = encode(w, grid, steps)
+    x = products_in_step_units(w, coded.steps)
+    inside = (x > low) & (x < high)
+    slope = coded.codes.view_as(x).float() - x * inside
+    seen = decode(coded, grid)
+    return Seen(seen, inside.float().view_as(w), slope.view_as(w))
+
+
+def sum_per_step(x: Tensor, grid: Grid, steps: Tensor) -> Tensor:
+    """Sum over the weights that share a step; weight's shape -> (rows, groups) as ``steps``.
+
+    Of products ``x`` is in units of the product: a row's sum goes over its columns' steps, and the
+    other way, each over the root of the weights times the highest code (LSQ).
+    """
+    if grid.column_steps:
+        rows = x.size(0) if x.dim() > 1 else 1
+        of_rows, of_columns = steps[:rows], steps[rows:]
+        matrix, high = x.reshape(rows, -1), grid.code_limits[1]
+        by_row = (matrix @ of_columns) / math.sqrt(len(of_columns) * high)
+        by_column = (matrix.T @ of_rows) / math.sqrt(rows * high)
+        return torch.cat([by_row, by_column])
     return torch.cat([view.sum(-1) for view in group_views(x, grid)], dim=1)

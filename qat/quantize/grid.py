@@ -123,12 +123,13 @@ class Grid:
         )
         require(not (self.refit and self.step_rule == "learned"), "refit", "not of learned steps")
         require(not self.refit or self.levels == "ternary", "refit", "is for ternary levels")
-        plain = is_int and self.range == "symmetric" and self.step_rule == "given"
+        has_steps = self.step_rule in ("given", "learned")
+        plain = is_int and self.range == "symmetric" and has_steps
         one_group = self.group_size is None and not self.per_tensor
         require(
             not self.column_steps or (plain and one_group and self.code_step_dtype is None),
             "column_steps",
-            "goes with symmetric int levels and given steps, one per row",
+            "goes with symmetric int levels and given or learned steps, one per row",
         )
 
     @staticmethod

@@ -207,13 +207,29 @@ def _rows(w: Tensor) -> int:
     return w.size(0) if w.dim() > 1 else 1
 
 
+def products_in_step_units(w: Tensor, steps: Tensor) -> Tensor:
+    """w / (row step * column step), (rows, columns); ``steps`` (rows + columns, 1)."""
+    rows = _rows(w)
+    by_column = in_step_units(w.reshape(rows, -1), steps[rows:].float().T)
+    return in_step_units(by_column, steps[:rows].float())
+
+
+def _product_steps(w: Tensor, grid: Grid) -> Tensor:
+    """Per row by the grid's rule, 1 for every column."""
+    matrix = w.reshape(_rows(w), -1)
+    of_rows = encode(matrix, replace(grid, column_steps=False)).steps.float()
+    return torch.cat([of_rows, torch.ones_like(matrix[:1]).T])
+
+
 def encode(w: Tensor, grid: Grid, steps: Tensor | None = None) -> Codes:
     """Float32 weights -> codes and steps (and zero points).
 
     ``steps``, of the grid's ``steps_shape``, are learned or given ones; without them the grid's own
     rule finds them. ValueError if a grid of given steps is without.
     """
-    if grid.column_steps and steps is not None:
+    if grid.column_steps:
+        if steps is None:
+            steps = _product_steps(w, grid)
         rows, by_row = _rows(w), replace(grid, column_steps=False)
         columns = steps[rows:].to(DTYPES[grid.step_dtype])
         scaled = in_step_units(w.reshape(rows, len(columns)), columns.float().T).view_as(w)

@@ -39,7 +39,7 @@ class _StraightThrough(torch.autograd.Function):
             to_step = (
                 torch.zeros_like(ctx.step_like)
                 if step_slope is None
-                else sum_per_step(gradient * step_slope, ctx.grid)
+                else sum_per_step(gradient * step_slope, ctx.grid, ctx.step_like)
             )
         return (gradient if slope is None else gradient * slope), to_step, None, None, None, None
 

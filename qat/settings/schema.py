@@ -92,6 +92,7 @@ class GridSettings:  # meanings: qat/quantize/grid.py
     step_dtype: str = "fp16"  # fp32 | bf16 | fp16, as stored
     code_step_dtype: str | None = None  # null = step_dtype
     refit: bool = False  # ternary: undo the shrinkage of mean|w|
+    column_steps: bool = False  # learned steps per row and per column, multiplied
 
 
 @dataclass
@@ -114,6 +115,9 @@ class QatSettings:
     stop_step: int | None = None  # updates after this one use float weights again
     ramp_steps: int = 0  # blend from float to snapped weights over so many updates
     default_start_fraction: float = 0.5  # used when no start is given
+    # Train to limit_bytes: what the codes will cost is part of the loss (learned steps only)
+    rate: bool = False
+    rate_price: float | None = None  # nats per token and bit; null = so that the limit is met
 
 
 @dataclass

@@ -7,7 +7,9 @@ import os
 import resource
 import signal
 import sys
+import time
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +20,7 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins.environments import LightningEnvironment, TorchElasticEnvironment
 from torch.utils.data import DataLoader
 
+from qat.artifact.bundle import count_code_bytes
 from qat.language.batches import BatchShape, TrainingBatches
 from qat.language.gpt import GPT
 from qat.language.shards import TokenStream
@@ -28,6 +31,7 @@ from qat.training.checkpoint import save_checkpoint
 from qat.training.liveness import GradientLiveness
 from qat.training.module import QatModule
 from qat.training.progress import Checkpointing
+from qat.training.rate_control import File, RateControl, Tensors
 from qat.training.schedule import Schedule
 
 if TYPE_CHECKING:
@@ -195,6 +199,25 @@ class StopAtSigterm(Callback):
             signal.signal(signal.SIGTERM, self._before)
 
 
+def _rate_control(
+    s: TrainSettings,
+    plan: Plan,
+    batch_tokens: int,
+    file_bytes: Callable[[Tensors, Tensors], int],
+    trainer: Trainer,
+) -> RateControl | None:
+    if not (s.qat.enabled and s.qat.rate) or s.qat.rate_price == 0.0:
+        return None
+
+    def encode_file(masters: Tensors, steps: Tensors) -> File:
+        started = time.perf_counter()
+        num_bytes = file_bytes(masters, steps) if trainer.is_global_zero else 0
+        return trainer.strategy.broadcast(File(num_bytes, time.perf_counter() - started))
+
+    limit_bytes = s.limit_bytes - count_code_bytes()
+    return RateControl(plan, limit_bytes, batch_tokens, encode_file, s.qat.rate_price)
+
+
 def fit(
     s: TrainSettings,
     gpt: GPT,
@@ -204,10 +227,12 @@ def fit(
     trainer: Trainer,
     checkpoint: Path,
     state: dict[str, Any] | None,
+    file_bytes: Callable[[Tensors, Tensors], int],
 ) -> Outcome:
     """Train ``gpt`` in place, from ``state`` if there is one, and say what happened.
 
-    Rank 0 writes ``checkpoint`` now and then, and at the end. TrainingError if a loss is not finite
+    Rank 0 writes ``checkpoint`` now and then, and at the end. ``file_bytes`` encodes masters and
+    learned steps, for a run that is trained to a number of bytes. TrainingError if a loss is not finite
     or the disk is full; PreemptedError after SIGTERM.
     """
 
@@ -227,6 +252,7 @@ def fit(
         s.logger.every_steps,
         Checkpointing(write, s.checkpoint.every_steps, s.checkpoint.every_seconds),
         Averaging(**vars(s.averaging)),
+        _rate_control(s, plan, shape.batch_tokens, file_bytes, trainer),
     )
     if state is not None:
         module.resume(state)

@@ -36,6 +36,7 @@ from qat.training.liveness import (
 from qat.training.metrics import PendingMetrics
 from qat.training.optimizers import build_optimizers, set_rates
 from qat.training.priming import Snapshot
+from qat.training.rate_control import RateControl
 from qat.training.progress import Checkpointing, Progress
 from qat.training.schedule import Schedule
 
@@ -59,6 +60,7 @@ class QatModule(LightningModule):
         log_every_steps: int,
         checkpointing: Checkpointing,
         averaging: Averaging,
+        rate_control: RateControl | None = None,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
@@ -79,6 +81,7 @@ class QatModule(LightningModule):
         self._micro_losses: list[Tensor] = []
         self._metrics = PendingMetrics()
         self._checkpointing, self.averaging = checkpointing, averaging
+        self.rate_control = rate_control
         self._resumed_optimizers: list[dict] = []
         self._micro = 0
         self._graph_checked = False
@@ -101,6 +104,7 @@ class QatModule(LightningModule):
             "learned_steps": {n: s.detach() for n, s in self.switch.learned_steps.items()},
             "averaging": self.averaging.state(),
             "progress": asdict(self.progress),
+            "rate_control": None if self.rate_control is None else self.rate_control.state(),
             "switched_at": self._switched_at,
             "on_grid_share": self.on_grid_share,
             "gradients": None if self.gradients is None else self.gradients._asdict(),
@@ -114,6 +118,10 @@ class QatModule(LightningModule):
         self._resumed_optimizers = state["optimizers"]
         self.switch.set_steps(state["learned_steps"])
         self.averaging.resume(state["averaging"])
+        if self.rate_control is not None:
+            self.rate_control.resume(state["rate_control"], next(self.gpt.parameters()).device)
+            if state["switched_at"] is not None:
+                self.schedule = self.schedule.shortened(self.rate_control.kept_seconds)
         self.progress = Progress(**state["progress"])
         self.clock = TrainingClock(self.progress.elapsed_seconds)
         self._checkpointing.last_seconds = self.progress.elapsed_seconds
@@ -182,6 +190,7 @@ class QatModule(LightningModule):
         rate = self.schedule.rate(p.step, p.elapsed_seconds)
         optimizers = self.trainer.optimizers
         set_rates(optimizers, rate, self.schedule.momentum(p.step))
+        self._weigh_bits()
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
@@ -191,6 +200,16 @@ class QatModule(LightningModule):
             self._finish_priming_step()
         else:
             self._finish_step(rate, loss)
+
+    def _weigh_bits(self) -> None:
+        """The loss's gradients are in place: add those of the bits, or before the switch learn
+        from them."""
+        if self.rate_control is None or self.is_priming:
+            return
+        if self.switch.is_on:
+            self.rate_control.add_gradients(self.masters, self.switch.learned_steps)
+        else:
+            self.rate_control.observe(self.masters)
 
     def _finish_priming_step(self) -> None:
         if self.device.type == "cuda":
@@ -219,13 +238,22 @@ class QatModule(LightningModule):
         p, s = self.progress, self.schedule
         if self._switched_at is None and s.qat_starts(p.step, p.elapsed_seconds):
             self._switched_at = s.progress(p.step, p.elapsed_seconds)
+            if self.rate_control is not None:
+                self.switch.set_steps(self.rate_control.first_steps(self.masters))
+                self.schedule = s.shortened(self.rate_control.kept_seconds)
         self._refresh(self._switched_at is not None and not s.qat_stopped(p.step))
 
+    @property
+    def _done_since_switch(self) -> float:
+        """Share of the time from the switch to the end."""
+        p, start = self.progress, self._switched_at
+        now = self.schedule.progress(p.step, p.elapsed_seconds)
+        return (now - start) / (1.0 - start) if start is not None and start < 1.0 else 1.0
+
     def _refresh(self, is_on: bool) -> None:
-        p, s = self.progress, self.schedule
-        now, start = s.progress(p.step, p.elapsed_seconds), self._switched_at
-        done = (now - start) / (1.0 - start) if start is not None and start < 1.0 else 1.0
-        self.switch.refresh(self.masters, is_on, p.step, done, s.blend(p.qat_steps))
+        p = self.progress
+        blend = self.schedule.blend(p.qat_steps)
+        self.switch.refresh(self.masters, is_on, p.step, self._done_since_switch, blend)
 
     def _finish_step(self, rate: float, loss: Tensor) -> None:
         p = self.progress
@@ -246,6 +274,9 @@ class QatModule(LightningModule):
         if self.is_over:
             self._finish_training()
             return
+        if self.rate_control is not None and self.switch.is_on:
+            steps = self.switch.learned_steps
+            self.rate_control.follow(self.masters, steps, self._done_since_switch)
         if self.switch.is_on and self.schedule.qat_stopped(p.step):
             self.clock.pause()
             self._measure_liveness()
@@ -281,6 +312,8 @@ class QatModule(LightningModule):
         if self.device.type == "cuda":
             torch.cuda.synchronize()
         p = self.progress
+        if self.rate_control is not None and self.switch.is_on:
+            self.rate_control.land(self.masters, self.switch.learned_steps)
         p.elapsed_seconds = self.clock.agree()
         self.clock.pause()
         p.train_loss = self._metrics.write(self.loggers)

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,12 @@ class Schedule:
         by_steps = step / self.max_steps if self.max_steps is not None else 0.0
         by_clock = elapsed_seconds / self.budget_seconds if self.budget_seconds is not None else 0.0
         return max(by_steps, by_clock)
+
+    def shortened(self, seconds: float) -> Schedule:
+        """Ends so much sooner, if the clock ends it."""
+        if self.budget_seconds is None:
+            return self
+        return replace(self, budget_seconds=self.budget_seconds - seconds)
 
     @property
     def asks_for_qat(self) -> bool:

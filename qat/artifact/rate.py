@@ -1,0 +1,70 @@
+"""What codes will cost before they are coded, and how that changes with the weights and steps.
+
+A code costs what its distribution costs, and the coder knows distributions by expected magnitude
+(mean of the row * mean of the column), so codes are sorted into classes of it and a tensor's
+estimate is the entropy within its classes, tables included. It is piecewise constant in the
+weights; between whole codes it is drawn as a line, whose slope is the gradient straight through
+rounding: d bits / d x = bits(k + 1) - bits(k) for x = w / step between the codes k and k + 1.
+The tables are taken as fixed: by how much a code makes its like cheaper is left out, as it is of
+second order.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+CLASSES, CLASSES_PER_OCTAVE = 40, 2
+SYMBOLS = 256
+BITS_PER_TABLE_CELL = 6.0  # what learning one probability costs a coder, roughly
+UNSEEN = 0.5  # counted for codes that do not occur, so that their cost is finite
+
+
+def classes_of(codes: Tensor) -> Tensor:
+    """(rows, columns) codes, any dtype -> int32 classes of expected magnitude."""
+    size = codes.abs().float()
+    row, column = size.mean(1, keepdim=True), size.mean(0, keepdim=True)
+    least = 1e-9
+    log_row = (row / size.mean().clamp_min(least)).clamp_min(least).log2()
+    expected = log_row + column.clamp_min(least).log2()
+    classes = expected.mul_(CLASSES_PER_OCTAVE).add_(CLASSES - 8 * CLASSES_PER_OCTAVE)
+    return classes.clamp_(0, CLASSES - 1).int()
+
+
+def entropy_bits(counts: Tensor) -> float:
+    """Bits for all symbols of a table of counts (classes, symbols), its own size included."""
+    counts = counts.double()
+    nats = torch.special.entr(counts).sum() - torch.special.entr(counts.sum(1)).sum()
+    return float(nats) / math.log(2) + BITS_PER_TABLE_CELL * int(counts.count_nonzero())
+
+
+def count_codes(codes: Tensor, classes: Tensor) -> Tensor:
+    """(CLASSES, SYMBOLS) counts of int8 codes; symbol 128 is the code 0."""
+    cells = (classes * SYMBOLS).add_(codes.int() + SYMBOLS // 2).flatten()
+    return torch.bincount(cells, minlength=SYMBOLS * CLASSES).view(CLASSES, SYMBOLS)
+
+
+def bits_of_codes(codes: Tensor) -> float:
+    """Estimated bits of int8 codes (rows, columns)."""
+    return entropy_bits(count_codes(codes, classes_of(codes)))
+
+
+class Rate(NamedTuple):
+    bits: float  # estimate of what the codes cost
+    slope: Tensor  # d bits / d x, of x's shape
+
+
+def rate_of(x: Tensor, codes: Tensor) -> Rate:
+    """``x``: float32 weights in units of their step (rows, columns); ``codes``: x rounded."""
+    classes = classes_of(codes)
+    counts = count_codes(codes, classes)
+    # Distributions are symmetric: both signs count for a magnitude, which steadies rare codes.
+    both = (counts + counts.flip(1).roll(1, 1)).float().div_(2).clamp_min_(UNSEEN)
+    cost = -(both / both.sum(1, keepdim=True)).log2()
+    steps_up = cost[:, 1:] - cost[:, :-1]  # from code k - 128 to the next
+    below = x.floor().clamp_(-SYMBOLS // 2, SYMBOLS // 2 - 2).int()
+    cells = (classes * (SYMBOLS - 1)).add_(below + SYMBOLS // 2)
+    return Rate(entropy_bits(counts), steps_up.flatten()[cells.long()])
