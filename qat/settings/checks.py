@@ -25,6 +25,7 @@ from qat.settings.ranges import (
     check_model,
     check_optimizer,
     check_parts,
+    check_rate,
     check_schedule,
     check_vocab_size,
     one_of,
@@ -84,6 +85,7 @@ def resolve_train(settings: TrainSettings, choices: Mapping[str, str | None]) ->
     _check_data(s.data)
     one_of("data.source", s.data.source, TEXT_SOURCES)
     _check_implied_choices(s.qat, choices)
+    check_rate(s)
     return replace(
         s,
         precision=machine.faster_precision() if s.precision == "auto" else s.precision,

@@ -15,6 +15,7 @@ from qat.settings.schema import (
     ModelSettings,
     OptimizerSettings,
     ScheduleSettings,
+    TrainSettings,
 )
 
 MAX_VOCAB_SIZE = 65_536  # token ids are stored as uint16
@@ -77,6 +78,24 @@ def check_artifact(a: ArtifactSettings) -> None:
     one_of("artifact.method", a.method, ("round", "gptq"))
     if a.fit and a.method == "gptq":
         raise UserError("artifact.fit and artifact.method = gptq both choose codes; give one")
+
+
+def check_rate(s: TrainSettings) -> None:
+    """Training to a number of bytes decides alone how the last weights are stored."""
+    price = s.qat.rate_price
+    require(price is None or 0 <= price < math.inf, "qat.rate_price", price, "give 0 or more")
+    if not (s.qat.enabled and s.qat.rate):
+        return
+    learned = "takes learned steps of rows and columns; give qat=rd"
+    one_of_learned = s.grid.step_rule == "learned" and s.grid.column_steps
+    require(one_of_learned, "qat.rate", "true", learned)
+    for setting, value, allowed in (
+        ("artifact.fit", s.artifact.fit, False),
+        ("artifact.method", s.artifact.method, "round"),
+        ("averaging", s.averaging.kind, "none"),
+        ("qat.stop_step", s.qat.stop_step, None),
+    ):
+        require(value == allowed, setting, value, "not with qat.rate = true; drop it")
 
 
 def check_averaging(a: AveragingSettings) -> None:

@@ -30,6 +30,7 @@ from qat.training.build import switch_of
 from qat.training.checkpoint import save_checkpoint
 from qat.training.liveness import GradientLiveness
 from qat.training.module import QatModule
+from qat.training.module_state import resume
 from qat.training.progress import Checkpointing
 from qat.training.rate_control import File, RateControl, Tensors
 from qat.training.schedule import Schedule
@@ -232,8 +233,8 @@ def fit(
     """Train ``gpt`` in place, from ``state`` if there is one, and say what happened.
 
     Rank 0 writes ``checkpoint`` now and then, and at the end. ``file_bytes`` encodes masters and
-    learned steps, for a run that is trained to a number of bytes. TrainingError if a loss is not finite
-    or the disk is full; PreemptedError after SIGTERM.
+    learned steps, for a run that is trained to a number of bytes. TrainingError if a loss is not
+    finite or the disk is full; PreemptedError after SIGTERM.
     """
 
     def write(state: dict[str, Any]) -> None:
@@ -255,7 +256,7 @@ def fit(
         _rate_control(s, plan, shape.batch_tokens, file_bytes, trainer),
     )
     if state is not None:
-        module.resume(state)
+        resume(module, state)
         log.info("going on after step %d", module.progress.step)
     if module.is_over:  # it was stopped after its last update; ranks still have to meet
         trainer.strategy.setup_environment()

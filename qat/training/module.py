@@ -13,8 +13,6 @@ from __future__ import annotations
 import logging
 import statistics
 import time
-from dataclasses import asdict
-from typing import Any
 
 import torch
 from lightning import LightningModule
@@ -34,10 +32,11 @@ from qat.training.liveness import (
     measure_on_grid_share,
 )
 from qat.training.metrics import PendingMetrics
+from qat.training.module_state import state_of
 from qat.training.optimizers import build_optimizers, set_rates
 from qat.training.priming import Snapshot
-from qat.training.rate_control import RateControl
 from qat.training.progress import Checkpointing, Progress
+from qat.training.rate_control import RateControl
 from qat.training.schedule import Schedule
 
 log = logging.getLogger("qat")
@@ -80,12 +79,12 @@ class QatModule(LightningModule):
         self._log_every_steps = log_every_steps
         self._micro_losses: list[Tensor] = []
         self._metrics = PendingMetrics()
-        self._checkpointing, self.averaging = checkpointing, averaging
+        self.checkpointing, self.averaging = checkpointing, averaging
         self.rate_control = rate_control
-        self._resumed_optimizers: list[dict] = []
+        self.resumed_optimizers: list[dict] = []
         self._micro = 0
         self._graph_checked = False
-        self._switched_at: float | None = None  # progress of the run at the switch
+        self.switched_at: float | None = None  # progress of the run at the switch
         self._precision = precision
         if compile_model:
             torch.compiler.reset()  # graphs of earlier runs of a sweep count against a limit
@@ -95,40 +94,6 @@ class QatModule(LightningModule):
         enabled = self._precision == "bf16"
         with torch.autocast(ids_BT.device.type, torch.bfloat16, enabled=enabled):
             return torch.func.functional_call(self.gpt, weights, (ids_BT, targets_BT))
-
-    def state(self) -> dict[str, Any]:
-        """Everything a later process needs; tensors are not copied."""
-        return {
-            "weights": {name: p.detach() for name, p in self.masters.items()},
-            "optimizers": [optimizer.state_dict() for optimizer in self.trainer.optimizers],
-            "learned_steps": {n: s.detach() for n, s in self.switch.learned_steps.items()},
-            "averaging": self.averaging.state(),
-            "progress": asdict(self.progress),
-            "rate_control": None if self.rate_control is None else self.rate_control.state(),
-            "switched_at": self._switched_at,
-            "on_grid_share": self.on_grid_share,
-            "gradients": None if self.gradients is None else self.gradients._asdict(),
-        }
-
-    @torch.no_grad()
-    def resume(self, state: dict[str, Any]) -> None:
-        """Go on from ``state`` at the next ``fit``."""
-        for name, parameter in self.masters.items():
-            parameter.copy_(state["weights"][name])
-        self._resumed_optimizers = state["optimizers"]
-        self.switch.set_steps(state["learned_steps"])
-        self.averaging.resume(state["averaging"])
-        if self.rate_control is not None:
-            self.rate_control.resume(state["rate_control"], next(self.gpt.parameters()).device)
-            if state["switched_at"] is not None:
-                self.schedule = self.schedule.shortened(self.rate_control.kept_seconds)
-        self.progress = Progress(**state["progress"])
-        self.clock = TrainingClock(self.progress.elapsed_seconds)
-        self._checkpointing.last_seconds = self.progress.elapsed_seconds
-        self._switched_at = state["switched_at"]
-        self.on_grid_share = state["on_grid_share"]
-        if state["gradients"] is not None:
-            self.gradients = GradientLiveness(**state["gradients"])
 
     @property
     def is_over(self) -> bool:
@@ -144,10 +109,10 @@ class QatModule(LightningModule):
         return build_optimizers(self.gpt, self._optimizer_settings, learned_steps)
 
     def on_train_start(self) -> None:
-        for optimizer, state in zip(
-            self.trainer.optimizers, self._resumed_optimizers, strict=False
-        ):
+        for optimizer, state in zip(self.trainer.optimizers, self.resumed_optimizers, strict=False):
             optimizer.load_state_dict(state)
+        if self.rate_control is not None:
+            self.rate_control.encode_file(self.masters, self.switch.learned_steps)  # compiles
         probe = torch.zeros(1, PROBE_TOKENS, dtype=torch.long, device=self.device)
         check_all_seen(self.gpt, self.switch.plan.snap(self.masters), probe)
         if self.is_priming:
@@ -236,17 +201,17 @@ class QatModule(LightningModule):
     def _switch_for_next_step(self) -> None:
         """Snap for the next update if QAT is on by then, and still on."""
         p, s = self.progress, self.schedule
-        if self._switched_at is None and s.qat_starts(p.step, p.elapsed_seconds):
-            self._switched_at = s.progress(p.step, p.elapsed_seconds)
+        if self.switched_at is None and s.qat_starts(p.step, p.elapsed_seconds):
+            self.switched_at = s.progress(p.step, p.elapsed_seconds)
             if self.rate_control is not None:
                 self.switch.set_steps(self.rate_control.first_steps(self.masters))
                 self.schedule = s.shortened(self.rate_control.kept_seconds)
-        self._refresh(self._switched_at is not None and not s.qat_stopped(p.step))
+        self._refresh(self.switched_at is not None and not s.qat_stopped(p.step))
 
     @property
     def _done_since_switch(self) -> float:
         """Share of the time from the switch to the end."""
-        p, start = self.progress, self._switched_at
+        p, start = self.progress, self.switched_at
         now = self.schedule.progress(p.step, p.elapsed_seconds)
         return (now - start) / (1.0 - start) if start is not None and start < 1.0 else 1.0
 
@@ -284,7 +249,7 @@ class QatModule(LightningModule):
             self.clock.start()
         if len(self._metrics) >= self._log_every_steps:
             p.train_loss = self._metrics.write(self.loggers)
-        if self.clock.stop_agreed or self._checkpointing.is_due(p.step, p.elapsed_seconds):
+        if self.clock.stop_agreed or self.checkpointing.is_due(p.step, p.elapsed_seconds):
             self._save()
         if self.clock.stop_agreed:
             raise PreemptedError(f"stopped after step {p.step}")
@@ -295,8 +260,8 @@ class QatModule(LightningModule):
         self.clock.pause()
         if len(self._metrics):
             self.progress.train_loss = self._metrics.write(self.loggers)
-        self._checkpointing.write(self.state())
-        self._checkpointing.last_seconds = self.progress.elapsed_seconds
+        self.checkpointing.write(state_of(self))
+        self.checkpointing.last_seconds = self.progress.elapsed_seconds
         self.clock.start()
 
     def _wait_for_previous_step(self) -> None:
@@ -319,7 +284,7 @@ class QatModule(LightningModule):
         p.train_loss = self._metrics.write(self.loggers)
         if not p.qat_steps or self.switch.is_on:  # else it was measured when QAT stopped
             self._measure_liveness()
-        self._checkpointing.write(self.state())
+        self.checkpointing.write(state_of(self))
         self.trainer.should_stop = True
 
     def _measure_liveness(self) -> None:

@@ -150,9 +150,7 @@ class RateControl:
         row = matrix.mean(1, keepdim=True)
         column = (matrix / row).mean(0, keepdim=True)
         at_mean = column.log().mean().exp()  # columns around 1, so that bf16 suits both
-        return torch.cat(
-            [(12 / math.log(2) / (row * at_mean)).sqrt(), (at_mean / column).sqrt().T]
-        )
+        return torch.cat([(12 / math.log(2) / (row * at_mean)).sqrt(), (at_mean / column).sqrt().T])
 
     @torch.no_grad()
     def add_gradients(self, masters: Tensors, steps: Tensors) -> None:

@@ -1,0 +1,113 @@
+"""qat=rd: ends at the limit, goes on after a kill, and is learned-step QAT where bits are free."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from qat.artifact.bundle import count_code_bytes
+from qat.artifact.container import read_artifact
+from qat.errors import TrainingError
+from qat.training import checkpoint
+from tests.conftest import Done, result_of
+
+RUNS = Path("logs/runs")
+WEIGHTS = 77_824  # on the grid, of the tiny model
+
+
+def limit(bits_per_weight: float) -> int:
+    return count_code_bytes() + 3_000 + int(WEIGHTS * bits_per_weight / 8)
+
+
+def share_of_limit(run: str, limit_bytes: int) -> float:
+    return result_of(RUNS / run)["artifact_bytes"] / (limit_bytes - count_code_bytes())
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_it_ends_at_the_limit(bits: int, train: Callable[..., Done]) -> None:
+    done = train("qat=rd", f"limit_bytes={limit(bits)}", "max_steps=60", "run_name=r")
+    assert done.code == 0, done.err
+    assert 0.999 <= share_of_limit("r", limit(bits)) <= 1.0
+    row = result_of(RUNS / "r")
+    assert row["on_grid_share"] == 1.0
+    assert row["val_bpb_snapped"] == pytest.approx(row["val_bpb_artifact"], abs=1e-12)
+    assert row["grid"] == "int8_learned_bf16_columns"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("bits", [2, 3, 6])
+def test_ten_seeds_and_three_limits(bits: int, seed: int, train: Callable[..., Done]) -> None:
+    asked = ("qat=rd", f"limit_bytes={limit(bits)}", f"seed={seed}", "max_steps=80", "run_name=r")
+    done = train(*asked)
+    assert done.code == 0, done.err
+    assert 0.999 <= share_of_limit("r", limit(bits)) <= 1.0
+
+
+def test_where_bits_are_free_it_is_learned_step_qat(train: Callable[..., Done]) -> None:
+    given = ("qat.start_step=5", "max_steps=12")
+    assert train("qat=rd", "qat.rate_price=0", "run_name=free", *given).code == 0
+    assert train("qat=rd", "qat.rate=false", "run_name=plain", *given).code == 0
+    free, plain = ((RUNS / name / "artifact.qat").read_bytes() for name in ("free", "plain"))
+    assert free == plain
+
+
+def test_a_given_price_is_kept_and_bits_follow_it(train: Callable[..., Done]) -> None:
+    sizes = []
+    for price in ("1e-6", "1e-4"):
+        asked = (f"qat.rate_price={price}", f"run_name=p{price}", "max_steps=30")
+        assert train("qat=rd", *asked).code == 0
+        sizes.append(result_of(RUNS / f"p{price}")["artifact_bytes"])
+    assert sizes[0] > 1.3 * sizes[1]
+
+
+def test_it_goes_on_with_the_same_bits(
+    train: Callable[..., Done], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = ("qat=rd", f"limit_bytes={limit(3)}", "max_steps=40", "checkpoint.every_steps=7")
+    assert train(*given, "run_name=whole").code == 0
+    save = checkpoint.save_checkpoint
+    writes = []
+
+    def save_then_die(path: Path, state: dict) -> None:
+        save(path, state)
+        writes.append(path)
+        if len(writes) == 4:  # after step 28, with QAT on since 20
+            raise TrainingError("killed here")
+
+    monkeypatch.setattr("qat.training.fit.save_checkpoint", save_then_die)
+    assert train(*given, "run_name=killed").code == 1
+    monkeypatch.setattr("qat.training.fit.save_checkpoint", save)
+    assert train(f"resume={RUNS / 'killed'}").code == 0
+    whole, killed = ((RUNS / n / "artifact.qat").read_bytes() for n in ("whole", "killed"))
+    assert whole == killed
+
+
+def test_the_file_reads_back_what_training_saw(train: Callable[..., Done]) -> None:
+    assert train("qat=rd", f"limit_bytes={limit(3)}", "max_steps=30", "run_name=r").code == 0
+    artifact = read_artifact(RUNS / "r" / "artifact.qat")
+    state = checkpoint.load_checkpoint(RUNS / "r" / "checkpoint.ckpt")
+    assert state is not None
+    snapped = artifact.plan.snap(state["weights"], state["learned_steps"])
+    for name, weight in artifact.weights.items():
+        assert torch.equal(weight, snapped[name]), name
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        (("qat=int6", "qat.rate=true"), "qat.rate = true: takes learned steps"),
+        (("qat=rd", "artifact.fit=true"), "artifact.fit = True: not with qat.rate"),
+        (("qat=rd", "averaging=ema"), "averaging = ema: not with qat.rate"),
+        (("qat=rd", "qat.rate_price=-1"), "qat.rate_price = -1.0: give 0 or more"),
+    ],
+)
+def test_mistakes(asked: tuple[str, ...], message: str, train: Callable[..., Done]) -> None:
+    done = train(*asked)
+    assert (done.code, done.err.count("error:")) == (2, 1), done.err
+    assert message in done.err
+    assert not (RUNS).exists() or shutil.rmtree(RUNS) is None
