@@ -154,9 +154,11 @@ class RateControl:
 
     @torch.no_grad()
     def add_gradients(self, masters: Tensors, steps: Tensors) -> None:
-        """Beside the loss's, before an update with QAT on."""
+        """Beside the loss's, before an update with QAT on; now and then the price moves."""
         if self.updates % EVERY == 0:
-            self.measure(masters, steps)
+            bits = self.ratio * self.measure(masters, steps)
+            if self.is_adapted:
+                self._move_to_limit(bits, steps)
         for entry in self.entries:
             gradient, step_gradient = masters[entry.name].grad, steps[entry.name].grad
             assert gradient is not None
@@ -181,14 +183,10 @@ class RateControl:
 
     @torch.no_grad()
     def follow(self, masters: Tensors, steps: Tensors, done: float) -> None:
-        """After an update; ``done``: share of the time from the switch to the end."""
-        if not self.is_adapted:
-            return
-        if self.real_left and done >= self.real_left[0]:
+        """After an update: is it time to encode? ``done``: share of the time from the switch on."""
+        if self.is_adapted and self.real_left and done >= self.real_left[0]:
             self.real_left.pop(0)
             self._encode_and_move(masters, steps)
-        elif self.updates % EVERY == 0:
-            self._move_to_limit(self.ratio * self.measure(masters, steps), steps)
 
     def _encode_and_move(self, masters: Tensors, steps: Tensors) -> None:
         file = self.encode_file(masters, steps)
