@@ -132,7 +132,6 @@ class RateControl:
                  for e in self.entries}  # fmt: skip
         if self.is_adapted:
             self._encode_and_move(masters, steps)
-            self._encode_and_move(masters, steps)
             log.info(
                 "train to bytes: price %.2e nats per bit, %.2f s an encoding",
                 self.price, self.file_seconds,
