@@ -4,41 +4,49 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from qat.study.findings import Comparison, Treatment
-from qat.study.significance import LEVEL
+from qat.study.findings import Comparison, Interval, Ledger, Treatment
 
-Compared = list[tuple[str, Comparison]]
+Effects = Sequence[tuple[str, Interval]]
 
 
-def headline_of(treatments: Sequence[Treatment]) -> str:
-    """Arms with QAT, stored as the baseline and against as many bytes, then those without."""
-    alike = [(t, t.alike) for t in treatments if t.alike is not None]
-    as_large = [(t.name, t.equal_bytes) for t in treatments if t.equal_bytes is not None]
-    sentences = [
-        ("At equal wallclock and stored alike, QAT", [(t.name, c) for t, c in alike if t.is_qat]),
+def headline_of(treatments: Sequence[Treatment], ledgers: Sequence[Ledger]) -> str:
+    """QAT stored as the baseline is, as if it took no time, and against as many bytes; then what
+    changed without QAT."""
+    alike = [(t, _interval(t.alike)) for t in treatments if t.alike is not None]
+    measured = [(ledger.name, ledger.at_equal_steps) for ledger in ledgers if ledger.is_measured]
+    as_large = [(t.name, _interval(t.equal_bytes)) for t in treatments if t.equal_bytes is not None]
+    sentences: list[tuple[str, Effects]] = [
+        ("At equal wallclock and stored alike, QAT", [(t.name, i) for t, i in alike if t.is_qat]),
+        ("At equal steps, as if it took no time, it", measured),
         ("Against a baseline that the solver fits to as many bytes, it", as_large),
-        ("Without QAT, a change", [(t.name, c) for t, c in alike if not t.is_qat]),
+        ("Without QAT, a change", [(t.name, i) for t, i in alike if not t.is_qat]),
     ]
-    said = [f"{start} {_sorted_out(found)}." for start, found in sentences if found]
+    said = [f"{start} {_sorted_out(effects)}." for start, effects in sentences if effects]
     return " ".join(said) or "No arm has a baseline to compare with."
 
 
-def _sorted_out(found: Compared) -> str:
-    """Which pay, which cost, which are not decided."""
+def _interval(comparison: Comparison) -> Interval:
+    v = comparison.verdict
+    return Interval(v.mean, v.low, v.high)
+
+
+def _sorted_out(effects: Effects) -> str:
+    """Which pay, which cost, which are not decided at 95 %."""
     pays: list[str] = []
     costs: list[str] = []
     undecided: list[str] = []
-    for name, comparison in found:
-        v = comparison.verdict
-        is_decided = v.p_value is not None and v.p_value < LEVEL
-        of_its_kind = undecided if not is_decided else pays if v.mean < 0 else costs
-        of_its_kind.append(f"{name} ({_in_mbpb(comparison)})")
+    for name, effect in effects:
+        if effect.low is None or effect.high is None or effect.low <= 0.0 <= effect.high:
+            of_its_kind = undecided
+        else:
+            of_its_kind = pays if effect.mean < 0.0 else costs
+        of_its_kind.append(f"{name} ({_in_mbpb(effect)})")
     kinds = [("pays for", pays), ("costs with", costs), ("is undecided for", undecided)]
     return "; ".join(f"{verb} {', '.join(names)}" for verb, names in kinds if names)
 
 
-def _in_mbpb(comparison: Comparison) -> str:
-    v = comparison.verdict
-    if v.low is None or v.high is None:
-        return f"{1000 * v.mean:+.1f} mbpb, one seed"
-    return f"{1000 * v.mean:+.1f} mbpb, 95 % {1000 * v.low:+.1f} to {1000 * v.high:+.1f}"
+def _in_mbpb(effect: Interval) -> str:
+    if effect.low is None or effect.high is None:
+        return f"{1000 * effect.mean:+.1f} mbpb, one seed"
+    mean, low, high = (f"{1000 * bpb:+.1f}" for bpb in (effect.mean, effect.low, effect.high))
+    return f"{mean} mbpb, 95 % {low} to {high}"

@@ -227,7 +227,7 @@ def find_out(folder: Path, study: Study, console: Console) -> Findings:
     return Findings(
         name=study.name,
         question=study.settings.question,
-        headline=headline_of(treatments),
+        headline=headline_of(treatments, ledgers),
         baseline=study.settings.baseline,
         seeds=sorted({run.seed for run in files.runs}),
         budget_seconds=results[0].settings["budget_seconds"] if results else None,
