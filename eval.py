@@ -34,7 +34,7 @@ TASKS = {
     "fit": "qat.study.fit_task",
     "sweep": "qat.study.sweep_task",
     "audit": "qat.evaluation.audit_task",
-    "report": "qat.study.report",
+    "report": "qat.study.study_report",
     "choose": "qat.study.choose_task",
     "convert": "qat.evaluation.convert_task",
     "submission": "qat.study.submission",

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from importlib import import_module
 from pathlib import Path
 
 from qat.errors import PreemptedError, TrainingError, UserError
@@ -19,6 +20,8 @@ from qat.settings.command_line import INTERRUPTED, Job, Program, Sweep, main
 from qat.settings.schema import TrainSettings
 
 log = logging.getLogger("qat")
+# Imported by name: what only a study needs is no part of train_gpt.py, which is one run.
+STUDY_RUNS, STUDY_REPORT = "qat.study.study_runs", "qat.study.study_report"
 
 
 def resolve(settings: TrainSettings, choices) -> TrainSettings:
@@ -28,10 +31,6 @@ def resolve(settings: TrainSettings, choices) -> TrainSettings:
 
         settings, choices = saved_settings(settings)
     settings = checks.resolve_train(settings, choices)
-    if choices.get("arm"):
-        from qat.study.study_runs import check_same
-
-        check_same(settings, choices["arm"])
     from qat.training.build import check_coder, plan_of, shape_of, switch_of
 
     check_coder(settings)
@@ -43,9 +42,7 @@ def resolve(settings: TrainSettings, choices) -> TrainSettings:
 def run(s: TrainSettings, job: Job) -> int:
     """One run to its row, or an arm of a study with all that belongs to it; the exit code."""
     if job.sweep_dir is not None and job.choices.get("arm"):
-        from qat.study.study_runs import run_arm
-
-        return run_arm(s, job, run_one)
+        return import_module(STUDY_RUNS).run_arm(s, job, run_one)
     if s.resume is not None:
         from qat.study.resume import is_finished, saved_job
 
@@ -166,24 +163,19 @@ def train(s: TrainSettings, training_run) -> int:
 
 def before_sweep(sweep: Sweep) -> None:
     if sweep.study is not None:
-        from qat.study.study_runs import write_study
-
-        write_study(sweep.folder, sweep.study, sweep.arms, sweep.command)
+        import_module(STUDY_RUNS).begin(sweep)
 
 
 def after_sweep(sweep: Sweep) -> int:
     """Print the paired table, or the verdicts of a study; the highest exit code of the runs."""
     from qat.study.report import folders_in, report
-    from qat.study.study_report import report_study
-    from qat.study.study_runs import Study, study_file
 
     if sweep.study is not None:
-        study = Study.read(study_file(sweep.folder, sweep.study))
-        rows = report_study(sweep.folder, study, sweep.settings.logger)
+        rows = import_module(STUDY_REPORT).report_sweep(sweep)
     else:
         rows = report(folders_in(sweep.folder), sweep.folder)
     rows = [row for row in rows if not row["exported"]]
-    return max([row.get("exit_code", 1) for row in rows] + [int(sweep.num_jobs > len(rows))])
+    return max([row.get("exit_code", 1) for row in rows] + [int(len(sweep.jobs) > len(rows))])
 
 
 PROGRAM = Program("train", resolve, run, before_sweep, after_sweep)

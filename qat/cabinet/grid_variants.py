@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from qat.artifact.container import pack
 from qat.cabinet.calibration import read_inputs
-from qat.cabinet.methods import Method, gptq, lite, nearest, scaled
+from qat.cabinet.methods import Method, encoded_by, gptq, lite, nearest, scaled
 from qat.cabinet.variant import Kept, Variant, inner_bytes
 from qat.evaluation.layer_inputs import EMBEDDING, HEAD, LayerInputs
 from qat.language.gpt import GPT, GPTShape, tensor_shapes
@@ -80,18 +80,6 @@ def plan_for(shape: GPTShape, grid: Grid, embedding: Grid) -> Plan:
     """Every matrix on ``grid``, embedding and head on theirs, vectors fp32."""
     rules = RULES | {EMBEDDING: "embedding", HEAD: "embedding", "*.weight": "grid"}
     return build_plan(tensor_shapes(shape), {"grid": grid, "embedding": embedding}, rules)
-
-
-def encoded_by(plan: Plan, weights: Mapping[str, Tensor], method: Method) -> list[Encoded]:
-    """Every tensor as a file stores it: matrices by ``method``, the others as the plan says."""
-    found = []
-    for item in plan.encode(weights):
-        if item.entry.grid is not None:
-            entry, codes = method(item.entry, weights[item.entry.name])
-            zeros = None if codes.zeros is None else codes.zeros.cpu()
-            item = Encoded(entry, Codes(codes.codes.cpu(), codes.steps.cpu(), zeros))
-        found.append(item)
-    return found
 
 
 def kept(encoded: list[Encoded], more: Mapping[str, Tensor] | None = None) -> Kept:

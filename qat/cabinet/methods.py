@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import torch
@@ -11,11 +11,23 @@ from torch import Tensor
 from qat.evaluation.layer_inputs import EMBEDDING, HEAD, LayerInputs
 from qat.quantize.awq import awq
 from qat.quantize.gptq import GptqFactor
-from qat.quantize.plan import Entry
+from qat.quantize.plan import Encoded, Entry, Plan
 from qat.quantize.rounding import Codes, decode, encode, weighted_steps
 
 LITE_PERCENTILES = (0.999, 0.9995, 0.9999, 0.99999, 1.0)  # GPTQ-lite's candidates
 Method = Callable[[Entry, Tensor], tuple[Entry, Codes]]  # codes of a matrix, and its grid
+
+
+def encoded_by(plan: Plan, weights: Mapping[str, Tensor], method: Method) -> list[Encoded]:
+    """Every tensor as a file stores it: matrices by ``method``, the others as the plan says."""
+    found = []
+    for item in plan.encode(weights):
+        if item.entry.grid is not None:
+            entry, codes = method(item.entry, weights[item.entry.name])
+            zeros = None if codes.zeros is None else codes.zeros.cpu()
+            item = Encoded(entry, Codes(codes.codes.cpu(), codes.steps.cpu(), zeros))
+        found.append(item)
+    return found
 
 
 def nearest(entry: Entry, w: Tensor) -> tuple[Entry, Codes]:

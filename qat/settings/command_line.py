@@ -65,10 +65,8 @@ class Sweep:
     """Several runs, checked: where they go, and the study that they are, if one."""
 
     folder: Path
-    num_jobs: int
     study: str | None
-    arms: list[str]  # of the study
-    settings: Any  # of the last job
+    jobs: list[tuple[Any, Mapping[str, str | None]]]  # settings and choices of each
     command: str  # as typed
 
 
@@ -195,25 +193,24 @@ def _check_sweep(program: Program, arguments: list[str]) -> Sweep:
         ]
         jobs = list(itertools.product(*choices))
         names: list[str | None] = []
-        arms: dict[str, None] = {}
+        checked: list[tuple[Any, Mapping[str, str | None]]] = []
         folders: list[Path] = []
         for job in jobs:
             config = compose(list(job))
             runtime_choices = dict(config.hydra.runtime.choices)
-            if runtime_choices.get(ARM):
-                arms[runtime_choices[ARM]] = None
             folders.append(Path(config.hydra.sweep.dir))
             del config.hydra
             settings = program.resolve(OmegaConf.to_object(config), runtime_choices)
             names.append(getattr(settings, "run_name", None))
+            checked.append((settings, runtime_choices))
     shared = {name for name in names if name is not None and names.count(name) > 1}
     if shared:
         raise UserError(f"run_name={min(shared)}: {len(jobs)} jobs would share it; leave it out")
-    study = runtime_choices["experiment"] if arms else None
+    study = runtime_choices["experiment"] if runtime_choices.get(ARM) else None
     if study is None and (taken := [folder for folder in folders if folder.exists()]):
         raise UserError(f"sweep_name={taken[0].name}: {taken[0]} is there already; give another")
     command = shlex.join(["python", f"{program.config_name}.py", *sys.argv[1:]])
-    return Sweep(folders[0], len(jobs), study, list(arms), settings, command)
+    return Sweep(folders[0], study, checked, command)
 
 
 def _require_slurm() -> None:

@@ -57,6 +57,7 @@ class Ledger:
     training: Interval  # what fake quantization does to the float weights at equal steps
     gap: Interval  # change of the quantization gap
     total: Interval
+    at_equal_steps: Interval  # training + gap: the total if QAT took no time
     basis: str  # in words: how throughput was found
     against: str = "none"  # the arm that shares all but QAT with it
 

@@ -72,8 +72,9 @@ def ledger_of(treatment: Treatment, twins: Sequence[Twin]) -> list[Ledger]:
         else:
             throughput = estimated_throughput(twin)
         found.append(parts_of(twin, throughput))
-    columns = [interval(values) for values in zip(*found, strict=True)]
-    throughput_part, training, gap, total = (Interval(*column) for column in columns)
+    columns = [Interval(*interval(values)) for values in zip(*found, strict=True)]
+    throughput_part, training, gap, total = columns
+    at_equal_steps = Interval(*interval([parts.training + parts.gap for parts in found]))
     lost = np.mean([1 - (t.arm.steps or 0) / (t.baseline.steps or 1) for t in twins])
     basis = (
         "the baseline trained again for as many steps"
@@ -88,6 +89,7 @@ def ledger_of(treatment: Treatment, twins: Sequence[Twin]) -> list[Ledger]:
             training=training,
             gap=gap,
             total=total,
+            at_equal_steps=at_equal_steps,
             basis=f"{basis}; {100 * lost:.1f} % of the steps lost",
             against=twins[0].baseline.arm or twins[0].baseline.qat,
         )

@@ -24,6 +24,10 @@ def difference_bpb(value: float | None) -> str:
     return NOTHING if value is None else f"{value:+.5f}"
 
 
+def difference_mbpb(value: float) -> str:
+    return f"{1000 * value:+,.2f}"
+
+
 def p(value: float | None) -> str:
     if value is None:
         return NOTHING

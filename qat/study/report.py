@@ -5,7 +5,7 @@ from __future__ import annotations
 import glob
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -15,9 +15,6 @@ from qat.evaluation.print_wide import print_wide
 from qat.study.pairing import build_rows
 from qat.study.run_folder import CONFIG, write_atomically
 from qat.study.verdicts import verdict_lines
-
-if TYPE_CHECKING:
-    from qat.settings.schema import EvalTaskSettings
 
 # column title -> (key, format)
 COLUMNS = {
@@ -91,18 +88,3 @@ def report(folders: list[Path], into: Path) -> list[dict[str, Any]]:
     write_atomically(into / "report.json", json.dumps(rows, indent=1) + "\n")
     print(f"also written: {into / 'report.md'} and report.json")
     return rows
-
-
-def run(s: EvalTaskSettings) -> int:
-    """``eval.py task=report``: of studies into their folder; of other runs beside them if they
-    share a folder, else into runs_dir."""
-    if s.study:
-        from qat.study.study_report import report_studies
-
-        report_studies(Path(s.study), s.logger)
-        return 0
-    assert s.runs
-    folders = find_run_folders(s.runs)
-    parents = {folder.parent for folder in folders}
-    report(folders, parents.pop() if len(parents) == 1 else Path(s.runs_dir))
-    return 0

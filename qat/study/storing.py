@@ -14,8 +14,7 @@ from torch import Tensor
 
 from qat.artifact.export import Export, export
 from qat.cabinet.calibration import MAX_TOKENS, read_inputs, training_sequences
-from qat.cabinet.grid_variants import encoded_by
-from qat.cabinet.methods import gptq
+from qat.cabinet.methods import encoded_by, gptq
 from qat.errors import TrainingError
 from qat.language.shards import TokenStream
 from qat.quantize.plan import Encoded

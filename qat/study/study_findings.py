@@ -84,7 +84,6 @@ class StudyFiles:
     def __init__(self, runs: Iterable[ArmRun], study: Study, console: Console) -> None:
         self.runs = list(runs)
         self.study, self.console = study, console
-        self.problems: dict[tuple[str, int], str] = {}
 
     def of(self, arm: str) -> dict[int, ArmRun]:
         """By seed, those that have a score."""
@@ -228,7 +227,7 @@ def find_out(folder: Path, study: Study, console: Console) -> Findings:
     return Findings(
         name=study.name,
         question=study.settings.question,
-        headline=headline_of(treatments),
+        headline=headline_of(treatments, ledgers),
         baseline=study.settings.baseline,
         seeds=sorted({run.seed for run in files.runs}),
         budget_seconds=results[0].settings["budget_seconds"] if results else None,
@@ -251,8 +250,9 @@ def _twins(files: StudyFiles, arm: str) -> list[Twin]:
             continue
         try:
             stored = files.stored(other, files.target(run, None))
-        except (UserError, TrainingError):
-            continue  # the treatment names this seed with the reason
+        except (UserError, TrainingError) as error:
+            files.console.print(f"no ledger of {run.folder.name}: {error}", highlight=False)
+            continue
         equal = Result.read(run.folder / EQUAL_STEPS)
         equal_bpb = equal.val_bpb_float if equal is not None else None
         twins.append(Twin(run.result, other.result, other.folder, stored.val_bpb, equal_bpb))

@@ -32,7 +32,7 @@ from qat.study.run_folder import CONFIG, read_config, write_atomically
 from qat.study.store_again import export_again, storage_of
 
 if TYPE_CHECKING:
-    from qat.settings.command_line import Job
+    from qat.settings.command_line import Job, Sweep
 
 log = logging.getLogger("qat")
 EQUAL_STEPS = "equal_steps"
@@ -69,17 +69,21 @@ def study_file(folder: Path, name: str) -> Path:
     return folder / f"{name}{SUFFIX}"
 
 
-def write_study(folder: Path, name: str, arms: list[str], command: str) -> None:
-    """Say in a sweep's folder which study it is, beside the arms and commands given before."""
-    settings = read_study(name)
+def begin(sweep: Sweep) -> None:
+    """Before the first run: say in the folder which study it is, beside the arms and commands given
+    before. UserError if a run of it is there that was another."""
+    assert sweep.study is not None
+    for settings, choices in sweep.jobs:
+        _check_same(settings, str(choices["arm"]))
+    settings = read_study(sweep.study)
     assert settings is not None
-    path = study_file(folder, name)
-    before = Study.read(path) if path.is_file() else Study(name, settings, [], [])
-    all_arms = dict.fromkeys([*before.arms, *arms])
-    ordered = [a for a in settings.arms if a in all_arms]
-    ordered += [a for a in all_arms if a not in settings.arms]
-    study = Study(name, settings, ordered, list(dict.fromkeys([*before.commands, command])))
-    folder.mkdir(parents=True, exist_ok=True)
+    path = study_file(sweep.folder, sweep.study)
+    known = Study.read(path) if path.is_file() else Study(sweep.study, settings, [], [])
+    asked = dict.fromkeys([*known.arms, *(str(choices["arm"]) for _, choices in sweep.jobs)])
+    arms = sorted(asked, key=lambda arm: [*settings.arms, *asked].index(arm))
+    commands = list(dict.fromkeys([*known.commands, sweep.command]))
+    sweep.folder.mkdir(parents=True, exist_ok=True)
+    study = Study(sweep.study, settings, arms, commands)
     write_atomically(path, json.dumps(asdict(study), indent=1) + "\n")
 
 
@@ -107,7 +111,7 @@ def run_name(arm: str, seed: int) -> str:
     return f"{arm}_s{seed}"
 
 
-def check_same(s: TrainSettings, arm: str) -> None:
+def _check_same(s: TrainSettings, arm: str) -> None:
     """UserError if this arm and seed were run in the study's folder with other settings."""
     folder = Path(s.runs_dir) / s.sweep_name / run_name(arm, s.seed)
     if not (folder / CONFIG).is_file():

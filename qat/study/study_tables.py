@@ -102,10 +102,12 @@ def ledger_table(findings: Findings) -> Table:
             f"{number} {_bounds_mbpb(part)}".strip()
             for number, part in zip(text.ledger_mbpb(ledger), parts, strict=True)
         ]
-        rows.append([ledger.name, *cells, _throughput_basis(ledger)])
+        equal = ledger.at_equal_steps
+        cells.append(f"{text.difference_mbpb(equal.mean)} {_bounds_mbpb(equal)}".strip())
+        rows.append([ledger.name, *cells, ledger.against, _throughput_basis(ledger)])
     columns = {
         "treatment": False, "throughput": True, "training": True, "gap": True, "total": True,
-        "throughput is": False,
+        "training + gap": True, "against": False, "throughput is": False,
     }  # fmt: skip
     return Table("In mbpb (0.001 bits per byte), with 95 % intervals", columns, rows)
 

@@ -70,6 +70,7 @@ def _tables(findings: Findings) -> dict[str, wandb.Table]:
         | _interval("training", ledger.training)
         | _interval("gap", ledger.gap)
         | _interval("total", ledger.total)
+        | _interval("at_equal_steps", ledger.at_equal_steps)
         for ledger in findings.ledgers
     ]
     runs = [{k: v for k, v in row.items() if k != "settings"} for row in findings.rows]

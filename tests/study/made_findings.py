@@ -78,7 +78,7 @@ def make_findings(
         throughput, training, gap = (interval([parts[seed][i] for seed in seeds]) for i in range(3))
         total = interval(list(differences.values()))
         basis = "runs of 1,190 steps" if at % 2 == 0 else "slope of the loss curve at the end"
-        ledgers.append(Ledger(name, at % 2 == 0, throughput, training, gap, total, basis))
+        ledgers.append(Ledger(name, at % 2 == 0, throughput, training, gap, total, gap, basis))
         curves.append(make_curve(name, 30.0 + 3 * at, 1.349 + at / 500, 1.3555 + size))
     rows = [make_row(f"run-{at}", "int6 on int6", at % num_seeds + 1) for at in range(num_rows)]
     findings = Findings(

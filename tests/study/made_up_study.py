@@ -24,7 +24,8 @@ def made_up(**changed: object) -> Findings:
                    equal_bytes=comparison({1: 0.5}))  # fmt: skip
     dead = replace(base, name="dead", val_bpb={}, total_bytes={}, missing_seeds={1: "diverged"})
     ledger = Ledger("int4", True, Interval(0.01, 0.005, 0.015), Interval(0.02, None, None),
-                    Interval(-0.05, -0.06, -0.04), NO_INTERVAL, "equal steps")  # fmt: skip
+                    Interval(-0.05, -0.06, -0.04), NO_INTERVAL, Interval(-0.03, -0.04, -0.02),
+                    "equal steps")  # fmt: skip
     rows = [
         {"run_name": "a", "qat": "int4", "val_bpb_artifact": 1.125, "data": {"val": "0"},
          "settings": {"secret": 1}},

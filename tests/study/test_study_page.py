@@ -203,7 +203,7 @@ def test_rounded_parts_add_up_and_are_near(parts: list[float]) -> None:
 def test_a_ledger_that_does_not_add_up_is_refused() -> None:
     part = Interval(0.001, None, None)
     with pytest.raises(ValueError, match="do not add up"):
-        number_text.ledger_mbpb(Ledger("a", True, part, part, part, part, "b"))
+        number_text.ledger_mbpb(Ledger("a", True, part, part, part, part, part, "b"))
 
 
 @pytest.mark.parametrize(

@@ -77,7 +77,8 @@ def test_the_comparisons_tables(study: Path) -> None:
          "throughput_bpb": 0.01, "throughput_low": 0.005, "throughput_high": 0.015,
          "training_bpb": 0.02, "training_low": None, "training_high": None,
          "gap_bpb": -0.05, "gap_low": -0.06, "gap_high": -0.04,
-         "total_bpb": 0.0, "total_low": None, "total_high": None}
+         "total_bpb": 0.0, "total_low": None, "total_high": None,
+         "at_equal_steps_bpb": -0.03, "at_equal_steps_low": -0.04, "at_equal_steps_high": -0.02}
     ]  # fmt: skip
     assert found.table("runs") == [
         {"run_name": "a", "qat": "int4", "val_bpb_artifact": 1.125, "data": '{"val": "0"}',
