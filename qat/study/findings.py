@@ -25,7 +25,9 @@ class Interval:
 class Comparison:
     """A treatment against a reference with the same seeds."""
 
-    against: str  # in words
+    against: str  # the reference in words
+    val_bpb: dict[int, float]  # of the reference, by seed
+    total_bytes: dict[int, int]
     by_seed: dict[int, float]  # treatment - reference
     verdict: Verdict
 

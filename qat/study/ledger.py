@@ -79,7 +79,7 @@ def ledger_of(treatment: Treatment, twins: Sequence[Twin]) -> list[Ledger]:
     basis = (
         "the baseline trained again for as many steps"
         if is_measured
-        else "estimated from the baseline's training loss before its warmdown"
+        else "by the baseline's training loss before its warmdown"
     )
     return [
         Ledger(

@@ -174,8 +174,8 @@ def treatment_of(files: StudyFiles, arm: str, store: str | None) -> Treatment | 
         val_bpb={seed: s.val_bpb for seed, s in scores.items()},
         total_bytes={seed: s.total_bytes for seed, s in scores.items()},
         missing_seeds=missing,
-        alike=_comparison(scores, alike, settings.baseline),
-        equal_bytes=_comparison(scores, as_large, f"{settings.baseline}, fitted to as many bytes"),
+        alike=_comparison(scores, alike, f"{settings.baseline} on {_grids(alike)}"),
+        equal_bytes=_comparison(scores, as_large, f"{settings.baseline} fitted to {name}'s bytes"),
     )
 
 
@@ -190,17 +190,22 @@ def _why_unpaired(run: ArmRun, base: ArmRun | None) -> str | None:
     return None
 
 
+def _grids(files: dict[int, Stored]) -> str:
+    return ", ".join(sorted({file.grid for file in files.values()}))
+
+
 def _comparison(
-    scores: dict[int, Stored], references: dict[int, Stored], baseline: str
+    scores: dict[int, Stored], references: dict[int, Stored], against: str
 ) -> Comparison | None:
     seeds = [seed for seed in scores if seed in references]
     if not seeds:
         return None
-    grids = sorted({references[seed].grid for seed in seeds})
     first = scores[seeds[0]]
     ours, theirs = ([found[s].val_bpb for s in seeds] for found in (scores, references))
     return Comparison(
-        against=f"{baseline} on {', '.join(grids)}",
+        against=against,
+        val_bpb={seed: references[seed].val_bpb for seed in seeds},
+        total_bytes={seed: references[seed].total_bytes for seed in seeds},
         by_seed={seed: scores[seed].val_bpb - references[seed].val_bpb for seed in seeds},
         verdict=verdict(ours, theirs, bar_in_bpb(first.val_bpb, first.val_loss)),
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import accumulate
 from statistics import mean, stdev
-from typing import Any
+from typing import Any, NamedTuple
 
 from qat.evaluation.full_plots import new_figure
 from qat.study import number_text as text
@@ -167,23 +167,43 @@ def _draw_curves(axes: Any, curves: Sequence[Curve]) -> None:
     axes.legend(loc="upper right")
 
 
+class _File(NamedTuple):
+    name: str
+    is_qat: bool
+    val_bpb: dict[int, float]
+    total_bytes: dict[int, int]
+
+
+def _files(findings: Findings) -> list[_File]:
+    """What treatments are stored as, then the references among which they are not."""
+    found = [
+        _File(t.name, t.is_qat, t.val_bpb, t.total_bytes) for t in findings.treatments if t.val_bpb
+    ]
+    for treatment in findings.treatments:
+        for reference in (treatment.alike, treatment.equal_bytes):
+            if reference and reference.val_bpb not in [file.val_bpb for file in found]:
+                of_reference = reference.val_bpb, reference.total_bytes
+                found.append(_File(reference.against, False, *of_reference))
+    return found
+
+
 def _pareto(findings: Findings) -> Picture | None:
     from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
-    shown = [treatment for treatment in findings.treatments if treatment.val_bpb]
+    shown = _files(findings)
     if not shown:
         return None
-    points = [(mean(t.total_bytes.values()), mean(t.val_bpb.values())) for t in shown]
+    points = [(mean(f.total_bytes.values()), mean(f.val_bpb.values())) for f in shown]
     keys = ("num_bytes", "bpb")
     beaten = dominated([dict(zip(keys, point, strict=True)) for point in points], keys)
     figure, axes = new_figure(8.6, 5.2)
     line = sorted(point for point, out in zip(points, beaten, strict=True) if not out)
     axes.plot(*zip(*line, strict=True), color=RULE, linewidth=1.2, drawstyle="steps-post")
-    for treatment, (x, y), is_beaten in zip(shown, points, beaten, strict=True):
-        colour = BETTER if treatment.is_qat else WORSE
+    for file, (x, y), is_beaten in zip(shown, points, beaten, strict=True):
+        colour = BETTER if file.is_qat else WORSE
         axes.errorbar(
-            x, y, xerr=_spread(treatment.total_bytes), yerr=_spread(treatment.val_bpb),
-            fmt="o" if treatment.is_qat else "s", color=colour, elinewidth=1, capsize=2,
+            x, y, xerr=_spread(file.total_bytes), yerr=_spread(file.val_bpb),
+            fmt="o" if file.is_qat else "s", color=colour, elinewidth=1, capsize=2,
             markersize=5 if is_beaten else 7, markerfacecolor=SURFACE if is_beaten else colour,
         )  # fmt: skip
     for label, mark, colour in (("QAT", "o", BETTER), ("no QAT", "s", WORSE)):
@@ -206,12 +226,13 @@ def _pareto(findings: Findings) -> Picture | None:
     axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=4)
     order = sorted(range(len(shown)), key=lambda at: beaten[at])  # the frontier gets its names
     label_points(axes, [points[at] for at in order], [shown[at].name for at in order])
-    best = [t.name for t, out in zip(shown, beaten, strict=True) if not out]
+    best = [file.name for file, out in zip(shown, beaten, strict=True) if not out]
     return Picture(
         "pareto",
-        "Down and left is better. Each mark is a mean over seeds, its whiskers one standard "
-        "deviation. The line is the frontier: no other treatment has fewer bytes and a lower "
-        "val_bpb; hollow marks are beaten by one that is no worse in either.",
+        "Down and left is better. Treatments, and the files of the baseline that they are compared "
+        "with. Each mark is a mean over seeds, its whiskers one standard deviation. The line is "
+        "the frontier: no other has fewer bytes and a lower val_bpb; hollow marks are beaten by "
+        "one that is no worse in either.",
         "Bytes against val_bpb. On the frontier: " + ", ".join(best),
         figure,
     )

@@ -11,7 +11,8 @@ NO_INTERVAL = Interval(0.0, None, None)
 
 
 def comparison(by_seed: dict[int, float]) -> Comparison:
-    return Comparison("the same", by_seed, verdict(list(by_seed.values()), [0.0] * len(by_seed), 3))
+    found = verdict(list(by_seed.values()), [0.0] * len(by_seed), 3)
+    return Comparison("the same", dict.fromkeys(by_seed, 1.0), {1: 70}, by_seed, found)
 
 
 def made_up(**changed: object) -> Findings:

@@ -218,9 +218,8 @@ def test_designs_share_the_arms_that_both_name(
     assert {t.name for t in bits.treatments} == {"none", "int3"}
     (int3,) = (t for t in bits.treatments if t.name == "int3")
     assert int3.equal_bytes is not None
-    assert int3.equal_bytes.against == "none, fitted to as many bytes on " + "".join(
-        {json.loads(p.read_text())["grid"] for p in folder.glob("none_s1/exports/*fit*.json")}
-    )
+    assert int3.equal_bytes.against == "none fitted to int3's bytes"
+    assert 0.999 <= int3.equal_bytes.total_bytes[1] / int3.total_bytes[1] <= 1.0
 
 
 @pytest.mark.parametrize(
