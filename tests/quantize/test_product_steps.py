@@ -30,7 +30,9 @@ def test_without_steps_columns_have_1() -> None:
     w, _ = products(1)
     found = encode(w, GRID)
     assert torch.equal(found.steps[6:], torch.ones(10, 1))
-    assert torch.equal(found.steps[:6], encode(w, Grid(bits=4, step_rule="mse", step_dtype="fp32")).steps)
+    assert torch.equal(
+        found.steps[:6], encode(w, Grid(bits=4, step_rule="mse", step_dtype="fp32")).steps
+    )
 
 
 def test_gradients_are_those_of_rounding_seen_straight_through() -> None:
@@ -51,5 +53,7 @@ def test_gradients_are_those_of_rounding_seen_straight_through() -> None:
     assert leaf_w.grad is not None
     assert leaf.grad is not None
     torch.testing.assert_close(upstream * seen.slope, leaf_w.grad)
-    scale = torch.cat([torch.full((6, 1), math.sqrt(10 * 7)), torch.full((10, 1), math.sqrt(6 * 7))])
+    scale = torch.cat(
+        [torch.full((6, 1), math.sqrt(10 * 7)), torch.full((10, 1), math.sqrt(6 * 7))]
+    )
     torch.testing.assert_close(ours, leaf.grad / scale)
