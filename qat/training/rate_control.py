@@ -130,6 +130,8 @@ class RateControl:
             self.price = 2.0**high
         steps = {e.name: _zoomed(factors[e.name], math.sqrt(self.price), e.num_rows)
                  for e in self.entries}  # fmt: skip
+        for entry in self.entries:
+            _unclip(entry, masters[entry.name], steps[entry.name])
         if self.is_adapted:
             self._encode_and_move(masters, steps)
             log.info(
@@ -171,7 +173,9 @@ class RateControl:
         total = 0.0
         for entry in self.entries:
             assert entry.grid is not None
-            w, stored = masters[entry.name], _as_stored(entry, steps[entry.name])
+            w = masters[entry.name]
+            _unclip(entry, w, steps[entry.name])
+            stored = _as_stored(entry, steps[entry.name])
             x = products_in_step_units(w, stored)
             rate = rate_of(x, round_to_codes(x, entry.grid).to(torch.int8))
             pull = products_in_step_units(rate.slope, stored)
@@ -236,6 +240,16 @@ class RateControl:
             )
 
 
+@torch.no_grad()
+def _unclip(entry: Entry, w: Tensor, steps: Tensor) -> None:
+    """Widen the steps of rows whose largest weight has no code: clipping costs more than bits."""
+    assert entry.grid is not None
+    by_column = w.detach().reshape(entry.num_rows, -1) / steps[entry.num_rows :].T
+    needed = by_column.abs().amax(1, keepdim=True) / entry.grid.code_limits[1]
+    rows = steps[: entry.num_rows]
+    rows.copy_(rows.maximum(needed))
+
+
 def _as_stored(entry: Entry, steps: Tensor) -> Tensor:
     assert entry.grid is not None
     return steps.to(DTYPES[entry.grid.step_dtype]).float()
@@ -250,6 +264,8 @@ def _sampled_bits(entry: Entry, w: Tensor, factors: Tensor, scale: float) -> flo
     """Of every ``SAMPLE``-th row."""
     assert entry.grid is not None
     num_rows = entry.num_rows
-    steps = torch.cat([scale * factors[:num_rows:SAMPLE], factors[num_rows:]])
-    x = products_in_step_units(w.reshape(num_rows, -1)[::SAMPLE], steps)
+    steps = _zoomed(factors, scale, num_rows)
+    _unclip(entry, w, steps)
+    rows = torch.cat([steps[:num_rows:SAMPLE], steps[num_rows:]])
+    x = products_in_step_units(w.reshape(num_rows, -1)[::SAMPLE], rows)
     return bits_of_codes(round_to_codes(x, entry.grid).to(torch.int8))
