@@ -62,7 +62,7 @@ def make_findings(
         differences = {seed: sum(parts[seed]) for seed in seeds}
         bpb = {seed: base[seed] + differences[seed] for seed in seeds}
         found = verdict(list(bpb.values()), list(base.values()), BAR_BPB)
-        at_bytes = {seed: 1_826_038 - 140_000 * at for seed in seeds}
+        at_bytes = dict.fromkeys(seeds, 1826038 - 140000 * at)
         alike = Comparison(f"none, rounded to {grid}", base, at_bytes, differences, found)
         shifted = {seed: delta + 0.004 for seed, delta in differences.items()}
         fitted = verdict(list(shifted.values()), [0.0] * num_seeds, BAR_BPB)
