@@ -15,7 +15,7 @@ from qat.errors import UserError
 from qat.study import provenance
 
 CONFIG, OVERRIDES, LOG, CHECKPOINT = "config.yaml", "overrides.yaml", "train.log", "checkpoint.ckpt"
-CHOICES, EXPORTS = "choices.json", "exports"
+CHOICES, EXPORTS, LOCK = "choices.json", "exports", ".lock"
 
 
 def claim(parent: Path, typed_name: str | None, default_name: str) -> Path:
@@ -53,7 +53,7 @@ def write_atomically(path: Path, text: str) -> None:
 
 def lock(folder: Path) -> filelock.FileLock:
     """Hold the folder while this process lives. UserError if another process does."""
-    held = filelock.FileLock(folder / ".lock")
+    held = filelock.FileLock(folder / LOCK)
     try:
         held.acquire(timeout=0)
     except filelock.Timeout:

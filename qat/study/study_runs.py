@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -28,7 +29,7 @@ from qat.settings.schema import (
 )
 from qat.study.pairing import flat
 from qat.study.result import Result
-from qat.study.run_folder import CONFIG, read_config, write_atomically
+from qat.study.run_folder import CHOICES, CONFIG, LOCK, read_config, write_atomically
 from qat.study.store_again import export_again, storage_of
 
 if TYPE_CHECKING:
@@ -154,6 +155,8 @@ def _run_once(s: TrainSettings, job: Job, folder: Path, run_one: RunOne) -> int:
         return result.exit_code
     if (folder / CONFIG).is_file():
         s = replace(s, resume=str(folder))
+    elif folder.is_dir() and {path.name for path in folder.iterdir()} <= {CHOICES, LOCK}:
+        shutil.rmtree(folder)  # it was killed while it took the folder
     return run_one(s, job)
 
 

@@ -150,6 +150,8 @@ def test_a_run_that_died_goes_on_and_only_that(
     logs = {p: p.stat().st_mtime_ns for p in folder.glob("*/train.log")}
     (folder / "int6_s1" / "result.json").unlink()
     shutil.rmtree(folder / "none_s2")
+    (folder / "none_s2").mkdir()
+    (folder / "none_s2" / "choices.json").write_text("{}")  # killed while it took the folder
     assert train(*ASKED).code == 0
     changed = {p.parent.name for p, at in logs.items() if p.stat().st_mtime_ns != at}
     assert changed == {"int6_s1", "none_s2"}
@@ -257,6 +259,7 @@ def test_a_damaged_study_is_one_line(
     assert "gptq.study.json: not a study" in done.err
 
 
+@pytest.mark.slow
 def test_runs_put_in_place_one_by_one_are_a_study(
     train: Callable[..., Done], program: Callable[..., Done]
 ) -> None:
