@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import itertools
 import json
 import logging
@@ -16,6 +17,7 @@ from qat.study import provenance
 
 CONFIG, OVERRIDES, LOG, CHECKPOINT = "config.yaml", "overrides.yaml", "train.log", "checkpoint.ckpt"
 CHOICES, EXPORTS, LOCK = "choices.json", "exports", ".lock"
+METRICS = "metrics.csv"
 
 
 def claim(parent: Path, typed_name: str | None, default_name: str) -> Path:
@@ -78,6 +80,12 @@ def read_overrides(folder: Path) -> list[str]:
         return [json.loads(line.removeprefix("- ")) for line in lines]
     except (OSError, ValueError) as error:
         raise UserError(f"run={folder}: not the folder of a run ({error})") from None
+
+
+def read_metrics(path: Path) -> list[dict[str, str]]:
+    """The rows of a run's ``metrics.csv``, one per update."""
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
 
 
 def describe(

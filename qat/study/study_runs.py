@@ -27,7 +27,7 @@ from qat.settings.schema import (
     TrainSettings,
     from_yaml,
 )
-from qat.study.pairing import flat
+from qat.study.pairing import BOOKKEEPING_SETTINGS, flat
 from qat.study.result import Result
 from qat.study.run_folder import CHOICES, CONFIG, LOCK, read_config, write_atomically
 from qat.study.store_again import export_again, storage_of
@@ -38,9 +38,6 @@ if TYPE_CHECKING:
 log = logging.getLogger("qat")
 EQUAL_STEPS = "equal_steps"
 SUFFIX = ".study.json"
-FREE_SETTINGS = (  # that a run may have otherwise than the one found in its folder
-    "run_name", "sweep_name", "runs_dir", "resume", "logger", "checkpoint", "study", "ledger",
-)  # fmt: skip
 RunOne = Callable[[TrainSettings, "Job"], int]  # its exit code
 
 
@@ -120,7 +117,7 @@ def _check_same(s: TrainSettings, arm: str) -> None:
     there = flat(asdict(from_yaml(read_config(folder, "sweep_name")[0], str(folder))))
     asked = flat(asdict(replace(s, data=absolute_paths(s.data))))
     for key, value in asked.items():
-        if there.get(key) != value and key.split(".")[0] not in FREE_SETTINGS:
+        if there.get(key) != value and key.split(".")[0] not in BOOKKEEPING_SETTINGS:
             raise UserError(
                 f"sweep_name={s.sweep_name}: {folder.name} was run there with {key} = "
                 f"{there.get(key)}, not {value}; give another sweep_name"

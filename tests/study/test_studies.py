@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -37,12 +37,9 @@ ASKED = ("-m", "experiment=gptq", "seed=1,2", "max_steps=8", "ledger=full", "swe
 @pytest.fixture(scope="module")
 def gptq(tiny: list[str], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Done]:
     """The folder of a finished study of 2 arms x 3 stores x 2 seeds, only read, and what it said"""
-    parent, before = tmp_path_factory.mktemp("study"), os.getcwd()
-    os.chdir(parent)
-    try:
+    parent = tmp_path_factory.mktemp("study")
+    with contextlib.chdir(parent):
         done = _call("train.py", [*tiny, *ASKED])
-    finally:
-        os.chdir(before)
     assert done.code == 0, done.err
     return parent / RUNS / "s", done
 
