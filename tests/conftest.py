@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import os
 import random
 import sys
 from collections.abc import Callable
@@ -102,12 +101,8 @@ def program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Do
 def finished(tiny: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of one finished int6 run, shared and only read."""
     parent = tmp_path_factory.mktemp("finished")
-    before = os.getcwd()
-    os.chdir(parent)
-    try:
+    with contextlib.chdir(parent):
         done = _call("train.py", [*tiny, "qat=int6", "qat.start_step=5", "run_name=shared"])
-    finally:
-        os.chdir(before)
     assert done.code == 0, done.err
     return parent / "logs" / "runs" / "shared"
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +11,7 @@ import numpy as np
 
 from qat.study.findings import Curve
 from qat.study.result import Result
+from qat.study.run_folder import METRICS, read_metrics
 
 POINTS = 120
 SMOOTHING = 0.04  # of the run's steps: the time constant of the moving average
@@ -22,8 +22,7 @@ def curve_of(arm: str, runs: Mapping[Path, Result]) -> Curve:
     validation text: nats are converted at its tokens per byte."""
     times, losses, switches = [], [], []
     for folder, result in runs.items():
-        with open(folder / "metrics.csv", newline="", encoding="utf-8") as file:
-            rows = list(csv.DictReader(file))
+        rows = read_metrics(folder / METRICS)
         if not rows or not result.val_bpb_float or not result.val_loss_float:
             continue
         bits_per_nat = result.val_bpb_float / result.val_loss_float

@@ -9,16 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from qat.study.significance import Verdict
-
-
-@dataclass(frozen=True)
-class Interval:
-    """Mean over seeds and its 95 % interval (None with one seed)."""
-
-    mean: float
-    low: float | None
-    high: float | None
+from qat.study.significance import Interval, Verdict
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,6 @@ then training and gap are large and of opposite sign, and only their sum means s
 
 from __future__ import annotations
 
-import csv
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,8 +22,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from qat.study.findings import Interval, Ledger, Treatment
+from qat.study.findings import Ledger, Treatment
 from qat.study.result import Result
+from qat.study.run_folder import METRICS, read_metrics
 from qat.study.significance import interval
 
 FIRST_SHARE = 0.25  # of the steps, left out of the fit: the loss falls otherwise at first
@@ -59,10 +59,10 @@ def parts_of(twin: Twin, throughput: float) -> Parts:
     return Parts(throughput, training, total - throughput - training, total)
 
 
-def ledger_of(treatment: Treatment, twins: Sequence[Twin]) -> list[Ledger]:
+def ledger_of(treatment: Treatment, twins: Sequence[Twin]) -> Ledger | None:
     """None if no run of the arm has a baseline."""
     if not twins:
-        return []
+        return None
     is_measured = all(twin.equal_steps_bpb is not None for twin in twins)
     found = []
     for twin in twins:
@@ -72,28 +72,24 @@ def ledger_of(treatment: Treatment, twins: Sequence[Twin]) -> list[Ledger]:
         else:
             throughput = estimated_throughput(twin)
         found.append(parts_of(twin, throughput))
-    columns = [Interval(*interval(values)) for values in zip(*found, strict=True)]
-    throughput_part, training, gap, total = columns
-    at_equal_steps = Interval(*interval([parts.training + parts.gap for parts in found]))
+    throughput_part, training, gap, total = (interval(part) for part in zip(*found, strict=True))
     lost = np.mean([1 - (t.arm.steps or 0) / (t.baseline.steps or 1) for t in twins])
     basis = (
         "the baseline trained again for as many steps"
         if is_measured
         else "by the baseline's training loss before its warmdown"
     )
-    return [
-        Ledger(
-            name=treatment.name,
-            is_measured=is_measured,
-            throughput=throughput_part,
-            training=training,
-            gap=gap,
-            total=total,
-            at_equal_steps=at_equal_steps,
-            basis=f"{basis}; {100 * lost:.1f} % of the steps lost",
-            against=twins[0].baseline.arm or twins[0].baseline.qat,
-        )
-    ]
+    return Ledger(
+        name=treatment.name,
+        is_measured=is_measured,
+        throughput=throughput_part,
+        training=training,
+        gap=gap,
+        total=total,
+        at_equal_steps=interval([parts.training + parts.gap for parts in found]),
+        basis=f"{basis}; {100 * lost:.1f} % of the steps lost",
+        against=twins[0].baseline.arm or twins[0].baseline.qat,
+    )
 
 
 def estimated_throughput(twin: Twin) -> float:
@@ -102,8 +98,7 @@ def estimated_throughput(twin: Twin) -> float:
     assert base.steps
     assert base.val_bpb_float is not None
     assert base.val_loss_float is not None
-    with open(twin.baseline_folder / "metrics.csv", newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
+    rows = read_metrics(twin.baseline_folder / METRICS)
     slope = loss_per_log_step(
         [int(row["step"]) for row in rows],
         [float(row["train_loss"]) for row in rows],

@@ -9,7 +9,7 @@ from typing import Any
 from lightning.pytorch.loggers import Logger
 
 from qat.errors import TrainingError
-from qat.study.run_folder import write_atomically
+from qat.study.run_folder import read_metrics, write_atomically
 
 COLUMNS = ("step", "train_loss", "elapsed_seconds", "rate", "qat_on")
 
@@ -22,8 +22,7 @@ class MetricsFile(Logger):
         self._path = path
         kept = []
         if path.is_file():
-            with open(path, newline="", encoding="utf-8") as file:
-                kept = [row for row in csv.DictReader(file) if int(row["step"]) <= first_step]
+            kept = [row for row in read_metrics(path) if int(row["step"]) <= first_step]
         lines = [",".join(COLUMNS), *(",".join(row[key] for key in COLUMNS) for row in kept)]
         write_atomically(path, "\n".join(lines) + "\n")
 

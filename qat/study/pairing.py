@@ -21,13 +21,12 @@ from qat.errors import TrainingError, UserError
 from qat.study.result import Result
 from qat.study.store_again import export_again
 
-QUANTIZATION_SETTINGS = ("qat", "grid", "plan", "artifact")
+QUANTIZATION_SETTINGS = ("qat", "grid", "plan", "artifact", "limit_bytes")
 BOOKKEEPING_SETTINGS = (
     "run_name",
     "sweep_name",
     "runs_dir",
     "logger",
-    "limit_bytes",
     "resume",
     "checkpoint",
     "study",
@@ -70,7 +69,7 @@ def _arm(qat: str, grid: str, settings: dict[str, Any]) -> str:
 def _design(result: Result) -> str:
     """What runs share that differ in their seed alone."""
     chosen = {key: result.settings[key] for key in QUANTIZATION_SETTINGS}
-    shared = identity(result) | {"seed": None, "limit_bytes": result.limit_bytes}
+    shared = identity(result) | {"seed": None}
     text = json.dumps([shared, chosen], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 

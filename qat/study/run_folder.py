@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import itertools
 import json
 import logging
@@ -15,7 +16,8 @@ from qat.errors import UserError
 from qat.study import provenance
 
 CONFIG, OVERRIDES, LOG, CHECKPOINT = "config.yaml", "overrides.yaml", "train.log", "checkpoint.ckpt"
-CHOICES, EXPORTS = "choices.json", "exports"
+CHOICES, EXPORTS, LOCK = "choices.json", "exports", ".lock"
+METRICS = "metrics.csv"
 
 
 def claim(parent: Path, typed_name: str | None, default_name: str) -> Path:
@@ -53,7 +55,7 @@ def write_atomically(path: Path, text: str) -> None:
 
 def lock(folder: Path) -> filelock.FileLock:
     """Hold the folder while this process lives. UserError if another process does."""
-    held = filelock.FileLock(folder / ".lock")
+    held = filelock.FileLock(folder / LOCK)
     try:
         held.acquire(timeout=0)
     except filelock.Timeout:
@@ -78,6 +80,12 @@ def read_overrides(folder: Path) -> list[str]:
         return [json.loads(line.removeprefix("- ")) for line in lines]
     except (OSError, ValueError) as error:
         raise UserError(f"run={folder}: not the folder of a run ({error})") from None
+
+
+def read_metrics(path: Path) -> list[dict[str, str]]:
+    """The rows of a run's ``metrics.csv``, one per update."""
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
 
 
 def describe(

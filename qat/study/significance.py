@@ -31,6 +31,15 @@ MAX_SEEDS = 1_000  # beyond, nobody would run it
 
 
 @dataclass(frozen=True)
+class Interval:
+    """Mean over seeds and its 95 % interval (None with one seed)."""
+
+    mean: float
+    low: float | None
+    high: float | None
+
+
+@dataclass(frozen=True)
 class Verdict:
     """Differences in bits per byte, arm - baseline: below 0 the arm is better.
 
@@ -57,14 +66,14 @@ def bar_in_bpb(val_bpb: float, val_loss: float) -> float:
     return BAR_NATS * val_bpb / val_loss
 
 
-def interval(values: Sequence[float]) -> tuple[float, float | None, float | None]:
-    """Mean and Student's 95 % interval; None with one value."""
+def interval(values: Sequence[float]) -> Interval:
+    """Student's."""
     count, mean = len(values), float(np.mean(values))
     if count < 2:
-        return mean, None, None
+        return Interval(mean, None, None)
     error = float(np.std(values, ddof=1)) / math.sqrt(count)
     margin = float(stats.t.ppf(1 - LEVEL / 2, count - 1)) * error
-    return mean, mean - margin, mean + margin
+    return Interval(mean, mean - margin, mean + margin)
 
 
 def verdict(arm: Sequence[float], baseline: Sequence[float], bar_bpb: float) -> Verdict:
@@ -78,14 +87,14 @@ def verdict(arm: Sequence[float], baseline: Sequence[float], bar_bpb: float) -> 
         return Verdict(1, mean, bar_bpb)
     spread = float(differences.std(ddof=1))
     error = spread / math.sqrt(count)
-    _, low, high = interval(differences.tolist())
+    around = interval(differences.tolist())
     resampled = np.random.default_rng(0).choice(differences, (RESAMPLES, count)).mean(1)
     bootstrap_low, bootstrap_high = np.quantile(resampled, [LEVEL / 2, 1 - LEVEL / 2]).tolist()
     return Verdict(
         num_seeds=count,
         mean=mean,
-        low=low,
-        high=high,
+        low=around.low,
+        high=around.high,
         p_value=_two_sided(mean, error, count - 1),
         p_welch=_welch(arm, baseline),
         p_over_bar=_one_sided(mean + bar_bpb, error, count - 1),

@@ -51,9 +51,14 @@ class ArmRun:
     result: Result | None
     problem: str | None  # why it has no score
 
-    @cached_property
+    @property
     def is_scored(self) -> bool:
         return self.result is not None and self.result.val_bpb_artifact is not None
+
+    @cached_property
+    def identity(self) -> dict[str, Any] | None:
+        """What its twin shares; compared with every other run."""
+        return None if self.result is None else identity(self.result)
 
 
 def find_runs(folder: Path, study: Study) -> list[ArmRun]:
@@ -112,15 +117,13 @@ class StudyFiles:
 
     def twin(self, run: ArmRun) -> ArmRun | None:
         """The run of the study that differs in its quantization alone; the baseline's first."""
-        assert run.result is not None
-        wanted = identity(run.result)
         same = [
             other
             for other in self.runs
             if other.result is not None
             and other.is_scored
             and is_baseline(other.result)
-            and identity(other.result) == wanted
+            and other.identity == run.identity
         ]
         same.sort(key=lambda other: other.arm != self.study.settings.baseline)
         return same[0] if same else None
@@ -223,7 +226,8 @@ def find_out(folder: Path, study: Study, console: Console) -> Findings:
             if treatment is not None:
                 treatments.append(treatment)
                 if treatment.is_qat and store is None:
-                    ledgers += ledger_of(treatment, _twins(files, arm))
+                    ledger = ledger_of(treatment, _twins(files, arm))
+                    ledgers += [ledger] if ledger is not None else []
     differences = {t.arm: t.alike.by_seed for t in treatments if t.store is None and t.alike}
     rows = [_row(run, differences.get(run.arm, {}).get(run.seed)) for run in files.runs]
     results = [run.result for run in files.runs if run.result]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from qat.study.report import find_run_folders, report
+from qat.study.report import find_run_folders, print_table, report
 from qat.study.study_findings import find_out
 from qat.study.study_page import write_report
 from qat.study.study_runs import Study, studies_in, study_file
@@ -27,6 +27,7 @@ def report_study(sweep: Path, study: Study, logger: LoggerSettings) -> list[dict
     folder = sweep / study.name
     folder.mkdir(exist_ok=True)
     written = write_report(findings, folder)
+    print_table(findings.rows)
     print(findings.headline)
     print(f"written: {folder}/{', '.join(written)}")
     if logger.name == "wandb":

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -26,9 +27,9 @@ from qat.settings.schema import (
     TrainSettings,
     from_yaml,
 )
-from qat.study.pairing import flat
+from qat.study.pairing import BOOKKEEPING_SETTINGS, flat
 from qat.study.result import Result
-from qat.study.run_folder import CONFIG, read_config, write_atomically
+from qat.study.run_folder import CHOICES, CONFIG, LOCK, read_config, write_atomically
 from qat.study.store_again import export_again, storage_of
 
 if TYPE_CHECKING:
@@ -37,9 +38,6 @@ if TYPE_CHECKING:
 log = logging.getLogger("qat")
 EQUAL_STEPS = "equal_steps"
 SUFFIX = ".study.json"
-FREE_SETTINGS = (  # that a run may have otherwise than the one found in its folder
-    "run_name", "sweep_name", "runs_dir", "resume", "logger", "checkpoint", "study", "ledger",
-)  # fmt: skip
 RunOne = Callable[[TrainSettings, "Job"], int]  # its exit code
 
 
@@ -119,7 +117,7 @@ def _check_same(s: TrainSettings, arm: str) -> None:
     there = flat(asdict(from_yaml(read_config(folder, "sweep_name")[0], str(folder))))
     asked = flat(asdict(replace(s, data=absolute_paths(s.data))))
     for key, value in asked.items():
-        if there.get(key) != value and key.split(".")[0] not in FREE_SETTINGS:
+        if there.get(key) != value and key.split(".")[0] not in BOOKKEEPING_SETTINGS:
             raise UserError(
                 f"sweep_name={s.sweep_name}: {folder.name} was run there with {key} = "
                 f"{there.get(key)}, not {value}; give another sweep_name"
@@ -154,6 +152,8 @@ def _run_once(s: TrainSettings, job: Job, folder: Path, run_one: RunOne) -> int:
         return result.exit_code
     if (folder / CONFIG).is_file():
         s = replace(s, resume=str(folder))
+    elif folder.is_dir() and {path.name for path in folder.iterdir()} <= {CHOICES, LOCK}:
+        shutil.rmtree(folder)  # it was killed while it took the folder
     return run_one(s, job)
 
 

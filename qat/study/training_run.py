@@ -43,7 +43,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("qat")
 OVERSIZE_EXIT_CODE = 3
-METRICS = "metrics.csv"
 
 
 class _ConsoleHandler(logging.Handler):
@@ -150,7 +149,7 @@ class TrainingRun:
         if self.folder is None:
             return []
         s = self.settings.logger
-        csv = MetricsFile(self.folder / METRICS, first_step)
+        csv = MetricsFile(self.folder / run_folder.METRICS, first_step)
         if s.name == "csv":
             return [csv]
         from qat.study.wandb_log import wandb_logger

@@ -130,7 +130,7 @@ def log_comparison(findings: Findings, folder: Path, settings: LoggerSettings) -
             group=group,
             tags=settings.tags,
             config={key: getattr(findings, key) for key in config},
-            dir=folder,
+            dir=folder.resolve(),
             mode=mode(settings),
             settings=wandb.Settings(silent=True, console="off", x_disable_stats=True),
         ) as run,

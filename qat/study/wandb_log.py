@@ -53,7 +53,7 @@ def wandb_logger(
     logger = WandbLogger(
         project=s.logger.project,
         name=folder.name,
-        save_dir=folder,
+        save_dir=folder.resolve(),  # of another process, whose working folder may be another
         mode=mode(s.logger),
         group=s.logger.group or (sweep_dir.name if sweep_dir else None),
         job_type=TRAIN_JOB,

@@ -36,7 +36,8 @@ def test_command(
     name: str, line: str, profile: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "logs/runs/RUN").mkdir(parents=True)
+    for folder in ("RUN", "bits"):
+        (tmp_path / "logs/runs" / folder).mkdir(parents=True)
     monkeypatch.setattr(machine, "detect_profile", lambda: (profile, "asked for by the test"))
     words = shlex.split(line, comments=True)
     launchers = [word for word in words if word.startswith("hydra/launcher=")]

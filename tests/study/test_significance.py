@@ -92,6 +92,7 @@ def test_the_ts_are_scipys(pairs: list[tuple[float, float]]) -> None:
     assert differences.min() - 1e-12 <= v.bootstrap_low <= v.bootstrap_high
 
 
+@pytest.mark.slow
 def test_what_so_many_seeds_would_find_they_find() -> None:
     random = np.random.default_rng(5)
     v = study(random, -0.001, 6)

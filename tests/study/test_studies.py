@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -37,12 +37,9 @@ ASKED = ("-m", "experiment=gptq", "seed=1,2", "max_steps=8", "ledger=full", "swe
 @pytest.fixture(scope="module")
 def gptq(tiny: list[str], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Done]:
     """The folder of a finished study of 2 arms x 3 stores x 2 seeds, only read, and what it said"""
-    parent, before = tmp_path_factory.mktemp("study"), os.getcwd()
-    os.chdir(parent)
-    try:
+    parent = tmp_path_factory.mktemp("study")
+    with contextlib.chdir(parent):
         done = _call("train.py", [*tiny, *ASKED])
-    finally:
-        os.chdir(before)
     assert done.code == 0, done.err
     return parent / RUNS / "s", done
 
@@ -150,6 +147,8 @@ def test_a_run_that_died_goes_on_and_only_that(
     logs = {p: p.stat().st_mtime_ns for p in folder.glob("*/train.log")}
     (folder / "int6_s1" / "result.json").unlink()
     shutil.rmtree(folder / "none_s2")
+    (folder / "none_s2").mkdir()
+    (folder / "none_s2" / "choices.json").write_text("{}")  # killed while it took the folder
     assert train(*ASKED).code == 0
     changed = {p.parent.name for p, at in logs.items() if p.stat().st_mtime_ns != at}
     assert changed == {"int6_s1", "none_s2"}
@@ -257,6 +256,7 @@ def test_a_damaged_study_is_one_line(
     assert "gptq.study.json: not a study" in done.err
 
 
+@pytest.mark.slow
 def test_runs_put_in_place_one_by_one_are_a_study(
     train: Callable[..., Done], program: Callable[..., Done]
 ) -> None:

@@ -88,6 +88,7 @@ def test_mistakes_get_one_line(asked: tuple[str, ...], line: str, sweep) -> None
     assert line in done.err
 
 
+@pytest.mark.slow
 def test_another_question_takes_another_folder(sweep, finished: Path, cache_dir: Path) -> None:
     assert sweep("variants=[rtn_ternary]").code == 0
     done = sweep("variants=[rtn_ternary]", "seed=2")

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
-import os
 import re
 from pathlib import Path
 
@@ -18,14 +18,11 @@ from tests.study.offline_run import OfflineRun, read_offline_run
 @pytest.fixture(scope="module")
 def sweep(tiny: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A sweep of two arms, logged."""
-    parent, before = tmp_path_factory.mktemp("logged"), os.getcwd()
-    os.chdir(parent)
-    try:
+    parent = tmp_path_factory.mktemp("logged")
+    with contextlib.chdir(parent):
         asked = ["qat=none,int6", "seed=7", "max_steps=12", "sweep_name=pair", "logger=wandb",
                  "logger.tags=[night]", "logger.every_steps=5"]  # fmt: skip
         done = _call("train.py", ["-m", *tiny, *asked])
-    finally:
-        os.chdir(before)
     assert done.code == 0, done.err
     return parent / "logs" / "runs" / "pair"
 
