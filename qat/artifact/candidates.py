@@ -27,7 +27,7 @@ from qat.quantize.grid import MAX_BITS, MIN_BITS, Grid
 from qat.quantize.plan import Encoded, Entry, Plan
 from qat.quantize.rounding import group_views
 
-SIZES = tuple(2.0 ** (k / 3) for k in range(-15, 5))  # of a step, in standard deviations
+SIZES = tuple(2.0 ** (k / 3) for k in range(-15, 11))  # of a step, in standard deviations
 SENSITIVITY_FLOOR = 0.01  # of the tensor's mean: few batches prove nothing to be without effect
 DEAD_ZONE = 0.6  # of a step: with pruning, weights up to it become 0, not only up to 0.5
 SMALLEST_ZOOM = 0.8  # that clips no code: bits that came and went would make sizes jump

@@ -57,13 +57,20 @@ class Rate(NamedTuple):
     slope: Tensor  # d bits / d x, of x's shape
 
 
+def costs_by_class(counts: Tensor) -> Tensor:
+    """Counts (CLASSES, SYMBOLS) -> bits of each symbol, finite for those that do not occur.
+
+    Distributions are symmetric: both signs count for a magnitude, which steadies rare codes.
+    """
+    both = (counts + counts.flip(1).roll(1, 1)).float().div_(2).clamp_min_(UNSEEN)
+    return -(both / both.sum(1, keepdim=True)).log2()
+
+
 def rate_of(x: Tensor, codes: Tensor) -> Rate:
     """``x``: float32 weights in units of their step (rows, columns); ``codes``: x rounded."""
     classes = classes_of(codes)
     counts = count_codes(codes, classes)
-    # Distributions are symmetric: both signs count for a magnitude, which steadies rare codes.
-    both = (counts + counts.flip(1).roll(1, 1)).float().div_(2).clamp_min_(UNSEEN)
-    cost = -(both / both.sum(1, keepdim=True)).log2()
+    cost = costs_by_class(counts)
     steps_up = cost[:, 1:] - cost[:, :-1]  # from code k - 128 to the next
     below = x.floor().clamp_(-SYMBOLS // 2, SYMBOLS // 2 - 2).int()
     cells = (classes * (SYMBOLS - 1)).add_(below + SYMBOLS // 2)

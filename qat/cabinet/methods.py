@@ -1,42 +1,53 @@
-"""Ways to find the codes of one matrix, given its grid: what differs between variants."""
+"""Ways to find the codes of one matrix, given its grid: what differs between variants.
+
+GPTQ may count bits too. What a bit is worth is said by the steps: where they were chosen at a price
+of bits, an error of step ** 2 * ln 2 / 6 costs as much as a bit (``qat.training.priced_steps``).
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from qat.artifact.rate import classes_of, costs_by_class, count_codes
 from qat.evaluation.layer_inputs import EMBEDDING, HEAD, LayerInputs
 from qat.quantize.awq import awq
-from qat.quantize.gptq import GptqFactor
-from qat.quantize.plan import Encoded, Entry, Plan
+from qat.quantize.gptq import BitPrices, GptqFactor
+from qat.quantize.grid import Grid
+from qat.quantize.plan import NONE_LEARNED, Encoded, Entry, Plan, Steps
 from qat.quantize.rounding import Codes, decode, encode, weighted_steps
 
 LITE_PERCENTILES = (0.999, 0.9995, 0.9999, 0.99999, 1.0)  # GPTQ-lite's candidates
-Method = Callable[[Entry, Tensor], tuple[Entry, Codes]]  # codes of a matrix, and its grid
+# Entry, weights, given or learned steps if any -> codes of a matrix, and its grid
+Method = Callable[[Entry, Tensor, Tensor | None], tuple[Entry, Codes]]
 
 
-def encoded_by(plan: Plan, weights: Mapping[str, Tensor], method: Method) -> list[Encoded]:
+def encoded_by(
+    plan: Plan, weights: Mapping[str, Tensor], method: Method, steps: Steps = NONE_LEARNED
+) -> list[Encoded]:
     """Every tensor as a file stores it: matrices by ``method``, the others as the plan says."""
     found = []
-    for item in plan.encode(weights):
+    for item in plan.encode(weights, steps):
+        name = item.entry.name
         if item.entry.grid is not None:
-            entry, codes = method(item.entry, weights[item.entry.name])
+            entry, codes = method(item.entry, weights[name], steps.get(name))
             zeros = None if codes.zeros is None else codes.zeros.cpu()
             item = Encoded(entry, Codes(codes.codes.cpu(), codes.steps.cpu(), zeros))
         found.append(item)
     return found
 
 
-def nearest(entry: Entry, w: Tensor) -> tuple[Entry, Codes]:
-    """Rounding to nearest, by the grid's own rule."""
+def nearest(entry: Entry, w: Tensor, steps: Tensor | None) -> tuple[Entry, Codes]:
+    """Rounding to nearest; without steps by the grid's own rule."""
     assert entry.grid is not None
-    return entry, encode(w, entry.grid)
+    return entry, encode(w, entry.grid, steps)
 
 
-def lite(entry: Entry, w: Tensor) -> tuple[Entry, Codes]:
+def lite(entry: Entry, w: Tensor, _: Tensor | None) -> tuple[Entry, Codes]:
     """GPTQ-lite: of each row the percentile clip with the least squared error."""
     assert entry.grid is not None
     best, least = None, None
@@ -51,34 +62,52 @@ def lite(entry: Entry, w: Tensor) -> tuple[Entry, Codes]:
     return entry, encode(w, entry.grid, best.float())
 
 
-def gptq(inputs: LayerInputs, act_order: bool = True, by_inputs: bool = True) -> Method:
-    """Full-Hessian GPTQ; with ``by_inputs`` steps minimise the error weighted by the inputs' mean
-    squares. An untied embedding, which multiplies nothing, is rounded to nearest."""
+def gptq(
+    inputs: LayerInputs,
+    act_order: bool = True,
+    by_inputs: bool = True,
+    bit_price: float = 0.0,
+) -> Method:
+    """Full-Hessian GPTQ; with ``by_inputs`` steps that are not given minimise the error weighted by
+    the inputs' mean squares. ``bit_price``: of what a row's steps say that a bit is worth. An
+    untied embedding, which multiplies nothing, is rounded to nearest."""
     factors: dict[int, GptqFactor] = {}  # by the sums that matrices share
 
-    def method(entry: Entry, w: Tensor) -> tuple[Entry, Codes]:
+    def method(entry: Entry, w: Tensor, steps: Tensor | None) -> tuple[Entry, Codes]:
         assert entry.grid is not None
         if entry.name == EMBEDDING and not inputs.shape.tie_embeddings:
-            return nearest(entry, w)
+            return nearest(entry, w, steps)
         hessian = inputs.hessian(entry.name)
         key = id(inputs.read_by(entry.name).products)
         if key not in factors:
             factors[key] = GptqFactor(hessian, act_order=act_order)
-        steps = None
-        if by_inputs and entry.grid.levels == "int" and not entry.grid.per_tensor:
+        if steps is None and by_inputs and entry.grid.levels == "int" and not entry.grid.per_tensor:
             steps = weighted_steps(w, entry.grid, hessian.diagonal())
-        return entry, factors[key].quantize(w, entry.grid, steps)
+        prices = None
+        if bit_price and entry.grid.levels == "int" and entry.grid.range == "symmetric":
+            rounded = encode(w, entry.grid, steps)
+            prices = _bit_prices(rounded, entry.grid, factors[key].own_errors, bit_price)
+        return entry, factors[key].quantize(w, entry.grid, steps, prices)
 
     return method
+
+
+def _bit_prices(rounded: Codes, grid: Grid, own_errors: Tensor, bit_price: float) -> BitPrices:
+    """By the tables of codes rounded to nearest; classes stay those of their places."""
+    codes = rounded.codes
+    classes = classes_of(codes)
+    steps = decode(rounded._replace(codes=torch.ones_like(codes)), grid).double()
+    worth = (steps.square() @ own_errors[:, None]) / codes.size(1) * (math.log(2) / 6)
+    return BitPrices(costs_by_class(count_codes(codes, classes)), classes, bit_price * worth)
 
 
 def scaled(inputs: LayerInputs) -> Method:
     """AWQ, its scales stored as column steps; embedding and head rounded to nearest."""
 
-    def method(entry: Entry, w: Tensor) -> tuple[Entry, Codes]:
+    def method(entry: Entry, w: Tensor, _: Tensor | None) -> tuple[Entry, Codes]:
         assert entry.grid is not None
         if entry.name in (EMBEDDING, HEAD):
-            return nearest(entry, w)
+            return nearest(entry, w, None)
         magnitude = inputs.of[entry.name].magnitudes / inputs.num_tokens
         found = awq(w, inputs.hessian(entry.name), magnitude, entry.grid)
         return replace(entry, grid=found.grid), found.coded

@@ -20,6 +20,8 @@ Source: Frantar et al., arXiv 2210.17323.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -37,6 +39,28 @@ from qat.quantize.rounding import (
 )
 
 BLOCK_COLUMNS = 64  # rounded between two large matrix products; the codes do not depend on it
+
+
+class BitPrices(NamedTuple):
+    """What codes of symmetric int levels cost a coder, and what that is worth.
+
+    ``bits`` (classes, 256) of a code + 128 in a place of a class; ``classes`` (rows, columns) of
+    the places; ``per_bit`` (rows, 1): the squared output error that a bit is worth.
+    """
+
+    bits: Tensor
+    classes: Tensor
+    per_bit: Tensor
+
+    def of_rows(self, codes: Tensor) -> Tensor:
+        """Whole codes (rows, columns) -> (rows,), in squared output error."""
+        bits = self.bits[self.classes.long(), codes.long() + 128]
+        return self.per_bit[:, 0] * bits.sum(1)
+
+    def of_column(self, codes: Tensor, column: int) -> Tensor:
+        """Codes (rows,) of a column -> (rows,), in squared output error."""
+        bits = self.bits[self.classes[:, column].long(), codes.long() + 128]
+        return self.per_bit[:, 0] * bits
 
 
 class GptqFactor:
@@ -70,14 +94,28 @@ class GptqFactor:
             )
         upper = lower.flip(0, 1)
         self._feedback = (upper / upper.diagonal()).T.contiguous()
+        self._own_errors = upper.diagonal().square()  # what a column's own error counts
+
+    @property
+    def own_errors(self) -> Tensor:
+        """(columns,) float64: what a squared error counts that the columns after it make up for as
+        far as they can; Tr(E H E^T) is the sum over these."""
+        in_place = torch.empty_like(self._own_errors)
+        in_place[self._order] = self._own_errors
+        return in_place
 
     @torch.no_grad()
-    def quantize(self, w: Tensor, grid: Grid, steps: Tensor | None = None) -> Codes:
+    def quantize(
+        self, w: Tensor, grid: Grid, steps: Tensor | None = None, prices: BitPrices | None = None
+    ) -> Codes:
         """Float32 weights (rows, columns) -> codes, with the steps that ``encode`` would store.
 
         GPTQ alone may end further from the trained outputs than rounding to nearest does (errors
         pushed on to columns that have no room left). Rows do not depend on each other, so of each
-        row the better of both is kept: Tr(E H E^T) is never above that of ``encode``. ValueError
+        row the better of both is kept: Tr(E H E^T) is never above that of ``encode``.
+
+        With ``prices`` a code may be the next nearer 0 if that saves more bits than it adds error,
+        and the better row is the one of less error and bits. ValueError
         if ``w`` does not fit the hessian.
         """
         if w.dim() != 2 or w.size(1) != len(self._order):
@@ -85,14 +123,16 @@ class GptqFactor:
                 f"weights of shape {tuple(w.shape)}: the hessian has {len(self._order)} columns"
             )
         nearest = encode(w, grid, steps)
-        fed = nearest._replace(codes=self._fed_codes(w, grid, nearest))
-        error_of_nearest, error_of_fed = (
-            row_output_errors(decode(coded, grid) - w, self._hessian) for coded in (nearest, fed)
-        )
-        is_better = (error_of_fed < error_of_nearest)[:, None]
+        fed = nearest._replace(codes=self._fed_codes(w, grid, nearest, prices))
+
+        def costs(coded: Codes) -> Tensor:
+            errors = row_output_errors(decode(coded, grid) - w, self._hessian)
+            return errors if prices is None else errors + prices.of_rows(coded.codes)
+
+        is_better = (costs(fed) < costs(nearest))[:, None]
         return nearest._replace(codes=torch.where(is_better, fed.codes, nearest.codes))
 
-    def _fed_codes(self, w: Tensor, grid: Grid, nearest: Codes) -> Tensor:
+    def _fed_codes(self, w: Tensor, grid: Grid, nearest: Codes, prices: BitPrices | None) -> Tensor:
         trained = w.T[self._order].double()  # a column of weights is a row here: contiguous
         targets, errors = trained.clone(), torch.zeros_like(trained)
         codes = torch.empty_like(trained, dtype=torch.float32)
@@ -104,8 +144,11 @@ class GptqFactor:
             for k in range(block.start, block.stop):
                 feedback = self._feedback[k, start:k]
                 target = torch.addmv(targets[k], errors[start:k].T, feedback).float()
-                codes[k], stored = levels.nearest(target, order[k])
-                torch.sub(trained[k], stored, out=errors[k])
+                codes[k] = levels.nearest(target, order[k])
+                if prices is not None:
+                    own = float(self._own_errors[k])
+                    codes[k] = _cheaper(target, codes[k], order[k], levels, own, prices)
+                torch.sub(trained[k], levels.weights(codes[k], order[k]), out=errors[k])
         in_place = torch.empty_like(w)
         in_place[:, self._order] = codes.T
         return as_stored(in_place, grid)
@@ -125,12 +168,30 @@ class _ColumnLevels:
         self._group_size = grid.group_size or columns
         self._grid = grid
 
-    def nearest(self, target: Tensor, column: int) -> tuple[Tensor, Tensor]:
-        """(rows,) weights -> their codes as float32 numbers, and the weights those stand for."""
-        group, column_step = column // self._group_size, self._column_steps[column]
+    def nearest(self, target: Tensor, column: int) -> Tensor:
+        """(rows,) weights -> their codes as float32 numbers."""
+        group = column // self._group_size
         step = self._steps[group]
         zero = None if self._zeros is None else self._zeros[group]
-        scaled = in_step_units(target[:, None], column_step)
-        code = encode_view(scaled, self._grid, Scale(step, step, zero))
-        weight = decode_view(code.clone(), step, zero) * column_step
-        return code[:, 0], weight[:, 0]
+        scaled = in_step_units(target[:, None], self._column_steps[column])
+        return encode_view(scaled, self._grid, Scale(step, step, zero))[:, 0]
+
+    def weights(self, codes: Tensor, column: int) -> Tensor:
+        """What the codes (rows,) of a column stand for."""
+        group = column // self._group_size
+        zero = None if self._zeros is None else self._zeros[group]
+        decoded = decode_view(codes[:, None].clone(), self._steps[group], zero)
+        return decoded[:, 0] * self._column_steps[column]
+
+
+def _cheaper(
+    target: Tensor, codes: Tensor, column: int, levels: _ColumnLevels, own: float, prices: BitPrices
+) -> Tensor:
+    """The codes (rows,) given, or the next nearer 0 where bits outweigh errors. ``own``: what
+    an error of this column counts."""
+    nearer = codes - codes.sign()
+    more, less = (
+        own * (target - levels.weights(c, column)).square() + prices.of_column(c, column)
+        for c in (codes, nearer)
+    )
+    return torch.where(less < more, nearer, codes)

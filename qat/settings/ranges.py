@@ -76,8 +76,10 @@ def check_schedule(s: ScheduleSettings) -> None:
 def check_artifact(a: ArtifactSettings) -> None:
     at_least("artifact.fit_tokens", a.fit_tokens, 1)
     one_of("artifact.method", a.method, ("round", "gptq"))
-    if a.fit and a.method == "gptq":
-        raise UserError("artifact.fit and artifact.method = gptq both choose codes; give one")
+    price = a.gptq_bit_price
+    require(0 <= price < math.inf, "artifact.gptq_bit_price", price, "give 0 or more")
+    is_read = price == 0.0 or a.method == "gptq"
+    require(is_read, "artifact.gptq_bit_price", price, "only with artifact.method=gptq")
 
 
 def check_rate(s: TrainSettings) -> None:

@@ -126,6 +126,8 @@ class ArtifactSettings:
         "mix"  # zlib | zstd | lzma | brotli | constriction | mix | auto (all of them, the smallest)
     )
     method: str = "round"  # round | gptq (full-Hessian, calibrated on training text)
+    # What a bit counts in GPTQ's choices, of the price that steps imply; 0 = errors alone
+    gptq_bit_price: float = 0.0
     fit: bool = False  # fill limit_bytes: choose each tensor's grid by what its errors cost
     prune: bool = False  # ... with weights up to 0.6 steps set to 0 among the choices
     fit_tokens: int = 32_768  # ... of training text, to find out what errors cost
@@ -170,7 +172,13 @@ class LoggerSettings:
 @dataclass
 class StoreSettings:  # one more way to store what an arm trained
     grid: str | None = None  # a grid= option; null = the arm's own
-    method: str = "round"  # as artifact.method
+    method: str | None = None  # as artifact.method, and so on; null = the arm's own
+    gptq_bit_price: float | None = None
+    fit: bool | None = None
+    arms: list[str] | None = None  # that are stored so; null = all
+
+    def is_of(self, arm: str) -> bool:
+        return self.arms is None or arm in self.arms
 
 
 @dataclass

@@ -120,7 +120,10 @@ class BudgetSolver:
 
 def stored_label(plan: Plan, artifact: ArtifactSettings) -> str:
     """How a run's file is stored, as tables say it."""
-    return plan.label + ("+fit" if artifact.fit else "+gptq" if artifact.method == "gptq" else "")
+    label = plan.label + ("+fit" if artifact.fit else "")
+    if artifact.method == "gptq":
+        label += f"+gptq{artifact.gptq_bit_price:g}" if artifact.gptq_bit_price else "+gptq"
+    return label
 
 
 def fit_artifact(

@@ -55,6 +55,25 @@ def storage(settings: dict[str, Any]) -> str:
     return json.dumps([settings["grid"], settings["plan"], settings["artifact"]], sort_keys=True)
 
 
+def fills_limit(settings: dict[str, Any], storage: dict[str, Any]) -> bool:
+    """A run of these settings, stored so, was made to fill its limit."""
+    return settings["qat"].get("rate", False) or storage["artifact"]["fit"]
+
+
+def beside(
+    own: dict[str, Any], settings: dict[str, Any], storage: dict[str, Any]
+) -> dict[str, Any]:
+    """How a baseline is stored to be compared with a run of these settings that is stored so.
+
+    Alike; but beside what was made to fill a limit it is what the solver makes of the baseline for
+    that limit, on grids of the baseline's ``own`` storage: there is no grid to share.
+    """
+    if not fills_limit(settings, storage):
+        return storage
+    artifact = storage["artifact"] | {"fit": True}
+    return {"grid": own["grid"], "plan": own["plan"], "artifact": artifact}
+
+
 def is_baseline(result: Result) -> bool:
     return not result.settings["qat"]["enabled"]
 
@@ -125,7 +144,7 @@ class _Table:
     def __init__(self, baselines: dict[Path, Result], console: Console) -> None:
         self.rows: list[dict[str, Any]] = []
         self._baselines, self._console = baselines, console
-        self._exported: dict[tuple[Path, str], float] = {}  # val_bpb_artifact
+        self._exported: dict[tuple[Path, str, int], float] = {}  # val_bpb_artifact
 
     def add_arm(self, result: Result, val_bpb_artifact: float) -> None:
         """A QAT run's row, compared with its baselines if there are some."""
@@ -139,7 +158,9 @@ class _Table:
         scores = []
         for folder, baseline in equal:
             try:
-                scores.append(self._score_on(folder, baseline, result.settings))
+                target = beside(baseline.settings, result.settings, result.settings)
+                limit_bytes = result.settings["limit_bytes"]  # equal bytes are what is compared
+                scores.append(self._score_on(folder, baseline, target, limit_bytes))
             except (UserError, TrainingError) as error:
                 notes.append(f"baseline {baseline.run_name} has no file on this grid: {error}")
         if scores:
@@ -151,14 +172,17 @@ class _Table:
         row["note"] = "; ".join(notes)
         self.rows.append(row)
 
-    def _score_on(self, folder: Path, baseline: Result, target: dict[str, Any]) -> float:
+    def _score_on(
+        self, folder: Path, baseline: Result, target: dict[str, Any], limit_bytes: int
+    ) -> float:
         """The baseline's val_bpb stored as ``target`` settings say, exported if need be."""
-        if storage(baseline.settings) == storage(target):
+        is_fitted = target["artifact"]["fit"]
+        has_limit = not is_fitted or baseline.settings["limit_bytes"] == limit_bytes
+        if storage(baseline.settings) == storage(target) and has_limit:
             assert baseline.val_bpb_artifact is not None
             return baseline.val_bpb_artifact
-        key = folder, storage(target)
+        key = folder, storage(target), limit_bytes if is_fitted else 0
         if key not in self._exported:
-            limit_bytes = target["limit_bytes"]  # equal bytes are what is compared
             exported = export_again(folder, baseline, target, limit_bytes, self._console)
             self._exported[key] = exported["val_bpb_artifact"]
             self.rows.append(_exported_row(baseline, exported))

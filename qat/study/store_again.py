@@ -119,7 +119,9 @@ def storage_of(
     """The storage settings of a run as one of its study's stores changes them."""
     option = store.grid or (None if settings["qat"]["enabled"] else study.grid)
     grid = settings["grid"] if option is None else asdict(read_grid(option))
-    artifact = settings["artifact"] | {"method": store.method}
+    asked = {name: getattr(store, name) for name in ("method", "gptq_bit_price", "fit")}
+    changed = {name: value for name, value in asked.items() if value is not None}
+    artifact = settings["artifact"] | changed
     return {"grid": grid, "plan": settings["plan"], "artifact": artifact}
 
 

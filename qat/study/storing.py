@@ -1,17 +1,24 @@
 """Weights -> the file of a run: rounded by its plan, by GPTQ, or fitted to the limit.
 
+With the solver's steps GPTQ needs fewer bits for the same error, so all of them are made finer (or,
+if bits were saved, until the file fills the limit again).
+
 All of it happens off the clock; GPTQ and the solver read training text, as many runs do inside it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
 from rich.console import Console
 from torch import Tensor
 
+from qat.artifact.budget import MAX_LOG2_ZOOM, WINDOW, ZOOMS
+from qat.artifact.bundle import count_code_bytes
+from qat.artifact.container import pack
 from qat.artifact.export import Export, export
 from qat.cabinet.calibration import MAX_TOKENS, read_inputs, training_sequences
 from qat.cabinet.methods import encoded_by, gptq
@@ -61,7 +68,7 @@ def store(
             )
         if artifact.method == "gptq":
             assert text is not None
-            encoded = _by_gptq(model, text)
+            encoded = _by_gptq(model, text, artifact, limit_bytes, meta)
             snapped = {item.entry.name: item.decode() for item in encoded}
         else:
             encoded = model.plan.encode(model.weights, model.steps)
@@ -73,10 +80,58 @@ def store(
     return export(encoded, meta, artifact.coder, path, limit_bytes), snapped
 
 
-def _by_gptq(model: TrainedModel, text: CalibrationText) -> list[Encoded]:
+def _by_gptq(
+    model: TrainedModel,
+    text: CalibrationText,
+    artifact: ArtifactSettings,
+    limit_bytes: int,
+    meta: Mapping[str, Any],
+) -> list[Encoded]:
     """What matrices read is measured with the weights that training saw: snapped ones after QAT."""
     weights = dict(model.weights)
     seen = model.plan.snap(weights, model.steps) if model.is_on_grid else weights
     sequences = training_sequences(text.stream, min(text.seq_len, MAX_TOKENS))
-    inputs = read_inputs(model.shape, seen, sequences)
-    return encoded_by(model.plan, weights, gptq(inputs))
+    method = gptq(read_inputs(model.shape, seen, sequences), bit_price=artifact.gptq_bit_price)
+    encoded = encoded_by(model.plan, weights, method, model.steps)
+    if not artifact.fit or not model.steps:
+        return encoded
+    budget_bytes = limit_bytes - count_code_bytes()
+
+    def at(log2_zoom: float) -> tuple[int, list[Encoded]]:
+        found = encoded_by(model.plan, weights, method, _zoomed(model, 2.0**log2_zoom))
+        return len(pack(found, model.plan, meta, artifact.coder)), found
+
+    num_weights = sum(model.plan.entries[name].num_elements for name in model.steps)
+    return _filled(at, num_weights, budget_bytes)
+
+
+def _zoomed(model: TrainedModel, zoom: float) -> dict[str, Tensor]:
+    """Given steps, products of rows and columns or one kind alone, ``zoom`` times as large."""
+    found = {}
+    for name, steps in model.steps.items():
+        entry = model.plan.entries[name]
+        assert entry.grid is not None
+        rows = entry.num_rows if entry.grid.column_steps else len(steps)
+        found[name] = torch.cat([zoom * steps[:rows], steps[rows:]])
+    return found
+
+
+def _filled(
+    at: Callable[[float], tuple[int, list[Encoded]]], num_weights: int, budget_bytes: int
+) -> list[Encoded]:
+    """What ``at`` a log2(zoom) fills the budget; at 0 if nothing near it fits."""
+    window = (WINDOW * budget_bytes, budget_bytes)
+    low, high, place = -MAX_LOG2_ZOOM, MAX_LOG2_ZOOM, 0.0
+    size, best = at(place)
+    largest = size if size <= budget_bytes else 0
+    for _ in range(ZOOMS):
+        if window[0] <= size <= window[1]:
+            break
+        low, high = (place, high) if size > window[1] else (low, place)
+        place += 8 * (size - sum(window) / 2) / num_weights
+        if not low < place < high:
+            place = (low + high) / 2
+        size, found = at(place)
+        if size <= budget_bytes and size > largest:
+            largest, best = size, found
+    return best

@@ -8,129 +8,23 @@ with the reason.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from rich.console import Console
 
 from qat.errors import TrainingError, UserError
-from qat.settings.schema import StoreSettings
 from qat.study.curves import curve_of
 from qat.study.findings import Comparison, Findings, Treatment
 from qat.study.headline import headline_of
 from qat.study.ledger import Twin, ledger_of
-from qat.study.pairing import identity, is_baseline, row_of, row_without_result, storage
+from qat.study.pairing import is_baseline, row_of, row_without_result
 from qat.study.result import Result
-from qat.study.run_folder import read_config
 from qat.study.significance import bar_in_bpb, verdict
-from qat.study.store_again import export_again, storage_of
-from qat.study.study_runs import EQUAL_STEPS, Study, run_name
+from qat.study.study_files import ArmRun, Stored, StudyFiles, find_runs
+from qat.study.study_runs import EQUAL_STEPS, Study
 
 Row = dict[str, Any]
-
-
-class Stored(NamedTuple):
-    """A file: its score and size."""
-
-    val_bpb: float
-    val_loss: float
-    total_bytes: int
-    grid: str
-
-
-@dataclass(frozen=True)
-class ArmRun:
-    """A started run of an arm; ``result`` is None if it has no readable row."""
-
-    folder: Path
-    arm: str
-    seed: int
-    result: Result | None
-    problem: str | None  # why it has no score
-
-    @property
-    def is_scored(self) -> bool:
-        return self.result is not None and self.result.val_bpb_artifact is not None
-
-    @cached_property
-    def identity(self) -> dict[str, Any] | None:
-        """What its twin shares; compared with every other run."""
-        return None if self.result is None else identity(self.result)
-
-
-def find_runs(folder: Path, study: Study) -> list[ArmRun]:
-    """Every started run of the study's arms, by arm and seed."""
-    found = []
-    for arm in study.arms:
-        prefix = run_name(arm, 0).removesuffix("0")
-        for path in folder.glob(f"{prefix}*"):
-            seed = path.name.removeprefix(prefix)
-            if seed.isdigit() and read_config(path, "study")[1].get("arm") == arm:
-                found.append(_read_run(path, arm, int(seed)))
-    return sorted(found, key=lambda run: (study.arms.index(run.arm), run.seed))
-
-
-def _read_run(path: Path, arm: str, seed: int) -> ArmRun:
-    try:
-        result = Result.read(path)
-    except UserError as error:
-        return ArmRun(path, arm, seed, None, str(error))
-    if result is None:
-        return ArmRun(path, arm, seed, None, "no result; it died or is still running")
-    return ArmRun(path, arm, seed, result, result.error if result.status == "failed" else None)
-
-
-class StudyFiles:
-    """The runs, and the files that their study makes of them."""
-
-    def __init__(self, runs: Iterable[ArmRun], study: Study, console: Console) -> None:
-        self.runs = list(runs)
-        self.study, self.console = study, console
-
-    def of(self, arm: str) -> dict[int, ArmRun]:
-        """By seed, those that have a score."""
-        return {run.seed: run for run in self.runs if run.arm == arm and run.is_scored}
-
-    def stored(self, run: ArmRun, target: dict[str, Any], limit_bytes: int | None = None) -> Stored:
-        """The run as ``target`` settings store it: its own file, or one made of its checkpoint.
-
-        UserError or TrainingError if it cannot be made.
-        """
-        result = run.result
-        assert result is not None
-        if limit_bytes is None and storage(result.settings) == storage(target):
-            assert result.val_bpb_artifact is not None
-            assert result.val_loss_artifact is not None
-            total = (result.artifact_bytes or 0) + (result.code_bytes or 0)
-            return Stored(result.val_bpb_artifact, result.val_loss_artifact, total, result.grid)
-        limit = limit_bytes or result.limit_bytes
-        again = export_again(run.folder, result, target, limit, self.console)
-        total = again["artifact_bytes"] + again["code_bytes"]
-        return Stored(again["val_bpb_artifact"], again["val_loss_artifact"], total, again["grid"])
-
-    def target(self, run: ArmRun, store: StoreSettings | None) -> dict[str, Any]:
-        assert run.result is not None
-        return storage_of(run.result.settings, self.study.settings, store or StoreSettings())
-
-    def twin(self, run: ArmRun) -> ArmRun | None:
-        """The run of the study that differs in its quantization alone; the baseline's first."""
-        same = [
-            other
-            for other in self.runs
-            if other.result is not None
-            and other.is_scored
-            and is_baseline(other.result)
-            and other.identity == run.identity
-        ]
-        same.sort(key=lambda other: other.arm != self.study.settings.baseline)
-        return same[0] if same else None
-
-
-def _fitted(target: dict[str, Any]) -> dict[str, Any]:
-    return target | {"artifact": target["artifact"] | {"fit": True, "method": "round"}}
 
 
 def treatment_of(files: StudyFiles, arm: str, store: str | None) -> Treatment | None:
@@ -157,11 +51,12 @@ def treatment_of(files: StudyFiles, arm: str, store: str | None) -> Treatment | 
                 missing[seed] = reason
                 continue
             base = baseline[seed]
-            like = files.target(base, None) if arm == settings.baseline else target
-            alike[seed] = files.stored(base, like)
+            if arm == settings.baseline:
+                alike[seed] = files.stored(base, files.target(base, None))
+            else:
+                alike[seed] = files.reference(base, run, target)
             if settings.equal_bytes and is_qat:
-                own = files.target(base, None)
-                as_large[seed] = files.stored(base, _fitted(own), scores[seed].total_bytes)
+                as_large[seed] = files.as_large(base, run, target, scores[seed].total_bytes)
         except (UserError, TrainingError) as error:
             missing[seed] = str(error)
     if not scores:
@@ -221,7 +116,8 @@ def find_out(folder: Path, study: Study, console: Console) -> Findings:
         raise UserError(f"study={folder}: none of its runs was started")
     treatments, ledgers = [], []
     for arm in study.arms:
-        for store in (None, *study.settings.stores):
+        stores = [name for name, s in study.settings.stores.items() if s.is_of(arm)]
+        for store in (None, *stores):
             treatment = treatment_of(files, arm, store)
             if treatment is not None:
                 treatments.append(treatment)
@@ -258,7 +154,7 @@ def _twins(files: StudyFiles, arm: str) -> list[Twin]:
         if other is None or other.result is None or run.result is None:
             continue
         try:
-            stored = files.stored(other, files.target(run, None))
+            stored = files.reference(other, run, files.target(run, None))
         except (UserError, TrainingError) as error:
             files.console.print(f"no ledger of {run.folder.name}: {error}", highlight=False)
             continue

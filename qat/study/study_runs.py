@@ -134,6 +134,8 @@ def run_arm(s: TrainSettings, job: Job, run_one: RunOne) -> int:
         return code
     try:
         for store in s.study.stores.values():
+            if not store.is_of(str(job.choices["arm"])):
+                continue
             target = storage_of(result.settings, s.study, store)
             export_again(folder, result, target, s.limit_bytes, Console(stderr=True))
     except (UserError, TrainingError) as error:

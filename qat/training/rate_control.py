@@ -1,19 +1,13 @@
-"""Training to a number of bytes: the price of a bit, and the steps that go with it.
+"""Training to a number of bytes: the price of a bit, adapted until the file has the size asked for.
 
-The loss gains price * (estimated bits of all codes). What a price means for steps is known: where
-rounding costs half the sum of sensitivity * step ** 2 / 12 and a doubled step saves a bit, the two
-balance at
+The loss gains price * (estimated bits of the file). At the switch the price alone says where all
+steps start (``qat.training.priced_steps``); when it changes by a factor, all steps move by its
+root. Between these moves steps are learned, from the gradients of the loss and of the bits.
 
-    step ** 2 = 12 * price / (ln 2 * sensitivity)
-
-so the price alone says where all steps start (products of row and column factors, from squares of
-the gradients before the switch), and when it changes by a factor, all steps move by its root.
-Between these moves steps are learned, from the gradients of the loss and of the bits.
-
-The price is what the controller adapts. Every few updates estimates say how far the codes are from
-the limit; a few files really encoded say by how much estimates are wrong. All of it is on the
-clock. Time for the last encodings is kept back: after the last update the price makes its last
-moves, of fractions of a per cent, until the file lies in [``WINDOW``, 1] * limit.
+The price is what the controller adapts. Every few updates an estimate says how far the file is from
+the limit, and files really encoded say by how much estimates are wrong. All of it is on the clock.
+Time for the last encodings is kept back: after the last update the price makes its last moves, of
+fractions of a per cent, until the file lies in [``WINDOW``, 1] * limit.
 
 Bits and how they change with weights and steps are measured every ``EVERY`` updates and kept
 between: they change slowly, and measuring them costs as much as snapping.
@@ -29,21 +23,33 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from qat.artifact.rate import bits_of_codes, rate_of
+from qat.artifact.rate import rate_of
 from qat.quantize.gradients import sum_per_step
 from qat.quantize.grid import DTYPES
 from qat.quantize.plan import Entry, Plan
 from qat.quantize.rounding import products_in_step_units, round_to_codes
+from qat.training.priced_steps import (
+    sampled_bits,
+    steps_at,
+    steps_at_price_one,
+    widen_rows,
+    zoom_rows,
+)
 
 log = logging.getLogger("qat")
 WINDOW = 0.999  # least share of the limit that counts as filled
 EVERY = 4  # updates between estimates
 DECAY = 0.9  # of the mean of squared gradients
-FLOOR = 0.01  # of a tensor's mean sensitivity: few batches prove nothing to be without effect
-REAL_AT = (0.33, 0.66, 0.9)  # of the time from the switch on: files really encoded
-LOG2_PRICES, BISECTIONS, SAMPLE = (-60.0, 0.0), 14, 4  # every fourth row, to begin with
+REAL_AT = (0.5,)  # of the time from the switch on: a file is really encoded
+LOG2_PRICES, BISECTIONS = (-60.0, 0.0), 14
 MOST_MOVE = 1.0  # of log2(price), at once
-LANDINGS, KEPT_BACK = 8, 3  # encodings after the last update: at most, and those with time kept
+BITS_PER_OCTAVE = (
+    -1.0,
+    -0.05,
+    -0.5,
+)  # of the price, of a weight: most, least, where steps are fine
+LANDINGS, KEPT_BACK = 8, 2  # encodings after the last update: at most, and those with time kept
+NEAR = 1e-4  # of the limit, by estimate: near enough to encode again
 STATE = (
     "price", "ratio", "file_seconds", "updates", "real_left", "squares", "squares_weight", "pulls",
     "step_pulls",
@@ -74,11 +80,14 @@ class RateControl:
     ) -> None:
         self.entries: list[Entry] = plan.on_grid
         self.num_weights = sum(entry.num_elements for entry in self.entries)
+        self.side_bits = 8.0 * plan.packed_bytes - sum(
+            entry.num_elements * entry.grid.code_bits for entry in self.entries if entry.grid
+        )  # steps, and tensors kept as floats
         self.limit_bytes, self.tokens_per_update = limit_bytes, tokens_per_update
         self.encode_file = encode_file
         self.is_adapted = price is None
         self.price = price or 0.0
-        self.ratio = 1.0  # bits of the file / estimated bits of its codes
+        self.ratio = 1.0  # bits of the file / estimated ones
         self.file_seconds = 0.0
         self.updates = 0  # since the switch
         self.real_left = list(REAL_AT)
@@ -115,23 +124,25 @@ class RateControl:
     @torch.no_grad()
     def first_steps(self, masters: Tensors) -> dict[str, Tensor]:
         """At the switch: steps (rows + columns, 1) at the price that ends at the limit."""
-        factors = {entry.name: self._factors(entry, masters[entry.name]) for entry in self.entries}
+        at_price_one = {
+            e.name: steps_at_price_one(e, masters[e.name], self._sensitivity(e.name))
+            for e in self.entries
+        }
         self.squares.clear()
         if self.is_adapted:
             low, high = LOG2_PRICES
             for _ in range(BISECTIONS):
                 middle = (low + high) / 2
-                scale = math.sqrt(2.0**middle)
-                bits = SAMPLE * sum(
-                    _sampled_bits(entry, masters[entry.name], factors[entry.name], scale)
-                    for entry in self.entries
+                bits = self.side_bits + sum(
+                    sampled_bits(2.0**middle, e, masters[e.name], at_price_one[e.name])
+                    for e in self.entries
                 )
                 low, high = (middle, high) if bits > 8 * self.limit_bytes else (low, middle)
             self.price = 2.0**high
-        steps = {e.name: _zoomed(factors[e.name], math.sqrt(self.price), e.num_rows)
-                 for e in self.entries}  # fmt: skip
-        for entry in self.entries:
-            _unclip(entry, masters[entry.name], steps[entry.name])
+        steps = {
+            e.name: steps_at(self.price, e, masters[e.name], at_price_one[e.name])
+            for e in self.entries
+        }
         if self.is_adapted:
             self._encode_and_move(masters, steps)
             log.info(
@@ -140,18 +151,10 @@ class RateControl:
             )  # fmt: skip
         return steps
 
-    def _factors(self, entry: Entry, w: Tensor) -> Tensor:
-        """Steps (rows + columns, 1) at a price of 1. Without gradients seen: a tensor's std."""
-        if not self.squares:
-            spread = w.std(correction=0).expand(entry.num_rows, 1)
-            return torch.cat([spread, torch.ones_like(w.reshape(entry.num_rows, -1)[:1]).T])
-        matrix = self.squares[entry.name].reshape(entry.num_rows, -1)
-        matrix = matrix * (self.tokens_per_update / self.squares_weight)
-        matrix = matrix + (FLOOR * matrix.mean()).clamp_min(torch.finfo(torch.float32).tiny)
-        row = matrix.mean(1, keepdim=True)
-        column = (matrix / row).mean(0, keepdim=True)
-        at_mean = column.log().mean().exp()  # columns around 1, so that bf16 suits both
-        return torch.cat([(12 / math.log(2) / (row * at_mean)).sqrt(), (at_mean / column).sqrt().T])
+    def _sensitivity(self, name: str) -> Tensor | None:
+        if name not in self.squares:
+            return None
+        return self.squares[name] * (self.tokens_per_update / self.squares_weight)
 
     @torch.no_grad()
     def add_gradients(self, masters: Tensors, steps: Tensors) -> None:
@@ -159,7 +162,7 @@ class RateControl:
         if self.updates % EVERY == 0:
             bits = self.ratio * self.measure(masters, steps)
             if self.is_adapted:
-                self._move_to_limit(bits, steps)
+                self._move_to_limit(bits, masters, steps)
         for entry in self.entries:
             gradient, step_gradient = masters[entry.name].grad, steps[entry.name].grad
             assert gradient is not None
@@ -169,13 +172,13 @@ class RateControl:
         self.updates += 1
 
     def measure(self, masters: Tensors, steps: Tensors) -> float:
-        """Estimated bits of all codes; keeps how they change with weights and steps."""
-        total = 0.0
+        """Estimated bits of the file; keeps how they change with weights and steps."""
+        total = self.side_bits
         for entry in self.entries:
             assert entry.grid is not None
             w = masters[entry.name]
-            _unclip(entry, w, steps[entry.name])
-            stored = _as_stored(entry, steps[entry.name])
+            widen_rows(entry, w, steps[entry.name])
+            stored = steps[entry.name].to(DTYPES[entry.grid.step_dtype]).float()
             x = products_in_step_units(w, stored)
             rate = rate_of(x, round_to_codes(x, entry.grid).to(torch.int8))
             pull = products_in_step_units(rate.slope, stored)
@@ -195,17 +198,25 @@ class RateControl:
         file = self.encode_file(masters, steps)
         self.file_seconds = file.seconds
         self.ratio = 8 * file.num_bytes / self.measure(masters, steps)
-        self._move_to_limit(8 * file.num_bytes, steps)
+        self._move_to_limit(8 * file.num_bytes, masters, steps)
 
-    def _move_to_limit(self, bits: float, steps: Tensors, slope: float = -0.5) -> None:
-        """Change the price by what the codes have too many bits; ``slope``: bits per weight and
-        log2(price). Half a bit where steps are fine, less where most codes are 0."""
-        aim = 8 * self.limit_bytes * (1 + WINDOW) / 2
-        change = (aim - bits) / (self.num_weights * slope)
+    def _move_to_limit(
+        self,
+        bits: float,
+        masters: Tensors,
+        steps: Tensors,
+        bits_per_octave: float = BITS_PER_OCTAVE[2],
+    ) -> None:
+        """Change the price by what the file has too many ``bits``, and all steps by its root."""
+        change = (self._aim - bits) / (self.num_weights * bits_per_octave)
         change = min(max(change, -MOST_MOVE), MOST_MOVE)
         self.price *= 2.0**change
         for entry in self.entries:
-            steps[entry.name][: entry.num_rows].mul_(2.0 ** (change / 2))
+            zoom_rows(entry, masters[entry.name], steps[entry.name], 2.0 ** (change / 2))
+
+    @property
+    def _aim(self) -> float:
+        return 8 * self.limit_bytes * (1 + WINDOW) / 2
 
     @torch.no_grad()
     def land(self, masters: Tensors, steps: Tensors) -> None:
@@ -215,57 +226,33 @@ class RateControl:
         """
         if not self.is_adapted:
             return
-        least, best = WINDOW * self.limit_bytes, None
-        slope, before = -0.5, None
+        best: tuple[int, dict[str, Tensor]] | None = None
         for _ in range(LANDINGS):
             num_bytes = self.encode_file(masters, steps).num_bytes
             if num_bytes <= self.limit_bytes and (best is None or num_bytes > best[0]):
                 best = num_bytes, {name: step.clone() for name, step in steps.items()}
-            if least <= num_bytes <= self.limit_bytes:
+            if WINDOW * self.limit_bytes <= num_bytes <= self.limit_bytes:
                 break
-            if before is not None and self.price != before[1]:
-                moved = math.log2(self.price / before[1])
-                measured = 8 * (num_bytes - before[0]) / self.num_weights / moved
-                slope = min(max(measured, -1.0), -0.05)
-            before = num_bytes, self.price
-            self._move_to_limit(8 * num_bytes, steps, slope)
+            self.ratio = 8 * num_bytes / self.measure(masters, steps)
+            self._land_by_estimates(masters, steps)
         if best is None:
             log.warning("train to bytes: no file fits the limit")
             return
         for name, step in best[1].items():
             steps[name].copy_(step)
-        if best[0] < least:
-            log.warning(
-                "train to bytes: ends at %.2f %% of the limit", 100 * best[0] / self.limit_bytes
-            )
+        share = best[0] / self.limit_bytes
+        if share < WINDOW:
+            log.warning("train to bytes: ends at %.2f %% of the limit", 100 * share)
 
-
-@torch.no_grad()
-def _unclip(entry: Entry, w: Tensor, steps: Tensor) -> None:
-    """Widen the steps of rows whose largest weight has no code: clipping costs more than bits."""
-    assert entry.grid is not None
-    by_column = w.detach().reshape(entry.num_rows, -1) / steps[entry.num_rows :].T
-    needed = by_column.abs().amax(1, keepdim=True) / entry.grid.code_limits[1]
-    rows = steps[: entry.num_rows]
-    rows.copy_(rows.maximum(needed))
-
-
-def _as_stored(entry: Entry, steps: Tensor) -> Tensor:
-    assert entry.grid is not None
-    return steps.to(DTYPES[entry.grid.step_dtype]).float()
-
-
-def _zoomed(factors: Tensor, scale: float, num_rows: int) -> Tensor:
-    """Products ``scale`` times as large, by the steps of the rows."""
-    return torch.cat([scale * factors[:num_rows], factors[num_rows:]])
-
-
-def _sampled_bits(entry: Entry, w: Tensor, factors: Tensor, scale: float) -> float:
-    """Of every ``SAMPLE``-th row."""
-    assert entry.grid is not None
-    num_rows = entry.num_rows
-    steps = _zoomed(factors, scale, num_rows)
-    _unclip(entry, w, steps)
-    rows = torch.cat([steps[:num_rows:SAMPLE], steps[num_rows:]])
-    x = products_in_step_units(w.reshape(num_rows, -1)[::SAMPLE], rows)
-    return bits_of_codes(round_to_codes(x, entry.grid).to(torch.int8))
+    def _land_by_estimates(self, masters: Tensors, steps: Tensors) -> None:
+        most, least, slope = BITS_PER_OCTAVE
+        bits = self.ratio * self.measure(masters, steps)
+        for _ in range(LANDINGS):
+            price = self.price
+            self._move_to_limit(bits, masters, steps, slope)
+            before, bits = bits, self.ratio * self.measure(masters, steps)
+            if abs(bits / self._aim - 1) < NEAR:
+                return
+            if self.price != price:
+                measured = (bits - before) / self.num_weights / math.log2(self.price / price)
+                slope = min(max(measured, most), least)

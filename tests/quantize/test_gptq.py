@@ -117,7 +117,7 @@ def test_without_the_better_row_it_would_be_worse() -> None:
     w, hessian = normal(64, 48, 3), correlated(48, 4)
     grid = Grid(bits=2, step_rule="given")
     nearest = encode(w, grid, torch.full((64, 1), 0.01))
-    fed = nearest._replace(codes=GptqFactor(hessian)._fed_codes(w, grid, nearest))
+    fed = nearest._replace(codes=GptqFactor(hessian)._fed_codes(w, grid, nearest, None))
     error, bound = (trace(decode(c, grid), w, hessian) for c in (fed, nearest))
     assert 0 < int((error > bound).sum()) < 64
 
