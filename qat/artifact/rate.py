@@ -1,18 +1,17 @@
 """What codes will cost before they are coded, and how that changes with the weights and steps.
 
-A code costs what its distribution costs, and the coder knows distributions by expected magnitude
-(mean of the row * mean of the column), so codes are sorted into classes of it and a tensor's
-estimate is the entropy within its classes, tables included. It is piecewise constant in the
-weights; between whole codes it is drawn as a line, whose slope is the gradient straight through
-rounding: d bits / d x = bits(k + 1) - bits(k) for x = w / step between the codes k and k + 1.
-The tables are taken as fixed: by how much a code makes its like cheaper is left out, as it is of
-second order.
+A code costs what its distribution costs, and the coders know distributions by expected magnitude
+(mean of the row * mean of the column), so codes are sorted into classes of it and the estimate is
+the entropy within classes, tables included; a file's tensors share them. The estimate is piecewise
+constant in the weights; between whole codes it is drawn as a line, whose slope is the gradient
+straight through rounding:
+d bits / d x = bits(k + 1) - bits(k) for x = w / step between the codes k and k + 1. The tables are
+taken as fixed: by how much a code makes its like cheaper is left out, as it is of second order.
 """
 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -52,11 +51,6 @@ def bits_of_codes(codes: Tensor) -> float:
     return entropy_bits(count_codes(codes, classes_of(codes)))
 
 
-class Rate(NamedTuple):
-    bits: float  # estimate of what the codes cost
-    slope: Tensor  # d bits / d x, of x's shape
-
-
 def costs_by_class(counts: Tensor) -> Tensor:
     """Counts (CLASSES, SYMBOLS) -> bits of each symbol, finite for those that do not occur.
 
@@ -66,12 +60,12 @@ def costs_by_class(counts: Tensor) -> Tensor:
     return -(both / both.sum(1, keepdim=True)).log2()
 
 
-def rate_of(x: Tensor, codes: Tensor) -> Rate:
-    """``x``: float32 weights in units of their step (rows, columns); ``codes``: x rounded."""
-    classes = classes_of(codes)
-    counts = count_codes(codes, classes)
-    cost = costs_by_class(counts)
-    steps_up = cost[:, 1:] - cost[:, :-1]  # from code k - 128 to the next
+def slopes(x: Tensor, classes: Tensor, costs: Tensor) -> Tensor:
+    """d bits / d x of weights ``x`` (rows, columns) in units of their steps, float32.
+
+    ``costs`` (CLASSES, SYMBOLS): bits of each code in each class.
+    """
+    steps_up = costs[:, 1:] - costs[:, :-1]  # from code k - 128 to the next
     below = x.floor().clamp_(-SYMBOLS // 2, SYMBOLS // 2 - 2).int()
     cells = (classes * (SYMBOLS - 1)).add_(below + SYMBOLS // 2)
-    return Rate(entropy_bits(counts), steps_up.flatten()[cells.long()])
+    return steps_up.flatten()[cells.long()]

@@ -21,8 +21,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from qat.quantize.grid import Grid
+from qat.quantize.grid import DTYPES, Grid
 from qat.quantize.rounding import (
+    Codes,
+    as_stored,
     decode,
     encode,
     group_views,
@@ -123,12 +125,12 @@ def _learned(w: Tensor, grid: Grid, steps: Tensor) -> Seen:
 
 
 def _learned_products(w: Tensor, grid: Grid, steps: Tensor) -> Seen:
-    low, high = grid.code_limits
-    coded = encode(w, grid, steps)
-    x = products_in_step_units(w, coded.steps)
-    inside = (x > low) & (x < high)
-    slope = coded.codes.view_as(x).float() - x * inside
-    seen = decode(coded, grid)
+    stored = steps.to(DTYPES[grid.step_dtype])
+    x = products_in_step_units(w, stored)
+    codes = round_to_codes(x, grid)
+    inside = x.abs() < grid.code_limits[1]
+    slope = codes - x * inside
+    seen = decode(Codes(as_stored(codes, grid).view_as(w), stored), grid)
     return Seen(seen, inside.float().view_as(w), slope.view_as(w))
 
 

@@ -112,7 +112,7 @@ class QatModule(LightningModule):
         for optimizer, state in zip(self.trainer.optimizers, self.resumed_optimizers, strict=False):
             optimizer.load_state_dict(state)
         if self.rate_control is not None:
-            self.rate_control.encode_file(self.masters, self.switch.learned_steps)  # compiles
+            self.rate_control.prime(self.masters)
         probe = torch.zeros(1, PROBE_TOKENS, dtype=torch.long, device=self.device)
         check_all_seen(self.gpt, self.switch.plan.snap(self.masters), probe)
         if self.is_priming:

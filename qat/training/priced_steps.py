@@ -19,14 +19,14 @@ import math
 import torch
 from torch import Tensor
 
-from qat.artifact.rate import bits_of_codes
+from qat.artifact.rate import classes_of, count_codes
 from qat.quantize.plan import Entry
 from qat.quantize.rounding import products_in_step_units, round_to_codes
 
 FLOOR = 0.01  # of a tensor's mean sensitivity: few batches prove nothing to be without effect
 COLUMN_SHARE = 0.9  # of a column's weights that must have a code, else the column is widened
 HEADROOM = 0.9  # of the largest code: weights grow between two looks at them
-SAMPLE = 4  # every fourth row says enough while a price is sought
+SAMPLE = 4  # every fourth row says enough of a column, and while a price is sought
 
 
 def steps_at_price_one(entry: Entry, w: Tensor, sensitivity: Tensor | None) -> Tensor:
@@ -50,15 +50,15 @@ def steps_at(price: float, entry: Entry, w: Tensor, at_price_one: Tensor) -> Ten
     return steps
 
 
-def sampled_bits(price: float, entry: Entry, w: Tensor, at_price_one: Tensor) -> float:
-    """Estimated bits of a tensor's codes at a price, from some of its rows."""
+def sampled_counts(price: float, entry: Entry, w: Tensor, at_price_one: Tensor) -> Tensor:
+    """(CLASSES, SYMBOLS) counts of a tensor's codes at a price, from some of its rows."""
     assert entry.grid is not None
     num_rows = entry.num_rows
     steps = steps_at(price, entry, w, at_price_one)
     some = torch.cat([steps[:num_rows:SAMPLE], steps[num_rows:]])
     matrix = w.reshape(num_rows, -1)[::SAMPLE]
     codes = round_to_codes(products_in_step_units(matrix, some), entry.grid).to(torch.int8)
-    return bits_of_codes(codes) * num_rows / len(matrix)
+    return count_codes(codes, classes_of(codes)) * (num_rows / len(matrix))
 
 
 def zoom_rows(entry: Entry, w: Tensor, steps: Tensor, zoom: float) -> None:
@@ -79,7 +79,8 @@ def widen_rows(entry: Entry, w: Tensor, steps: Tensor) -> None:
 def _widen_columns(entry: Entry, w: Tensor, steps: Tensor) -> None:
     assert entry.grid is not None
     columns = steps[entry.num_rows :]
-    sizes = (w.detach().reshape(entry.num_rows, -1) / steps[: entry.num_rows]).abs()
+    some = slice(0, entry.num_rows, SAMPLE)
+    sizes = (w.detach().reshape(entry.num_rows, -1)[some] / steps[some]).abs()
     place = max(math.ceil(COLUMN_SHARE * len(sizes)), 1)
     largest = sizes.kthvalue(place, 0).values[:, None]
     columns.copy_(columns.maximum(largest / (HEADROOM * entry.grid.code_limits[1])))

@@ -23,13 +23,19 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from qat.artifact.rate import rate_of
+from qat.artifact.rate import (
+    classes_of,
+    costs_by_class,
+    count_codes,
+    entropy_bits,
+    slopes,
+)
 from qat.quantize.gradients import sum_per_step
 from qat.quantize.grid import DTYPES
 from qat.quantize.plan import Entry, Plan
 from qat.quantize.rounding import products_in_step_units, round_to_codes
 from qat.training.priced_steps import (
-    sampled_bits,
+    sampled_counts,
     steps_at,
     steps_at_price_one,
     widen_rows,
@@ -41,14 +47,15 @@ WINDOW = 0.999  # least share of the limit that counts as filled
 EVERY = 4  # updates between estimates
 DECAY = 0.9  # of the mean of squared gradients
 REAL_AT = (0.5,)  # of the time from the switch on: a file is really encoded
-LOG2_PRICES, BISECTIONS = (-60.0, 0.0), 14
+LOG2_PRICES, TRIALS, ROUGHLY = (-60.0, 0.0), 14, 2e-3  # of the limit, by estimate
 MOST_MOVE = 1.0  # of log2(price), at once
 BITS_PER_OCTAVE = (
     -1.0,
     -0.05,
     -0.5,
 )  # of the price, of a weight: most, least, where steps are fine
-LANDINGS, KEPT_BACK = 8, 2  # encodings after the last update: at most, and those with time kept
+LANDINGS, KEPT_BACK = 12, 2  # encodings after the last update: at most, and those with time kept
+A_SLOPE = 0.02  # of log2(price): smaller moves are lost in the digits of steps
 NEAR = 1e-4  # of the limit, by estimate: near enough to encode again
 STATE = (
     "price", "ratio", "file_seconds", "updates", "real_left", "squares", "squares_weight", "pulls",
@@ -62,6 +69,22 @@ class File(NamedTuple):
 
     num_bytes: int
     seconds: float
+
+
+class Landing(NamedTuple):
+    """Steps, and the size of their file."""
+
+    num_bytes: int
+    steps: dict[str, Tensor]
+
+
+class Look(NamedTuple):
+    """A tensor in units of its steps (rows, columns), its codes, their classes; its steps."""
+
+    x: Tensor
+    codes: Tensor
+    classes: Tensor
+    steps: Tensor
 
 
 class RateControl:
@@ -80,9 +103,10 @@ class RateControl:
     ) -> None:
         self.entries: list[Entry] = plan.on_grid
         self.num_weights = sum(entry.num_elements for entry in self.entries)
-        self.side_bits = 8.0 * plan.packed_bytes - sum(
+        # Taken as they are: what coding saves of steps is about what it has to say about rows.
+        self.side_bits = 8 * plan.packed_bytes - sum(
             entry.num_elements * entry.grid.code_bits for entry in self.entries if entry.grid
-        )  # steps, and tensors kept as floats
+        )  # steps, and tensors that stay floats
         self.limit_bytes, self.tokens_per_update = limit_bytes, tokens_per_update
         self.encode_file = encode_file
         self.is_adapted = price is None
@@ -95,6 +119,12 @@ class RateControl:
         self.squares_weight = 0.0  # sum of the weights of that mean
         self.pulls: dict[str, Tensor] = {}  # d bits / d weight
         self.step_pulls: dict[str, Tensor] = {}  # d bits / d step, scaled as LSQ scales
+
+    def prime(self, masters: Tensors) -> None:
+        """Off the clock: what encoding compiles, and how long it takes."""
+        if self.is_adapted:
+            for _ in range(2):
+                self.file_seconds = self.encode_file(masters, {}).seconds
 
     def state(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in STATE}
@@ -130,26 +160,32 @@ class RateControl:
         }
         self.squares.clear()
         if self.is_adapted:
-            low, high = LOG2_PRICES
-            for _ in range(BISECTIONS):
-                middle = (low + high) / 2
-                bits = self.side_bits + sum(
-                    sampled_bits(2.0**middle, e, masters[e.name], at_price_one[e.name])
-                    for e in self.entries
-                )
-                low, high = (middle, high) if bits > 8 * self.limit_bytes else (low, middle)
-            self.price = 2.0**high
+            self.price = self._price_of_limit(masters, at_price_one)
         steps = {
             e.name: steps_at(self.price, e, masters[e.name], at_price_one[e.name])
             for e in self.entries
         }
-        if self.is_adapted:
-            self._encode_and_move(masters, steps)
-            log.info(
-                "train to bytes: price %.2e nats per bit, %.2f s an encoding",
-                self.price, self.file_seconds,
-            )  # fmt: skip
+        log.info(
+            "train to bytes: price %.2e nats per bit, %.2f s an encoding",
+            self.price, self.file_seconds,
+        )  # fmt: skip
         return steps
+
+    def _price_of_limit(self, masters: Tensors, at_price_one: Tensors) -> float:
+        (low, high), at = LOG2_PRICES, sum(LOG2_PRICES) / 2
+        for _ in range(TRIALS):
+            counts = [
+                sampled_counts(2.0**at, e, masters[e.name], at_price_one[e.name])
+                for e in self.entries
+            ]
+            bits = self.side_bits + entropy_bits(torch.stack(counts).sum(0))
+            if abs(bits / self._aim - 1) < ROUGHLY:
+                break
+            low, high = (at, high) if bits > self._aim else (low, at)
+            at += (self._aim - bits) / (self.num_weights * BITS_PER_OCTAVE[2])
+            if not low < at < high:
+                at = (low + high) / 2
+        return 2.0**at
 
     def _sensitivity(self, name: str) -> Tensor | None:
         if name not in self.squares:
@@ -173,19 +209,27 @@ class RateControl:
 
     def measure(self, masters: Tensors, steps: Tensors) -> float:
         """Estimated bits of the file; keeps how they change with weights and steps."""
-        total = self.side_bits
+        seen = {entry.name: self._look(entry, masters, steps) for entry in self.entries}
+        counts = torch.stack([count_codes(look.codes, look.classes) for look in seen.values()]).sum(
+            0
+        )
+        costs = costs_by_class(counts)
         for entry in self.entries:
+            x, _, classes, stored = seen[entry.name]
             assert entry.grid is not None
-            w = masters[entry.name]
-            widen_rows(entry, w, steps[entry.name])
-            stored = steps[entry.name].to(DTYPES[entry.grid.step_dtype]).float()
-            x = products_in_step_units(w, stored)
-            rate = rate_of(x, round_to_codes(x, entry.grid).to(torch.int8))
-            pull = products_in_step_units(rate.slope, stored)
-            self.pulls[entry.name] = pull.view_as(w)
+            pull = products_in_step_units(slopes(x, classes, costs), stored)
+            self.pulls[entry.name] = pull.view(entry.shape)
             self.step_pulls[entry.name] = sum_per_step(-pull * x, entry.grid, steps[entry.name])
-            total += rate.bits
-        return total
+        return self.side_bits + entropy_bits(counts)
+
+    def _look(self, entry: Entry, masters: Tensors, steps: Tensors) -> Look:
+        assert entry.grid is not None
+        w, own = masters[entry.name].detach(), steps[entry.name]
+        widen_rows(entry, w, own)
+        stored = own.detach().to(DTYPES[entry.grid.step_dtype]).float()
+        x = products_in_step_units(w, stored)
+        codes = round_to_codes(x, entry.grid).to(torch.int8)
+        return Look(x, codes, classes_of(codes), stored)
 
     @torch.no_grad()
     def follow(self, masters: Tensors, steps: Tensors, done: float) -> None:
@@ -226,23 +270,40 @@ class RateControl:
         """
         if not self.is_adapted:
             return
-        best: tuple[int, dict[str, Tensor]] | None = None
-        for _ in range(LANDINGS):
+        below: Landing | None = None
+        above: Landing | None = None
+        self._land_by_estimates(masters, steps)
+        for landing in range(LANDINGS):
             num_bytes = self.encode_file(masters, steps).num_bytes
-            if num_bytes <= self.limit_bytes and (best is None or num_bytes > best[0]):
-                best = num_bytes, {name: step.clone() for name, step in steps.items()}
-            if WINDOW * self.limit_bytes <= num_bytes <= self.limit_bytes:
+            here = Landing(num_bytes, {name: step.detach().clone() for name, step in steps.items()})
+            if num_bytes <= self.limit_bytes:
+                below = here if below is None or num_bytes > below.num_bytes else below
+            else:
+                above = here if above is None or num_bytes < above.num_bytes else above
+            if below is not None and below.num_bytes >= WINDOW * self.limit_bytes:
                 break
-            self.ratio = 8 * num_bytes / self.measure(masters, steps)
-            self._land_by_estimates(masters, steps)
-        if best is None:
+            if landing >= KEPT_BACK and below is not None and above is not None:
+                self._land_between(below, above, steps)
+            else:
+                self.ratio = 8 * num_bytes / self.measure(masters, steps)
+                self._land_by_estimates(masters, steps)
+        if below is None:
             log.warning("train to bytes: no file fits the limit")
             return
-        for name, step in best[1].items():
+        for name, step in below.steps.items():
             steps[name].copy_(step)
-        share = best[0] / self.limit_bytes
+        share = below.num_bytes / self.limit_bytes
         if share < WINDOW:
             log.warning("train to bytes: ends at %.2f %% of the limit", 100 * share)
+
+    def _land_between(self, below: Landing, above: Landing, steps: Tensors) -> None:
+        """Some rows as in one, the others as in the other: what the digits of steps leave open."""
+        share = (self._aim / 8 - below.num_bytes) / (above.num_bytes - below.num_bytes)
+        for entry in self.entries:
+            less, more = below.steps[entry.name], above.steps[entry.name]
+            differs = (less != more)[:, 0]
+            first = differs.cumsum(0) <= math.ceil(share * int(differs.sum()))
+            steps[entry.name].copy_(torch.where((differs & first)[:, None], more, less))
 
     def _land_by_estimates(self, masters: Tensors, steps: Tensors) -> None:
         most, least, slope = BITS_PER_OCTAVE
@@ -253,6 +314,6 @@ class RateControl:
             before, bits = bits, self.ratio * self.measure(masters, steps)
             if abs(bits / self._aim - 1) < NEAR:
                 return
-            if self.price != price:
-                measured = (bits - before) / self.num_weights / math.log2(self.price / price)
-                slope = min(max(measured, most), least)
+            moved = math.log2(self.price / price)
+            if abs(moved) > A_SLOPE:
+                slope = min(max((bits - before) / self.num_weights / moved, most), least)

@@ -66,7 +66,7 @@ def test_a_given_price_is_kept_and_bits_follow_it(train: Callable[..., Done]) ->
 
 
 def test_it_goes_on_with_the_same_bits(
-    train: Callable[..., Done], monkeypatch: pytest.MonkeyPatch
+    train: Callable[..., Done], program: Callable[..., Done], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given = ("qat=rd", f"limit_bytes={limit(3)}", "max_steps=40", "checkpoint.every_steps=7")
     assert train(*given, "run_name=whole").code == 0
@@ -76,13 +76,13 @@ def test_it_goes_on_with_the_same_bits(
     def save_then_die(path: Path, state: dict) -> None:
         save(path, state)
         writes.append(path)
-        if len(writes) == 4:  # after step 28, with QAT on since 20
+        if len(writes) == 5:  # after step 35, with QAT on since 33
             raise TrainingError("killed here")
 
     monkeypatch.setattr("qat.training.fit.save_checkpoint", save_then_die)
     assert train(*given, "run_name=killed").code == 1
     monkeypatch.setattr("qat.training.fit.save_checkpoint", save)
-    assert train(f"resume={RUNS / 'killed'}").code == 0
+    assert program("train.py", f"resume={RUNS / 'killed'}").code == 0
     whole, killed = ((RUNS / n / "artifact.qat").read_bytes() for n in ("whole", "killed"))
     assert whole == killed
 
