@@ -8,6 +8,8 @@ take their steps in turn, so that a noisy machine slows them alike. Table on std
 
     off                  float weights
     int8 percentile ...  this project: weights snapped once a step, outside the model
+    rd                   trained to 3 bits a weight: learned steps, and bits among the gradients
+    rd, measuring        the same in the updates that measure bits anew, one in four
     torchao int8         IntxFakeQuantizer in every linear layer and the embedding, inside the model
 
 The second table switches each arm on in the middle: extra time of the first two steps with QAT on,
@@ -38,6 +40,7 @@ from qat.quantize.plan import build_plan  # noqa: E402
 from qat.quantize.straight_through import QatSwitch  # noqa: E402
 from qat.settings.schema import OptimizerSettings  # noqa: E402
 from qat.training.optimizers import build_optimizers  # noqa: E402
+from qat.training.rate_control import File, RateControl  # noqa: E402
 
 PROFILES = {
     "tiny": (GPTShape(64, 1, 16, 1, 1, 1, True), 1, 16),
@@ -51,6 +54,7 @@ GRIDS = {
     "int4 g64": Grid(bits=4, group_size=64),
 }
 WARM_STEPS = 3
+BITS_PER_WEIGHT = 3
 
 
 class Arm:
@@ -76,10 +80,14 @@ class Arm:
     def weights(self) -> dict[str, Tensor]:
         return self.masters
 
+    def before_update(self) -> None:
+        """With the gradients of the loss in place."""
+
     def step(self, batch: tuple[Tensor, Tensor]) -> float:
         self._wait()
         started = time.perf_counter()
         self.loss(self.weights(), *batch).backward()
+        self.before_update()
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad()
@@ -109,6 +117,41 @@ class Ours(Arm):
     def weights(self) -> dict[str, Tensor]:
         self.switch.refresh(self.masters, self.is_on)
         return self.switch.weights(self.masters)
+
+
+class Rated(Arm):
+    """``qat=rd`` as QatModule runs it, at the price of ``BITS_PER_WEIGHT``; no file is made."""
+
+    def __init__(
+        self, shape: GPTShape, device: torch.device, compiled: bool, measures: bool
+    ) -> None:
+        super().__init__(shape, device, compiled)
+        shapes = {name: tuple(p.shape) for name, p in self.masters.items()}
+        grid = Grid(bits=8, step_rule="learned", step_dtype="bf16", column_steps=True)
+        plan = build_plan(shapes, {"grid": grid}, {"*.weight": "grid", "*": "fp32"})
+        limit_bytes = sum(e.num_elements for e in plan.on_grid) * BITS_PER_WEIGHT // 8
+        self.switch = QatSwitch(plan)
+        self.control = RateControl(plan, limit_bytes, 1, lambda *_: File(0, 0.0), None)
+        found = self.control.first_steps(self.masters)
+        self.switch.set_steps({name: steps.to(device) for name, steps in found.items()})
+        self.control.is_adapted = False
+        self.optimizers = build_optimizers(
+            self.gpt, OptimizerSettings(learned_step_lr=1e-5), list(self.switch.parameters())
+        )
+        self.measures, self.is_on = measures, False
+
+    def set_qat(self, is_on: bool) -> None:
+        self.is_on = is_on
+
+    def weights(self) -> dict[str, Tensor]:
+        self.switch.refresh(self.masters, self.is_on)
+        return self.switch.weights(self.masters)
+
+    def before_update(self) -> None:
+        if self.is_on:
+            is_due = self.measures or not self.control.estimate.pulls
+            self.control.updates = 0 if is_due else 1
+            self.control.add_gradients(self.masters, self.switch.learned_steps)
 
 
 class Torchao(Arm):
@@ -141,6 +184,8 @@ class Torchao(Arm):
 def build_arms(shape: GPTShape, device: torch.device, compiled: bool) -> dict[str, Arm]:
     arms: dict[str, Arm] = {"off": Ours(shape, device, compiled, None)}
     arms |= {name: Ours(shape, device, compiled, grid) for name, grid in GRIDS.items()}
+    arms["rd"] = Rated(shape, device, compiled, measures=False)
+    arms["rd, measuring"] = Rated(shape, device, compiled, measures=True)
     return arms | {"torchao int8": Torchao(shape, device, compiled)}
 
 

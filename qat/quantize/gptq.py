@@ -96,14 +96,6 @@ class GptqFactor:
         self._feedback = (upper / upper.diagonal()).T.contiguous()
         self._own_errors = upper.diagonal().square()  # what a column's own error counts
 
-    @property
-    def own_errors(self) -> Tensor:
-        """(columns,) float64: what a squared error counts that the columns after it make up for as
-        far as they can; Tr(E H E^T) is the sum over these."""
-        in_place = torch.empty_like(self._own_errors)
-        in_place[self._order] = self._own_errors
-        return in_place
-
     @torch.no_grad()
     def quantize(
         self, w: Tensor, grid: Grid, steps: Tensor | None = None, prices: BitPrices | None = None
@@ -115,8 +107,8 @@ class GptqFactor:
         row the better of both is kept: Tr(E H E^T) is never above that of ``encode``.
 
         With ``prices`` a code may be the next nearer 0 if that saves more bits than it adds error,
-        and the better row is the one of less error and bits. ValueError
-        if ``w`` does not fit the hessian.
+        and the better row is the one of less error and bits. ValueError if ``w`` does not fit the
+        hessian.
         """
         if w.dim() != 2 or w.size(1) != len(self._order):
             raise ValueError(
@@ -131,6 +123,14 @@ class GptqFactor:
 
         is_better = (costs(fed) < costs(nearest))[:, None]
         return nearest._replace(codes=torch.where(is_better, fed.codes, nearest.codes))
+
+    @property
+    def own_errors(self) -> Tensor:
+        """(columns,) float64: what a squared error counts that the columns after it make up for as
+        far as they can; Tr(E H E^T) is the sum over these."""
+        in_place = torch.empty_like(self._own_errors)
+        in_place[self._order] = self._own_errors
+        return in_place
 
     def _fed_codes(self, w: Tensor, grid: Grid, nearest: Codes, prices: BitPrices | None) -> Tensor:
         trained = w.T[self._order].double()  # a column of weights is a row here: contiguous

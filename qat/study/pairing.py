@@ -22,6 +22,7 @@ from qat.study.result import Result
 from qat.study.store_again import export_again
 
 QUANTIZATION_SETTINGS = ("qat", "grid", "plan", "artifact", "limit_bytes")
+QAT_OPTIMIZER_SETTINGS = ("optimizer.learned_step_lr",)  # float weights have no learned steps
 BOOKKEEPING_SETTINGS = (
     "run_name",
     "sweep_name",
@@ -47,7 +48,8 @@ def identity(result: Result) -> dict[str, Any]:
     """What two runs must share to be compared; data by content, not by path."""
     left_out = (*QUANTIZATION_SETTINGS, *BOOKKEEPING_SETTINGS, "data")
     shared = {key: value for key, value in result.settings.items() if key not in left_out}
-    return flat(shared | {"data": result.data, "hardware": result.hardware})
+    found = flat(shared | {"data": result.data, "hardware": result.hardware})
+    return {key: value for key, value in found.items() if key not in QAT_OPTIMIZER_SETTINGS}
 
 
 def storage(settings: dict[str, Any]) -> str:

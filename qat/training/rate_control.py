@@ -9,8 +9,8 @@ the limit, and files really encoded say by how much estimates are wrong. All of 
 Time for the last encodings is kept back: after the last update the price makes its last moves, of
 fractions of a per cent, until the file lies in [``WINDOW``, 1] * limit.
 
-Bits and how they change with weights and steps are measured every ``EVERY`` updates and kept
-between: they change slowly, and measuring them costs as much as snapping.
+Bits and how they change (``qat.training.bit_estimate``) are measured every ``EVERY`` updates and
+kept between: they change slowly, and measuring them costs as much as snapping.
 """
 
 from __future__ import annotations
@@ -23,22 +23,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from qat.artifact.rate import (
-    classes_of,
-    costs_by_class,
-    count_codes,
-    entropy_bits,
-    slopes,
-)
-from qat.quantize.gradients import sum_per_step
-from qat.quantize.grid import DTYPES
 from qat.quantize.plan import Entry, Plan
-from qat.quantize.rounding import products_in_step_units, round_to_codes
+from qat.training.bit_estimate import BitEstimate
 from qat.training.priced_steps import (
     sampled_counts,
     steps_at,
     steps_at_price_one,
-    widen_rows,
     zoom_rows,
 )
 
@@ -57,10 +47,8 @@ BITS_PER_OCTAVE = (
 LANDINGS, KEPT_BACK = 12, 2  # encodings after the last update: at most, and those with time kept
 A_SLOPE = 0.02  # of log2(price): smaller moves are lost in the digits of steps
 NEAR = 1e-4  # of the limit, by estimate: near enough to encode again
-STATE = (
-    "price", "ratio", "file_seconds", "updates", "real_left", "squares", "squares_weight", "pulls",
-    "step_pulls",
-)  # fmt: skip
+STATE = ("price", "ratio", "file_seconds", "updates", "real_left", "squares", "squares_weight")
+PULLS = ("pulls", "step_pulls")
 Tensors = Mapping[str, Tensor]
 
 
@@ -76,15 +64,6 @@ class Landing(NamedTuple):
 
     num_bytes: int
     steps: dict[str, Tensor]
-
-
-class Look(NamedTuple):
-    """A tensor in units of its steps (rows, columns), its codes, their classes; its steps."""
-
-    x: Tensor
-    codes: Tensor
-    classes: Tensor
-    steps: Tensor
 
 
 class RateControl:
@@ -103,10 +82,7 @@ class RateControl:
     ) -> None:
         self.entries: list[Entry] = plan.on_grid
         self.num_weights = sum(entry.num_elements for entry in self.entries)
-        # Taken as they are: what coding saves of steps is about what it has to say about rows.
-        self.side_bits = 8 * plan.packed_bytes - sum(
-            entry.num_elements * entry.grid.code_bits for entry in self.entries if entry.grid
-        )  # steps, and tensors that stay floats
+        self.estimate = BitEstimate(plan)
         self.limit_bytes, self.tokens_per_update = limit_bytes, tokens_per_update
         self.encode_file = encode_file
         self.is_adapted = price is None
@@ -117,8 +93,6 @@ class RateControl:
         self.real_left = list(REAL_AT)
         self.squares: dict[str, Tensor] = {}  # mean of squared gradients before the switch
         self.squares_weight = 0.0  # sum of the weights of that mean
-        self.pulls: dict[str, Tensor] = {}  # d bits / d weight
-        self.step_pulls: dict[str, Tensor] = {}  # d bits / d step, scaled as LSQ scales
 
     def prime(self, masters: Tensors) -> None:
         """Off the clock: what encoding compiles, and how long it takes."""
@@ -127,13 +101,14 @@ class RateControl:
                 self.file_seconds = self.encode_file(masters, {}).seconds
 
     def state(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in STATE}
+        own = {name: getattr(self, name) for name in STATE}
+        return own | {name: getattr(self.estimate, name) for name in PULLS}
 
     def resume(self, state: Mapping[str, Any], device: torch.device) -> None:
         for name, value in state.items():
             if isinstance(value, dict):
                 value = {key: tensor.to(device) for key, tensor in value.items()}
-            setattr(self, name, value)
+            setattr(self.estimate if name in PULLS else self, name, value)
 
     @property
     def kept_seconds(self) -> float:
@@ -178,7 +153,7 @@ class RateControl:
                 sampled_counts(2.0**at, e, masters[e.name], at_price_one[e.name])
                 for e in self.entries
             ]
-            bits = self.side_bits + entropy_bits(torch.stack(counts).sum(0))
+            bits = self.estimate.of_counts(torch.stack(counts).sum(0))
             if abs(bits / self._aim - 1) < ROUGHLY:
                 break
             low, high = (at, high) if bits > self._aim else (low, at)
@@ -196,40 +171,16 @@ class RateControl:
     def add_gradients(self, masters: Tensors, steps: Tensors) -> None:
         """Beside the loss's, before an update with QAT on; now and then the price moves."""
         if self.updates % EVERY == 0:
-            bits = self.ratio * self.measure(masters, steps)
+            bits = self.ratio * self.estimate.measure(masters, steps)
             if self.is_adapted:
                 self._move_to_limit(bits, masters, steps)
         for entry in self.entries:
             gradient, step_gradient = masters[entry.name].grad, steps[entry.name].grad
             assert gradient is not None
             assert step_gradient is not None
-            gradient.add_(self.pulls[entry.name], alpha=self.price)
-            step_gradient.add_(self.step_pulls[entry.name], alpha=self.price)
+            gradient.add_(self.estimate.pulls[entry.name], alpha=self.price)
+            step_gradient.add_(self.estimate.step_pulls[entry.name], alpha=self.price)
         self.updates += 1
-
-    def measure(self, masters: Tensors, steps: Tensors) -> float:
-        """Estimated bits of the file; keeps how they change with weights and steps."""
-        seen = {entry.name: self._look(entry, masters, steps) for entry in self.entries}
-        counts = torch.stack([count_codes(look.codes, look.classes) for look in seen.values()]).sum(
-            0
-        )
-        costs = costs_by_class(counts)
-        for entry in self.entries:
-            x, _, classes, stored = seen[entry.name]
-            assert entry.grid is not None
-            pull = products_in_step_units(slopes(x, classes, costs), stored)
-            self.pulls[entry.name] = pull.view(entry.shape)
-            self.step_pulls[entry.name] = sum_per_step(-pull * x, entry.grid, steps[entry.name])
-        return self.side_bits + entropy_bits(counts)
-
-    def _look(self, entry: Entry, masters: Tensors, steps: Tensors) -> Look:
-        assert entry.grid is not None
-        w, own = masters[entry.name].detach(), steps[entry.name]
-        widen_rows(entry, w, own)
-        stored = own.detach().to(DTYPES[entry.grid.step_dtype]).float()
-        x = products_in_step_units(w, stored)
-        codes = round_to_codes(x, entry.grid).to(torch.int8)
-        return Look(x, codes, classes_of(codes), stored)
 
     @torch.no_grad()
     def follow(self, masters: Tensors, steps: Tensors, done: float) -> None:
@@ -241,7 +192,7 @@ class RateControl:
     def _encode_and_move(self, masters: Tensors, steps: Tensors) -> None:
         file = self.encode_file(masters, steps)
         self.file_seconds = file.seconds
-        self.ratio = 8 * file.num_bytes / self.measure(masters, steps)
+        self.ratio = 8 * file.num_bytes / self.estimate.measure(masters, steps)
         self._move_to_limit(8 * file.num_bytes, masters, steps)
 
     def _move_to_limit(
@@ -285,7 +236,7 @@ class RateControl:
             if landing >= KEPT_BACK and below is not None and above is not None:
                 self._land_between(below, above, steps)
             else:
-                self.ratio = 8 * num_bytes / self.measure(masters, steps)
+                self.ratio = 8 * num_bytes / self.estimate.measure(masters, steps)
                 self._land_by_estimates(masters, steps)
         if below is None:
             log.warning("train to bytes: no file fits the limit")
@@ -294,7 +245,10 @@ class RateControl:
             steps[name].copy_(step)
         share = below.num_bytes / self.limit_bytes
         if share < WINDOW:
-            log.warning("train to bytes: ends at %.2f %% of the limit", 100 * share)
+            log.warning(
+                "train to bytes: ends at %.2f %% of the limit; codes of 8 bits are no finer",
+                100 * share,
+            )
 
     def _land_between(self, below: Landing, above: Landing, steps: Tensors) -> None:
         """Some rows as in one, the others as in the other: what the digits of steps leave open."""
@@ -307,11 +261,11 @@ class RateControl:
 
     def _land_by_estimates(self, masters: Tensors, steps: Tensors) -> None:
         most, least, slope = BITS_PER_OCTAVE
-        bits = self.ratio * self.measure(masters, steps)
+        bits = self.ratio * self.estimate.measure(masters, steps)
         for _ in range(LANDINGS):
             price = self.price
             self._move_to_limit(bits, masters, steps, slope)
-            before, bits = bits, self.ratio * self.measure(masters, steps)
+            before, bits = bits, self.ratio * self.estimate.measure(masters, steps)
             if abs(bits / self._aim - 1) < NEAR:
                 return
             moved = math.log2(self.price / price)

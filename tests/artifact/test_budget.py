@@ -75,9 +75,9 @@ def test_a_limit_that_does_not_bind_says_so(measured: Solver) -> None:
 
 
 def test_a_limit_below_everything_says_so(measured: Solver) -> None:
-    fitted = measured.fit(900, size_of)
+    fitted = measured.fit(300, size_of)
     assert fitted.note == "nothing in the family is smaller"
-    assert fitted.num_bytes == size_of(fitted.stored) > 900
+    assert fitted.num_bytes == size_of(fitted.stored) > 300
 
 
 def test_a_price_finds_the_best_plan_of_its_size(measured: Solver) -> None:
@@ -175,3 +175,15 @@ def test_not_finite_weights_are_refused() -> None:
     one.reference[3, 3] = float("nan")
     with pytest.raises(ValueError, match="NaN"):
         one.costs(False)
+
+
+def test_below_a_bit_steps_are_wider_than_the_spread() -> None:
+    """Where most codes are 0, steps of up to ten standard deviations lose least."""
+    sources = [source(seed) for seed in range(4)]
+    budget = int(4 * 96 * 80 * 0.6 / 8)
+    fitted = solver(sources).fit(budget, size_of)
+    narrow = [[c for c in one.costs(False) if c.choice.size <= 2.0] for one in sources]
+    narrow_fit = Solver(sources, narrow).fit(budget, size_of)
+    assert fitted.note is None
+    assert max(choice.size for choice in fitted.choices) > 2.0
+    assert fitted.predicted_loss < 0.8 * narrow_fit.predicted_loss

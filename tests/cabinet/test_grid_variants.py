@@ -142,7 +142,7 @@ def test_lite_takes_the_best_clip_of_each_row() -> None:
     w[0, 0] = 30.0  # worth clipping
     grid = Grid(bits=4)
     plan = plan_for(SHAPE, grid, grid)
-    entry, codes = lite(plan.entries["tok_emb.weight"], w)
+    entry, codes = lite(plan.entries["tok_emb.weight"], w, None)
     errors = (decode(codes, entry.grid) - w).square().sum(1)
     candidates = torch.stack([
         (decode(encode(w, Grid(bits=4, step_rule="percentile", percentile=p)), grid) - w)

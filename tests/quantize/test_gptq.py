@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from qat.quantize import gptq
-from qat.quantize.gptq import GptqFactor
+from qat.quantize.gptq import BitPrices, GptqFactor
 from qat.quantize.grid import DTYPES, Grid
 from qat.quantize.rounding import Codes, decode, encode, snap
 from tests.quantize.test_grid import given_steps, grids
@@ -223,3 +223,70 @@ def test_bad_input_is_named() -> None:
     for shape in ((6,), (3, 5), (2, 3, 6)):
         with pytest.raises(ValueError, match="the hessian has 6 columns"):
             GptqFactor(good).quantize(torch.ones(shape), Grid(bits=4))
+
+
+def prices_for(codes: Codes, per_bit: float) -> BitPrices:
+    """A code costs the more the larger it is; two classes of places."""
+    rows, columns = codes.codes.shape
+    sizes = (torch.arange(256) - 128).abs().float()
+    bits = torch.stack([1 + sizes, 0.5 + 3 * sizes])
+    classes = (torch.arange(columns) % 2).expand(rows, columns).int()
+    return BitPrices(bits, classes, torch.full((rows, 1), per_bit, dtype=torch.float64))
+
+
+@given(st.integers(0, 1000), st.booleans())
+def test_bits_that_cost_nothing_change_nothing(seed: int, act_order: bool) -> None:
+    w, hessian, grid = normal(6, 20, seed), correlated(20, seed + 1), Grid(bits=4)
+    factor = GptqFactor(hessian, 0.01, act_order)
+    free = factor.quantize(w, grid, prices=prices_for(encode(w, grid), 0.0))
+    assert torch.equal(free.codes, factor.quantize(w, grid).codes)
+
+
+def test_without_correlation_each_code_is_the_cheaper_of_two() -> None:
+    """Errors feed nothing then, so the choices can be made one by one in a loop."""
+    w, grid = normal(7, 12, 5), Grid(bits=4)
+    weights = torch.linspace(0.5, 2.0, 12, dtype=torch.float64)
+    nearest, per_bit = encode(w, grid), 6e-5
+    prices = prices_for(nearest, per_bit)
+    ours = GptqFactor(torch.diag(weights), 0.0).quantize(w, grid, prices=prices)
+    changed = 0
+    for i in range(7):
+        step = float(nearest.steps[i, 0].float())
+        for j in range(12):
+            near = int(nearest.codes[i, j])
+
+            def cost(code: int, i: int = i, j: int = j, step: float = step) -> float:
+                error = weights[j] * (float(w[i, j]) - code * step) ** 2
+                return float(error + per_bit * prices.bits[j % 2, code + 128])
+
+            lower = near - (near > 0) + (near < 0)
+            best = min((near, lower), key=cost)
+            assert int(ours.codes[i, j]) == best
+            changed += best != near
+    assert 3 < changed < 60
+
+
+@given(st.integers(0, 1000), st.floats(1e-7, 1e-3))
+def test_error_and_bits_together_are_never_above_those_of_rounding(
+    seed: int, per_bit: float
+) -> None:
+    w, hessian, grid = normal(6, 20, seed), correlated(20, seed + 1), Grid(bits=5)
+    nearest = encode(w, grid)
+    prices = prices_for(nearest, per_bit)
+    ours = GptqFactor(hessian).quantize(w, grid, prices=prices)
+    found, bound = (
+        trace(decode(c, grid), w, hessian) + prices.of_rows(c.codes) for c in (ours, nearest)
+    )
+    assert (found <= bound * (1 + 1e-9)).all()
+
+
+def test_own_errors_sum_up_to_the_output_error() -> None:
+    """With E fed on as GPTQ feeds it, Tr(E H E^T) is the sum of own errors: their definition."""
+    hessian = correlated(16, 9)
+    for act_order in (False, True):
+        factor = GptqFactor(hessian, 0.0, act_order)
+        order = hessian.diagonal().argsort(descending=True) if act_order else torch.arange(16)
+        lower = torch.linalg.cholesky(hessian[order][:, order].flip(0, 1)).flip(0, 1)
+        expected = torch.empty(16, dtype=torch.float64)
+        expected[order] = lower.diagonal().square()
+        torch.testing.assert_close(factor.own_errors, expected)

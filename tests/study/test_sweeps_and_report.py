@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from qat.artifact.bundle import count_code_bytes
 from qat.artifact.container import read_artifact
 from qat.settings import command_line
 from qat.study.pairing import build_rows
@@ -316,3 +317,26 @@ def test_a_sweep_into_a_folder_with_glob_signs(train) -> None:
     done = train("-m", "seed=1,2", "runs_dir='a[1]'", "max_steps=1")
     assert done.code == 0, done.err
     assert len(list(Path("a[1]").glob("*/report.md"))) == 1
+
+
+@pytest.mark.slow
+def test_what_fills_a_limit_is_compared_with_the_solver_at_that_limit(train) -> None:
+    """A baseline rounded on the grid of qat=rd would be several times as large."""
+    limit = count_code_bytes() + 32_000
+    assert train("qat=none", "run_name=a").code == 0
+    filled = {
+        "b": ("qat=rd", f"limit_bytes={limit}"),
+        "c": ("qat=int6", "artifact.fit=true", f"limit_bytes={limit + 4000}"),
+    }
+    for name, asked in filled.items():
+        assert train(*asked, f"run_name={name}").code == 0
+    table = build_rows([RUNS / name for name in "abc"], Console(quiet=True))
+    by_limit = {row["limit_bytes"]: row for row in table if row["exported"]}
+    assert sorted(by_limit) == [limit, limit + 4000]
+    for row in table:
+        if row["qat"] != "none":
+            beside = by_limit[row["limit_bytes"]]
+            assert beside["grid"] == "int8+fit"
+            assert 0.998 * row["limit_bytes"] <= beside["total_bytes"] <= row["limit_bytes"]
+            expected = row["val_bpb_artifact"] - beside["val_bpb_artifact"]
+            assert row["delta_bpb"] == pytest.approx(expected, abs=1e-12)

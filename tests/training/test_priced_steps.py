@@ -96,7 +96,7 @@ def share_estimated(weights: dict[str, Tensor], bits: float) -> float:
         control.squares[entry.name] = row * column / 1e3
     steps = control.first_steps(weights)
     control.ratio = 1.0
-    estimated = control.measure(weights, steps)
+    estimated = control.estimate.measure(weights, steps)
     return estimated / 8 / control.encode_file(weights, steps).num_bytes
 
 
@@ -141,7 +141,7 @@ def test_pulls_are_finite_differences_of_the_bits() -> None:
     steps = 0.2 + 0.3 * torch.rand(54, 1, generator=generator)
     steps[30:] += 0.6
     control = control_of(Plan([entry]), 10**6)
-    control.measure({"w": w}, {"w": steps})
+    control.estimate.measure({"w": w}, {"w": steps})
     codes = to_codes(w / (steps[:30] * steps[30:].T))
 
     def bits(weights: Tensor, of: Tensor) -> float:
@@ -156,7 +156,7 @@ def test_pulls_are_finite_differences_of_the_bits() -> None:
             values.append(bits(moved["w"], moved["steps"]))
         return (values[0] - values[1]) / (2 * by)
 
-    pull, step_pull = control.pulls["w"], control.step_pulls["w"][:, 0]
+    pull, step_pull = control.estimate.pulls["w"], control.estimate.step_pulls["w"][:, 0]
     agree = [
         difference("w", (i, j), 1e-6) == pytest.approx(float(pull[i, j]), rel=1e-2, abs=1e-2)
         for i in range(0, 30, 3)
