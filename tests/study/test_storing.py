@@ -57,7 +57,8 @@ def test_mistakes(asked: tuple[str, ...], message: str, train: Callable[..., Don
     assert message in done.err
 
 
-@pytest.mark.parametrize("bit_price", [pytest.param("0", marks=pytest.mark.slow), "0.5"])
+@pytest.mark.slow
+@pytest.mark.parametrize("bit_price", ["0", "0.5"])
 def test_the_solvers_steps_are_made_finer_until_gptq_fills_the_limit(
     bit_price: str, train: Callable[..., Done]
 ) -> None:
