@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from qat.artifact.budget import WINDOW
 from qat.quantize.plan import Entry, Plan
 from qat.training.bit_estimate import BitEstimate
 from qat.training.priced_steps import (
@@ -33,19 +34,15 @@ from qat.training.priced_steps import (
 )
 
 log = logging.getLogger("qat")
-WINDOW = 0.999  # least share of the limit that counts as filled
 EVERY = 4  # updates between estimates
 DECAY = 0.9  # of the mean of squared gradients
 REAL_AT = (0.5,)  # of the time from the switch on: a file is really encoded
 LOG2_PRICES, TRIALS, ROUGHLY = (-60.0, 0.0), 14, 2e-3  # of the limit, by estimate
 MOST_MOVE = 1.0  # of log2(price), at once
-BITS_PER_OCTAVE = (
-    -1.0,
-    -0.05,
-    -0.5,
-)  # of the price, of a weight: most, least, where steps are fine
+FINE, MOST, LEAST = -0.5, -1.0, -0.05  # bits of a weight per octave of the price, and their range
 LANDINGS, KEPT_BACK = 12, 2  # encodings after the last update: at most, and those with time kept
 A_SLOPE = 0.02  # of log2(price): smaller moves are lost in the digits of steps
+PAST = 0.02  # of log2(price), where a landing is stuck
 NEAR = 1e-4  # of the limit, by estimate: near enough to encode again
 STATE = ("price", "ratio", "file_seconds", "updates", "real_left", "squares", "squares_weight")
 PULLS = ("pulls", "step_pulls")
@@ -157,7 +154,7 @@ class RateControl:
             if abs(bits / self._aim - 1) < ROUGHLY:
                 break
             low, high = (at, high) if bits > self._aim else (low, at)
-            at += (self._aim - bits) / (self.num_weights * BITS_PER_OCTAVE[2])
+            at += (self._aim - bits) / (self.num_weights * FINE)
             if not low < at < high:
                 at = (low + high) / 2
         return 2.0**at
@@ -200,11 +197,15 @@ class RateControl:
         bits: float,
         masters: Tensors,
         steps: Tensors,
-        bits_per_octave: float = BITS_PER_OCTAVE[2],
+        bits_per_octave: float = FINE,
     ) -> None:
-        """Change the price by what the file has too many ``bits``, and all steps by its root."""
+        """Change the price by what the file has too many ``bits``."""
         change = (self._aim - bits) / (self.num_weights * bits_per_octave)
         change = min(max(change, -MOST_MOVE), MOST_MOVE)
+        self._move_price(masters, steps, change)
+
+    def _move_price(self, masters: Tensors, steps: Tensors, change: float) -> None:
+        """By ``change`` of log2(price), and all steps by its root."""
         self.price *= 2.0**change
         for entry in self.entries:
             zoom_rows(entry, masters[entry.name], steps[entry.name], 2.0 ** (change / 2))
@@ -235,6 +236,8 @@ class RateControl:
                 break
             if landing >= KEPT_BACK and below is not None and above is not None:
                 self._land_between(below, above, steps)
+            elif landing >= KEPT_BACK:  # estimates stay on one side of the limit: go past it
+                self._move_price(masters, steps, PAST if below is None else -PAST)
             else:
                 self.ratio = 8 * num_bytes / self.estimate.measure(masters, steps)
                 self._land_by_estimates(masters, steps)
@@ -260,8 +263,7 @@ class RateControl:
             steps[entry.name].copy_(torch.where((differs & first)[:, None], more, less))
 
     def _land_by_estimates(self, masters: Tensors, steps: Tensors) -> None:
-        most, least, slope = BITS_PER_OCTAVE
-        bits = self.ratio * self.estimate.measure(masters, steps)
+        slope, bits = FINE, self.ratio * self.estimate.measure(masters, steps)
         for _ in range(LANDINGS):
             price = self.price
             self._move_to_limit(bits, masters, steps, slope)
@@ -270,4 +272,4 @@ class RateControl:
                 return
             moved = math.log2(self.price / price)
             if abs(moved) > A_SLOPE:
-                slope = min(max((bits - before) / self.num_weights / moved, most), least)
+                slope = min(max((bits - before) / self.num_weights / moved, MOST), LEAST)
