@@ -15,16 +15,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from qat.artifact.candidates import Choice, Cost, Source, Stored
+from qat.artifact.filling import WINDOW, Trial, fill
 
-WINDOW = 0.999  # least share of the budget that counts as filled
 PRICE_RANGE = (1e-24, 1e2)  # nats per bit
 BISECTIONS = 45  # fewer than would make the two prices around a size one number
 CURVE_POINTS = 100
 MARGIN = 1.1  # an estimate so much too large may still turn out to fit
 ROUNDS = 4  # of estimating the whole plan's size again
-ZOOMS = 14
-HELD_BACK = 0.3  # of the bytes that a zoom should bring; then sizes say nothing about zooms
-MAX_LOG2_ZOOM = 1.5
 
 SizeOf = Callable[[Sequence[Stored]], int]  # bytes of the file, really encoded
 
@@ -105,7 +102,7 @@ class Solver:
             bytes_per_bit = size / _bits(chosen)
             if window[0] <= size <= window[1]:
                 return self._done(chosen, 1.0, size, bytes_per_bit)
-        zoom, size = self._zoomed(chosen, size, window, size_of)
+        zoom, size = self._zoomed(chosen, size, budget_bytes, size_of)
         if not window[0] <= size <= window[1]:
             # Steps as fine as 8 bits allow cannot fill what is left. Tensor by tensor the next
             # larger plan then goes over the limit, and coarser steps come back to it.
@@ -114,7 +111,8 @@ class Solver:
                 larger[number] = cost
                 if _bits(larger) * bytes_per_bit > target:
                     break
-            from_above = self._zoomed(larger, size_of(self._stored(larger)), window, size_of)
+            size_above = size_of(self._stored(larger))
+            from_above = self._zoomed(larger, size_above, budget_bytes, size_of)
             if from_above[1] <= budget_bytes and (size > budget_bytes or from_above[1] > size):
                 chosen, (zoom, size) = larger, from_above
         if size > budget_bytes:
@@ -125,35 +123,23 @@ class Solver:
         return self._done(chosen, zoom, size, bytes_per_bit, missed)
 
     def _zoomed(
-        self, chosen: Sequence[Cost], size: int, window: tuple[int, int], size_of: SizeOf
+        self, chosen: Sequence[Cost], size: int, budget_bytes: int, size_of: SizeOf
     ) -> tuple[float, int]:
-        """Zoom all steps until the file is in the window; else the largest that fits, if any."""
+        """Zoom all steps until the file is in the window: zoom and size of the best file."""
         num_weights = sum(
             source.entry.num_elements
             for source, cost in zip(self.sources, chosen, strict=True)
             if cost.choice.rule is not None
         )
-        best = (1.0, size)
         if num_weights == 0:
-            return best
-        target = (window[0] + window[1]) / 2
-        at, low, high = 0.0, -MAX_LOG2_ZOOM, MAX_LOG2_ZOOM  # log2 of the zoom
-        follows = True  # twice the step is one bit less per weight, unless 8 bits hold steps back
-        for _ in range(ZOOMS):
-            low, high = (at, high) if size > window[1] else (low, at)
-            before, bytes_before = at, size
-            at += 8 * (size - target) / num_weights
-            if not (follows and low < at < high):
-                at = (low + high) / 2
-            size = size_of(self._stored(chosen, 2.0**at))
-            share = (size - bytes_before) / (num_weights * (before - at) / 8)
-            follows = share > HELD_BACK
-            fits, best_fits = size <= window[1], best[1] <= window[1]
-            if fits and (size > best[1] or not best_fits):
-                best = (2.0**at, size)
-            if window[0] <= size <= window[1] or (at < min(before, 0.0) and not follows):
-                break  # nothing comes of steps that are finer still
-        return best
+            return 1.0, size
+
+        def trial_at(log2_zoom: float) -> Trial[int]:
+            found = size_of(self._stored(chosen, 2.0**log2_zoom))
+            return Trial(log2_zoom, found, found)
+
+        best = fill(trial_at, Trial(0.0, size, size), num_weights / 8, budget_bytes)
+        return 2.0**best.log2_zoom, best.made
 
     def _done(
         self,

@@ -22,13 +22,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from qat.artifact.rate import bits_of_codes, entropy_bits
+from qat.artifact.rate import bits_of_codes, bits_of_floats
 from qat.quantize.grid import MAX_BITS, MIN_BITS, Grid
 from qat.quantize.plan import Encoded, Entry, Plan
+from qat.quantize.product_steps import least_row_steps, sensitivity_factors
 from qat.quantize.rounding import group_views
 
 SIZES = tuple(2.0 ** (k / 3) for k in range(-15, 11))  # of a step, in standard deviations
-SENSITIVITY_FLOOR = 0.01  # of the tensor's mean: few batches prove nothing to be without effect
 DEAD_ZONE = 0.6  # of a step: with pruning, weights up to it become 0, not only up to 0.5
 SMALLEST_ZOOM = 0.8  # that clips no code: bits that came and went would make sizes jump
 
@@ -125,21 +125,17 @@ class Source:
     @cached_property
     def _log_sensitivity(self) -> tuple[Tensor, Tensor]:
         """Natural logarithms of the sensitivities of rows (R, 1) and columns (1, C), centred."""
-        matrix = self.sensitivity.reshape(self.entry.num_rows, -1)
-        matrix = matrix + SENSITIVITY_FLOOR * matrix.mean()
-        if not float(matrix.sum()) > 0.0:
-            matrix = torch.ones_like(matrix)
-        row = matrix.mean(1, keepdim=True)
-        column = (matrix / row).mean(0, keepdim=True)
-        return row.log() - row.log().mean(), column.log() - column.log().mean()
+        row, column = sensitivity_factors(self.sensitivity.reshape(self.entry.num_rows, -1))
+        return row.log() - row.log().mean(), column.log()
 
     def _by_product(self, exponent: float, size: float, zoom: float, prune: bool) -> Stored:
         w = self.reference.reshape(self.entry.num_rows, -1)
         of_row, of_column = ((-0.5 * exponent * log).exp() for log in self._log_sensitivity)
-        largest = (w / of_column).abs().amax(1, keepdim=True)
+        least = least_row_steps(w, of_column, _largest_code(MAX_BITS))
         row_steps = size * w.std(correction=0) * of_row
-        bits = _bits_for(float((largest / row_steps).nan_to_num(0.0).max()))
-        row_steps = (zoom * row_steps).maximum(largest / _largest_code(MAX_BITS))
+        largest_code = _largest_code(MAX_BITS) * (least / row_steps).nan_to_num(0.0).max()
+        bits = _bits_for(float(largest_code))
+        row_steps = (zoom * row_steps).maximum(least)
         grid = Grid(bits=bits, step_rule="given", step_dtype="bf16", column_steps=True)
         if prune:
             w = w.where(w.abs() >= DEAD_ZONE * row_steps * of_column, 0.0)
@@ -179,11 +175,7 @@ def _bits_for(largest_code: float) -> int:
 
 
 def _bits_of(encoded: Encoded) -> float:
-    floats = (
-        encoded.floats.contiguous().view(torch.uint8).reshape(-1, encoded.floats.element_size())
-    )
-    planes = torch.stack([torch.bincount(plane, minlength=256) for plane in floats.T])
-    bits = entropy_bits(planes)
+    bits = bits_of_floats([encoded.floats])
     if encoded.coded is None:
         return bits
     return bits + bits_of_codes(encoded.coded.codes.reshape(encoded.entry.num_rows, -1))

@@ -12,6 +12,7 @@ taken as fixed: by how much a code makes its like cheaper is left out, as it is 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -49,6 +50,17 @@ def count_codes(codes: Tensor, classes: Tensor) -> Tensor:
 def bits_of_codes(codes: Tensor) -> float:
     """Estimated bits of int8 codes (rows, columns)."""
     return entropy_bits(count_codes(codes, classes_of(codes)))
+
+
+def bits_of_floats(tensors: Sequence[Tensor]) -> float:
+    """Estimated bits of floats as stored; bytes of one place in them share a table."""
+    bits = 0.0
+    for dtype in sorted({tensor.dtype for tensor in tensors}, key=str):
+        of_dtype = [tensor.flatten() for tensor in tensors if tensor.dtype == dtype]
+        octets = torch.cat(of_dtype).view(torch.uint8).reshape(-1, dtype.itemsize)
+        planes = [torch.bincount(plane, minlength=SYMBOLS) for plane in octets.T]
+        bits += entropy_bits(torch.stack(planes))
+    return bits
 
 
 def costs_by_class(counts: Tensor) -> Tensor:

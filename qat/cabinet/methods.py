@@ -83,22 +83,24 @@ def gptq(
             factors[key] = GptqFactor(hessian, act_order=act_order)
         if steps is None and by_inputs and entry.grid.levels == "int" and not entry.grid.per_tensor:
             steps = weighted_steps(w, entry.grid, hessian.diagonal())
-        prices = None
-        if bit_price and entry.grid.levels == "int" and entry.grid.range == "symmetric":
-            rounded = encode(w, entry.grid, steps)
-            prices = _bit_prices(rounded, entry.grid, factors[key].own_errors, bit_price)
-        return entry, factors[key].quantize(w, entry.grid, steps, prices)
+        counts_bits = bit_price and entry.grid.levels == "int" and entry.grid.range == "symmetric"
+        prices_of = _bit_prices(entry.grid, bit_price) if counts_bits else None
+        return entry, factors[key].quantize(w, entry.grid, steps, prices_of)
 
     return method
 
 
-def _bit_prices(rounded: Codes, grid: Grid, own_errors: Tensor, bit_price: float) -> BitPrices:
+def _bit_prices(grid: Grid, bit_price: float) -> Callable[[Codes, Tensor], BitPrices]:
     """By the tables of codes rounded to nearest; classes stay those of their places."""
-    codes = rounded.codes
-    classes = classes_of(codes)
-    steps = decode(rounded._replace(codes=torch.ones_like(codes)), grid).double()
-    worth = (steps.square() @ own_errors[:, None]) / codes.size(1) * (math.log(2) / 6)
-    return BitPrices(costs_by_class(count_codes(codes, classes)), classes, bit_price * worth)
+
+    def prices_of(rounded: Codes, own_errors: Tensor) -> BitPrices:
+        codes = rounded.codes
+        classes = classes_of(codes)
+        steps = decode(rounded._replace(codes=torch.ones_like(codes)), grid).double()
+        worth = (steps.square() @ own_errors[:, None]) / codes.size(1) * (math.log(2) / 6)
+        return BitPrices(costs_by_class(count_codes(codes, classes)), classes, bit_price * worth)
+
+    return prices_of
 
 
 def scaled(inputs: LayerInputs) -> Method:

@@ -20,6 +20,7 @@ Source: Frantar et al., arXiv 2210.17323.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -98,7 +99,11 @@ class GptqFactor:
 
     @torch.no_grad()
     def quantize(
-        self, w: Tensor, grid: Grid, steps: Tensor | None = None, prices: BitPrices | None = None
+        self,
+        w: Tensor,
+        grid: Grid,
+        steps: Tensor | None = None,
+        prices_of: Callable[[Codes, Tensor], BitPrices] | None = None,
     ) -> Codes:
         """Float32 weights (rows, columns) -> codes, with the steps that ``encode`` would store.
 
@@ -106,8 +111,10 @@ class GptqFactor:
         pushed on to columns that have no room left). Rows do not depend on each other, so of each
         row the better of both is kept: Tr(E H E^T) is never above that of ``encode``.
 
-        With ``prices`` a code may be the next nearer 0 if that saves more bits than it adds error,
-        and the better row is the one of less error and bits. ValueError if ``w`` does not fit the
+        With prices a code may be the next nearer 0 if that saves more bits than it adds error, and
+        the better row is the one of less error and bits. ``prices_of``: codes rounded to nearest,
+        and of each column what its own squared error counts, (columns,) float64: of Tr(E H E^T) the
+        share that columns after it cannot make up for. ValueError if ``w`` does not fit the
         hessian.
         """
         if w.dim() != 2 or w.size(1) != len(self._order):
@@ -115,6 +122,7 @@ class GptqFactor:
                 f"weights of shape {tuple(w.shape)}: the hessian has {len(self._order)} columns"
             )
         nearest = encode(w, grid, steps)
+        prices = None if prices_of is None else prices_of(nearest, self.own_errors)
         fed = nearest._replace(codes=self._fed_codes(w, grid, nearest, prices))
 
         def costs(coded: Codes) -> Tensor:

@@ -13,7 +13,7 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 from statistics import mean
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.console import Console
 
@@ -57,23 +57,34 @@ def storage(settings: dict[str, Any]) -> str:
     return json.dumps([settings["grid"], settings["plan"], settings["artifact"]], sort_keys=True)
 
 
+class Target(NamedTuple):
+    """How a run is to be stored: settings, and the limit if it is to fill one, else None."""
+
+    settings: dict[str, Any]
+    limit_bytes: int | None
+
+    def is_file_of(self, settings: dict[str, Any]) -> bool:
+        """A run of these settings stored it so itself."""
+        has_limit = self.limit_bytes in (None, settings["limit_bytes"])
+        return has_limit and storage(settings) == storage(self.settings)
+
+
 def fills_limit(settings: dict[str, Any], storage: dict[str, Any]) -> bool:
     """A run of these settings, stored so, was made to fill its limit."""
     return settings["qat"].get("rate", False) or storage["artifact"]["fit"]
 
 
-def beside(
-    own: dict[str, Any], settings: dict[str, Any], storage: dict[str, Any]
-) -> dict[str, Any]:
+def beside(own: dict[str, Any], settings: dict[str, Any], storage: dict[str, Any]) -> Target:
     """How a baseline is stored to be compared with a run of these settings that is stored so.
 
     Alike; but beside what was made to fill a limit it is what the solver makes of the baseline for
     that limit, on grids of the baseline's ``own`` storage: there is no grid to share.
     """
     if not fills_limit(settings, storage):
-        return storage
+        return Target(storage, None)
     artifact = storage["artifact"] | {"fit": True}
-    return {"grid": own["grid"], "plan": own["plan"], "artifact": artifact}
+    fitted = {"grid": own["grid"], "plan": own["plan"], "artifact": artifact}
+    return Target(fitted, settings["limit_bytes"])
 
 
 def is_baseline(result: Result) -> bool:
@@ -161,8 +172,7 @@ class _Table:
         for folder, baseline in equal:
             try:
                 target = beside(baseline.settings, result.settings, result.settings)
-                limit_bytes = result.settings["limit_bytes"]  # equal bytes are what is compared
-                scores.append(self._score_on(folder, baseline, target, limit_bytes))
+                scores.append(self._score_on(folder, baseline, target))
             except (UserError, TrainingError) as error:
                 notes.append(f"baseline {baseline.run_name} has no file on this grid: {error}")
         if scores:
@@ -174,18 +184,15 @@ class _Table:
         row["note"] = "; ".join(notes)
         self.rows.append(row)
 
-    def _score_on(
-        self, folder: Path, baseline: Result, target: dict[str, Any], limit_bytes: int
-    ) -> float:
-        """The baseline's val_bpb stored as ``target`` settings say, exported if need be."""
-        is_fitted = target["artifact"]["fit"]
-        has_limit = not is_fitted or baseline.settings["limit_bytes"] == limit_bytes
-        if storage(baseline.settings) == storage(target) and has_limit:
+    def _score_on(self, folder: Path, baseline: Result, target: Target) -> float:
+        """The baseline's val_bpb stored as ``target`` says, exported if need be."""
+        if target.is_file_of(baseline.settings):
             assert baseline.val_bpb_artifact is not None
             return baseline.val_bpb_artifact
-        key = folder, storage(target), limit_bytes if is_fitted else 0
+        limit_bytes = target.limit_bytes or baseline.limit_bytes
+        key = folder, storage(target.settings), limit_bytes
         if key not in self._exported:
-            exported = export_again(folder, baseline, target, limit_bytes, self._console)
+            exported = export_again(folder, baseline, target.settings, limit_bytes, self._console)
             self._exported[key] = exported["val_bpb_artifact"]
             self.rows.append(_exported_row(baseline, exported))
         return self._exported[key]

@@ -8,7 +8,7 @@ All of it happens off the clock; GPTQ and the solver read training text, as many
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -16,10 +16,10 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from qat.artifact.budget import MAX_LOG2_ZOOM, WINDOW, ZOOMS
 from qat.artifact.bundle import count_code_bytes
 from qat.artifact.container import pack
 from qat.artifact.export import Export, export
+from qat.artifact.filling import Trial, fill
 from qat.cabinet.calibration import MAX_TOKENS, read_inputs, training_sequences
 from qat.cabinet.methods import encoded_by, gptq
 from qat.errors import TrainingError
@@ -97,12 +97,12 @@ def _by_gptq(
         return encoded
     budget_bytes = limit_bytes - count_code_bytes()
 
-    def at(log2_zoom: float) -> tuple[int, list[Encoded]]:
+    def trial_at(log2_zoom: float) -> Trial[list[Encoded]]:
         found = encoded_by(model.plan, weights, method, _zoomed(model, 2.0**log2_zoom))
-        return len(pack(found, model.plan, meta, artifact.coder)), found
+        return Trial(log2_zoom, len(pack(found, model.plan, meta, artifact.coder)), found)
 
     num_weights = sum(model.plan.entries[name].num_elements for name in model.steps)
-    return _filled(at, num_weights, budget_bytes)
+    return fill(trial_at, trial_at(0.0), num_weights / 8, budget_bytes).made
 
 
 def _zoomed(model: TrainedModel, zoom: float) -> dict[str, Tensor]:
@@ -114,24 +114,3 @@ def _zoomed(model: TrainedModel, zoom: float) -> dict[str, Tensor]:
         rows = entry.num_rows if entry.grid.column_steps else len(steps)
         found[name] = torch.cat([zoom * steps[:rows], steps[rows:]])
     return found
-
-
-def _filled(
-    at: Callable[[float], tuple[int, list[Encoded]]], num_weights: int, budget_bytes: int
-) -> list[Encoded]:
-    """What ``at`` a log2(zoom) fills the budget; at 0 if nothing near it fits."""
-    window = (WINDOW * budget_bytes, budget_bytes)
-    low, high, place = -MAX_LOG2_ZOOM, MAX_LOG2_ZOOM, 0.0
-    size, best = at(place)
-    largest = size if size <= budget_bytes else 0
-    for _ in range(ZOOMS):
-        if window[0] <= size <= window[1]:
-            break
-        low, high = (place, high) if size > window[1] else (low, place)
-        place += 8 * (size - sum(window) / 2) / num_weights
-        if not low < place < high:
-            place = (low + high) / 2
-        size, found = at(place)
-        if size <= budget_bytes and size > largest:
-            largest, best = size, found
-    return best

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from qat.errors import UserError
 from qat.settings.schema import StoreSettings
-from qat.study.pairing import beside, fills_limit, identity, is_baseline, storage
+from qat.study.pairing import Target, beside, fills_limit, identity, is_baseline
 from qat.study.result import Result
 from qat.study.run_folder import read_config
 from qat.study.store_again import export_again, storage_of
@@ -84,29 +84,27 @@ class StudyFiles:
         """By seed, those that have a score."""
         return {run.seed: run for run in self.runs if run.arm == arm and run.is_scored}
 
-    def stored(self, run: ArmRun, target: dict[str, Any], limit_bytes: int | None = None) -> Stored:
-        """The run as ``target`` settings store it: its own file, or one made of its checkpoint.
+    def stored(self, run: ArmRun, target: Target) -> Stored:
+        """The run as ``target`` says: its own file, or one made of its checkpoint.
 
         UserError or TrainingError if it cannot be made.
         """
         result = run.result
         assert result is not None
-        if limit_bytes is None and storage(result.settings) == storage(target):
+        if target.is_file_of(result.settings):
             assert result.val_bpb_artifact is not None
             assert result.val_loss_artifact is not None
             total = (result.artifact_bytes or 0) + (result.code_bytes or 0)
             return Stored(result.val_bpb_artifact, result.val_loss_artifact, total, result.grid)
-        limit = limit_bytes or result.limit_bytes
-        again = export_again(run.folder, result, target, limit, self.console)
+        limit_bytes = target.limit_bytes or result.limit_bytes
+        again = export_again(run.folder, result, target.settings, limit_bytes, self.console)
         total = again["artifact_bytes"] + again["code_bytes"]
         return Stored(again["val_bpb_artifact"], again["val_loss_artifact"], total, again["grid"])
 
     def reference(self, base: ArmRun, run: ArmRun, target: dict[str, Any]) -> Stored:
         """The baseline stored to be compared with ``run``, which is stored as ``target``."""
         assert run.result is not None
-        like = beside(self.target(base, None), run.result.settings, target)
-        limit_bytes = run.result.limit_bytes if like["artifact"]["fit"] else None
-        return self.stored(base, like, limit_bytes)
+        return self.stored(base, beside(self.target(base, None), run.result.settings, target))
 
     def as_large(
         self, base: ArmRun, run: ArmRun, target: dict[str, Any], total_bytes: int
@@ -115,7 +113,7 @@ class StudyFiles:
         assert run.result is not None
         if fills_limit(run.result.settings, target):
             total_bytes = run.result.limit_bytes
-        return self.stored(base, _fitted(self.target(base, None)), total_bytes)
+        return self.stored(base, Target(_fitted(self.target(base, None)), total_bytes))
 
     def target(self, run: ArmRun, store: StoreSettings | None) -> dict[str, Any]:
         assert run.result is not None

@@ -18,7 +18,7 @@ from qat.study.curves import curve_of
 from qat.study.findings import Comparison, Findings, Treatment
 from qat.study.headline import headline_of
 from qat.study.ledger import Twin, ledger_of
-from qat.study.pairing import is_baseline, row_of, row_without_result
+from qat.study.pairing import Target, is_baseline, row_of, row_without_result
 from qat.study.result import Result
 from qat.study.significance import bar_in_bpb, verdict
 from qat.study.study_files import ArmRun, Stored, StudyFiles, find_runs
@@ -43,7 +43,7 @@ def treatment_of(files: StudyFiles, arm: str, store: str | None) -> Treatment | 
     for seed, run in runs.items():
         target = files.target(run, how)
         try:
-            scores[seed] = files.stored(run, target)
+            scores[seed] = files.stored(run, Target(target, None))
             if is_reference:
                 continue
             reason = _why_unpaired(run, baseline.get(seed))
@@ -52,7 +52,7 @@ def treatment_of(files: StudyFiles, arm: str, store: str | None) -> Treatment | 
                 continue
             base = baseline[seed]
             if arm == settings.baseline:
-                alike[seed] = files.stored(base, files.target(base, None))
+                alike[seed] = files.stored(base, Target(files.target(base, None), None))
             else:
                 alike[seed] = files.reference(base, run, target)
             if settings.equal_bytes and is_qat:

@@ -8,7 +8,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from qat.artifact.rate import classes_of, costs_by_class, count_codes, entropy_bits, slopes
+from qat.artifact.rate import (
+    bits_of_floats,
+    classes_of,
+    costs_by_class,
+    count_codes,
+    entropy_bits,
+    slopes,
+)
 from qat.quantize.gradients import sum_per_step
 from qat.quantize.grid import DTYPES
 from qat.quantize.plan import Entry, Plan
@@ -30,35 +37,42 @@ class Look(NamedTuple):
 class BitEstimate:
     """``pulls`` and ``step_pulls``: d bits / d weight and, scaled as LSQ scales, / d step, by name.
 
-    Steps and tensors that stay floats count as they are: what coding saves of steps is about what
-    it has to say about rows and columns.
+    Steps count as they are: what coding saves of them is about what a coder has to say about rows
+    and columns.
     """
 
     def __init__(self, plan: Plan) -> None:
         self.entries: list[Entry] = plan.on_grid
-        self.side_bits = 8 * plan.packed_bytes - sum(
-            entry.num_elements * entry.grid.code_bits for entry in self.entries if entry.grid
-        )
+        self.plain: list[Entry] = [entry for entry in plan if entry.grid is None]
+        packed_codes = sum(e.num_elements * e.grid.code_bits for e in self.entries if e.grid)
+        self.step_bits = 8 * sum(entry.packed_bytes for entry in self.entries) - packed_codes
         self.pulls: dict[str, Tensor] = {}
         self.step_pulls: dict[str, Tensor] = {}
-
-    def of_counts(self, counts: Tensor) -> float:
-        """Bits of a file whose codes are counted in (CLASSES, SYMBOLS)."""
-        return self.side_bits + entropy_bits(counts)
 
     @torch.no_grad()
     def measure(self, masters: Tensors, steps: Tensors) -> float:
         """Bits of the file; finds the pulls anew. Steps are widened where a weight has no code."""
         seen = {entry.name: self._look(entry, masters, steps) for entry in self.entries}
-        counts = torch.stack([count_codes(look.codes, look.classes) for look in seen.values()])
-        costs = costs_by_class(counts.sum(0))
+        counts = _counts(seen)
+        costs = costs_by_class(counts)
         for entry in self.entries:
             x, _, classes, stored = seen[entry.name]
             assert entry.grid is not None
             pull = products_in_step_units(slopes(x, classes, costs), stored)
             self.pulls[entry.name] = pull.view(entry.shape)
             self.step_pulls[entry.name] = sum_per_step(-pull * x, entry.grid, steps[entry.name])
-        return self.of_counts(counts.sum(0))
+        return entropy_bits(counts) + self.bits_of_floats(masters)
+
+    @torch.no_grad()
+    def bits(self, masters: Tensors, steps: Tensors) -> float:
+        """Bits of the file alone."""
+        seen = {entry.name: self._look(entry, masters, steps) for entry in self.entries}
+        return entropy_bits(_counts(seen)) + self.bits_of_floats(masters)
+
+    def bits_of_floats(self, masters: Tensors) -> float:
+        """Bits of steps, and of the tensors that stay floats."""
+        plain = [masters[entry.name].detach().to(DTYPES[entry.dtype]) for entry in self.plain]
+        return self.step_bits + bits_of_floats(plain)
 
     def _look(self, entry: Entry, masters: Tensors, steps: Tensors) -> Look:
         assert entry.grid is not None
@@ -68,3 +82,7 @@ class BitEstimate:
         x = products_in_step_units(w, stored)
         codes = round_to_codes(x, entry.grid).to(torch.int8)
         return Look(x, codes, classes_of(codes), stored)
+
+
+def _counts(seen: Mapping[str, Look]) -> Tensor:
+    return torch.stack([count_codes(look.codes, look.classes) for look in seen.values()]).sum(0)

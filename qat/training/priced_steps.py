@@ -21,12 +21,13 @@ from torch import Tensor
 
 from qat.artifact.rate import classes_of, count_codes
 from qat.quantize.plan import Entry
+from qat.quantize.product_steps import least_row_steps, sensitivity_factors
 from qat.quantize.rounding import products_in_step_units, round_to_codes
 
-FLOOR = 0.01  # of a tensor's mean sensitivity: few batches prove nothing to be without effect
 COLUMN_SHARE = 0.9  # of a column's weights that must have a code, else the column is widened
 HEADROOM = 0.9  # of the largest code: weights grow between two looks at them
 SAMPLE = 4  # every fourth row says enough of a column, and while a price is sought
+DIGIT = 2.0**-7  # of a bf16 number: what its last digit is worth, at most
 
 
 def steps_at_price_one(entry: Entry, w: Tensor, sensitivity: Tensor | None) -> Tensor:
@@ -34,17 +35,14 @@ def steps_at_price_one(entry: Entry, w: Tensor, sensitivity: Tensor | None) -> T
     if sensitivity is None:
         spread = w.std(correction=0).expand(entry.num_rows, 1)
         return torch.cat([spread, torch.ones_like(w.reshape(entry.num_rows, -1)[:1]).T])
-    matrix = sensitivity.reshape(entry.num_rows, -1)
-    matrix = matrix + (FLOOR * matrix.mean()).clamp_min(torch.finfo(torch.float32).tiny)
-    row = matrix.mean(1, keepdim=True)
-    column = (matrix / row).mean(0, keepdim=True)
-    at_mean = column.log().mean().exp()  # columns around 1, so that bf16 suits both
-    return torch.cat([(12 / math.log(2) / (row * at_mean)).sqrt(), (at_mean / column).sqrt().T])
+    row, column = sensitivity_factors(sensitivity.reshape(entry.num_rows, -1))
+    return torch.cat([(12 / math.log(2) / row).sqrt(), column.rsqrt().T])
 
 
 def steps_at(price: float, entry: Entry, w: Tensor, at_price_one: Tensor) -> Tensor:
     """(rows + columns, 1), wide enough for every weight to have a code."""
-    steps = _zoomed(entry, at_price_one, math.sqrt(price))
+    steps = at_price_one.clone()
+    steps[: entry.num_rows] *= math.sqrt(price)
     _widen_columns(entry, w, steps)
     widen_rows(entry, w, steps)
     return steps
@@ -61,19 +59,24 @@ def sampled_counts(price: float, entry: Entry, w: Tensor, at_price_one: Tensor) 
     return count_codes(codes, classes_of(codes)) * (num_rows / len(matrix))
 
 
-def zoom_rows(entry: Entry, w: Tensor, steps: Tensor, zoom: float) -> None:
-    """In place: all steps ``zoom`` times as large, and every weight still with a code."""
+def zoom_rows(entry: Entry, w: Tensor, steps: Tensor, zoom: float | Tensor) -> None:
+    """In place: steps ``zoom`` times as large (a number, or (rows, 1)), if all keep a code."""
     steps[: entry.num_rows].mul_(zoom)
     widen_rows(entry, w, steps)
+
+
+def uneven(zoom: float, num_rows: int) -> Tensor:
+    """(rows, 1): ``zoom`` and up to a digit more, so that rows do not all round over at once."""
+    return zoom * (1 + torch.linspace(0.0, DIGIT, num_rows)[:, None])
 
 
 def widen_rows(entry: Entry, w: Tensor, steps: Tensor) -> None:
     """In place, rows whose largest weight has no code."""
     assert entry.grid is not None
+    matrix = w.detach().reshape(entry.num_rows, -1)
+    most = HEADROOM * entry.grid.code_limits[1]
     rows = steps[: entry.num_rows]
-    by_column = w.detach().reshape(entry.num_rows, -1) / steps[entry.num_rows :].T
-    largest = by_column.abs().amax(1, keepdim=True)
-    rows.copy_(rows.maximum(largest / (HEADROOM * entry.grid.code_limits[1])))
+    rows.copy_(rows.maximum(least_row_steps(matrix, steps[entry.num_rows :].T, most)))
 
 
 def _widen_columns(entry: Entry, w: Tensor, steps: Tensor) -> None:
@@ -84,7 +87,3 @@ def _widen_columns(entry: Entry, w: Tensor, steps: Tensor) -> None:
     place = max(math.ceil(COLUMN_SHARE * len(sizes)), 1)
     largest = sizes.kthvalue(place, 0).values[:, None]
     columns.copy_(columns.maximum(largest / (HEADROOM * entry.grid.code_limits[1])))
-
-
-def _zoomed(entry: Entry, steps: Tensor, zoom: float) -> Tensor:
-    return torch.cat([zoom * steps[: entry.num_rows], steps[entry.num_rows :]])

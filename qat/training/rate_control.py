@@ -16,20 +16,21 @@ kept between: they change slowly, and measuring them costs as much as snapping.
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from qat.artifact.budget import WINDOW
+from qat.artifact.filling import WINDOW, Trial, fill
+from qat.artifact.rate import entropy_bits
 from qat.quantize.plan import Entry, Plan
 from qat.training.bit_estimate import BitEstimate
 from qat.training.priced_steps import (
     sampled_counts,
     steps_at,
     steps_at_price_one,
+    uneven,
     zoom_rows,
 )
 
@@ -37,13 +38,12 @@ log = logging.getLogger("qat")
 EVERY = 4  # updates between estimates
 DECAY = 0.9  # of the mean of squared gradients
 REAL_AT = (0.5,)  # of the time from the switch on: a file is really encoded
-LOG2_PRICES, TRIALS, ROUGHLY = (-60.0, 0.0), 14, 2e-3  # of the limit, by estimate
+FIRST_LOG2_PRICE, REACH = -30.0, 15.0  # octaves of steps, either way: half as many of prices
+ROUGHLY, FINELY = 0.998, 0.9999  # windows of estimates: of the first price, of the landing
 MOST_MOVE = 1.0  # of log2(price), at once
-FINE, MOST, LEAST = -0.5, -1.0, -0.05  # bits of a weight per octave of the price, and their range
-LANDINGS, KEPT_BACK = 12, 2  # encodings after the last update: at most, and those with time kept
-A_SLOPE = 0.02  # of log2(price): smaller moves are lost in the digits of steps
-PAST = 0.02  # of log2(price), where a landing is stuck
-NEAR = 1e-4  # of the limit, by estimate: near enough to encode again
+BITS_PER_OCTAVE = -0.5  # of a weight, as its price doubles; at most, and less at few bits
+PROBE = 0.05  # octaves of steps that show how many bytes an octave is
+KEPT_BACK = 2  # encodings after the last update for which time is kept
 STATE = ("price", "ratio", "file_seconds", "updates", "real_left", "squares", "squares_weight")
 PULLS = ("pulls", "step_pulls")
 Tensors = Mapping[str, Tensor]
@@ -54,13 +54,6 @@ class File(NamedTuple):
 
     num_bytes: int
     seconds: float
-
-
-class Landing(NamedTuple):
-    """Steps, and the size of their file."""
-
-    num_bytes: int
-    steps: dict[str, Tensor]
 
 
 class RateControl:
@@ -92,10 +85,12 @@ class RateControl:
         self.squares_weight = 0.0  # sum of the weights of that mean
 
     def prime(self, masters: Tensors) -> None:
-        """Off the clock: what encoding compiles, and how long it takes."""
-        if self.is_adapted:
-            for _ in range(2):
-                self.file_seconds = self.encode_file(masters, {}).seconds
+        """Off the clock: what encoding compiles, and, if not known yet, how long it takes."""
+        if not self.is_adapted:
+            return
+        self.encode_file(masters, {})
+        if self.file_seconds == 0.0:
+            self.file_seconds = self.encode_file(masters, {}).seconds
 
     def state(self) -> dict[str, Any]:
         own = {name: getattr(self, name) for name in STATE}
@@ -144,20 +139,19 @@ class RateControl:
         return steps
 
     def _price_of_limit(self, masters: Tensors, at_price_one: Tensors) -> float:
-        (low, high), at = LOG2_PRICES, sum(LOG2_PRICES) / 2
-        for _ in range(TRIALS):
+        float_bits = self.estimate.bits_of_floats(masters)
+
+        def trial_at(log2_zoom: float) -> Trial[float]:
+            price = 2.0 ** (FIRST_LOG2_PRICE + 2 * log2_zoom)
             counts = [
-                sampled_counts(2.0**at, e, masters[e.name], at_price_one[e.name])
+                sampled_counts(price, e, masters[e.name], at_price_one[e.name])
                 for e in self.entries
             ]
-            bits = self.estimate.of_counts(torch.stack(counts).sum(0))
-            if abs(bits / self._aim - 1) < ROUGHLY:
-                break
-            low, high = (at, high) if bits > self._aim else (low, at)
-            at += (self._aim - bits) / (self.num_weights * FINE)
-            if not low < at < high:
-                at = (low + high) / 2
-        return 2.0**at
+            bits = float_bits + entropy_bits(torch.stack(counts).sum(0))
+            return Trial(log2_zoom, bits / 8, price)
+
+        octave = self.num_weights / 8
+        return fill(trial_at, trial_at(0.0), octave, self._aim, ROUGHLY, REACH).made
 
     def _sensitivity(self, name: str) -> Tensor | None:
         if name not in self.squares:
@@ -168,9 +162,9 @@ class RateControl:
     def add_gradients(self, masters: Tensors, steps: Tensors) -> None:
         """Beside the loss's, before an update with QAT on; now and then the price moves."""
         if self.updates % EVERY == 0:
-            bits = self.ratio * self.estimate.measure(masters, steps)
+            bits = self.estimate.measure(masters, steps)
             if self.is_adapted:
-                self._move_to_limit(bits, masters, steps)
+                self._move_to_limit(self.ratio * bits / 8, masters, steps)
         for entry in self.entries:
             gradient, step_gradient = masters[entry.name].grad, steps[entry.name].grad
             assert gradient is not None
@@ -189,87 +183,59 @@ class RateControl:
     def _encode_and_move(self, masters: Tensors, steps: Tensors) -> None:
         file = self.encode_file(masters, steps)
         self.file_seconds = file.seconds
-        self.ratio = 8 * file.num_bytes / self.estimate.measure(masters, steps)
-        self._move_to_limit(8 * file.num_bytes, masters, steps)
+        self.ratio = 8 * file.num_bytes / self.estimate.bits(masters, steps)
+        self._move_to_limit(file.num_bytes, masters, steps)
 
-    def _move_to_limit(
-        self,
-        bits: float,
-        masters: Tensors,
-        steps: Tensors,
-        bits_per_octave: float = FINE,
-    ) -> None:
-        """Change the price by what the file has too many ``bits``."""
-        change = (self._aim - bits) / (self.num_weights * bits_per_octave)
+    def _move_to_limit(self, num_bytes: float, masters: Tensors, steps: Tensors) -> None:
+        """Change the price by what the file is too large, and all steps by the root of that."""
+        change = 8 * (self._aim - num_bytes) / (self.num_weights * BITS_PER_OCTAVE)
         change = min(max(change, -MOST_MOVE), MOST_MOVE)
-        self._move_price(masters, steps, change)
-
-    def _move_price(self, masters: Tensors, steps: Tensors, change: float) -> None:
-        """By ``change`` of log2(price), and all steps by its root."""
         self.price *= 2.0**change
         for entry in self.entries:
             zoom_rows(entry, masters[entry.name], steps[entry.name], 2.0 ** (change / 2))
 
     @property
     def _aim(self) -> float:
-        return 8 * self.limit_bytes * (1 + WINDOW) / 2
+        """Bytes in the middle of the window."""
+        return self.limit_bytes * (1 + WINDOW) / 2
 
     @torch.no_grad()
     def land(self, masters: Tensors, steps: Tensors) -> None:
-        """After the last update: move until the file is in the window, and never above the limit.
+        """After the last update: zoom the steps until the file is in the window.
 
-        Says so where it is not.
+        Says so where it does not get there.
         """
         if not self.is_adapted:
             return
-        below: Landing | None = None
-        above: Landing | None = None
-        self._land_by_estimates(masters, steps)
-        for landing in range(LANDINGS):
-            num_bytes = self.encode_file(masters, steps).num_bytes
-            here = Landing(num_bytes, {name: step.detach().clone() for name, step in steps.items()})
-            if num_bytes <= self.limit_bytes:
-                below = here if below is None or num_bytes > below.num_bytes else below
-            else:
-                above = here if above is None or num_bytes < above.num_bytes else above
-            if below is not None and below.num_bytes >= WINDOW * self.limit_bytes:
-                break
-            if landing >= KEPT_BACK and below is not None and above is not None:
-                self._land_between(below, above, steps)
-            elif landing >= KEPT_BACK:  # estimates stay on one side of the limit: go past it
-                self._move_price(masters, steps, PAST if below is None else -PAST)
-            else:
-                self.ratio = 8 * num_bytes / self.estimate.measure(masters, steps)
-                self._land_by_estimates(masters, steps)
-        if below is None:
-            log.warning("train to bytes: no file fits the limit")
-            return
-        for name, step in below.steps.items():
+        trained = {name: step.detach().clone() for name, step in steps.items()}
+
+        def zoomed(log2_zoom: float) -> dict[str, Tensor]:
+            found = {name: step.clone() for name, step in trained.items()}
+            for entry in self.entries:
+                zoom = uneven(2.0**log2_zoom, entry.num_rows).to(found[entry.name].device)
+                zoom_rows(entry, masters[entry.name], found[entry.name], zoom)
+            return found
+
+        def estimate_at(log2_zoom: float) -> Trial[None]:
+            bits = self.estimate.bits(masters, zoomed(log2_zoom))
+            return Trial(log2_zoom, self.ratio * bits / 8, None)
+
+        def file_at(log2_zoom: float) -> Trial[dict[str, Tensor]]:
+            found = zoomed(log2_zoom)
+            return Trial(log2_zoom, self.encode_file(masters, found).num_bytes, found)
+
+        start, octave = estimate_at(0.0), self.num_weights / 8
+        place = fill(estimate_at, start, octave, self._aim, FINELY).log2_zoom
+        probes = [estimate_at(place + by).num_bytes for by in (-PROBE, PROBE)]
+        octave = max((probes[0] - probes[1]) / (2 * PROBE), octave / 10)
+        landed = fill(file_at, file_at(place), octave, self.limit_bytes)
+        for name, step in landed.made.items():
             steps[name].copy_(step)
-        share = below.num_bytes / self.limit_bytes
-        if share < WINDOW:
+        share = landed.num_bytes / self.limit_bytes
+        if share > 1:
+            log.warning("train to bytes: no file fits the limit")
+        elif share < WINDOW:
             log.warning(
                 "train to bytes: ends at %.2f %% of the limit; codes of 8 bits are no finer",
                 100 * share,
             )
-
-    def _land_between(self, below: Landing, above: Landing, steps: Tensors) -> None:
-        """Some rows as in one, the others as in the other: what the digits of steps leave open."""
-        share = (self._aim / 8 - below.num_bytes) / (above.num_bytes - below.num_bytes)
-        for entry in self.entries:
-            less, more = below.steps[entry.name], above.steps[entry.name]
-            differs = (less != more)[:, 0]
-            first = differs.cumsum(0) <= math.ceil(share * int(differs.sum()))
-            steps[entry.name].copy_(torch.where((differs & first)[:, None], more, less))
-
-    def _land_by_estimates(self, masters: Tensors, steps: Tensors) -> None:
-        slope, bits = FINE, self.ratio * self.estimate.measure(masters, steps)
-        for _ in range(LANDINGS):
-            price = self.price
-            self._move_to_limit(bits, masters, steps, slope)
-            before, bits = bits, self.ratio * self.estimate.measure(masters, steps)
-            if abs(bits / self._aim - 1) < NEAR:
-                return
-            moved = math.log2(self.price / price)
-            if abs(moved) > A_SLOPE:
-                slope = min(max((bits - before) / self.num_weights / moved, MOST), LEAST)

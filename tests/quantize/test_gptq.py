@@ -238,7 +238,7 @@ def prices_for(codes: Codes, per_bit: float) -> BitPrices:
 def test_bits_that_cost_nothing_change_nothing(seed: int, act_order: bool) -> None:
     w, hessian, grid = normal(6, 20, seed), correlated(20, seed + 1), Grid(bits=4)
     factor = GptqFactor(hessian, 0.01, act_order)
-    free = factor.quantize(w, grid, prices=prices_for(encode(w, grid), 0.0))
+    free = factor.quantize(w, grid, prices_of=lambda codes, _: prices_for(codes, 0.0))
     assert torch.equal(free.codes, factor.quantize(w, grid).codes)
 
 
@@ -248,7 +248,7 @@ def test_without_correlation_each_code_is_the_cheaper_of_two() -> None:
     weights = torch.linspace(0.5, 2.0, 12, dtype=torch.float64)
     nearest, per_bit = encode(w, grid), 6e-5
     prices = prices_for(nearest, per_bit)
-    ours = GptqFactor(torch.diag(weights), 0.0).quantize(w, grid, prices=prices)
+    ours = GptqFactor(torch.diag(weights), 0.0).quantize(w, grid, prices_of=lambda *_: prices)
     changed = 0
     for i in range(7):
         step = float(nearest.steps[i, 0].float())
@@ -273,7 +273,7 @@ def test_error_and_bits_together_are_never_above_those_of_rounding(
     w, hessian, grid = normal(6, 20, seed), correlated(20, seed + 1), Grid(bits=5)
     nearest = encode(w, grid)
     prices = prices_for(nearest, per_bit)
-    ours = GptqFactor(hessian).quantize(w, grid, prices=prices)
+    ours = GptqFactor(hessian).quantize(w, grid, prices_of=lambda *_: prices)
     found, bound = (
         trace(decode(c, grid), w, hessian) + prices.of_rows(c.codes) for c in (ours, nearest)
     )

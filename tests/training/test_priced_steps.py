@@ -19,7 +19,8 @@ from qat.quantize.plan import Entry, Plan, build_plan
 from qat.training.checkpoint import load_checkpoint
 from qat.training.priced_steps import HEADROOM, steps_at, steps_at_price_one, zoom_rows
 from qat.training.rate_control import File, RateControl
-from tests.conftest import Done
+from tests.artifact.test_rate import bits_between_codes, to_codes
+from tests.conftest import Done, _call
 
 RD = Grid(bits=8, step_rule="learned", column_steps=True, step_dtype="bf16")
 LAPTOP = GPTShape(1024, 4, 288, 6, 3, 2, True)
@@ -109,8 +110,6 @@ def test_estimates_of_random_weights_are_within_1_percent(bits: int) -> None:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
-    from tests.conftest import _call
-
     folder = tmp_path_factory.mktemp("trained")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -132,8 +131,6 @@ def test_estimates_of_trained_weights_are_within_1_percent(
 
 def test_pulls_are_finite_differences_of_the_bits() -> None:
     """Of weights and of both kinds of steps, with the tables of the codes taken as fixed."""
-    from tests.artifact.test_rate import bits_between_codes, to_codes
-
     entry, w, _ = made(30, 24, 2, 0.3)
     grid = Grid(bits=8, step_rule="learned", column_steps=True, step_dtype="fp32")
     entry = Entry("w", (30, 24), grid)
