@@ -93,7 +93,7 @@ def test_a_section_without_the_codes_it_declares_costs_nothing(used: str, tmp_pa
     assert time.perf_counter() - began < 10
 
 
-@pytest.mark.parametrize("used", ["zlib", "lzma", "brotli"])
+@pytest.mark.parametrize("used", ["zlib", "lzma", pytest.param("brotli", marks=pytest.mark.slow)])
 def test_an_expansion_ends_where_its_section_should(used: str) -> None:
     coded = CODERS[used].encode(bytes(100_000_000), [])
     tracemalloc.start()

@@ -105,7 +105,7 @@ def test_sample_from_it(program) -> None:
     "shape",
     [
         GPTShape(512, 3, 320, 5, 1, 3, False),
-        GPTShape(1024, 9, 512, 8, 4, 2, True),
+        pytest.param(GPTShape(1024, 9, 512, 8, 4, 2, True), marks=pytest.mark.slow),
         GPTShape(300, 1, 64, 4, 4, 1, True),
         GPTShape(260, 2, 96, 6, 3, 4, False),
         GPTShape(64, 11, 32, 1, 1, 5, True),

@@ -86,6 +86,7 @@ def test_taken_apart_and_put_together_in_plain_torch() -> None:
     check(fused, masters, plan_of(masters))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     not (os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")),
     reason="torch.compile needs a C++ compiler on a CPU; there is none",

@@ -229,6 +229,7 @@ def test_text_that_cannot_be_used(
     assert left == [".lock"]
 
 
+@pytest.mark.slow
 def test_shards_with_notes_of_somebody_else_and_an_empty_tokenizer(train, tmp_path: Path) -> None:
     for file in GOLF.glob("*.bin"):
         (tmp_path / file.name).write_bytes(file.read_bytes())

@@ -25,13 +25,19 @@ LINES += [
 ]
 
 
+def _param(name: str, line: str):
+    """The jobs of a sweep are composed one by one, which takes seconds."""
+    marks = [pytest.mark.slow] if line.startswith("-m ") else []
+    return pytest.param(name, line, marks=marks, id=f"{name} {line}")
+
+
 def test_there_are_commands() -> None:
     assert len([name for name, _ in LINES if name == "train"]) >= 6
     assert len([name for name, _ in LINES if name == "eval"]) >= 3
 
 
 @pytest.mark.parametrize("profile", ["laptop", pytest.param("golf", marks=pytest.mark.slow)])
-@pytest.mark.parametrize(("name", "line"), LINES, ids=[" ".join(line) for line in LINES])
+@pytest.mark.parametrize(("name", "line"), [_param(*line) for line in LINES])
 def test_command(
     name: str, line: str, profile: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -77,6 +77,7 @@ def test_a_limit_that_nothing_meets_ends_oversize(train) -> None:
     assert (RUNS / "big" / "artifact.qat.oversize").is_file()
 
 
+@pytest.mark.slow
 def test_learned_steps_are_kept(train, program) -> None:
     assert train("qat=lsq4", "qat.start_step=2", "run_name=l").code == 0
     assert program("eval.py", "task=fit", "run=l", "out=l.qat").code == 0

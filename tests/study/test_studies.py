@@ -58,6 +58,7 @@ def change(run: Path, **values: object) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | values))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_every_design_composes(experiment: str) -> None:
     """All its arms, and what they say is what is set."""
@@ -271,6 +272,7 @@ def test_runs_put_in_place_one_by_one_are_a_study(
     assert program("eval.py", "task=report", "study=logs").code == 2
 
 
+@pytest.mark.slow
 def test_a_report_logged_to_wandb_is_in_the_group_of_its_runs(
     gptq: tuple[Path, Done], tmp_path: Path, program: Callable[..., Done]
 ) -> None:

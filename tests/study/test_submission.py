@@ -134,6 +134,7 @@ def test_it_trains_the_same_run_again(handed_in: Path, finished: Path, tmp_path:
     assert packed - imported == ON_DEMAND | BY_NAME
 
 
+@pytest.mark.slow
 def test_it_scores_the_artifact_as_the_run_did(
     handed_in: Path, finished: Path, tmp_path: Path
 ) -> None:
@@ -269,6 +270,7 @@ def test_an_empty_folder_is_filled_and_a_failed_write_leaves_nothing(
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+@pytest.mark.slow
 def test_a_job_of_a_sweep_is_replayed_as_one_run(
     train, program, tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -27,6 +27,7 @@ def sweep(finished: Path, program, cache_dir: Path):
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_row_per_variant_and_none_measured_twice(sweep, finished: Path) -> None:
     done = sweep("variants=[fp32,rtn_int8]")
     assert done.code == 0, done.err

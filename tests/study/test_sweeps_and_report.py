@@ -67,6 +67,7 @@ def test_the_fields_own_sweep(train, tmp_path: Path) -> None:
         assert len([p for p in folder.rglob("*") if "artifact" in p.name]) == 1
 
 
+@pytest.mark.slow
 def test_a_sweep_named_by_its_time_keeps_that_name(train, monkeypatch: pytest.MonkeyPatch) -> None:
     check = command_line._check_sweep
 
@@ -251,6 +252,7 @@ def test_a_baseline_that_cannot_be_exported_is_a_note(damage: str, train, progra
     assert base["status"] == "finished"
 
 
+@pytest.mark.slow
 def test_the_report_needs_no_training_text_and_no_working_folder(
     train, program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -287,6 +289,7 @@ def test_a_damaged_row_is_said_and_the_others_shown(content: str, train, program
     assert [row["status"] for row in table] == ["finished", "unreadable"]
 
 
+@pytest.mark.slow
 def test_an_export_whose_file_is_gone_is_made_again(train, program) -> None:
     train("run_name=base", "max_steps=1")
     train("qat=int6", "run_name=arm", "max_steps=1")
@@ -313,6 +316,7 @@ def test_runs_of_several_folders_are_reported_in_runs_dir(train, program, tmp_pa
     assert not (tmp_path / "report.md").exists()
 
 
+@pytest.mark.slow
 def test_a_sweep_into_a_folder_with_glob_signs(train) -> None:
     done = train("-m", "seed=1,2", "runs_dir='a[1]'", "max_steps=1")
     assert done.code == 0, done.err

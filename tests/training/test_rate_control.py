@@ -84,6 +84,7 @@ def test_where_bits_are_free_it_is_learned_step_qat(train: Callable[..., Done]) 
     assert free == plain
 
 
+@pytest.mark.slow
 def test_a_given_price_is_kept_and_bits_follow_it(train: Callable[..., Done]) -> None:
     sizes = []
     for price in ("1e-6", "1e-4"):

@@ -63,6 +63,7 @@ def test_the_baselines_loss_curve(program) -> None:
     assert result["val_bpb_float"] == pytest.approx(reference["val_bpb"], abs=0.005)
 
 
+@pytest.mark.slow
 def test_every_optimizer_learns(train) -> None:
     """More than the frequencies of the tokens, which a step or two give."""
     for name in ("muon", "normuon", "adamw"):
@@ -397,6 +398,7 @@ def test_start_by_learning_rate(train) -> None:
     assert result_of(RUNS / "s")["qat_first_step"] == 11
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("warmup_steps", [0, 1])
 def test_a_cold_step_does_not_foretell_the_others(train, warmup_steps: int, monkeypatch) -> None:
     """With no warm priming step the estimate waits for real ones."""
