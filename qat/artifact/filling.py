@@ -15,6 +15,7 @@ WINDOW = 0.999  # least share of the budget that counts as filled
 REACH = 1.5  # octaves of the steps, either way
 TRIALS = 14
 HELD_BACK = 0.1  # of the bytes that finer steps should bring: then they bring no more
+A_MOVE = 0.25  # octaves; after less, sizes may say anything
 NEAREST_END = 0.05  # of the way between two files: a line that is off must not get stuck there
 
 Made = TypeVar("Made")
@@ -59,10 +60,7 @@ def fill(
         before, here = here, trial_at(place)
         moves = moves + 1 if (here.num_bytes > budget_bytes) == is_above else 0
         best = _better(best, here, budget_bytes)
-        expected = (before.log2_zoom - place) * bytes_per_octave
-        if expected == 0.0 or (
-            finer is None and here.num_bytes - before.num_bytes < HELD_BACK * expected
-        ):
+        if place == before.log2_zoom or _is_held_back(before, here, bytes_per_octave):
             break
     return best
 
@@ -72,6 +70,13 @@ def _between(finer: Trial, coarser: Trial, target: float, halve: bool) -> float:
     share = (finer.num_bytes - target) / (finer.num_bytes - coarser.num_bytes)
     share = 0.5 if halve else min(max(share, NEAREST_END), 1 - NEAREST_END)
     return finer.log2_zoom + share * (coarser.log2_zoom - finer.log2_zoom)
+
+
+def _is_held_back(before: Trial, here: Trial, bytes_per_octave: float) -> bool:
+    """Steps are as fine as 8 bits allow."""
+    finer_by = before.log2_zoom - here.log2_zoom
+    brought = here.num_bytes - before.num_bytes
+    return finer_by > A_MOVE and brought < HELD_BACK * finer_by * bytes_per_octave
 
 
 def _better(one: Trial[Made], other: Trial[Made], budget_bytes: float) -> Trial[Made]:
