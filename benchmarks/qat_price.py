@@ -55,6 +55,7 @@ GRIDS = {
 }
 WARM_STEPS = 3
 BITS_PER_WEIGHT = 3
+PROBE_TOKENS = 256  # of the gradients that the first steps come from
 
 
 class Arm:
@@ -131,7 +132,11 @@ class Rated(Arm):
         plan = build_plan(shapes, {"grid": grid}, {"*.weight": "grid", "*": "fp32"})
         limit_bytes = sum(e.num_elements for e in plan.on_grid) * BITS_PER_WEIGHT // 8
         self.switch = QatSwitch(plan)
-        self.control = RateControl(plan, limit_bytes, 1, lambda *_: File(0, 0.0), None)
+        tokens = torch.randint(shape.vocab_size, (1, PROBE_TOKENS + 1), device=device)
+        self.control = RateControl(plan, limit_bytes, PROBE_TOKENS, lambda *_: File(0, 0.0), None)
+        self.gpt(tokens[:, :-1], tokens[:, 1:]).backward()
+        self.control.observe(self.masters)
+        self.gpt.zero_grad()
         found = self.control.first_steps(self.masters)
         self.switch.set_steps({name: steps.to(device) for name, steps in found.items()})
         self.control.is_adapted = False

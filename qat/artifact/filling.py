@@ -7,14 +7,15 @@ So the search keeps the nearest files on both sides and draws a line between the
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 WINDOW = 0.999  # least share of the budget that counts as filled
 REACH = 1.5  # octaves of the steps, either way
-TRIALS = 14
-HELD_BACK = 0.1  # of the bytes that finer steps should bring: then they bring no more
+TRIALS = 20
+FLAT = 0.1  # of the bytes that a move should bring: then the next one goes all the way
 A_MOVE = 0.25  # octaves; after less, sizes may say anything
 NEAREST_END = 0.05  # of the way between two files: a line that is off must not get stuck there
 
@@ -46,21 +47,25 @@ def fill(
     target = (1 + window) / 2 * budget_bytes
     finer: Trial[Made] | None = None  # the nearest file above the budget
     coarser: Trial[Made] | None = None  # and the nearest within it
-    here, best, moves = first, first, 0  # moves to the same side, one after the other
+    here, best = first, first
+    moves = 0  # that ended on the same side, one after the other
+    is_flat = False  # the last move brought nothing
     for _ in range(TRIALS):
         if window * budget_bytes <= here.num_bytes <= budget_bytes:
             return here
         is_above = here.num_bytes > budget_bytes
         finer, coarser = (here, coarser) if is_above else (finer, here)
         if finer is not None and coarser is not None:
-            place = _between(finer, coarser, target, halve=moves > 1)
+            place = _between(finer, coarser, target, halve=moves > 0)
         else:
             wanted = (here.num_bytes - target) / bytes_per_octave * 2**moves
+            wanted = math.copysign(2 * reach, wanted) if is_flat else wanted
             place = min(max(here.log2_zoom + wanted, -reach), reach)
         before, here = here, trial_at(place)
         moves = moves + 1 if (here.num_bytes > budget_bytes) == is_above else 0
         best = _better(best, here, budget_bytes)
-        if place == before.log2_zoom or _is_held_back(before, here, bytes_per_octave):
+        is_flat = _is_flat(before, here, bytes_per_octave)
+        if place == before.log2_zoom:
             break
     return best
 
@@ -72,11 +77,11 @@ def _between(finer: Trial, coarser: Trial, target: float, halve: bool) -> float:
     return finer.log2_zoom + share * (coarser.log2_zoom - finer.log2_zoom)
 
 
-def _is_held_back(before: Trial, here: Trial, bytes_per_octave: float) -> bool:
-    """Steps are as fine as 8 bits allow."""
-    finer_by = before.log2_zoom - here.log2_zoom
+def _is_flat(before: Trial, here: Trial, bytes_per_octave: float) -> bool:
+    """Sizes hardly change: 8 bits hold steps back, or all codes are 0."""
+    moved = before.log2_zoom - here.log2_zoom
     brought = here.num_bytes - before.num_bytes
-    return finer_by > A_MOVE and brought < HELD_BACK * finer_by * bytes_per_octave
+    return abs(moved) > A_MOVE and abs(brought) < FLAT * abs(moved) * bytes_per_octave
 
 
 def _better(one: Trial[Made], other: Trial[Made], budget_bytes: float) -> Trial[Made]:

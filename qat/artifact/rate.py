@@ -73,11 +73,11 @@ def costs_by_class(counts: Tensor) -> Tensor:
 
 
 def slopes(x: Tensor, classes: Tensor, costs: Tensor) -> Tensor:
-    """d bits / d x of weights ``x`` (rows, columns) in units of their steps, float32.
+    """d bits / d x of weights ``x`` (rows, columns) in units of their steps, float32; NaN is 0.
 
     ``costs`` (CLASSES, SYMBOLS): bits of each code in each class.
     """
     steps_up = costs[:, 1:] - costs[:, :-1]  # from code k - 128 to the next
-    below = x.floor().clamp_(-SYMBOLS // 2, SYMBOLS // 2 - 2).int()
+    below = x.floor().nan_to_num_(0.0).clamp_(-SYMBOLS // 2, SYMBOLS // 2 - 2).int()
     cells = (classes * (SYMBOLS - 1)).add_(below + SYMBOLS // 2)
     return steps_up.flatten()[cells.long()]

@@ -91,6 +91,12 @@ def check_rate(s: TrainSettings) -> None:
     learned = "takes learned steps of rows and columns; give qat=rd"
     one_of_learned = s.grid.step_rule == "learned" and s.grid.column_steps
     require(one_of_learned, "qat.rate", "true", learned)
+    late = "qat.rate = true learns first what matters to the loss; start after an update or more"
+    for start in ("start_step", "start_fraction"):
+        value = getattr(s.qat, start)
+        require(value is None or value > 0, f"qat.{start}", value, late)
+    scale = s.qat.start_lr_scale
+    require(scale is None or scale < 1, "qat.start_lr_scale", scale, late)
     for setting, value, allowed in (
         ("artifact.fit", s.artifact.fit, False),
         ("artifact.method", s.artifact.method, "round"),

@@ -21,6 +21,7 @@ from lightning.pytorch.plugins.environments import LightningEnvironment, TorchEl
 from torch.utils.data import DataLoader
 
 from qat.artifact.bundle import count_code_bytes
+from qat.errors import TrainingError
 from qat.language.batches import BatchShape, TrainingBatches
 from qat.language.gpt import GPT
 from qat.language.shards import TokenStream
@@ -212,7 +213,12 @@ def _rate_control(
 
     def encode_file(masters: Tensors, steps: Tensors) -> File:
         started = time.perf_counter()
-        num_bytes = file_bytes(masters, steps) if trainer.is_global_zero else 0
+        try:
+            num_bytes = file_bytes(masters, steps) if trainer.is_global_zero else 0
+        except ValueError as error:
+            raise TrainingError(
+                f"cannot encode: {error}; if training diverged, lower the learning rates"
+            ) from None
         return trainer.strategy.broadcast(File(num_bytes, time.perf_counter() - started))
 
     limit_bytes = s.limit_bytes - count_code_bytes()

@@ -30,11 +30,8 @@ SAMPLE = 4  # every fourth row says enough of a column, and while a price is sou
 DIGIT = 2.0**-7  # of a bf16 number: what its last digit is worth, at most
 
 
-def steps_at_price_one(entry: Entry, w: Tensor, sensitivity: Tensor | None) -> Tensor:
-    """(rows + columns, 1) float32. Without a sensitivity, all steps are the tensor's std."""
-    if sensitivity is None:
-        spread = w.std(correction=0).expand(entry.num_rows, 1)
-        return torch.cat([spread, torch.ones_like(w.reshape(entry.num_rows, -1)[:1]).T])
+def steps_at_price_one(entry: Entry, sensitivity: Tensor) -> Tensor:
+    """(rows + columns, 1) float32. ``sensitivity`` is of the weight's shape."""
     row, column = sensitivity_factors(sensitivity.reshape(entry.num_rows, -1))
     return torch.cat([(12 / math.log(2) / row).sqrt(), column.rsqrt().T])
 

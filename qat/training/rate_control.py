@@ -120,10 +120,10 @@ class RateControl:
 
     @torch.no_grad()
     def first_steps(self, masters: Tensors) -> dict[str, Tensor]:
-        """At the switch: steps (rows + columns, 1) at the price that ends at the limit."""
+        """At the switch, after an update at least: steps (rows + columns, 1) at the price that ends
+        at the limit."""
         at_price_one = {
-            e.name: steps_at_price_one(e, masters[e.name], self._sensitivity(e.name))
-            for e in self.entries
+            e.name: steps_at_price_one(e, self._sensitivity(e.name)) for e in self.entries
         }
         self.squares.clear()
         if self.is_adapted:
@@ -153,9 +153,7 @@ class RateControl:
         octave = self.num_weights / 8
         return fill(trial_at, trial_at(0.0), octave, self._aim, ROUGHLY, REACH).made
 
-    def _sensitivity(self, name: str) -> Tensor | None:
-        if name not in self.squares:
-            return None
+    def _sensitivity(self, name: str) -> Tensor:
         return self.squares[name] * (self.tokens_per_update / self.squares_weight)
 
     @torch.no_grad()

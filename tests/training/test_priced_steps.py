@@ -41,7 +41,7 @@ def test_steps_cost_as_much_by_errors_as_they_save_in_bits() -> None:
     """Half of sensitivity * step ** 2 / 12, differentiated by log2(step), is the price of a bit."""
     entry, w, sensitivity = made(40, 30, 0, 0.5)
     price = 1e-4
-    steps = steps_at(price, entry, w, steps_at_price_one(entry, w, sensitivity))
+    steps = steps_at(price, entry, w, steps_at_price_one(entry, sensitivity))
     product = steps[:40] * steps[40:].T
     by_errors = sensitivity * product.square() / 12 * math.log(2)
     assert float(by_errors.log().median().exp()) == pytest.approx(price, rel=0.05)
@@ -50,7 +50,7 @@ def test_steps_cost_as_much_by_errors_as_they_save_in_bits() -> None:
 @given(st.integers(0, 1000), st.floats(-40, 0), st.floats(0.0, 3.0))
 def test_at_any_price_every_weight_has_a_code(seed: int, log2_price: float, width: float) -> None:
     entry, w, sensitivity = made(12, 20, seed, width)
-    steps = steps_at(2.0**log2_price, entry, w, steps_at_price_one(entry, w, sensitivity))
+    steps = steps_at(2.0**log2_price, entry, w, steps_at_price_one(entry, sensitivity))
     largest = (w.abs() / (steps[:12] * steps[12:].T)).max()
     assert float(largest) <= HEADROOM * 127 * (1 + 1e-5)
     zoom_rows(entry, w, steps, 0.25)
@@ -63,7 +63,7 @@ def test_one_column_that_matters_does_not_widen_all_rows() -> None:
     entry, w, _ = made(64, 64, 1, 0.0)
     sensitivity = torch.ones(64, 64)
     sensitivity[:, 7] = 1e6
-    steps = steps_at(1e-3, entry, w, steps_at_price_one(entry, w, sensitivity))
+    steps = steps_at(1e-3, entry, w, steps_at_price_one(entry, sensitivity))
     wanted = math.sqrt(12 * 1e-3 / math.log(2))
     others = (steps[:64] * steps[64:].T)[:, torch.arange(64) != 7]
     assert float(others.median()) < 1.5 * wanted
@@ -79,6 +79,14 @@ def control_of(plan: Plan, limit_bytes: int, coder: str = "constriction") -> Rat
 def plan_of(weights: dict[str, Tensor]) -> Plan:
     shapes = {name: tuple(w.shape) for name, w in weights.items()}
     return build_plan(shapes, {"grid": RD}, {"*.weight": "grid", "*": "fp32"})
+
+
+def observed_alike(control: RateControl, weights: dict[str, Tensor]) -> None:
+    """As if a tensor's weights all mattered alike: steps as wide as the weights, then."""
+    control.squares = {
+        name: torch.full_like(w, 1e-6 / float(w.var())) for name, w in weights.items()
+    }
+    control.squares_weight = 1.0
 
 
 def share_estimated(weights: dict[str, Tensor], bits: float) -> float:
@@ -166,12 +174,48 @@ def test_pulls_are_finite_differences_of_the_bits() -> None:
         assert found == pytest.approx(float(step_pull[i]) * scale[i], rel=0.02)
 
 
+def test_a_price_is_in_nats_per_token() -> None:
+    """Gradients are of the mean over a batch: their squares are as much smaller as it is large."""
+    plan = plan_of({"w.weight": torch.zeros(8, 8)})
+    price, gradient, tokens = 1e-5, 0.01, 4096
+    control = RateControl(plan, 10**6, tokens, lambda *_: File(0, 0.0), price)
+    w = torch.zeros(8, 8, requires_grad=True)
+    w.grad = torch.full((8, 8), gradient)
+    for _ in range(3):
+        control.observe({"w.weight": w})
+    steps = control.first_steps({"w.weight": w.detach()})["w.weight"]
+    wanted = math.sqrt(12 * price / (math.log(2) * gradient**2 * tokens))
+    product = steps[:8] * steps[8:].T
+    torch.testing.assert_close(product, torch.full((8, 8), wanted), rtol=0.01, atol=0.0)
+
+
+def test_gradients_gain_price_times_pulls() -> None:
+    _, w, _ = made(30, 24, 2, 0.3)
+    plan, price = plan_of({"w.weight": w}), 3e-4
+    control = RateControl(plan, 10**6, 4096, lambda *_: File(0, 0.0), price)
+    masters = {"w.weight": w.clone().requires_grad_()}
+    steps = {"w.weight": torch.full((54, 1), 0.5).requires_grad_()}
+    for tensor in (masters["w.weight"], steps["w.weight"]):
+        tensor.grad = torch.ones_like(tensor)
+    control.add_gradients(masters, steps)
+    for tensors, pulls in (
+        (masters, control.estimate.pulls),
+        (steps, control.estimate.step_pulls),
+    ):
+        pull = pulls["w.weight"]
+        assert float(pull.abs().mean()) > 0.1
+        gained = tensors["w.weight"].grad
+        assert gained is not None
+        torch.testing.assert_close(gained, 1 + price * pull.view_as(gained))
+
+
 def test_landing_from_far_off_ends_in_the_window() -> None:
     torch.manual_seed(0)
     weights = {"a.weight": torch.randn(300, 200), "b.weight": torch.randn(200, 300).mul(0.1)}
     plan = plan_of(weights)
     for limit_bytes in (18_000, 40_000, 70_000):
         control = control_of(plan, limit_bytes)
+        observed_alike(control, weights)
         steps = control.first_steps(weights)
         for step in steps.values():
             step.mul_(1.2)
@@ -188,6 +232,7 @@ def test_a_real_model_ends_in_the_window_at_every_limit(
     for bits in (1, 2, 3, 4, 6):
         limit_bytes = num_weights * bits // 8
         control = control_of(plan, limit_bytes, "mix")
+        observed_alike(control, trained)
         steps = control.first_steps(trained)
         control.land(trained, steps)
         assert 0.999 <= control.encode_file(trained, steps).num_bytes / limit_bytes <= 1.0

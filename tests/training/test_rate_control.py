@@ -94,10 +94,15 @@ def test_a_given_price_is_kept_and_bits_follow_it(train: Callable[..., Done]) ->
     assert sizes[0] > 1.3 * sizes[1]
 
 
+@pytest.mark.parametrize("at", [38, pytest.param(19, marks=pytest.mark.slow)])
 def test_it_goes_on_with_the_same_bits(
-    train: Callable[..., Done], program: Callable[..., Done], monkeypatch: pytest.MonkeyPatch
+    at: int,
+    train: Callable[..., Done],
+    program: Callable[..., Done],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    given = ("qat=rd", f"limit_bytes={limit(3)}", "max_steps=40", "checkpoint.every_steps=7")
+    """QAT is on since step 33, and half-way from there a file is encoded."""
+    given = ("qat=rd", f"limit_bytes={limit(3)}", "max_steps=40", "checkpoint.every_steps=19")
     assert train(*given, "run_name=whole").code == 0
     save = checkpoint.save_checkpoint
     writes = []
@@ -105,7 +110,7 @@ def test_it_goes_on_with_the_same_bits(
     def save_then_die(path: Path, state: dict) -> None:
         save(path, state)
         writes.append(path)
-        if len(writes) == 5:  # after step 35, with QAT on since 33
+        if 19 * len(writes) == at:
             raise TrainingError("killed here")
 
     monkeypatch.setattr("qat.training.fit.save_checkpoint", save_then_die)
@@ -114,6 +119,13 @@ def test_it_goes_on_with_the_same_bits(
     assert program("train.py", f"resume={RUNS / 'killed'}").code == 0
     whole, killed = ((RUNS / n / "artifact.qat").read_bytes() for n in ("whole", "killed"))
     assert whole == killed
+
+
+def test_a_run_that_diverges_says_so(train: Callable[..., Done]) -> None:
+    wild = ("qat=rd", f"limit_bytes={limit(3)}", "qat.start_step=2", "optimizer.matrix_lr=1e18")
+    done = train(*wild, "optimizer.tied_embedding_lr=1e18", "max_steps=12")
+    assert (done.code, done.err.count("error:")) == (1, 1), done.err
+    assert "lower the learning rates" in done.err
 
 
 def test_the_file_reads_back_what_training_saw(train: Callable[..., Done]) -> None:
@@ -131,6 +143,8 @@ def test_the_file_reads_back_what_training_saw(train: Callable[..., Done]) -> No
     [
         (("qat=int6", "qat.rate=true"), "qat.rate = true: takes learned steps"),
         (("qat=rd", "artifact.fit=true"), "artifact.fit = True: not with qat.rate"),
+        (("qat=rd", "qat.start_step=0"), "qat.start_step = 0: qat.rate = true learns first"),
+        (("qat=rd", "qat.start_lr_scale=1"), "qat.start_lr_scale = 1.0: qat.rate = true learns"),
         (("qat=rd", "averaging=ema"), "averaging = ema: not with qat.rate"),
         (("qat=rd", "qat.rate_price=-1"), "qat.rate_price = -1.0: give 0 or more"),
     ],
