@@ -236,6 +236,8 @@ def explain(error: Exception, config_name: str) -> str:
     if match := re.search(r"Error merging override (.+)", text):
         if "ListConfig" in detail:
             detail = "give a list, [a,b]"
+        if "Cannot convert 'dict'" in detail:
+            detail = f"{match[1].split('.')[0]} takes one value, it has no parts"
         return f"{match[1]}: {detail or 'not a usable value'}"
     if match := re.search(r"Ambiguous value for argument '(.+)'", text):
         return f"{match[1]}: several values; add -m to run each of them, or [..] for a list"

@@ -133,6 +133,7 @@ EVAL_CASES: list[tuple[tuple[str, ...], str]] = [
     (("artifact=it's (a) [file], ${seed}",), "artifact=it's (a) [file], ${seed}: No such file"),
     (("qat=int6",), "qat: unknown setting; see"),
     (("-m", "seed=1,2"), "-m: eval.py does one thing at a time"),
+    (("artifact.coder=mix",), "artifact.coder=mix: artifact takes one value, it has no parts"),
     (("run=nobody",), "run=nobody: no such folder"),
     (("task=report",), "runs = null: give study=NAME or a glob"),
     (("task=report", "runs=nothing/*"), "runs=nothing/*: no run folder found"),
