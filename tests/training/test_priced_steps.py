@@ -18,7 +18,7 @@ from qat.quantize.grid import Grid
 from qat.quantize.plan import Entry, Plan, build_plan
 from qat.training.checkpoint import load_checkpoint
 from qat.training.priced_steps import HEADROOM, steps_at, steps_at_price_one, zoom_rows
-from qat.training.rate_control import File, RateControl
+from qat.training.rate_control import EVERY, File, RateControl
 from tests.artifact.test_rate import bits_between_codes, to_codes
 from tests.conftest import Done, _call
 
@@ -207,6 +207,22 @@ def test_gradients_gain_price_times_pulls() -> None:
         gained = tensors["w.weight"].grad
         assert gained is not None
         torch.testing.assert_close(gained, 1 + price * pull.view_as(gained))
+
+
+def test_a_file_too_large_makes_bits_dearer_and_one_too_small_cheaper() -> None:
+    torch.manual_seed(0)
+    weights = {"a.weight": torch.randn(300, 200)}
+    control = control_of(plan_of(weights), 20_000)
+    observed_alike(control, weights)
+    steps = control.first_steps(weights)
+    for tensor in (*weights.values(), *steps.values()):
+        tensor.grad = torch.zeros_like(tensor)
+    for limit_bytes in (16_000, 24_000):
+        before, control.limit_bytes = control.price, limit_bytes
+        for _ in range(4 * EVERY):
+            control.add_gradients(weights, steps)
+        assert (control.price > before) == (limit_bytes < 20_000)
+        assert control.estimate.bits(weights, steps) / 8 == pytest.approx(limit_bytes, rel=0.01)
 
 
 def test_landing_from_far_off_ends_in_the_window() -> None:
