@@ -11,7 +11,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from qat.artifact.rate import bits_of_codes, classes_of, costs_by_class, count_codes, slopes
+from qat.artifact.rate import (
+    bits_of_codes,
+    bits_of_floats,
+    classes_of,
+    costs_by_class,
+    count_codes,
+    slopes,
+)
 
 
 def drawn(rows: int, columns: int, spread: float, seed: int) -> Tensor:
@@ -79,6 +86,14 @@ def test_at_fine_steps_a_doubled_step_saves_a_bit() -> None:
     fine = drawn(256, 256, 8.0, seed=4).clamp(-127, 127)
     slope = slopes_of(fine, to_codes(fine))
     assert float((slope * fine).sum()) * math.log(2) / fine.numel() == pytest.approx(1.0, abs=0.1)
+
+
+def test_floats_cost_what_differs_in_them() -> None:
+    """Alike: tables alone. At random: all of sign and mantissa, and of exponents what they vary."""
+    alike = bits_of_floats([torch.ones(1000), torch.ones(500), torch.ones(500).bfloat16()])
+    assert alike < 100
+    drawn_bits = bits_of_floats([torch.randn(100_000, generator=torch.Generator().manual_seed(0))])
+    assert 24 < drawn_bits / 100_000 < 28
 
 
 def test_nothing_but_zeros() -> None:
