@@ -6,8 +6,8 @@ root. Between these moves steps are learned, from the gradients of the loss and 
 
 The price is what the controller adapts. Every few updates an estimate says how far the file is from
 the limit, and files really encoded say by how much estimates are wrong. All of it is on the clock.
-Time for the last encodings is kept back: after the last update the price makes its last moves, of
-fractions of a per cent, until the file lies in [``WINDOW``, 1] * limit.
+Time for the last encodings is kept back: after the last update all steps are zoomed by fractions
+of a per cent, until the file lies in [``WINDOW``, 1] * limit.
 
 Bits and how they change (``qat.training.bit_estimate``) are measured every ``EVERY`` updates and
 kept between: they change slowly, and measuring them costs as much as snapping.
