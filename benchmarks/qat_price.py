@@ -120,18 +120,16 @@ class Ours(Arm):
         return self.switch.weights(self.masters)
 
 
-class Rated(Arm):
+class Rated(Ours):
     """``qat=rd`` as QatModule runs it, at the price of ``BITS_PER_WEIGHT``; no file is made."""
 
     def __init__(
         self, shape: GPTShape, device: torch.device, compiled: bool, measures: bool
     ) -> None:
-        super().__init__(shape, device, compiled)
-        shapes = {name: tuple(p.shape) for name, p in self.masters.items()}
         grid = Grid(bits=8, step_rule="learned", step_dtype="bf16", column_steps=True)
-        plan = build_plan(shapes, {"grid": grid}, {"*.weight": "grid", "*": "fp32"})
+        super().__init__(shape, device, compiled, grid)
+        plan = self.switch.plan
         limit_bytes = sum(e.num_elements for e in plan.on_grid) * BITS_PER_WEIGHT // 8
-        self.switch = QatSwitch(plan)
         tokens = torch.randint(shape.vocab_size, (1, PROBE_TOKENS + 1), device=device)
         self.control = RateControl(plan, limit_bytes, PROBE_TOKENS, lambda *_: File(0, 0.0), None)
         self.gpt(tokens[:, :-1], tokens[:, 1:]).backward()
@@ -143,14 +141,7 @@ class Rated(Arm):
         self.optimizers = build_optimizers(
             self.gpt, OptimizerSettings(learned_step_lr=1e-5), list(self.switch.parameters())
         )
-        self.measures, self.is_on = measures, False
-
-    def set_qat(self, is_on: bool) -> None:
-        self.is_on = is_on
-
-    def weights(self) -> dict[str, Tensor]:
-        self.switch.refresh(self.masters, self.is_on)
-        return self.switch.weights(self.masters)
+        self.measures = measures
 
     def before_update(self) -> None:
         if self.is_on:
