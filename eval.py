@@ -13,7 +13,7 @@
     python eval.py task=submission run=RUN out=DIR
 
 Each task is imported only when asked for: those that are not needed to score are in no
-``train_gpt.py`` (``qat/artifact/bundle.py``).
+``train_gpt.py`` (``qat/golf/bundle.py``).
 """
 
 from __future__ import annotations
@@ -21,31 +21,36 @@ from __future__ import annotations
 import sys
 from importlib import import_module
 
+from qat.budget.budget import Budget
 from qat.errors import UserError
+from qat.golf.bundle import count_code_bytes
 from qat.settings.checks import resolve_eval
 from qat.settings.command_line import Job, Program, main
 from qat.settings.schema import EvalTaskSettings
 
+GOLF_MODULE, GOLF_SUFFIX = "qat.golf.ptz_model", ".ptz"  # imported by name: see above
 TASKS = {
     "score": "qat.evaluation.score_task",
-    "full": "qat.study.full_eval_task",  # task=score, in more respects than val_bpb
+    "full": "qat.analysis.full_task",  # task=score, in more respects than val_bpb
     "sample": "qat.evaluation.sample_task",
     "inspect": "qat.evaluation.inspect_task",
-    "fit": "qat.study.fit_task",
-    "sweep": "qat.study.sweep_task",
+    "fit": "qat.runs.fill_task",
+    "sweep": "qat.cabinet.cabinet_task",
     "audit": "qat.evaluation.audit_task",
-    "report": "qat.study.study_report",
-    "choose": "qat.study.choose_task",
-    "convert": "qat.evaluation.convert_task",
-    "submission": "qat.study.submission",
+    "report": "qat.report.report_task",
+    "choose": "qat.cabinet.choose_task",
+    "convert": "qat.golf.convert_task",
+    "submission": "qat.golf.submission_task",
 }
 
 
 def run(s: EvalTaskSettings, job: Job) -> int:
     of_checkpoint = (s.artifact or "").endswith(".ckpt")
     in_full = s.task == "score" and (s.eval.parts or of_checkpoint)
+    reader = (GOLF_MODULE,) if (s.artifact or "").endswith(GOLF_SUFFIX) else ()
+    budget = Budget(s.limit_bytes, count_code_bytes(reader))
     try:
-        return import_module(TASKS["full" if in_full else s.task]).run(s)
+        return import_module(TASKS["full" if in_full else s.task]).run(s, budget)
     except ModuleNotFoundError as missing:
         if not str(missing.name).startswith("qat."):
             raise

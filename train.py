@@ -21,13 +21,13 @@ from qat.settings.schema import TrainSettings
 
 log = logging.getLogger("qat")
 # Imported by name: what only a study needs is no part of train_gpt.py, which is one run.
-STUDY_RUNS, STUDY_REPORT = "qat.study.study_runs", "qat.study.study_report"
+STUDY_RUNS, STUDY_REPORT = "qat.study.study", "qat.report.report_task"
 
 
 def resolve(settings: TrainSettings, choices) -> TrainSettings:
     """Everything that can be refused before data is touched."""
     if settings.resume is not None:
-        from qat.study.resume import saved_settings
+        from qat.runs.resume import saved_settings
 
         settings, choices = saved_settings(settings)
     settings = checks.resolve_train(settings, choices)
@@ -44,7 +44,7 @@ def run(s: TrainSettings, job: Job) -> int:
     if job.sweep_dir is not None and job.choices.get("arm"):
         return import_module(STUDY_RUNS).run_arm(s, job, run_one)
     if s.resume is not None:
-        from qat.study.resume import is_finished, saved_job
+        from qat.runs.resume import is_finished, saved_job
 
         job = saved_job(s.resume, job)
         if is_finished(s.resume):
@@ -54,7 +54,7 @@ def run(s: TrainSettings, job: Job) -> int:
 
 def run_one(s: TrainSettings, job: Job) -> int:
     """One run to its row, whatever happens; the exit code."""
-    from qat.study.training_run import TrainingRun
+    from qat.runs.training_run import TrainingRun
 
     training_run = TrainingRun(s, job)
     try:
@@ -79,17 +79,17 @@ def run_one(s: TrainSettings, job: Job) -> int:
 def train(s: TrainSettings, training_run) -> int:
     import torch
 
-    from qat.artifact.bundle import count_code_bytes
-    from qat.artifact.container import pack
-    from qat.artifact.export import ARTIFACT
+    from qat.artifact.container import ARTIFACT, pack
+    from qat.budget.budget import Budget
+    from qat.budget.fill import PLOT, TrainedModel
     from qat.evaluation.open_model import artifact_meta
     from qat.evaluation.score import Scorer
-    from qat.language.batches import BatchShape
-    from qat.language.shards import TokenStream
-    from qat.language.source import from_settings
-    from qat.language.tokenizer import Tokenizer
-    from qat.study.budget_fit import PLOT, TrainedModel
-    from qat.study.storing import CalibrationText, store
+    from qat.golf.bundle import count_code_bytes
+    from qat.runs.storing import CalibrationText, store
+    from qat.text.batches import BatchShape
+    from qat.text.shards import TokenStream
+    from qat.text.source import from_settings
+    from qat.text.tokenizer import Tokenizer
     from qat.training.build import build_gpt, plan_of
     from qat.training.checkpoint import load_checkpoint
     from qat.training.fit import Forecast, StopAtSigterm, build_trainer, fit
@@ -104,6 +104,7 @@ def train(s: TrainSettings, training_run) -> int:
         for stream in (train_stream, val_stream):
             stream.check_ids(s.model.vocab_size)
         tokenizer.check_unknown(val_stream)
+    budget = Budget(s.limit_bytes, count_code_bytes())
     gpt = build_gpt(s.model, s.seed)
     plan = plan_of(gpt.shape, s.grid, s.plan)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -114,7 +115,7 @@ def train(s: TrainSettings, training_run) -> int:
     training_run.start(source, tokenizer, train_stream, val_stream, plan)
 
     callbacks = [
-        Forecast(plan, None if s.artifact.fit or s.qat.rate else s.limit_bytes, count_code_bytes()),
+        Forecast(plan, None if s.artifact.fit or s.qat.rate else budget),
         ProgressBar(training_run.console, tokenizer.tokens_per_byte(val_stream)),
         StopAtSigterm(),
     ]
@@ -128,7 +129,16 @@ def train(s: TrainSettings, training_run) -> int:
         return len(pack(plan.encode(masters, steps), plan, meta, s.artifact.coder))
 
     outcome = fit(
-        s, gpt, plan, train_stream, shape, trainer, training_run.checkpoint, state, file_bytes
+        s,
+        gpt,
+        plan,
+        budget,
+        train_stream,
+        shape,
+        trainer,
+        training_run.checkpoint,
+        state,
+        file_bytes,
     )
 
     def placed(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -142,7 +152,7 @@ def train(s: TrainSettings, training_run) -> int:
     text = CalibrationText(train_stream, s.micro_batch_tokens, s.seq_len, s.precision)
     done = trainer.strategy.broadcast(
         store(
-            model, s.artifact, text, s.limit_bytes, meta, training_run.path(ARTIFACT),
+            model, s.artifact, text, budget, meta, training_run.path(ARTIFACT),
             training_run.path(PLOT), training_run.console,
         )
         if machine.rank() == 0
@@ -168,7 +178,7 @@ def before_sweep(sweep: Sweep) -> None:
 
 def after_sweep(sweep: Sweep) -> int:
     """Print the paired table, or the verdicts of a study; the highest exit code of the runs."""
-    from qat.study.report import folders_in, report
+    from qat.report.report_task import folders_in, report
 
     if sweep.study is not None:
         rows = import_module(STUDY_REPORT).report_sweep(sweep)

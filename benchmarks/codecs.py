@@ -25,10 +25,13 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from qat.artifact.coder import CODERS, GENERAL, Matrix  # noqa: E402
-from qat.artifact.container import matrix_of  # noqa: E402
+from qat.artifact.coder import CODERS, GENERAL  # noqa: E402
+from qat.artifact.sections import (  # noqa: E402
+    Matrix,
+    matrix_of,
+)
 from qat.evaluation.inspect_task import order0_bits  # noqa: E402
-from qat.language.gpt import GPT, GPTShape  # noqa: E402
+from qat.model.gpt import GPT, GPTShape  # noqa: E402
 from qat.quantize.grid import Grid  # noqa: E402
 from qat.quantize.plan import build_plan  # noqa: E402
 from qat.training.checkpoint import load_checkpoint  # noqa: E402

@@ -35,12 +35,12 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from qat.evaluation.score import Scorer  # noqa: E402
-from qat.language.audit import audit  # noqa: E402
-from qat.language.bits_per_byte import ByteTable  # noqa: E402
-from qat.language.gpt import GPT, Attention, GPTShape  # noqa: E402
-from qat.language.shards import ShardWriter, TokenStream  # noqa: E402
-from qat.language.tokenizer import BOS_ID  # noqa: E402
+from qat.model.gpt import GPT, Attention, GPTShape  # noqa: E402
 from qat.settings.schema import EvalSettings  # noqa: E402
+from qat.text.audit import audit  # noqa: E402
+from qat.text.byte_table import ByteTable  # noqa: E402
+from qat.text.shards import ShardWriter, TokenStream  # noqa: E402
+from qat.text.tokenizer import BOS_ID  # noqa: E402
 
 AUDIT_CHILD = "--audit-child"
 VOCAB_SIZE = 1024

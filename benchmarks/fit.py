@@ -21,21 +21,22 @@ from rich.console import Console
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from qat.artifact.bundle import count_code_bytes  # noqa: E402
 from qat.artifact.container import pack  # noqa: E402
+from qat.budget.budget import Budget  # noqa: E402
+from qat.budget.fill import BudgetSolver, TrainedModel  # noqa: E402
 from qat.evaluation.score import Scorer  # noqa: E402
-from qat.language.gpt import GPT, GPTShape  # noqa: E402
-from qat.language.shards import TokenStream  # noqa: E402
-from qat.language.source import from_settings  # noqa: E402
-from qat.language.tokenizer import Tokenizer  # noqa: E402
+from qat.golf.bundle import count_code_bytes  # noqa: E402
+from qat.model.gpt import GPT, GPTShape  # noqa: E402
+from qat.ptq.calibration import calibration_batches  # noqa: E402
 from qat.quantize.grid import Grid  # noqa: E402
 from qat.quantize.plan import build_plan  # noqa: E402
+from qat.runs.result import Result  # noqa: E402
+from qat.runs.store_again import stored_tensors  # noqa: E402
 from qat.settings.schema import DataSettings, EvalSettings, ModelSettings  # noqa: E402
-from qat.study.budget_fit import BudgetSolver, TrainedModel  # noqa: E402
-from qat.study.result import Result  # noqa: E402
-from qat.study.store_again import stored_tensors  # noqa: E402
+from qat.text.shards import TokenStream  # noqa: E402
+from qat.text.source import from_settings  # noqa: E402
+from qat.text.tokenizer import Tokenizer  # noqa: E402
 from qat.training.build import shape_of  # noqa: E402
-from qat.training.sensitivity import calibration_batches  # noqa: E402
 
 GRIDS = {
     "int6": Grid(bits=6),
@@ -55,7 +56,7 @@ def solver_for(shape: GPTShape, weights, stream: TokenStream, seq_len: int, prec
     shapes = {name: tuple(w.shape) for name, w in weights.items()}
     plan = build_plan(shapes, {"grid": GRIDS["int6"]}, RULES)
     model = TrainedModel(shape, weights, plan, {}, is_on_grid=False)
-    return BudgetSolver(model, batches, precision, False, Console(quiet=True))
+    return BudgetSolver(model, batches, precision, Console(quiet=True))
 
 
 def against_grids(folder: Path) -> list[dict]:
@@ -81,7 +82,7 @@ def against_grids(folder: Path) -> list[dict]:
         plan = build_plan(shapes, {"grid": grid}, RULES)
         size = len(pack(plan.encode(weights), plan, {}, "mix"))
         gap = scorer.score(plan.snap(weights), label).val_bpb - before
-        fit, fitted = solver.fit(size + count_code_bytes(), {}, "mix")
+        fit, fitted = solver.solve(Budget(size), {}, "mix")
         stored = fit.plan.snap(fit.weights, fit.steps)
         gap_fitted = scorer.score(stored, "fitted").val_bpb - before
         share = fitted.num_bytes / size
@@ -107,7 +108,7 @@ def golf_seconds() -> list[dict]:
     print(f"sensitivities and candidates: {measured:.1f} s")
     for limit in (16_000_000, 8_000_000):
         started = time.perf_counter()
-        _, fitted = solver.fit(limit, {}, "mix")
+        _, fitted = solver.solve(Budget(limit, count_code_bytes()), {}, "mix")
         seconds = time.perf_counter() - started
         share = fitted.num_bytes / (limit - count_code_bytes())
         print(f"limit {limit:,}: {share:.3%} filled in {seconds:.1f} s", flush=True)

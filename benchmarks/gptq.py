@@ -27,15 +27,18 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from qat.cabinet.calibration import MAX_TOKENS, random_sequences, read_inputs  # noqa: E402
-from qat.cabinet.grid_variants import encoded_by, plan_for  # noqa: E402
-from qat.cabinet.methods import gptq as gptq_method  # noqa: E402
-from qat.language.gpt import GPT, GPTShape  # noqa: E402
-from qat.quantize.awq import awq  # noqa: E402
-from qat.quantize.gptq import GptqFactor  # noqa: E402
+from qat.cabinet.grid_variants import plan_for  # noqa: E402
+from qat.model.gpt import GPT, GPTShape  # noqa: E402
+from qat.ptq.awq import awq  # noqa: E402
+from qat.ptq.calibration import MAX_TOKENS, random_sequences, read_inputs  # noqa: E402
+from qat.ptq.gptq import (  # noqa: E402
+    GptqFactor,
+    row_output_errors,
+)
+from qat.ptq.lqer import lqer  # noqa: E402
+from qat.ptq.methods import encoded_by  # noqa: E402
+from qat.ptq.methods import gptq as gptq_method  # noqa: E402
 from qat.quantize.grid import Grid  # noqa: E402
-from qat.quantize.low_rank import lqer  # noqa: E402
-from qat.quantize.output_error import row_output_errors  # noqa: E402
 from qat.quantize.rounding import decode, snap, weighted_steps  # noqa: E402
 
 LAYERS, TOKENS, RANK = 9, 4096, 16

@@ -34,13 +34,14 @@ from torch._dynamo.utils import counters
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from qat.language.gpt import GPT, GPTShape  # noqa: E402
+from qat.budget.budget import Budget  # noqa: E402
+from qat.budget.price_control import File, RateControl  # noqa: E402
+from qat.model.gpt import GPT, GPTShape  # noqa: E402
 from qat.quantize.grid import Grid  # noqa: E402
 from qat.quantize.plan import build_plan  # noqa: E402
-from qat.quantize.straight_through import QatSwitch  # noqa: E402
+from qat.quantize.switch import QatSwitch  # noqa: E402
 from qat.settings.schema import OptimizerSettings  # noqa: E402
 from qat.training.optimizers import build_optimizers  # noqa: E402
-from qat.training.rate_control import File, RateControl  # noqa: E402
 
 PROFILES = {
     "tiny": (GPTShape(64, 1, 16, 1, 1, 1, True), 1, 16),
@@ -131,7 +132,9 @@ class Rated(Ours):
         plan = self.switch.plan
         limit_bytes = sum(e.num_elements for e in plan.on_grid) * BITS_PER_WEIGHT // 8
         tokens = torch.randint(shape.vocab_size, (1, PROBE_TOKENS + 1), device=device)
-        self.control = RateControl(plan, limit_bytes, PROBE_TOKENS, lambda *_: File(0, 0.0), None)
+        self.control = RateControl(
+            plan, Budget(limit_bytes), PROBE_TOKENS, lambda *_: File(0, 0.0), None
+        )
         self.gpt(tokens[:, :-1], tokens[:, 1:]).backward()
         self.control.observe(self.masters)
         self.gpt.zero_grad()

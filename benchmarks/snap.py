@@ -26,7 +26,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from qat.language.gpt import GPT, GPTShape  # noqa: E402
+from qat.model.gpt import GPT, GPTShape  # noqa: E402
 from qat.quantize.fused import FusedSnap  # noqa: E402
 from qat.quantize.grid import Grid  # noqa: E402
 from qat.quantize.plan import build_plan  # noqa: E402

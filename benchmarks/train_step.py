@@ -34,13 +34,13 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 from qat_price import PROFILES  # noqa: E402
 
-from qat.language.batches import BatchShape, TrainingBatches, micro_batch  # noqa: E402
-from qat.language.gpt import GPT, Attention, GPTShape  # noqa: E402
-from qat.language.shards import ShardWriter, TokenStream  # noqa: E402
+from qat.model.gpt import GPT, Attention, GPTShape  # noqa: E402
 from qat.quantize.grid import Grid  # noqa: E402
 from qat.quantize.plan import build_plan  # noqa: E402
-from qat.quantize.straight_through import QatSwitch  # noqa: E402
+from qat.quantize.switch import QatSwitch  # noqa: E402
 from qat.settings.schema import OptimizerSettings  # noqa: E402
+from qat.text.batches import BatchShape, TrainingBatches, micro_batch  # noqa: E402
+from qat.text.shards import ShardWriter, TokenStream  # noqa: E402
 from qat.training.averaging import Averaging  # noqa: E402
 from qat.training.fit import build_trainer  # noqa: E402
 from qat.training.module import QatModule  # noqa: E402

@@ -7,7 +7,7 @@ import io
 import json
 import random
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +24,7 @@ TINY = (
     "schedule.warmup_steps=1", "eval.batch_tokens=2048", "precision=fp32",
 )  # fmt: skip
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)
 
 
 @dataclass(frozen=True)
@@ -109,3 +109,20 @@ def finished(tiny: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def result_of(folder: Path) -> dict:
     return json.loads((folder / "result.json").read_text())
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _wandb_in_a_folder_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """W&B kept to itself: nothing in the user's home, no login, no way out."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("WANDB_DATA_DIR", str(tmp_path_factory.mktemp("wandb")))
+        patch.setenv("WANDB_SILENT", "true")
+        patch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+        yield
+
+
+@pytest.fixture
+def nobody_logged_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("HOME", "NETRC"):  # where a developer's own login may be
+        monkeypatch.setenv(name, str(tmp_path / "nobody"))
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)

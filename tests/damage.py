@@ -31,7 +31,7 @@ from qat.artifact import mix_coder
 from qat.artifact.coder import CODERS
 from qat.artifact.container import HASH_BYTES, PREFIX, pack, read_artifact
 from qat.errors import UserError
-from qat.evaluation.golf_file import read_golf_file
+from qat.golf.ptz_file import read_golf_file
 from qat.quantize.grid import FP8, Grid
 from qat.quantize.plan import build_plan
 
@@ -266,7 +266,7 @@ def main(which: str, count: int, seed: int) -> None:
     if which == "qat":
         goods, make, read = artifacts(), bad_artifact, read_as_it_says
     else:
-        from tests.evaluation.test_golf_file import raw_of, small
+        from tests.golf.test_ptz_file import raw_of, small
 
         goods, make, read = [zlib.compress(raw_of(small()))], bad_golf_file, read_golf
     with tempfile.TemporaryDirectory() as folder:

@@ -1,100 +1,188 @@
-"""The arrows of the house, enforced: imports go one way, and rooms import only what is theirs."""
+"""The map of the house, printed with ``-s``: one-way arrows, no circle, no room too large."""
 
 from __future__ import annotations
 
 import ast
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.conftest import ROOT
 
-# room -> rooms it may import; ``settings.schema`` (plain dataclasses) is open to all but the lowest
-ARROWS = {
-    "quantize": set(),
-    "language": set(),
-    "artifact": {"quantize"},
-    "training": {"quantize", "language", "artifact"},
-    "evaluation": {"quantize", "language", "artifact"},
-    "cabinet": {"quantize", "language", "artifact", "evaluation"},
-    "study": {"quantize", "language", "artifact", "training", "evaluation", "cabinet"},
-    "settings": set(),
-}
+# From the ground up: a room imports only what stands before it here.
+FLOORS = (
+    ("errors", "quantize", "text", "model"),
+    ("artifact",),
+    ("ptq",),
+    ("budget",),
+    ("training", "evaluation"),
+    ("runs",),
+    ("analysis", "golf"),
+    ("cabinet",),
+    ("study",),
+    ("report",),
+)
+SETTINGS = "settings"  # plain dataclasses and checks: open to the rooms that are told what to do
+NOT_TOLD = ("errors", "quantize", "model", "artifact", "ptq")
+LARGEST_SHARE = 1 / 6  # of the lines, for one room
 ONLY = {  # third-party package -> rooms that may import it
     "omegaconf": {"settings"},
     "hydra": {"settings"},
-    "lightning": {"training", "study"},
-    "wandb": {"study"},
-    "jinja2": {"study"},
-    "wandb_workspaces": {"study"},
-    "sentencepiece": {"language"},
+    "lightning": {"training", "runs"},
+    "wandb": {"runs", "report"},
+    "wandb_workspaces": {"report"},
+    "jinja2": {"report"},
+    "sentencepiece": {"text"},
+    "huggingface_hub": {"text"},
+    "pyarrow": {"text"},
     "zstandard": {"artifact"},
+    "brotli": {"artifact"},
     "constriction": {"artifact"},
-    "huggingface_hub": {"language"},
-    "scipy": {"evaluation", "study"},
+    "scipy": {"analysis", "study"},
     "torchao": {"cabinet"},
     "bitsandbytes": {"cabinet"},
     "gguf": {"cabinet"},
 }
+FLOOR_OF = {room: height for height, rooms in enumerate(FLOORS) for room in rooms}
 
 
 def files() -> list[Path]:
     return sorted((ROOT / "qat").rglob("*.py"))
 
 
-def imports(path: Path) -> set[str]:
-    names = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+def module_of(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def room_of(module: str) -> str:
+    return module.split(".")[1] if "." in module else ""
+
+
+def statements(path: Path, names_of_types: bool = True) -> Iterator[ast.Import | ast.ImportFrom]:
+    """Import statements, those inside functions too; without ``names_of_types`` not those that
+    only a type checker runs."""
+    tree = ast.parse(path.read_text())
+    skipped: set[ast.AST] = set()
+    if not names_of_types:
+        for node in ast.walk(tree):
+            if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+                skipped |= set(ast.walk(node))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import | ast.ImportFrom) and node not in skipped:
+            yield node
+
+
+def imports(path: Path, names_of_types: bool = True) -> set[str]:
+    """Modules that a file imports; of this project the file that is meant."""
+    modules = {module_of(p) for p in files()}
+    found = set()
+    for node in statements(path, names_of_types):
         if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
+            found |= {alias.name for alias in node.names}
+        else:
             assert node.level == 0, f"{path}: relative import"
-            names.add(node.module or "")
-    return names
+            for alias in node.names:
+                inner = f"{node.module}.{alias.name}"
+                found.add(inner if inner in modules else str(node.module))
+    return found
 
 
-def room(path: Path) -> str:
-    return path.relative_to(ROOT / "qat").parts[0].removesuffix(".py")
+def project_imports() -> dict[str, set[str]]:
+    """Module -> modules of this project that it imports."""
+    return {
+        module_of(path): {name for name in imports(path) if name.split(".")[0] == "qat"}
+        for path in files()
+    }
+
+
+def circle_in(graph: dict[str, set[str]]) -> list[str]:
+    """One circle of a graph, [] if there is none."""
+    done: set[str] = set()
+
+    def visit(node: str, way: list[str]) -> list[str]:
+        if node in way:
+            return [*way[way.index(node) :], node]
+        if node in done:
+            return []
+        for other in sorted(graph.get(node, ())):
+            if found := visit(other, [*way, node]):
+                return found
+        done.add(node)
+        return []
+
+    for start in sorted(graph):
+        if found := visit(start, []):
+            return found
+    return []
+
+
+def lines_by_room() -> dict[str, int]:
+    lines: dict[str, int] = {}
+    for path in files():
+        room = room_of(module_of(path))
+        lines[room] = lines.get(room, 0) + len(path.read_text().splitlines())
+    return lines
+
+
+def test_every_room_has_its_floor() -> None:
+    assert set(lines_by_room()) - {"", SETTINGS} == set(FLOOR_OF)
 
 
 @pytest.mark.parametrize("path", files(), ids=lambda p: str(p.relative_to(ROOT)))
-def test_imports_follow_the_arrows(path: Path) -> None:
-    if room(path) not in ARROWS:
-        assert room(path) in ("errors", "__init__")
-        assert not {name for name in imports(path) if name.startswith("qat")}
-        return
-    allowed = ARROWS[room(path)] | {room(path), "errors"}
+def test_imports_go_down(path: Path) -> None:
+    module = module_of(path)
+    room = room_of(module)
     for name in imports(path):
-        parts = name.split(".")
-        if parts[0] == "qat":
-            open_to_all = (
-                "",
-                ".schema",
-                ".command_line",
-                ".checks",
-                ".options",
-                ".ranges",
-                ".replay",
-            )
-            is_schema = name in [f"qat.settings{end}" for end in open_to_all]
-            typed = room(path) in ("training", "evaluation", "cabinet", "study", "language")
-            assert parts[1] in allowed or (is_schema and typed), f"{path} imports {name}"
-        elif parts[0] in ONLY:
-            assert room(path) in ONLY[parts[0]], f"{path} imports {name}"
+        if name.split(".")[0] != "qat":
+            assert room in ONLY.get(name.split(".")[0], {room}), f"{path} imports {name}"
+            continue
+        other = room_of(name)
+        if other in (room, "errors", ""):
+            continue
+        if other == SETTINGS:
+            assert room not in NOT_TOLD, f"{path} imports {name}"
+        elif room == SETTINGS:
+            assert other == "quantize", f"{path} imports {name}"
+        elif room:
+            assert FLOOR_OF[other] < FLOOR_OF[room], f"{path} imports {name}"
+
+
+def test_no_circle_anywhere() -> None:
+    graph = project_imports()
+    rooms: dict[str, set[str]] = {}
+    for module, names in graph.items():
+        rooms.setdefault(room_of(module), set()).update(
+            room_of(name) for name in names if room_of(name) != room_of(module)
+        )
+    rooms.pop("", None)
+    assert circle_in(graph) == []
+    assert circle_in({room: others - {""} for room, others in rooms.items()}) == []
+
+
+def test_a_circle_would_be_found() -> None:
+    assert circle_in({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c", "b"]
+
+
+def test_no_room_is_too_large() -> None:
+    """Prints the map: each room, its lines, and the rooms that it imports."""
+    lines = lines_by_room()
+    total = sum(lines.values())
+    graph = project_imports()
+    print(f"\n{total:,} lines in {len(files())} files")
+    for room in (*FLOOR_OF, SETTINGS):
+        below = {room_of(n) for m, names in graph.items() if room_of(m) == room for n in names}
+        shown = ", ".join(sorted(below - {room, "errors", ""}))
+        print(f"{room:11} {lines[room]:6,} {lines[room] / total:6.1%}  imports {shown}")
+    assert {room for room, count in lines.items() if count > LARGEST_SHARE * total} == set()
 
 
 def test_quantize_imports_torch_alone() -> None:
     standard = {
-        "__future__",
-        "collections",
-        "dataclasses",
-        "fnmatch",
-        "hashlib",
-        "json",
-        "math",
-        "zlib",
-    }
-    for path in (ROOT / "qat" / "quantize").glob("*.py"):
+        "__future__", "collections", "dataclasses", "fnmatch", "hashlib", "json", "math", "zlib",
+    }  # fmt: skip
+    for path in (ROOT / "qat" / "quantize").rglob("*.py"):
         outside = {name.split(".")[0] for name in imports(path)} - {"qat", "torch"}
         kernels = {"triton"} if path.name == "triton_kernels.py" else set()
         assert outside <= standard | {"typing"} | kernels, path
@@ -113,8 +201,3 @@ def test_weights_are_rounded_in_one_place_only() -> None:
             and node.func.attr in ("round", "round_", "fake_quantize_per_tensor_affine")
         ]
         assert not calls or path.name == "rounding.py", path
-
-
-def test_files_are_short_enough_to_read() -> None:
-    for path in [*files(), ROOT / "train.py", ROOT / "eval.py"]:
-        assert len(path.read_text().splitlines()) <= 300, path

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from qat.artifact.bundle import count_code_bytes
 from qat.artifact.container import read_artifact
-from qat.study.store_again import stored_tensors
+from qat.golf.bundle import count_code_bytes
+from qat.runs.store_again import stored_tensors
 from qat.training.liveness import weights_seen
 from qat.training.module import QatModule
 from tests.conftest import GOLF, ROOT, result_of

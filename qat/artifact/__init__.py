@@ -1,1 +1,1 @@
-"""Bytes: the artifact file, its coder, and what counts against the byte limit."""
+"""The file: its container, its coders, and a model of what bits cost."""

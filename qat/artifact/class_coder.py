@@ -21,7 +21,7 @@ from collections.abc import Iterator
 import constriction
 import numpy as np
 
-from qat.artifact.coder import Coded, Matrices, Matrix
+from qat.artifact.sections import Coded, Matrices, Matrix
 
 LEVELS_PER_OCTAVE = 3
 MIDDLE = 32  # the level of a mean magnitude of 1

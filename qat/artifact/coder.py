@@ -4,18 +4,20 @@ Each codes one section of an artifact. Decoding is told the exact raw size and n
 so a crafted section cannot expand without bound; it gives writable bytes, which tensors can share.
 
 General coders see bytes; ``constriction`` and ``mix`` are told which bytes are the codes of which
-tensor, and model them (``qat.artifact.class_coder``, ``qat.artifact.mixing``).
+tensor, and model them (``qat.artifact.class_coder``, ``qat.artifact.mix_coder``).
 """
 
 from __future__ import annotations
 
 import lzma
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import brotli
 import zstandard
+
+from qat.artifact.sections import Coded, Matrices
 
 ZLIB_LEVEL = 9
 ZSTD_LEVEL = 22
@@ -24,20 +26,6 @@ BROTLI_LEVEL, BROTLI_WINDOW = 11, 24
 LZMA_PRESET = 9 | lzma.PRESET_EXTREME
 PIECE_BYTES, PART_BYTES = 1 << 16, 1 << 20  # of input and of output, while decoding
 AUTO = "auto"  # every coder; the smallest is kept
-
-
-class Matrix(NamedTuple):
-    """What a coder may know of a tensor of codes before it has seen one."""
-
-    rows: int
-    columns: int
-    bits: int  # of the largest magnitude
-    is_sign_magnitude: bool  # fp8: the top bit is the sign, of zeros too
-    role: str  # its name without layer numbers
-
-
-Matrices = Sequence[Matrix]
-Coded = bytes | bytearray | memoryview
 
 
 class Coder(NamedTuple):

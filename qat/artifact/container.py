@@ -7,23 +7,23 @@ Format 2, little-endian:
     4 bytes    header length H (uint32)
     H bytes    header, UTF-8 JSON with sorted keys: format-independent ``meta`` (model, tokenizer
                hash, data source), ``plan``, ``sections`` [[name, coder, raw bytes, coded bytes]]
-    ...        the coded sections, in header order: codes (int8, one symbol per byte, then the zero
-               points of an asymmetric grid; tensor after tensor in plan order), steps and plain
-               tensors (low bytes, then high bytes, of all 16-bit values; 32-bit values as is)
+    ...        the coded sections, in header order (``qat.artifact.sections``)
     32 bytes   SHA-256 of all that precedes
 
 The bytes are a function of weights, plan, meta and coder only: no time, host, run name or seed.
 Reading checks length, magic, version and hash before it believes anything else, then the header's
 length, strict JSON, and every size against the plan and the plan against this machine's memory,
-before it allocates. It takes less memory than twice the tensors as float32, beside the file.
+before it allocates. Whoever forges a file also forges its hash, so nothing in the header is
+trusted: ValueError, TypeError, LookupError or RecursionError say what is wrong, and the reader
+makes them one line. Reading takes less memory than twice the tensors as float32, beside the file.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import os
-import re
 import stat
 import struct
 from collections.abc import Mapping
@@ -36,18 +36,111 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qat.artifact.coder import CODERS, Matrix, encode_section
-from qat.artifact.header import Header, Section, check_length, read_header, section_sizes
+from qat.artifact.coder import CODERS, encode_section
+from qat.artifact.sections import Section, matrices_of, section_sizes
 from qat.errors import UserError
 from qat.quantize.grid import DTYPES, FP8
 from qat.quantize.plan import Encoded, Entry, Plan
 from qat.quantize.rounding import Codes
+
+MAX_HEADER_BYTES = (
+    1 << 20
+)  # some 400 a tensor, so 2,500 tensors; parsed, it takes thirty times that
+MAX_DIGITS = 19  # of an integer: nothing true needs more, and products of longer ones take minutes
+
+
+@dataclass(frozen=True)
+class Header:
+    meta: dict[str, Any]
+    plan: Plan
+    sections: list[Section]
+
+    def as_bytes(self) -> bytes:
+        """ValueError if it is longer than a reader takes."""
+        content = {"meta": self.meta, "plan": self.plan.as_json(), "sections": self.sections}
+        text = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+        check_length(len(text))
+        return text
+
+
+def check_length(num_bytes: int) -> None:
+    if num_bytes > MAX_HEADER_BYTES:
+        raise ValueError(f"its header of {num_bytes:,} bytes is over {MAX_HEADER_BYTES:,}")
+
+
+def read_header(text: bytes | bytearray) -> Header:
+    """Parse and check; every size in it then fits its plan, and the plan this machine."""
+    content = json.loads(
+        text.decode(),
+        object_pairs_hook=_without_duplicates,
+        parse_int=_bounded_int,
+        parse_float=_finite,
+        parse_constant=_finite,
+    )
+    plan = Plan.from_json(content["plan"])
+    check_memory(plan)
+    sections = [Section(*row) for row in content["sections"]]
+    expected = section_sizes(plan)
+    if [section.name for section in sections] != list(expected):
+        raise ValueError("its sections are not " + ", ".join(expected))
+    for name, coder, raw_bytes, coded_bytes in sections:
+        if type(raw_bytes) is not int or raw_bytes != expected[name]:
+            raise ValueError(f"section {name} does not have the size its plan asks for")
+        if type(coded_bytes) is not int or coded_bytes < 0:
+            raise ValueError(f"section {name} has no usable size")
+        if not isinstance(coder, str) or coder not in CODERS:
+            raise ValueError(f"section {name} has an unknown coder")
+    if not isinstance(content["meta"], dict):
+        raise ValueError("its meta is not an object")
+    return Header(content["meta"], plan, sections)
+
+
+def declared_bytes(plan: Plan) -> int:
+    """What its tensors take as float32, steps and zero points included."""
+    return 4 * sum(
+        e.num_elements + (math.prod(e.steps_shape) + e.num_zeros if e.grid else 0) for e in plan
+    )
+
+
+def check_memory(plan: Plan) -> None:
+    """ValueError if reading may take more memory than there is: twice what the plan declares.
+
+    A kilobyte can expand to any size, and honestly: zeros compress that well. No ratio tells such
+    a file from a model of zeros, but what does not fit needs no telling.
+    """
+    needed = 2 * declared_bytes(plan)
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > memory:
+        raise ValueError(
+            f"reading its tensors takes up to {needed:,} bytes, this machine has {memory:,}"
+        )
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("its header has the same key twice")
+    return found
+
+
+def _bounded_int(digits: str) -> int:
+    if len(digits) > MAX_DIGITS:
+        raise ValueError(f"its header has a number of {len(digits)} digits")
+    return int(digits)
+
+
+def _finite(text: str) -> float:
+    if not math.isfinite(value := float(text)):
+        raise ValueError(f"its header has the number {text[:20]}")
+    return value
+
 
 MAGIC = b"QATMODEL"
 FORMAT = 2
 PREFIX = struct.Struct("<8sII")
 HASH_BYTES = 32
 CHUNK_BYTES = 1 << 20
+
 Buffer = bytearray | memoryview
 
 
@@ -79,31 +172,6 @@ def _join_planes(raw: Buffer) -> memoryview:
     return np.frombuffer(raw, np.uint8).reshape(2, -1).T.copy().reshape(-1).data
 
 
-def matrix_of(entry: Entry) -> Matrix:
-    """The codes of a tensor on a grid, as a coder sees them."""
-    assert entry.grid is not None
-    is_fp8 = entry.grid.levels in FP8
-    largest = 127 if is_fp8 else max(abs(int(limit)) for limit in entry.grid.code_limits)
-    role = re.sub(r"\d+", "*", entry.name)
-    columns = entry.num_elements // max(entry.num_rows, 1)
-    return Matrix(entry.num_rows, columns, largest.bit_length(), is_fp8, role)
-
-
-def _matrices(plan: Plan, section: str) -> list[Matrix]:
-    """The codes section as tensors, in its order: codes, then the zero points if there are some.
-
-    The other sections have none.
-    """
-    found: list[Matrix] = []
-    if section != "codes":
-        return found
-    for entry in plan.on_grid:
-        found.append(matrix_of(entry))
-        if entry.num_zeros:
-            found.append(Matrix(1, entry.num_zeros, 8, False, "zero points"))
-    return found
-
-
 def pack(encoded: list[Encoded], plan: Plan, meta: Mapping[str, Any], coder: str) -> bytes:
     """The whole file as bytes. ValueError if its header is longer than a reader takes."""
     codes, halves, words = bytearray(), bytearray(), bytearray()
@@ -120,7 +188,7 @@ def pack(encoded: list[Encoded], plan: Plan, meta: Mapping[str, Any], coder: str
     }
     sections, parts = [], []
     for name, size in section_sizes(plan).items():
-        used, data = encode_section(raws[name], _matrices(plan, name), coder)
+        used, data = encode_section(raws[name], matrices_of(plan, name), coder)
         sections.append(Section(name, used, size, len(data)))
         parts.append(data)
     header = Header(dict(meta), plan, sections).as_bytes()
@@ -201,7 +269,9 @@ def _read(file: BufferedReader, size: int) -> Artifact:
     if sum(section.coded_bytes for section in header.sections) != body.left:
         raise ValueError("its sections do not end where the file does")
     raws = {
-        name: CODERS[coder].decode(body.take(coded_bytes), raw_bytes, _matrices(header.plan, name))
+        name: CODERS[coder].decode(
+            body.take(coded_bytes), raw_bytes, matrices_of(header.plan, name)
+        )
         for name, coder, raw_bytes, coded_bytes in header.sections
     }
     if body.sha256.digest() != checked.sha256.digest():
@@ -256,3 +326,7 @@ def _split(plan: Plan, raws: Mapping[str, Buffer]) -> list[Encoded]:
             steps = take_floats(entry.grid.step_dtype, entry.steps_shape)
             encoded.append(Encoded(entry, Codes(codes, steps, zeros)))
     return encoded
+
+
+ARTIFACT = "artifact.qat"  # the name of a run's file
+OVERSIZE_SUFFIX = ".oversize"

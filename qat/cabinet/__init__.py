@@ -1,1 +1,1 @@
-"""The cabinet: every post-training method as a variant of one frozen model."""
+"""Every post-training method as a variant of one frozen model: what QAT has to beat."""

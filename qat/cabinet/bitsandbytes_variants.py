@@ -25,9 +25,16 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor, nn
 
-from qat.cabinet.float_gpt import EMBEDDING, block_linears, float_gpt
-from qat.cabinet.variant import Kept, Variant, coded_bytes, inner_bytes
-from qat.language.gpt import GPTShape
+from qat.cabinet.variant import (
+    EMBEDDING,
+    Kept,
+    Variant,
+    block_linears,
+    coded_bytes,
+    float_gpt,
+    inner_bytes,
+)
+from qat.model.gpt import GPTShape
 
 OUTLIER_THRESHOLD = 6.0
 BLOCK_SIZES = (64, 32)

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from qat.cabinet.variant import Kept, Variant
 from qat.errors import UserError
-from qat.language.gpt import GPTShape
+from qat.model.gpt import GPTShape
 
 FORMATS = ("Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0")
 BLOCK_SIZE = 32

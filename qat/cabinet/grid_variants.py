@@ -15,17 +15,17 @@ import torch
 from torch import Tensor, nn
 
 from qat.artifact.container import pack
-from qat.cabinet.calibration import read_inputs
-from qat.cabinet.methods import Method, encoded_by, gptq, lite, nearest, scaled
 from qat.cabinet.variant import Kept, Variant, inner_bytes
-from qat.evaluation.layer_inputs import EMBEDDING, HEAD, LayerInputs
-from qat.language.gpt import GPT, GPTShape, tensor_shapes
+from qat.model.gpt import GPT, GPTShape, tensor_shapes
+from qat.ptq.calibration import read_inputs
+from qat.ptq.hqq import hqq
+from qat.ptq.layer_inputs import EMBEDDING, HEAD, LayerInputs
+from qat.ptq.lqer import lqer
+from qat.ptq.methods import Method, encoded_by, gptq, lite, nearest, scaled
+from qat.ptq.smoothquant import migration_scales, snap_tokens
 from qat.quantize.grid import Grid
-from qat.quantize.hqq import hqq
-from qat.quantize.low_rank import lqer
 from qat.quantize.plan import Encoded, Entry, Plan, build_plan
 from qat.quantize.rounding import Codes
-from qat.quantize.smooth import migration_scales, snap_tokens
 
 CODER = "mix"
 RANK = 16  # of LQER's factors

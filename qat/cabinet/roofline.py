@@ -23,7 +23,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from qat.language.gpt import GPTShape
+from qat.model.gpt import GPTShape
 
 COPY_BYTES = 2**28  # read, and as many written
 MATRIX_SIZE = {"cpu": 1024, "cuda": 8192}
@@ -86,7 +86,7 @@ def _median_seconds(work: Callable[[], Tensor], device: torch.device) -> float:
 
 
 def traffic(shape: GPTShape, seq_len: int, *, batch: int = 1) -> Traffic:
-    """Of ``batch`` sequences of ``seq_len`` tokens through ``qat/language/gpt.py``, logits of all
+    """Of ``batch`` sequences of ``seq_len`` tokens through ``qat/model/gpt.py``, logits of all
     positions, activations in float32.
 
     Attention counts every pair of positions, as counters of operations do; a kernel that skips the

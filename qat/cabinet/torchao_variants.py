@@ -24,9 +24,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qat.cabinet.float_gpt import EMBEDDING, block_linears, float_gpt
-from qat.cabinet.variant import Kept, Variant, coded_bytes, inner_bytes
-from qat.language.gpt import GPT, GPTShape
+from qat.cabinet.variant import (
+    EMBEDDING,
+    Kept,
+    Variant,
+    block_linears,
+    coded_bytes,
+    float_gpt,
+    inner_bytes,
+)
+from qat.model.gpt import GPT, GPTShape
 
 PROBE_TOKENS = 32
 

@@ -1,4 +1,9 @@
-"""What a variant is: one way to store a trained model, its bytes, and what it computes with."""
+"""What a variant is: one way to store a trained model, its bytes, and what it computes with.
+
+Libraries that replace layers get the matrices of the blocks. The token embedding, which is the head
+too where it is tied, stays float32, as do an untied head, gains and skip weights: libraries
+quantize ``nn.Linear`` only.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from qat.artifact.coder import encode_section
+from qat.model.gpt import GPT, GPTShape
 
 
 @dataclass(frozen=True)
@@ -74,3 +80,22 @@ def coded_bytes(tensors: Iterable[Tensor]) -> int:
         for t in inner_tensors(tensors)
     )
     return len(encode_section(raw, (), "zstd")[1])
+
+
+EMBEDDING = "float32"  # how tables call what these libraries make of it
+
+
+def float_gpt(shape: GPTShape, weights: dict[str, Tensor], device: torch.device) -> GPT:
+    """A model in evaluation mode. It shares the storage of what is on the device already, but
+    never a parameter: libraries change those in place."""
+    with torch.device("meta"):
+        gpt = GPT(shape)
+    placed = {name: w.detach().to(device) for name, w in weights.items()}
+    gpt.load_state_dict(placed, assign=True)
+    return gpt.requires_grad_(False).eval()
+
+
+def block_linears(gpt: GPT) -> dict[str, nn.Linear]:
+    """Name -> layer, of all matrices of the blocks."""
+    named = gpt.blocks.named_modules(prefix="blocks")
+    return {name: layer for name, layer in named if isinstance(layer, nn.Linear)}

@@ -1,1 +1,1 @@
-"""Measures models: bits per byte, samples. Knows how to open an artifact, not how to train."""
+"""Windows, bits per byte, and opening what is scored."""

@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from qat.evaluation.open_model import artifact_path, open_model, open_validation
-from qat.language import vocabulary
-from qat.language.audit import Audit, StreamFacts, audit
-from qat.language.shards import TokenStream
-from qat.language.source import Source, from_settings
-from qat.language.tokenizer import BOS_ID, Tokenizer
+from qat.text import byte_table as vocabulary
+from qat.text.audit import Audit, StreamFacts, audit
+from qat.text.shards import TokenStream
+from qat.text.source import Source, from_settings
+from qat.text.tokenizer import BOS_ID, Tokenizer
 
 if TYPE_CHECKING:
+    from qat.budget.budget import Budget
     from qat.settings.schema import EvalTaskSettings
 
 NOT_SOUND_EXIT_CODE = 2
@@ -112,7 +113,7 @@ def _print(found: Audit, source: Source, tokenizer: Tokenizer) -> None:
         print(f"val documents in the training text     {documents}; bytes {num_bytes}")
 
 
-def run(s: EvalTaskSettings) -> int:
+def run(s: EvalTaskSettings, budget: Budget) -> int:
     source, tokenizer = _open(s)
     found = audit(
         TokenStream(source.val_files, "data.val_files"),

@@ -12,14 +12,15 @@ from typing import TYPE_CHECKING
 import torch
 from rich.table import Table
 
-from qat.artifact.bundle import count_code_bytes
 from qat.artifact.coder import CODERS
-from qat.artifact.container import HASH_BYTES, PREFIX, Artifact, matrix_of, read_artifact
+from qat.artifact.container import HASH_BYTES, PREFIX, Artifact, read_artifact
+from qat.artifact.sections import matrix_of
 from qat.evaluation.open_model import artifact_path
-from qat.evaluation.print_wide import print_wide
 from qat.quantize.plan import Encoded
+from qat.settings.terminal import print_wide
 
 if TYPE_CHECKING:
+    from qat.budget.budget import Budget
     from qat.settings.schema import EvalTaskSettings
 
 COLUMNS = (
@@ -50,14 +51,13 @@ def _row(item: Encoded, coder: str) -> list[str]:
     ]  # fmt: skip
 
 
-def size_lines(artifact: Artifact, limit_bytes: int) -> list[tuple[str, int]]:
+def size_lines(artifact: Artifact, budget: Budget) -> list[tuple[str, int]]:
     """What the file consists of, and what the limit leaves; (name, bytes)."""
     sections = [
         (f"{name} ({coder}, {raw:,} raw)", coded) for name, coder, raw, coded in artifact.sections
     ]
     fixed = PREFIX.size + HASH_BYTES
     header = artifact.num_bytes - fixed - sum(size for _, size in sections)
-    code = count_code_bytes()
     ideal = sum(
         math.ceil(order0_bits(item.coded.codes) * item.coded.codes.numel() / 8)
         for item in artifact.encoded
@@ -69,13 +69,16 @@ def size_lines(artifact: Artifact, limit_bytes: int) -> list[tuple[str, int]]:
         ("header", header),
         ("magic, version, length, SHA-256", fixed),
         ("artifact", artifact.num_bytes),
-        ("code", code),
-        ("total", artifact.num_bytes + code),
-        (f"headroom below limit_bytes = {limit_bytes:,}", limit_bytes - artifact.num_bytes - code),
+        ("code", budget.code_bytes),
+        ("total", artifact.num_bytes + budget.code_bytes),
+        (
+            f"headroom below limit_bytes = {budget.limit_bytes:,}",
+            budget.artifact_bytes - artifact.num_bytes,
+        ),
     ]
 
 
-def run(s: EvalTaskSettings) -> int:
+def run(s: EvalTaskSettings, budget: Budget) -> int:
     path = artifact_path(s)
     artifact = read_artifact(path)
     table = Table(title=str(path), title_justify="left")
@@ -85,6 +88,6 @@ def run(s: EvalTaskSettings) -> int:
     for item in artifact.encoded:
         table.add_row(*_row(item, coder))
     print_wide(table)
-    for name, size in size_lines(artifact, s.limit_bytes):
+    for name, size in size_lines(artifact, budget):
         print(f"{size:>14,}  {name}")
     return 0

@@ -11,21 +11,20 @@ from typing import TYPE_CHECKING, Any
 import torch
 from rich.console import Console
 
-from qat.artifact.container import Artifact, read_artifact
-from qat.artifact.export import ARTIFACT, OVERSIZE_SUFFIX
+from qat.artifact.container import ARTIFACT, OVERSIZE_SUFFIX, Artifact, read_artifact
 from qat.errors import UserError
 from qat.evaluation.ranks import rank_and_ranks
 from qat.evaluation.score import Scorer
-from qat.language.gpt import GPTShape, tensor_shapes
-from qat.language.shards import TokenStream
-from qat.language.source import Source, from_named, from_settings
-from qat.language.tokenizer import Tokenizer
+from qat.model.gpt import GPTShape, tensor_shapes
+from qat.text.shards import TokenStream
+from qat.text.source import Source, from_named, from_settings
+from qat.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from qat.settings.schema import DataSettings, EvalSettings, EvalTaskSettings
 
 GOLF_SUFFIX = ".ptz"
-GOLF_MODULE = "qat.evaluation.golf_model"
+GOLF_MODULE = "qat.golf.ptz_model"
 MAX_SEQ_LEN = 1 << 20  # of a header; a longer window is not one that anybody trained
 
 

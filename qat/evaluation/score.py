@@ -23,11 +23,11 @@ from torch import Tensor, nn
 from qat.errors import UserError
 from qat.evaluation.ranks import add_over_ranks, rank_and_ranks
 from qat.evaluation.windows import Batch, Windows, document_windows, read_batches, stream_windows
-from qat.language.bits_per_byte import ByteTable, bits_per_byte
-from qat.language.gpt import GPT, GPTShape
-from qat.language.shards import TokenStream
-from qat.language.tokenizer import BOS_ID
+from qat.model.gpt import GPT, GPTShape
 from qat.settings.ranges import check_eval
+from qat.text.byte_table import ByteTable, bits_per_byte
+from qat.text.shards import TokenStream
+from qat.text.tokenizer import BOS_ID
 
 if TYPE_CHECKING:
     from qat.settings.schema import EvalSettings

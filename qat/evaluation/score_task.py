@@ -7,10 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from qat.artifact.bundle import count_code_bytes
 from qat.evaluation.open_model import (
-    GOLF_MODULE,
-    GOLF_SUFFIX,
     artifact_path,
     open_model,
     open_scorer,
@@ -20,6 +17,7 @@ from qat.evaluation.ranks import joined_ranks, rank_and_ranks
 from qat.evaluation.score import Score
 
 if TYPE_CHECKING:
+    from qat.budget.budget import Budget
     from qat.settings.schema import EvalTaskSettings
 
 
@@ -31,14 +29,13 @@ def score_artifact(path: Path, s: EvalTaskSettings, device: torch.device) -> Sco
     return scorer.score(model.artifact.weights, path.name)
 
 
-def run(s: EvalTaskSettings) -> int:
+def run(s: EvalTaskSettings, budget: Budget) -> int:
     path = artifact_path(s)
     with joined_ranks() as device:
         score = score_artifact(path, s, device)
         if rank_and_ranks()[0] != 0:
             return 0
-    reader = (GOLF_MODULE,) if path.suffix == GOLF_SUFFIX else ()
-    artifact_bytes, code_bytes = path.stat().st_size, count_code_bytes(reader)
+    artifact_bytes, code_bytes = path.stat().st_size, budget.code_bytes
     print(f"artifact       {path}")
     print(f"val_bpb        {score.val_bpb:.10f}")
     print(f"val_loss       {score.val_loss:.10f}")

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qat.language.shards import TokenStream
+from qat.text.shards import TokenStream
 
 
 @dataclass(frozen=True)

@@ -1,1 +1,1 @@
-"""Grids, plans and the straight-through switch: tensors only, imports torch alone."""
+"""Grids, rounding, plans and the switch: what values a weight may take; imports torch alone."""

@@ -21,6 +21,7 @@ from qat.quantize.grid import DTYPES, Grid
 from qat.quantize.rounding import Codes, check_finite, decode, encode, snap
 
 Steps = Mapping[str, Tensor]  # learned steps (rows, groups) by tensor name
+
 NONE_LEARNED: Steps = {}
 MAX_DIMENSIONS = 8
 

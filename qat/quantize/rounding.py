@@ -1,13 +1,17 @@
 """Rounding: the only place where weights meet their grid.
 
-``encode`` turns weights into codes, steps and zero points, ``decode`` turns them back, and ``snap``
-is decode of encode: literally, so that the weight a model trains with is the weight its artifact
-stores, bit for bit.
+``encode`` turns weights into codes, scales and zero points, ``decode`` turns them back, and
+``snap`` is decode of encode: literally, so that the weight a model trains with is the weight its
+artifact stores, bit for bit.
 
-A step that is zero after rounding (an all-zero row, or one too small for fp16) gives zero codes and
-zero weights. What is not finite is an error of ``check_finite``, which names the tensor; the hot
-path does not look, since looking would stall a GPU. Division by the step, not multiplication by its
-reciprocal: the two differ in the last bit.
+A scale that is zero after rounding (an all-zero row, or one too small for fp16) gives zero codes
+and zero weights. What is not finite is an error of ``check_finite``, which names the tensor; the
+hot path does not look, since looking would stall a GPU. Division by the scale, not multiplication
+by its reciprocal: the two differ in the last bit.
+
+The percentile clip needs no sort: the linear-interpolated quantile of a row shorter than 1 / (1 -
+q) lies between its two largest entries, so those two are all that has to be found; only longer rows
+are sorted.
 """
 
 from __future__ import annotations
@@ -19,7 +23,50 @@ import torch
 from torch import Tensor
 
 from qat.quantize.grid import DTYPES, FP8, Grid
-from qat.quantize.quantile import between_top_two, is_among_top_two, row_quantile, top_two
+
+
+@torch.compiler.assume_constant_result
+def _rank(n: int, q: float) -> tuple[int, float]:
+    """Position of the quantile among n sorted entries: the entry below it, the share of the next.
+
+    In float32, as in ``torch.quantile``.
+    """
+    rank = torch.tensor(q, dtype=torch.float32) * (n - 1)
+    below = int(rank.floor())
+    return below, float(rank - below)
+
+
+def is_among_top_two(n: int, q: float) -> bool:
+    return _rank(n, q)[0] >= n - 2
+
+
+def top_two(magnitude: Tensor) -> tuple[Tensor, Tensor]:
+    """The largest two of each row (of a row of one entry: that one twice); (..., n) -> (...)."""
+    if magnitude.size(-1) == 1:
+        return magnitude[..., 0], magnitude[..., 0]
+    if not torch.compiler.is_compiling():
+        first, second = magnitude.topk(2, dim=-1).values.unbind(-1)
+        return first, second
+    # The same two by maxima alone, which a compiler fuses into one pass (topk it does not).
+    first = magnitude.amax(-1)
+    is_first = magnitude == first[..., None]
+    runner_up = torch.where(is_first, -1.0, magnitude).amax(-1)
+    return first, torch.where(is_first.float().sum(-1) > 1, first, runner_up)
+
+
+def between_top_two(first: Tensor, second: Tensor, n: int, q: float) -> Tensor:
+    """The quantile of rows of n entries from their largest two."""
+    below, share = _rank(n, q)
+    return first if below >= n - 1 else torch.lerp(second, first, share)
+
+
+def row_quantile(magnitude: Tensor, q: float) -> Tensor:
+    """``torch.quantile(magnitude, q, dim=-1)``, bit for bit; (..., n) -> (...), n up to 2^24."""
+    n = magnitude.size(-1)
+    if is_among_top_two(n, q):
+        return between_top_two(*top_two(magnitude), n, q)
+    return torch.quantile(magnitude, q, dim=-1)
+
 
 MSE_SHARES = tuple(1.0 - 0.04 * k for k in range(16))  # of max|w|, tried by the mse rule
 

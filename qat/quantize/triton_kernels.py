@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qat.quantize.fused import Batch, Found
+from qat.quantize.passes import Batch, Found
 from qat.quantize.rounding import Scale, group_views, order_statistics
 
 MAX_BLOCK = 1024

@@ -31,12 +31,7 @@ from qat.settings.ranges import (
     one_of,
     require,
 )
-from qat.settings.schema import (
-    DataSettings,
-    EvalTaskSettings,
-    QatSettings,
-    TrainSettings,
-)
+from qat.settings.schema import DataSettings, EvalTaskSettings, QatSettings, TrainSettings
 
 TASKS = (
     "score", "sample", "inspect", "fit", "audit", "sweep", "choose", "convert", "submission",

@@ -32,7 +32,6 @@ from omegaconf.errors import OmegaConfBaseException
 from qat.errors import TrainingError, UserError
 from qat.settings import machine
 from qat.settings.arguments import (
-    CONF,
     SCHEMAS,
     check_options,
     groups,
@@ -45,6 +44,7 @@ from qat.settings.arguments import (
     with_profile,
 )
 from qat.settings.arms import ARM, with_arms
+from qat.settings.options import CONF
 
 INTERRUPTED = 130  # as shells say it
 SWEEP_FLAGS = ("-m", "--multirun")

@@ -129,7 +129,6 @@ class ArtifactSettings:
     # What a bit counts in GPTQ's choices, of the price that steps imply; 0 = errors alone
     gptq_bit_price: float = 0.0
     fit: bool = False  # fill limit_bytes: choose each tensor's grid by what its errors cost
-    prune: bool = False  # ... with weights up to 0.6 steps set to 0 among the choices
     fit_tokens: int = 32_768  # ... of training text, to find out what errors cost
 
 

@@ -1,1 +1,1 @@
-"""Runs as evidence: folders, result rows, provenance, pairing with the baseline, reports."""
+"""Runs as evidence: designs, pairing with the baseline, the ledger, significance."""

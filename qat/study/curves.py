@@ -9,9 +9,9 @@ from statistics import mean
 
 import numpy as np
 
+from qat.runs.result import Result
+from qat.runs.run_folder import METRICS, read_metrics
 from qat.study.findings import Curve
-from qat.study.result import Result
-from qat.study.run_folder import METRICS, read_metrics
 
 POINTS = 120
 SMOOTHING = 0.04  # of the run's steps: the time constant of the moving average

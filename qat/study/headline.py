@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from qat.study.findings import Comparison, Interval, Ledger, Treatment
+from qat.study.findings import Comparison, Ledger, Treatment
+from qat.study.significance import Interval
 
 Effects = Sequence[tuple[str, Interval]]
 

@@ -22,9 +22,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from qat.runs.result import Result
+from qat.runs.run_folder import METRICS, read_metrics
 from qat.study.findings import Ledger, Treatment
-from qat.study.result import Result
-from qat.study.run_folder import METRICS, read_metrics
 from qat.study.significance import interval
 
 FIRST_SHARE = 0.25  # of the steps, left out of the fit: the loss falls otherwise at first

@@ -8,48 +8,18 @@ back, scored, and marked as exported. Of several baselines the mean counts, so n
 
 from __future__ import annotations
 
-import hashlib
 import json
-from dataclasses import asdict
 from pathlib import Path
 from statistics import mean
 from typing import Any, NamedTuple
 
 from rich.console import Console
 
+from qat.budget.budget import Budget
 from qat.errors import TrainingError, UserError
-from qat.study.result import Result
-from qat.study.store_again import export_again
-
-QUANTIZATION_SETTINGS = ("qat", "grid", "plan", "artifact", "limit_bytes")
-QAT_OPTIMIZER_SETTINGS = ("optimizer.learned_step_lr",)  # float weights have no learned steps
-BOOKKEEPING_SETTINGS = (
-    "run_name",
-    "sweep_name",
-    "runs_dir",
-    "logger",
-    "resume",
-    "checkpoint",
-    "study",
-    "ledger",
-)
-
-
-def flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings by dotted name."""
-    found: dict[str, Any] = {}
-    for key, value in settings.items():
-        name = prefix + key
-        found |= flat(value, f"{name}.") if isinstance(value, dict) else {name: value}
-    return found
-
-
-def identity(result: Result) -> dict[str, Any]:
-    """What two runs must share to be compared; data by content, not by path."""
-    left_out = (*QUANTIZATION_SETTINGS, *BOOKKEEPING_SETTINGS, "data")
-    shared = {key: value for key, value in result.settings.items() if key not in left_out}
-    found = flat(shared | {"data": result.data, "hardware": result.hardware})
-    return {key: value for key, value in found.items() if key not in QAT_OPTIMIZER_SETTINGS}
+from qat.golf.bundle import count_code_bytes
+from qat.runs.result import Result, _arm, identity, is_baseline, row_of, row_without_result
+from qat.runs.store_again import export_again
 
 
 def storage(settings: dict[str, Any]) -> str:
@@ -87,41 +57,6 @@ def beside(own: dict[str, Any], settings: dict[str, Any], storage: dict[str, Any
     return Target(fitted, settings["limit_bytes"])
 
 
-def is_baseline(result: Result) -> bool:
-    return not result.settings["qat"]["enabled"]
-
-
-def _arm(qat: str, grid: str, settings: dict[str, Any]) -> str:
-    averaging = settings["averaging"]
-    if averaging["kind"] == "none":
-        return f"{qat} on {grid}"
-    return f"{qat} on {grid}, {averaging['kind']} of {averaging['of']}"
-
-
-def _design(result: Result) -> str:
-    """What runs share that differ in their seed alone."""
-    chosen = {key: result.settings[key] for key in QUANTIZATION_SETTINGS}
-    shared = identity(result) | {"seed": None}
-    text = json.dumps([shared, chosen], sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def row_of(result: Result) -> dict[str, Any]:
-    """A run's row of the table, not yet compared."""
-    row = {key: value for key, value in asdict(result).items() if key != "settings"}
-    row["arm"] = result.arm or _arm(result.qat, result.grid, result.settings)
-    row["design"] = _design(result)
-    row["exported"] = False
-    row["delta_bpb"] = None
-    if result.artifact_bytes is not None and result.code_bytes is not None:
-        row["total_bytes"] = result.artifact_bytes + result.code_bytes
-    notes = [] if result.status == "finished" else [result.status.upper()]
-    notes += ["QAT NEVER STARTED"] if result.qat_never_started else []
-    notes += [result.error] if result.error else []
-    row["note"] = "; ".join(notes)
-    return row
-
-
 def _exported_row(baseline: Result, exported: dict[str, Any]) -> dict[str, Any]:
     row = row_of(baseline) | exported | {"exported": True}
     row["arm"] = _arm("none", exported["grid"], baseline.settings)
@@ -131,11 +66,6 @@ def _exported_row(baseline: Result, exported: dict[str, Any]) -> dict[str, Any]:
     oversize = "; OVERSIZE" if row["total_bytes"] > row["limit_bytes"] else ""
     row["note"] = f"exported from {baseline.run_name}{oversize}"
     return row
-
-
-def row_without_result(folder: Path, status: str, note: str) -> dict[str, Any]:
-    """The row of a run that has none of its own."""
-    return {"arm": "?", "run_name": folder.name, "status": status, "exported": False, "note": note}
 
 
 def _why_unpaired(result: Result, baselines: list[Result]) -> str:
@@ -192,7 +122,8 @@ class _Table:
         limit_bytes = target.limit_bytes or baseline.limit_bytes
         key = folder, storage(target.settings), limit_bytes
         if key not in self._exported:
-            exported = export_again(folder, baseline, target.settings, limit_bytes, self._console)
+            budget = Budget(limit_bytes, count_code_bytes())
+            exported = export_again(folder, baseline, target.settings, budget, self._console)
             self._exported[key] = exported["val_bpb_artifact"]
             self.rows.append(_exported_row(baseline, exported))
         return self._exported[key]

@@ -1,1 +1,1 @@
-"""Joins language and quantization: LightningModule, optimizers, schedule, clock, switch."""
+"""The LightningModule, optimizers, schedule, clock, liveness and checkpoints."""

@@ -8,10 +8,10 @@ import torch
 
 from qat.artifact.coder import AUTO, CODERS
 from qat.errors import UserError
-from qat.language.gpt import GPT, GPTShape, tensor_shapes
+from qat.model.gpt import GPT, GPTShape, tensor_shapes
 from qat.quantize.grid import Grid
 from qat.quantize.plan import Plan, build_plan
-from qat.quantize.straight_through import QatSwitch
+from qat.quantize.switch import QatSwitch
 
 if TYPE_CHECKING:
     from qat.settings.schema import (

@@ -20,12 +20,13 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins.environments import LightningEnvironment, TorchElasticEnvironment
 from torch.utils.data import DataLoader
 
-from qat.artifact.bundle import count_code_bytes
+from qat.budget.budget import Budget
+from qat.budget.price_control import File, RateControl, Tensors
 from qat.errors import TrainingError
-from qat.language.batches import BatchShape, TrainingBatches
-from qat.language.gpt import GPT
-from qat.language.shards import TokenStream
+from qat.model.gpt import GPT
 from qat.quantize.plan import Plan
+from qat.text.batches import BatchShape, TrainingBatches
+from qat.text.shards import TokenStream
 from qat.training.averaging import Averaging
 from qat.training.build import switch_of
 from qat.training.checkpoint import save_checkpoint
@@ -33,13 +34,13 @@ from qat.training.liveness import GradientLiveness
 from qat.training.module import QatModule
 from qat.training.module_state import resume
 from qat.training.progress import Checkpointing
-from qat.training.rate_control import File, RateControl, Tensors
 from qat.training.schedule import Schedule
 
 if TYPE_CHECKING:
     from qat.settings.schema import TrainSettings
 
 log = logging.getLogger("qat")
+
 # Advice that does not apply here: batches are slices of a memory map, the folder is ours.
 LIGHTNING_NOISE = (
     ".*does not have many workers.*",
@@ -80,8 +81,8 @@ def peak_memory_bytes() -> int:
 class Forecast(Callback):
     """As soon as the step time is known: will QAT start, will the file fit?"""
 
-    def __init__(self, plan: Plan, limit_bytes: int | None, code_bytes: int) -> None:
-        self.plan, self.limit_bytes, self.code_bytes = plan, limit_bytes, code_bytes
+    def __init__(self, plan: Plan, budget: Budget | None) -> None:
+        self.plan, self.budget = plan, budget
         self.said = False
 
     def on_train_batch_end(
@@ -99,17 +100,13 @@ class Forecast(Callback):
         if self.said or pl_module.step_seconds is None or not trainer.is_global_zero:
             return
         self.said = True
-        forecast(
-            pl_module.schedule, pl_module.step_seconds, self.plan, self.limit_bytes, self.code_bytes
-        )
+        forecast(pl_module.schedule, pl_module.step_seconds, self.plan, self.budget)
 
 
-def forecast(
-    schedule: Schedule, step_seconds: float, plan: Plan, limit_bytes: int | None, code_bytes: int
-) -> None:
+def forecast(schedule: Schedule, step_seconds: float, plan: Plan, budget: Budget | None) -> None:
     """Log the estimated last step and size, and warn about a QAT start or a size out of reach.
 
-    ``limit_bytes`` None: the plan will be made to fit.
+    ``budget`` None: the plan will be made to fit.
     """
     last = schedule.last_step(step_seconds)
     log.info("%.0f ms/step: about %d steps", 1000 * step_seconds, last)
@@ -121,17 +118,17 @@ def forecast(
             last,
             last // 2,
         )
-    if limit_bytes is None:
+    if budget is None:
         return
     packed = plan.packed_bytes
     log.info("predicted artifact: %s bytes before entropy coding", f"{packed:,}")
-    if packed + code_bytes > limit_bytes:
+    if not budget.holds(packed):
         log.warning(
             "limit_bytes = %s: the plan packs to %s bytes and the code is %s; "
             "take a smaller model or a coarser grid",
-            f"{limit_bytes:,}",
+            f"{budget.limit_bytes:,}",
             f"{packed:,}",
-            f"{code_bytes:,}",
+            f"{budget.code_bytes:,}",
         )
 
 
@@ -204,6 +201,7 @@ class StopAtSigterm(Callback):
 def _rate_control(
     s: TrainSettings,
     plan: Plan,
+    budget: Budget,
     batch_tokens: int,
     file_bytes: Callable[[Tensors, Tensors], int],
     trainer: Trainer,
@@ -221,14 +219,14 @@ def _rate_control(
             ) from None
         return trainer.strategy.broadcast(File(num_bytes, time.perf_counter() - started))
 
-    limit_bytes = s.limit_bytes - count_code_bytes()
-    return RateControl(plan, limit_bytes, batch_tokens, encode_file, s.qat.rate_price)
+    return RateControl(plan, budget, batch_tokens, encode_file, s.qat.rate_price)
 
 
 def fit(
     s: TrainSettings,
     gpt: GPT,
     plan: Plan,
+    budget: Budget,
     stream: TokenStream,
     shape: BatchShape,
     trainer: Trainer,
@@ -259,7 +257,7 @@ def fit(
         s.logger.every_steps,
         Checkpointing(write, s.checkpoint.every_steps, s.checkpoint.every_seconds),
         Averaging(**vars(s.averaging)),
-        _rate_control(s, plan, shape.batch_tokens, file_bytes, trainer),
+        _rate_control(s, plan, budget, shape.batch_tokens, file_bytes, trainer),
     )
     if state is not None:
         resume(module, state)

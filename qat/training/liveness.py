@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from qat.errors import TrainingError
 from qat.quantize.plan import Plan
 from qat.quantize.rounding import group_views
-from qat.quantize.straight_through import QatSwitch, on_grid_share
+from qat.quantize.switch import QatSwitch, on_grid_share
 
 
 @torch.no_grad()

@@ -19,9 +19,10 @@ from lightning import LightningModule
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from qat.budget.price_control import RateControl
 from qat.errors import PreemptedError
-from qat.language.gpt import GPT
-from qat.quantize.straight_through import QatSwitch
+from qat.model.gpt import GPT
+from qat.quantize.switch import QatSwitch
 from qat.training.averaging import Averaging
 from qat.training.clock import TrainingClock
 from qat.training.liveness import (
@@ -36,10 +37,10 @@ from qat.training.module_state import state_of
 from qat.training.optimizers import build_optimizers, set_rates
 from qat.training.priming import Snapshot
 from qat.training.progress import Checkpointing, Progress
-from qat.training.rate_control import RateControl
 from qat.training.schedule import Schedule
 
 log = logging.getLogger("qat")
+
 PROBE_TOKENS = 8  # of the forward pass that checks which weights a model uses
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from qat.language.gpt import GPT
+from qat.model.gpt import GPT
 from qat.training.muon import Muon
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qat.quantize.straight_through import QatSwitch
+from qat.quantize.switch import QatSwitch
 
 
 class Snapshot:

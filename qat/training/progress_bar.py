@@ -12,6 +12,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 from qat.training.module import QatModule
 
 log = logging.getLogger("qat")
+
 LINES_PER_RUN = 10  # where there is no terminal to draw on
 
 

@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qat.artifact import class_coder, mix_coder
-from qat.artifact.coder import CODERS, GENERAL, Matrix, encode_section
+from qat.artifact.coder import CODERS, GENERAL, encode_section
+from qat.artifact.sections import Matrix
 from tests.conftest import ROOT
 
 
@@ -116,10 +117,10 @@ def test_streams_and_threads_change_nothing_but_speed(monkeypatch: pytest.Monkey
 
 WITHOUT_COMPILER = """
 import sys
-from qat.artifact import mix_coder, mixing
+from qat.artifact import mix_coder
 from tests.artifact.test_coders import Matrix, draw_codes
 matrices = [Matrix(20, 30, 6, False, "a"), Matrix(10, 20, 3, True, "b")]
-assert not hasattr(mixing.code_tensor, "py_func")
+assert not hasattr(mix_coder.code_tensor, "py_func")
 coded = sys.stdin.buffer.read()
 raw = draw_codes(4, matrices)
 assert mix_coder.decode(coded, len(raw), matrices) == raw

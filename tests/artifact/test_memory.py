@@ -12,8 +12,7 @@ import torch
 
 from qat.artifact import coder
 from qat.artifact.coder import CODERS, GENERAL
-from qat.artifact.container import pack
-from qat.artifact.header import declared_bytes
+from qat.artifact.container import declared_bytes, pack
 from qat.quantize.grid import DTYPES, FP8, Grid
 from qat.quantize.plan import Encoded, Entry, Plan
 from qat.quantize.rounding import Codes

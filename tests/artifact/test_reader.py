@@ -17,9 +17,17 @@ import pytest
 import torch
 
 from qat.artifact import coder, container, mix_coder
-from qat.artifact.coder import CODERS, GENERAL, Matrix
-from qat.artifact.container import MAGIC, PREFIX, pack, read_artifact, write_artifact
-from qat.artifact.header import MAX_HEADER_BYTES, Header, Section, section_sizes
+from qat.artifact.coder import CODERS, GENERAL
+from qat.artifact.container import (
+    MAGIC,
+    MAX_HEADER_BYTES,
+    PREFIX,
+    Header,
+    pack,
+    read_artifact,
+    write_artifact,
+)
+from qat.artifact.sections import Matrix, Section, section_sizes
 from qat.errors import UserError
 from qat.quantize.grid import Grid
 from qat.quantize.plan import Encoded, Entry, Plan

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from qat.cabinet.variant import Kept, Variant
-from qat.language.gpt import GPT, GPTShape
+from qat.model.gpt import GPT, GPTShape
 
 SHAPE = GPTShape(96, 2, 64, 4, 2, 2, True)
 CPU = torch.device("cpu")

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from qat.cabinet import bitsandbytes_variants as rows
 from qat.cabinet.bitsandbytes_variants import bitsandbytes_variants
-from qat.language.gpt import GPT, GPTShape
+from qat.model.gpt import GPT, GPTShape
 from tests.cabinet.conftest import CPU, SHAPE, block_matrices, logits_of, named, plain_logits
 
 FOUR_BIT = ("NF4", "NF4 double", "FP4")

@@ -14,7 +14,7 @@ from torch import Tensor
 from qat.cabinet import gguf_variants as rows
 from qat.cabinet.gguf_variants import FORMATS, gguf_variants
 from qat.errors import UserError
-from qat.language.gpt import GPTShape
+from qat.model.gpt import GPTShape
 from tests.cabinet.conftest import SHAPE, logits_of, named, plain_logits, random_weights
 
 BLOCK_BYTES = {"Q8_0": 34, "Q5_1": 24, "Q5_0": 22, "Q4_1": 20, "Q4_0": 18}

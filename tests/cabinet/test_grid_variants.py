@@ -9,29 +9,16 @@ import torch
 
 from qat.artifact.container import pack, read_artifact
 from qat.cabinet import grid_variants as grid_variants_file
-from qat.cabinet.calibration import (
-    SELF_TOKENS,
-    SEQUENCES,
-    random_sequences,
-    written_sequences,
-)
-from qat.cabinet.grid_variants import (
-    GRIDS,
-    RANK,
-    Frozen,
-    encoded_by,
-    grid_variants,
-    kept,
-    plan_for,
-)
-from qat.cabinet.methods import Method, gptq, lite, nearest
+from qat.cabinet.grid_variants import GRIDS, RANK, Frozen, grid_variants, kept, plan_for
 from qat.cabinet.variant import Kept, inner_bytes
-from qat.language.gpt import GPT, GPTShape
+from qat.model.gpt import GPT, GPTShape
+from qat.ptq.calibration import SELF_TOKENS, SEQUENCES, random_sequences, written_sequences
+from qat.ptq.gptq import row_output_errors
+from qat.ptq.methods import Method, encoded_by, gptq, lite, nearest
+from qat.ptq.smoothquant import migration_scales, snap_tokens
 from qat.quantize.grid import Grid
-from qat.quantize.output_error import row_output_errors
 from qat.quantize.plan import Encoded, Plan
 from qat.quantize.rounding import decode, encode
-from qat.quantize.smooth import migration_scales, snap_tokens
 
 SHAPE = GPTShape(48, 2, 64, 4, 2, 2, True)
 

@@ -10,8 +10,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from qat.cabinet import roofline
 from qat.cabinet.roofline import measure_ceilings, traffic
-from qat.language import attention
-from qat.language.gpt import GPT, GPTShape
+from qat.model import attention
+from qat.model.gpt import GPT, GPTShape
 
 SHAPES = [
     GPTShape(320, 1, 64, 4, 2, 2, True),

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from qat.cabinet import torchao_variants as rows
-from qat.cabinet.float_gpt import float_gpt
 from qat.cabinet.torchao_variants import torchao_variants
-from qat.language.gpt import GPTShape
+from qat.cabinet.variant import float_gpt
+from qat.model.gpt import GPTShape
 from tests.cabinet.conftest import (
     CPU,
     SHAPE,

@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from qat.artifact.container import read_artifact
+from qat.budget.budget import Budget
 from qat.evaluation.inspect_task import order0_bits, size_lines
+from qat.golf.bundle import count_code_bytes
 from tests.conftest import result_of
 
 
@@ -20,7 +22,7 @@ def test_entropy() -> None:
 
 def test_the_lines_add_up(finished: Path) -> None:
     artifact = read_artifact(finished / "artifact.qat")
-    lines = size_lines(artifact, 1_000_000)
+    lines = size_lines(artifact, Budget(1_000_000, count_code_bytes()))
     sizes = {name.split(" (")[0]: size for name, size in lines}
     parts = ("codes", "floats16", "floats32", "header", "magic, version, length, SHA-256")
     assert sum(sizes[name] for name in parts) == sizes["artifact"]

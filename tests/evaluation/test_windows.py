@@ -16,11 +16,11 @@ from rich.console import Console
 from qat.errors import UserError
 from qat.evaluation.score import Scorer
 from qat.evaluation.windows import Windows, document_windows, stream_windows
-from qat.language.bits_per_byte import ByteTable
-from qat.language.gpt import GPT, GPTShape
-from qat.language.shards import ShardWriter, TokenStream
-from qat.language.tokenizer import BOS_ID
+from qat.model.gpt import GPT, GPTShape
 from qat.settings.schema import EvalSettings
+from qat.text.byte_table import ByteTable
+from qat.text.shards import ShardWriter, TokenStream
+from qat.text.tokenizer import BOS_ID
 from tests.conftest import result_of
 from tests.test_torchrun import torchrun
 

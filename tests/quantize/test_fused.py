@@ -12,10 +12,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from qat.quantize.fused import CompiledPasses, FusedSnap
+from qat.quantize.fused import FusedSnap
 from qat.quantize.grid import Grid
+from qat.quantize.passes import CompiledPasses
 from qat.quantize.plan import Plan, build_plan
-from qat.quantize.straight_through import QatSwitch
+from qat.quantize.switch import QatSwitch
 from tests.conftest import ROOT
 
 GRIDS = {
@@ -74,9 +75,9 @@ def check(fused: FusedSnap, masters: dict[str, Tensor], plan: Plan) -> None:
 
 class _PlainPasses(CompiledPasses):
     def __init__(self) -> None:
-        from qat.quantize import fused
+        from qat.quantize import passes
 
-        self.look, self.write = fused._look, fused._write
+        self.look, self.write = passes._look, passes._write
 
 
 def test_taken_apart_and_put_together_in_plain_torch() -> None:

@@ -11,7 +11,7 @@ from qat.quantize.gradients import RULES, see, temperature
 from qat.quantize.grid import Grid
 from qat.quantize.plan import build_plan
 from qat.quantize.rounding import encode, snap
-from qat.quantize.straight_through import QatSwitch
+from qat.quantize.switch import QatSwitch
 
 GRID = Grid(bits=4, step_rule="sigma", sigma=2.0, group_size=10, step_dtype="fp32")
 

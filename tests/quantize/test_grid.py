@@ -10,8 +10,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from qat.quantize.grid import DTYPES, FP8, LEVELS, RANGES, STEP_RULES, Grid
-from qat.quantize.quantile import row_quantile
-from qat.quantize.rounding import Codes, check_finite, decode, encode, snap
+from qat.quantize.rounding import Codes, check_finite, decode, encode, row_quantile, snap
 
 
 @st.composite

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from qat.language.gpt import GPT, GPTShape
+from qat.model.gpt import GPT, GPTShape
 from qat.quantize.grid import Grid
 from qat.quantize.plan import Plan, build_plan
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from qat.language.shards import ShardWriter
 from qat.settings.checks import resolve_eval
 from qat.settings.command_line import INTERRUPTED, Program, main
+from qat.text.shards import ShardWriter
 from tests.conftest import GOLF, ROOT
 
 NOT_A_MODEL = GOLF / "fp32_run.json"

@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import pytest
 
-from qat.study.findings import Comparison, Interval, Ledger, Treatment
+from qat.study.findings import Comparison, Ledger, Treatment
 from qat.study.headline import headline_of
-from qat.study.significance import verdict
+from qat.study.significance import Interval, verdict
 
 
 def treatment(name: str, deltas: list[float], is_qat: bool = True) -> Treatment:

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from qat.runs.result import Result
 from qat.study.ledger import Twin, loss_per_log_step, parts_of
-from qat.study.result import Result
 
 BPB = st.floats(0.5, 9.0)
 

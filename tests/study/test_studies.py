@@ -23,11 +23,11 @@ from qat.settings.arguments import groups
 from qat.settings.arms import with_arms
 from qat.settings.options import CONF, read_study
 from qat.settings.schema import TrainSettings
+from qat.study.find_out import find_out
 from qat.study.findings import Findings
-from qat.study.study_findings import find_out
-from qat.study.study_runs import Study
+from qat.study.study import Study
 from tests.conftest import ROOT, Done, _call, result_of
-from tests.study.offline_run import read_offline_run
+from tests.offline_run import read_offline_run
 
 RUNS = Path("logs/runs")
 EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))

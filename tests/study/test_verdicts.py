@@ -7,8 +7,7 @@ from typing import Any
 
 import pytest
 
-from qat.study.significance import verdict
-from qat.study.verdicts import as_line, verdict_lines
+from qat.study.significance import as_line, verdict, verdict_lines
 
 
 def row(seed: int, bpb: float, delta: float | None, **more: Any) -> dict[str, Any]:

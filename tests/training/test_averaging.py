@@ -11,7 +11,7 @@ import torch
 from qat.artifact.container import read_artifact
 from qat.quantize.grid import Grid
 from qat.quantize.plan import build_plan
-from qat.quantize.straight_through import QatSwitch
+from qat.quantize.switch import QatSwitch
 from qat.training.averaging import Averaging, Mean
 from qat.training.checkpoint import load_checkpoint
 from qat.training.module import QatModule

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qat.language.batches import BatchShape, micro_batch
-from qat.language.gpt import GPT, GPTShape
-from qat.language.shards import TokenStream
+from qat.model.gpt import GPT, GPTShape
+from qat.text.batches import BatchShape, micro_batch
+from qat.text.shards import TokenStream
 from tests.conftest import GOLF
 
 STEPS = 20

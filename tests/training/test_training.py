@@ -13,16 +13,16 @@ from torch._dynamo.utils import counters
 
 from qat.artifact.container import read_artifact
 from qat.errors import TrainingError
-from qat.language.batches import BatchShape, TrainingBatches
-from qat.language.gpt import GPT, GPTShape
-from qat.language.shards import TokenStream
+from qat.model.gpt import GPT, GPTShape
 from qat.quantize.gradients import Seen
 from qat.quantize.grid import Grid
 from qat.quantize.plan import build_plan
 from qat.quantize.rounding import encode, snap
-from qat.quantize.straight_through import QatSwitch
+from qat.quantize.switch import QatSwitch
+from qat.runs.store_again import stored_tensors
 from qat.settings.schema import OptimizerSettings
-from qat.study.store_again import stored_tensors
+from qat.text.batches import BatchShape, TrainingBatches
+from qat.text.shards import TokenStream
 from qat.training.averaging import Averaging
 from qat.training.clock import TrainingClock
 from qat.training.fit import build_trainer

@@ -1,0 +1,1 @@
+"""``eval=full``: reliability, damage by tier and tensor, minimal pairs, cost."""

@@ -1,0 +1,121 @@
+"""What is scored token by token: the text, and what a model thinks of each of its tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from qat.analysis.reliability import TemperatureFit, at_temperature
+from qat.evaluation.ranks import add_over_ranks
+from qat.evaluation.score import Scorer
+
+CHUNK_TOKENS = 1 << 20
+
+
+@dataclass(frozen=True)
+class ScoredText:
+    """Arrays (N,), entry i is about the target of input position i.
+
+    ``in_fit``: whether a temperature may be fitted on the token; the others judge it. Documents
+    take turns; if there is one only, windows do.
+    """
+
+    targets: np.ndarray  # ids, uint16
+    num_bytes: np.ndarray  # UTF-8, int32
+    documents: np.ndarray  # index of the document of the input, int32
+    in_fit: np.ndarray  # bool
+    num_documents: int
+
+    @staticmethod
+    def of(scorer: Scorer) -> ScoredText:
+        num_targets = scorer.windows.num_targets
+        targets = np.empty(num_targets, dtype=np.uint16)
+        num_bytes = np.empty(num_targets, dtype=np.int32)
+        for first in range(0, num_targets, CHUNK_TOKENS):
+            end = min(first + CHUNK_TOKENS, num_targets)
+            ids = torch.from_numpy(scorer.stream.take(first, end - first + 1))
+            targets[first:end] = ids[1:]
+            num_bytes[first:end] = scorer.byte_table.count(ids[:-1], ids[1:])
+        starts = scorer.document_starts[scorer.document_starts < num_targets]
+        sizes = np.diff(np.append(starts, num_targets))
+        documents = np.repeat(np.arange(len(starts), dtype=np.int32), sizes)
+        seq_len = scorer.settings.seq_len or scorer.seq_len
+        turns = documents if len(starts) > 1 else np.arange(num_targets) // seq_len
+        return ScoredText(targets, num_bytes, documents, turns % 2 == 0, len(starts))
+
+
+@dataclass(frozen=True)
+class TokenScores:
+    """(N,) each, on the CPU, in the order of the stream: entry i is the target of input i.
+
+    ``nats``: -ln of the target's probability; ``confidence``: the probability of ``predicted``,
+    the likeliest token.
+    """
+
+    nats: Tensor
+    confidence: Tensor
+    predicted: Tensor
+
+
+@torch.inference_mode()
+def token_scores(
+    scorer: Scorer,
+    weights: Mapping[str, Tensor],
+    fit: TemperatureFit | None,
+    in_fit: Tensor,
+    title: str,
+) -> TokenScores:
+    """One pass over the validation text; ``fit`` sees the tokens where ``in_fit`` (N,) is true."""
+    num_targets = scorer.windows.num_targets
+    nats, confidence, predicted = _empty(num_targets), _empty(num_targets), _empty(num_targets)
+    for batch, logits_NV in scorer.forward(weights, title):
+        at = batch.positions.cpu()
+        nats[at] = F.cross_entropy(logits_NV, batch.targets, reduction="none").cpu()
+        highest, likeliest = logits_NV.max(-1)
+        confidence[at] = (highest - logits_NV.logsumexp(-1)).exp().cpu()
+        predicted[at] = likeliest.float().cpu()  # ids are below 2^16
+        if fit is not None:
+            chosen = in_fit[at].to(logits_NV.device)
+            fit.update(logits_NV[chosen], batch.targets[chosen])
+    _join(scorer, nats, confidence, predicted, *([] if fit is None else [fit.sums]))
+    return TokenScores(nats, confidence, predicted.long())
+
+
+@torch.inference_mode()
+def scores_at(
+    scorer: Scorer,
+    weights: Mapping[str, Tensor],
+    temperatures: list[float],
+    needed: np.ndarray,
+    title: str,
+) -> list[tuple[Tensor, Tensor]]:
+    """(nats, confidence), (N,) each, of the model at every temperature; one pass for all.
+
+    Where ``needed`` (N,) is false they may be 0 instead.
+    """
+    num_targets = scorer.windows.num_targets
+    found = [(_empty(num_targets), _empty(num_targets)) for _ in temperatures]
+    for batch, logits_NV in scorer.forward(weights, title, needed):
+        at = batch.positions.cpu()
+        for temperature, (nats, confidence) in zip(temperatures, found, strict=True):
+            values = at_temperature(logits_NV, batch.targets, temperature)
+            nats[at], confidence[at] = (value.float().cpu() for value in values)
+    _join(scorer, *(tensor for pair in found for tensor in pair))
+    return found
+
+
+def _empty(num_targets: int) -> Tensor:
+    return torch.zeros(num_targets)
+
+
+def _join(scorer: Scorer, *tensors: Tensor) -> None:
+    """Every rank gets all values: each was found by one rank and is 0 on the others."""
+    for tensor in tensors:
+        placed = tensor.to(scorer.device)
+        add_over_ranks(placed)
+        tensor.copy_(placed)

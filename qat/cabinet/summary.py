@@ -1,0 +1,160 @@
+"""What the rows of the cabinet answer, as numbers; ``summary.json`` holds them.
+
+Every function takes the rows of ``results.json`` and computes; what the rows cannot answer is None.
+Prose is in ``report.py``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from qat.cabinet.roofline import Ceilings
+
+
+def dominated(rows: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> list[bool]:
+    """For each row, whether another is nowhere higher and somewhere lower.
+
+    Rows that are equal on all keys do not dominate each other. ``keys`` have to be numbers in
+    every row.
+    """
+    points = [tuple(row[key] for key in keys) for row in rows]
+
+    def beats(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
+        return a != b and all(x <= y for x, y in zip(a, b, strict=True))
+
+    return [any(beats(other, point) for other in points) for point in points]
+
+
+Row = dict[str, Any]
+
+FLOAT = "fp32"  # the variant that others are compared with
+FRONTIER_KEYS = ("disk_bytes", "val_bpb")
+MAX_GAP_BPB = 0.003  # what may be lost where one stops in production
+
+
+def measured(rows: Sequence[Row]) -> list[Row]:
+    return [row for row in rows if row["status"] == "measured"]
+
+
+def find(rows: Sequence[Row], variant: str) -> Row | None:
+    """The measured row of a variant."""
+    return next((row for row in measured(rows) if row["variant"] == variant), None)
+
+
+def frontier(rows: Sequence[Row]) -> list[Row]:
+    """Measured rows that no other beats in bytes of the file and val_bpb, smallest file first."""
+    candidates = measured(rows)
+    beaten = dominated(candidates, FRONTIER_KEYS)
+    on_it = [row for row, is_beaten in zip(candidates, beaten, strict=True) if not is_beaten]
+    return sorted(on_it, key=lambda row: row["disk_bytes"])
+
+
+def summarise(rows: Sequence[Row], ceilings: Ceilings) -> dict[str, Any]:
+    """The content of ``summary.json``: what ``sweep_report.py`` says, as numbers."""
+    return {
+        "frontier": [row["variant"] for row in frontier(rows)],
+        "best_per_family": best_per_family(rows),
+        "gptq_over_rounding": gptq_over_rounding(rows),
+        "ceilings": vars(ceilings),
+        "speed": speed(rows, ceilings),
+        "where_to_stop": where_to_stop(rows),
+    }
+
+
+def best_per_family(rows: Sequence[Row]) -> dict[str, dict[str, str | None]]:
+    """Family -> its variant of least val_bpb, and its smallest file within ``MAX_GAP_BPB``."""
+    found: dict[str, dict[str, str | None]] = {}
+    for family in dict.fromkeys(row["family"] for row in measured(rows)):
+        of_it = [row for row in measured(rows) if row["family"] == family]
+        least = min(of_it, key=lambda row: (row["val_bpb"], row["disk_bytes"]))
+        near = [row for row in of_it if _is_near(rows, row)]
+        smallest = min(near, key=lambda row: row["disk_bytes"], default=None)
+        found[family] = {
+            "least_val_bpb": least["variant"],
+            "smallest_within_gap": smallest["variant"] if smallest else None,
+        }
+    return found
+
+
+def _is_near(rows: Sequence[Row], row: Row) -> bool:
+    return find(rows, FLOAT) is not None and row["gap_bpb"] <= MAX_GAP_BPB
+
+
+def gptq_over_rounding(rows: Sequence[Row]) -> dict[str, dict[str, float] | None]:
+    """Grid -> what ``gptq_GRID`` has over ``rtn_GRID``, of grids with both rows; None where one
+    was not measured.
+
+    ``bpb_bought``: bits per byte that rounding loses and GPTQ does not. ``bytes_added``: of the
+    file.
+    """
+    names = {row["variant"] for row in rows}
+    tuned_grids = [name.removeprefix("gptq_") for name in names if name.startswith("gptq_")]
+    grids = sorted(grid for grid in tuned_grids if f"rtn_{grid}" in names)
+    found: dict[str, dict[str, float] | None] = {}
+    for grid in grids:
+        rounded, tuned = find(rows, f"rtn_{grid}"), find(rows, f"gptq_{grid}")
+        found[grid] = rounded and tuned and {
+            "bpb_bought": rounded["val_bpb"] - tuned["val_bpb"],
+            "bytes_added": tuned["disk_bytes"] - rounded["disk_bytes"],
+        }  # fmt: skip
+    return found
+
+
+def roof_seconds(row: Row, ceilings: Ceilings, precision: str) -> float:
+    """No forward pass of one sequence is faster, with products in ``precision``."""
+    moved = row["weight_traffic_bytes"] + row["activation_bytes"]
+    computing = row["flops"] / ceilings.flops_per_second[precision]
+    return max(computing, moved / ceilings.bytes_per_second)
+
+
+def speed(rows: Sequence[Row], ceilings: Ceilings) -> dict[str, dict[str, Any]]:
+    """Variant -> what the roofline promises and what was measured.
+
+    ``promised``: precision of the products -> how many times as fast as the roof of fp32 with
+    products in float32. ``measured``: as fast as fp32 was measured. Both None without fp32.
+    ``of_float32_roof``: measured speed over that of the row's own roof with products in float32.
+    ``is_compute_bound``: this roof is that of arithmetic.
+    """
+    base = find(rows, FLOAT)
+    found = {}
+    for row in measured(rows):
+        seconds = row["latency_ms"] / 1000
+        roofs = {p: roof_seconds(row, ceilings, p) for p in ceilings.flops_per_second}
+        base_roof = base and roof_seconds(base, ceilings, "float32")
+        found[row["variant"]] = {
+            "promised": base_roof and {p: base_roof / roof for p, roof in roofs.items()},
+            "measured": base and base["latency_ms"] / row["latency_ms"],
+            "of_float32_roof": roofs["float32"] / seconds,
+            "is_compute_bound": row["flops"] / ceilings.flops_per_second["float32"]
+            >= roofs["float32"],
+        }
+    return found
+
+
+def where_to_stop(rows: Sequence[Row]) -> dict[str, Any] | None:
+    """The smallest file on the frontier with gap_bpb of ``MAX_GAP_BPB`` at most, and what the next
+    smaller one on the frontier would save and cost. None without fp32."""
+    base = find(rows, FLOAT)
+    if base is None:
+        return None
+    line = frontier(rows)
+    chosen = next((row for row in line if _is_near(rows, row)), None)
+    if chosen is None:
+        return None
+    smaller = line[line.index(chosen) - 1] if chosen is not line[0] else None
+    bytes_per_token = base["val_loss"] / (math.log(2) * base["val_bpb"])
+    return {
+        "variant": chosen["variant"],
+        "disk_bytes": chosen["disk_bytes"],
+        "gap_bpb": chosen["gap_bpb"],
+        "times_smaller": base["disk_bytes"] / chosen["disk_bytes"],
+        "max_gap_bpb": MAX_GAP_BPB,
+        "max_gap_nats_per_token": MAX_GAP_BPB * math.log(2) * bytes_per_token,
+        "next_smaller": smaller and {
+            "variant": smaller["variant"],
+            "bytes_saved": chosen["disk_bytes"] - smaller["disk_bytes"],
+            "gap_bpb": smaller["gap_bpb"],
+        },
+    }  # fmt: skip

@@ -1,1 +1,0 @@
-"""Text and GPT: corpora, tokenizer, shards, batches, bits per byte. Knows no quantization."""

@@ -1,0 +1,1 @@
+"""Architectures, attention and losses: they know nothing of quantization."""

@@ -1,0 +1,186 @@
+"""The challenge's baseline GPT: U-net skips, ReLU^2, grouped-query attention, softcapped logits.
+
+Parameter names, shapes and initialisation order are those of the parameter-golf baseline, so that
+weights travel between that trainer and this one, and one seed gives both the same start. The model
+is plain ``nn.Linear`` / ``nn.Embedding``: it knows nothing of quantization, because the weights it
+computes with are handed in from outside (``torch.func.functional_call``).
+
+Left out: dropout, biases, KV cache (samples here are short).
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from qat.model.attention import causal_attention
+from qat.model.losses import softcap, softcap_cross_entropy
+
+OUTPUT_STD_TIED = 0.005
+ROPE_BASE = 10_000.0
+QUERY_GAIN = 1.5
+LOGIT_SOFTCAP = 30.0
+
+
+@dataclass(frozen=True)
+class GPTShape:
+    """Everything that fixes the tensors of a model; stored in every artifact."""
+
+    vocab_size: int
+    num_layers: int
+    dim: int
+    num_heads: int
+    num_kv_heads: int
+    mlp_mult: int
+    tie_embeddings: bool
+
+    def as_dict(self) -> dict[str, int | bool]:
+        return asdict(self)
+
+
+def rms_norm(x: Tensor) -> Tensor:
+    return F.rms_norm(x, (x.size(-1),))
+
+
+def rotate(x_BHTD: Tensor, first_position: int = 0) -> Tensor:
+    """Rotary position embedding over the two halves of the head dimension."""
+    half = x_BHTD.size(-1) // 2
+    exponent = torch.arange(half, device=x_BHTD.device, dtype=torch.float32) / half
+    end = first_position + x_BHTD.size(-2)
+    position = torch.arange(first_position, end, device=x_BHTD.device, dtype=torch.float32)
+    angle_TD = torch.outer(position, ROPE_BASE**-exponent)
+    cos, sin = angle_TD.cos().to(x_BHTD.dtype), angle_TD.sin().to(x_BHTD.dtype)
+    a, b = x_BHTD.split(half, dim=-1)
+    return torch.cat((a * cos + b * sin, b * cos - a * sin), dim=-1)
+
+
+class Attention(nn.Module):
+    attend = staticmethod(causal_attention)
+
+    def __init__(self, dim: int, num_heads: int, num_kv_heads: int) -> None:
+        super().__init__()
+        self.num_heads, self.num_kv_heads = num_heads, num_kv_heads
+        self.head_dim = dim // num_heads
+        kv_dim = num_kv_heads * self.head_dim
+        self.c_q = nn.Linear(dim, dim, bias=False)
+        self.c_k = nn.Linear(dim, kv_dim, bias=False)
+        self.c_v = nn.Linear(dim, kv_dim, bias=False)
+        self.proj = nn.Linear(dim, dim, bias=False)
+        self.q_gain = nn.Parameter(torch.full((num_heads,), QUERY_GAIN))
+
+    def forward(self, x_BTC: Tensor, tail: int | None = None) -> Tensor:
+        batch, time, dim = x_BTC.shape
+        tail = time if tail is None else tail
+
+        def heads(projected: Tensor, count: int) -> Tensor:
+            return projected.view(batch, -1, count, self.head_dim).transpose(1, 2)
+
+        q = rms_norm(heads(self.c_q(x_BTC[:, time - tail :]), self.num_heads))
+        q = rotate(q, time - tail)
+        k = rotate(rms_norm(heads(self.c_k(x_BTC), self.num_kv_heads)))
+        v = heads(self.c_v(x_BTC), self.num_kv_heads)
+        q = q * self.q_gain.to(q.dtype)[None, :, None, None]
+        y = self.attend(q, k, v)
+        return self.proj(y.transpose(1, 2).reshape(batch, tail, dim))
+
+
+class MLP(nn.Module):
+    def __init__(self, dim: int, mult: int) -> None:
+        super().__init__()
+        self.fc = nn.Linear(dim, mult * dim, bias=False)
+        self.proj = nn.Linear(mult * dim, dim, bias=False)
+
+    def forward(self, x_BTC: Tensor) -> Tensor:
+        return self.proj(F.relu(self.fc(x_BTC)).square())
+
+
+class Block(nn.Module):
+    """Attention and MLP, scaled per channel; ``resid_mix`` blends in the first hidden state.
+
+    With ``tail`` only the last positions are computed (keys and values are of all of them).
+    """
+
+    def __init__(self, shape: GPTShape) -> None:
+        super().__init__()
+        self.attn = Attention(shape.dim, shape.num_heads, shape.num_kv_heads)
+        self.mlp = MLP(shape.dim, shape.mlp_mult)
+        self.attn_scale = nn.Parameter(torch.ones(shape.dim))
+        self.mlp_scale = nn.Parameter(torch.ones(shape.dim))
+        self.resid_mix = nn.Parameter(torch.stack((torch.ones(shape.dim), torch.zeros(shape.dim))))
+
+    def forward(self, x_BTC: Tensor, first_BTC: Tensor, tail: int | None = None) -> Tensor:
+        keep, again = self.resid_mix.to(x_BTC.dtype)
+        x = keep * x_BTC + again * first_BTC
+        attended = self.attn(rms_norm(x), tail)
+        x = x if tail is None else x[:, -tail:]
+        x = x + self.attn_scale.to(x.dtype) * attended
+        return x + self.mlp_scale.to(x.dtype) * self.mlp(rms_norm(x))
+
+
+class GPT(nn.Module):
+    """Token ids (B, T) -> float32 logits (B, T, V), or the mean loss in nats with targets.
+
+    ``tail`` = n gives the logits of the last n positions only, (B, n, V), at less than their price.
+    The first half of the blocks push their output, the second half pop and add it, scaled per
+    channel by ``skip_weights``.
+    """
+
+    def __init__(self, shape: GPTShape) -> None:
+        super().__init__()
+        self.shape = shape
+        self.tok_emb = nn.Embedding(shape.vocab_size, shape.dim)
+        self.num_pushing = shape.num_layers // 2
+        self.skip_weights = nn.Parameter(torch.ones(self.num_pushing, shape.dim))
+        self.blocks = nn.ModuleList(Block(shape) for _ in range(shape.num_layers))
+        self.lm_head = (
+            None if shape.tie_embeddings else nn.Linear(shape.dim, shape.vocab_size, bias=False)
+        )
+        self._initialise()
+
+    def _initialise(self) -> None:
+        """Output projections start at zero; a tied embedding, being the head too, starts small."""
+        if self.lm_head is None:
+            nn.init.normal_(self.tok_emb.weight, std=OUTPUT_STD_TIED)
+        else:
+            nn.init.zeros_(self.lm_head.weight)
+        for name, module in self.blocks.named_modules():
+            if name.endswith(".proj"):
+                nn.init.zeros_(module.weight)
+
+    def hidden(self, ids_BT: Tensor, tail: int | None = None) -> Tensor:
+        """Normalised last hidden state (B, T, C), or (B, tail, C)."""
+        x = first = rms_norm(self.tok_emb(ids_BT))
+        pushed: list[Tensor] = []
+        last = len(self.blocks) - 1
+        for index, block in enumerate(self.blocks):
+            if index < self.num_pushing:
+                x = block(x, first, tail if index == last else None)
+                pushed.append(x)
+            else:
+                if pushed:
+                    skip = self.skip_weights[index - self.num_pushing].to(x.dtype)
+                    x = x + skip * pushed.pop()
+                x = block(x, first, tail if index == last else None)
+        return rms_norm(x)
+
+    def forward(
+        self, ids_BT: Tensor, targets_BT: Tensor | None = None, tail: int | None = None
+    ) -> Tensor:
+        hidden_BTC = self.hidden(ids_BT, tail)
+        embedding_VC = self.tok_emb.weight
+        if targets_BT is None:
+            head = self.lm_head
+            raw = F.linear(hidden_BTC, embedding_VC) if head is None else head(hidden_BTC)
+            return softcap(raw, LOGIT_SOFTCAP)
+        head_VC = embedding_VC if self.lm_head is None else self.lm_head.weight
+        hidden_NC, targets_N = hidden_BTC.flatten(0, 1), targets_BT.flatten()
+        return softcap_cross_entropy(hidden_NC, head_VC, targets_N, LOGIT_SOFTCAP)
+
+
+def tensor_shapes(shape: GPTShape) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a model's tensors; nothing is allocated."""
+    with torch.device("meta"):
+        return {name: tuple(p.shape) for name, p in GPT(shape).named_parameters()}

@@ -1,0 +1,98 @@
+"""The two big passes of a fused snap, for all groups of a batch at once; compiled on a CPU.
+
+On CUDA their place is taken by Triton kernels (``triton_kernels.py``) that give the same bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from qat.quantize.grid import Grid
+from qat.quantize.plan import Entry
+from qat.quantize.rounding import (
+    Scale,
+    decode_view,
+    encode_view,
+    group_views,
+    join_groups,
+    order_statistics,
+)
+
+if TYPE_CHECKING:
+    pass
+
+Found = tuple[Tensor, ...]  # order statistics of a batch, each (groups of the batch,)
+
+
+class Batch(NamedTuple):
+    """All groups of one length on one grid, tensor after tensor."""
+
+    grid: Grid
+    columns: int
+    views: list[tuple[str, int]]  # tensor and index of the view in ``group_views``
+
+
+def _shapes_of_views(entry: Entry) -> list[Tensor]:
+    assert entry.grid is not None
+    return group_views(torch.empty(entry.shape, device="meta"), entry.grid)
+
+
+def is_fusable(entry: Entry) -> bool:
+    if entry.grid is None or entry.grid.levels not in ("int", "ternary") or entry.grid.refit:
+        return False
+    grid = entry.grid
+    return all(order_statistics(view, grid) for view in _shapes_of_views(entry))
+
+
+def batches_of(entries: list[Entry]) -> list[Batch]:
+    batches: dict[tuple[Grid, int], Batch] = {}
+    for entry in entries:
+        assert entry.grid is not None
+        for index, view in enumerate(_shapes_of_views(entry)):
+            key = entry.grid, view.size(-1)
+            batches.setdefault(key, Batch(*key, [])).views.append((entry.name, index))
+    return list(batches.values())
+
+
+def _look(weights: Mapping[str, Tensor], batches: list[Batch]) -> list[Found]:
+    """Order statistics of every batch, tensor after tensor."""
+    found = []
+    for grid, _, views in batches:
+        parts = [order_statistics(group_views(weights[name], grid)[i], grid) for name, i in views]
+        kinds = zip(*parts, strict=True)
+        found.append(tuple(torch.cat([part.flatten() for part in kind]) for kind in kinds))
+    return found
+
+
+def _write(
+    weights: Mapping[str, Tensor],
+    batches: list[Batch],
+    scales: list[Scale],
+    into: Mapping[str, Tensor],
+) -> None:
+    """Write every tensor's snapped weights."""
+    parts: dict[str, dict[int, Tensor]] = {name: {} for name in weights}
+    for (grid, _, views), scale in zip(batches, scales, strict=True):
+        start = 0
+        for name, i in views:
+            view = group_views(weights[name], grid)[i]
+            size = view.shape[:-1]
+            end = start + size.numel()
+            own = scale.part(start, end, size)
+            code = encode_view(view, grid, own)
+            parts[name][i] = decode_view(code, own.stored_step.float(), own.zero)
+            start = end
+    for name, w in into.items():
+        w.copy_(join_groups([parts[name][i] for i in sorted(parts[name])], w.shape))
+
+
+class CompiledPasses:
+    """The two big passes on a CPU."""
+
+    def __init__(self) -> None:
+        self.look = torch.compile(_look, dynamic=False, fullgraph=True)
+        self.write = torch.compile(_write, dynamic=False, fullgraph=True)

@@ -1,0 +1,1 @@
+"""What a study found, for readers: page, tables, plots, W&B."""

@@ -1,0 +1,204 @@
+"""A study's report: one HTML file that needs nothing else, REPORT.md, and its pictures.
+
+Both are made of the same sections, so they say the same. The page has no scripts and asks nothing
+of a network; its theme is that of the reader's system.
+"""
+
+from __future__ import annotations
+
+import html
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from qat.report import tables as tables
+from qat.report.picture import DARK, LIGHT, Picture, as_svg, save_png
+from qat.report.plots import pictures
+from qat.report.tables import Table
+from qat.runs.run_folder import write_atomically
+from qat.study.findings import Findings
+from qat.study.significance import BAR_NATS
+
+TEMPLATE = "report.html.jinja"
+
+
+@dataclass(frozen=True)
+class Lines:
+    caption: str
+    lines: list[str]
+    is_code: bool = False
+
+
+@dataclass(frozen=True)
+class Section:
+    anchor: str
+    title: str
+    parts: list[Picture | Table | Lines | str]  # str: a paragraph
+
+
+def page(findings: Findings) -> str:
+    """The report as HTML."""
+    return _page(findings, pictures(findings))
+
+
+def markdown(findings: Findings) -> str:
+    """The report as Markdown; its pictures are files beside it."""
+    return _markdown(findings, pictures(findings))
+
+
+def write_report(findings: Findings, folder: Path) -> list[str]:
+    """REPORT.md, report.html, findings.json and the pictures into ``folder``, which exists; their
+    names. UserError if a text cannot be written."""
+    drawn = pictures(findings)
+    texts = {
+        "REPORT.md": _markdown(findings, drawn),
+        "report.html": _page(findings, drawn),
+        "findings.json": json.dumps(asdict(findings), indent=1) + "\n",
+    }
+    for name, written in texts.items():
+        write_atomically(folder / name, written)
+    return [*texts, *(save_png(picture, folder) for picture in drawn)]
+
+
+def _facts(findings: Findings) -> dict[str, str]:
+    clock = findings.budget_seconds
+    return {
+        "Question": findings.question,
+        "Baseline": findings.baseline,
+        "Clock": "none; runs are bounded by steps"
+        if clock is None
+        else f"{clock:,g} s of training",
+        "Seeds": f"{len(findings.seeds)} ({', '.join(map(str, findings.seeds))})",
+        "Hardware": "; ".join(findings.hardware),
+        "Code": ", ".join(findings.commits),
+    }
+
+
+def _sections(findings: Findings, drawn: Sequence[Picture]) -> list[Section]:
+    by_name = {picture.name: picture for picture in drawn}
+    verdicts: list[Any] = [tables.verdict_table(findings)]
+    if any(treatment.equal_bytes for treatment in findings.treatments):
+        verdicts.append(tables.equal_bytes_table(findings))
+    if missing := tables.missing_seeds(findings):
+        verdicts.append(Lines("Started, and not in the table", missing))
+    verdicts.append(
+        "Differences are treatment less reference: below 0 the treatment is better. p: paired t "
+        "over seeds, two-sided; (Holm): adjusted for all comparisons of the table; over "
+        f"{BAR_NATS} nats: one-sided, that the treatment is better by more than {BAR_NATS} nats "
+        "per token. Detectable: the least difference that so many seeds find in 8 of 10 studies; "
+        "seeds needed: how many would find the one measured."
+    )
+    ledger: list[Any] = [by_name.get("waterfall", "No ledger was made: nothing to take apart.")]
+    if findings.ledgers:
+        ledger.append(tables.ledger_table(findings))
+    return [
+        Section("verdict", "Verdict", verdicts),
+        Section("ledger", "What the difference is made of", ledger),
+        Section("curves", "Training", [by_name.get("curves", "No training curve was recorded.")]),
+        Section("pareto", "Bytes", [by_name.get("pareto", "No treatment has an artifact.")]),
+        Section("seeds", "Seed by seed", [by_name.get("seeds", "No treatment was compared.")]),
+        Section("runs", "Every run", [tables.runs_table(findings.rows)]),
+        Section("audit", "Liveness and clock", _audit(findings)),
+        Section("again", "Run it again", [Lines("In a shell", findings.commands, is_code=True)]),
+        Section("reading", "How to read this", [_how_to_read(findings)]),
+    ]
+
+
+def _audit(findings: Findings) -> list[Any]:
+    if not findings.rows:
+        return ["No run was started."]
+    table = tables.audit_table(findings.rows)
+    wrong = len(table.bad_rows)
+    summary = (
+        f"{wrong} of {len(table.rows)} runs have a finding, in red and in words."
+        if wrong
+        else f"All {len(table.rows)} runs finished, trained as asked and kept the clock."
+    )
+    return [
+        summary,
+        table,
+        "On grid: share of planned weights that the last QAT update saw bit for bit as the file "
+        "stores them. With gradient: share of them with a gradient that is not 0. Movable: share "
+        "of rows whose largest weight has one. A run may overshoot its clock by the rest of one "
+        "step.",
+    ]
+
+
+def _how_to_read(findings: Findings) -> str:
+    estimated = [ledger.name for ledger in findings.ledgers if not ledger.is_measured]
+    throughput = (
+        f" The throughput of {', '.join(estimated)} is estimated from the loss curve."
+        if estimated
+        else ""
+    )
+    return (
+        "Paired: each difference is between two artifacts of one seed, so what a seed does to both "
+        "cancels. Exact: bytes are those of files on disk and of the packed code; val_bpb is that "
+        "of weights read back from the file; a ledger's parts add up to its total in every seed. "
+        "Estimated: intervals, p and seeds needed, by Student's t over the seeds that gave both "
+        f"artifacts, which takes differences to be normal.{throughput} One seed has a difference "
+        "and no verdict."
+    )
+
+
+@cache
+def _template() -> Any:
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), autoescape=True,
+        undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
+    return environment.get_template(TEMPLATE)
+
+
+def _page(findings: Findings, drawn: Sequence[Picture]) -> str:
+    return _template().render(
+        findings=findings, facts=_facts(findings), sections=_sections(findings, drawn),
+        as_svg=as_svg, light=LIGHT, dark=DARK,
+    )  # fmt: skip
+
+
+def _markdown(findings: Findings, drawn: Sequence[Picture]) -> str:
+    facts = [f"- {name}: {_escaped(value)}" for name, value in _facts(findings).items()]
+    parts = [f"# {_escaped(findings.name)}", f"**{_escaped(findings.headline)}**", "\n".join(facts)]
+    for section in _sections(findings, drawn):
+        parts += [f"## {section.title}", *map(_part_as_markdown, section.parts)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _part_as_markdown(part: Picture | Table | Lines | str) -> str:
+    if isinstance(part, Picture):
+        return f"![{_escaped(part.in_words)}]({part.name}.png)\n\n{part.how_to_read}"
+    if isinstance(part, Table):
+        return _table_as_markdown(part)
+    if isinstance(part, Lines):
+        if part.is_code:
+            return "\n".join(["```sh", *part.lines, "```"])
+        return "\n".join([f"{part.caption}:", "", *(f"- {_escaped(line)}" for line in part.lines)])
+    return _escaped(part)
+
+
+def _table_as_markdown(table: Table) -> str:
+    lines = [
+        f"{table.caption}:",
+        "",
+        "| " + " | ".join(table.columns) + " |",
+        "| "
+        + " | ".join("---:" if is_number else "---" for is_number in table.columns.values())
+        + " |",
+    ]
+    for at, row in enumerate(table.rows):
+        cells = [_escaped(cell).replace("|", "\\|") for cell in row]
+        if at in table.bad_rows:
+            cells[1] = f"**{cells[1]}**"
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _escaped(text: str) -> str:
+    """On one line, and no HTML."""
+    return html.escape(" ".join(text.split()), quote=False)

@@ -1,0 +1,105 @@
+"""``eval.py task=report``: what the studies in a sweep's folder found, or any runs, for reading."""
+
+from __future__ import annotations
+
+import glob
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+from qat.errors import UserError
+from qat.report.page import write_report
+from qat.runs.run_folder import CONFIG, write_atomically
+from qat.runs.tables import as_markdown, print_table
+from qat.study.find_out import find_out
+from qat.study.pairing import build_rows
+from qat.study.significance import verdict_lines
+from qat.study.study import Study, studies_in, study_file
+
+if TYPE_CHECKING:
+    from qat.budget.budget import Budget
+    from qat.settings.command_line import Sweep
+    from qat.settings.schema import EvalTaskSettings, LoggerSettings
+
+
+def folders_in(parent: Path) -> list[Path]:
+    """The run folders in a folder, by name."""
+    return sorted(folder for folder in parent.iterdir() if (folder / CONFIG).is_file())
+
+
+def find_run_folders(pattern: str) -> list[Path]:
+    """Run folders matched by a glob; a sweep's folder stands for the runs in it."""
+    found: list[Path] = []
+    for path in map(Path, sorted(glob.glob(pattern))):
+        if (path / CONFIG).is_file():
+            found.append(path)
+        elif path.is_dir():
+            found += folders_in(path)
+    if not found:
+        raise UserError(f"runs={pattern}: no run folder found")
+    return found
+
+
+def report(folders: list[Path], into: Path) -> list[dict[str, Any]]:
+    """Print the table, write it ``into`` a folder as Markdown and JSON, return the rows."""
+    rows = build_rows(folders, Console(stderr=True))
+    print_table(rows)
+    lines = verdict_lines(rows)
+    for line in lines:
+        print(line)
+    into.mkdir(parents=True, exist_ok=True)
+    text = "".join(f"\n{line}\n" for line in lines)
+    write_atomically(into / "report.md", as_markdown(rows) + text)
+    write_atomically(into / "report.json", json.dumps(rows, indent=1) + "\n")
+    print(f"also written: {into / 'report.md'} and report.json")
+    return rows
+
+
+def report_study(sweep: Path, study: Study, logger: LoggerSettings) -> list[dict[str, Any]]:
+    """Print the verdict, write the report into ``<sweep>/<study>/``; the runs' rows.
+
+    With logger=wandb the comparison is logged too, in the group of the study's runs.
+    """
+    findings = find_out(sweep, study, Console(stderr=True))
+    folder = sweep / study.name
+    folder.mkdir(exist_ok=True)
+    written = write_report(findings, folder)
+    print_table(findings.rows)
+    print(findings.headline)
+    print(f"written: {folder}/{', '.join(written)}")
+    if logger.name == "wandb":
+        from qat.report.wandb_comparison import log_comparison
+
+        print(log_comparison(findings, folder, replace(logger, group=logger.group or sweep.name)))
+    return findings.rows
+
+
+def report_sweep(sweep: Sweep) -> list[dict[str, Any]]:
+    """``report_study`` of what was just run; the rows of all its runs."""
+    assert sweep.study is not None
+    settings, _ = sweep.jobs[0]
+    return report_study(
+        sweep.folder, Study.read(study_file(sweep.folder, sweep.study)), settings.logger
+    )
+
+
+def report_studies(sweep: Path, logger: LoggerSettings) -> None:
+    """UserError if there is no study in the folder."""
+    for study in studies_in(sweep):
+        report_study(sweep, study, logger)
+
+
+def run(s: EvalTaskSettings, budget: Budget) -> int:
+    """Of studies into their folder; of other runs beside them if they share one, else into
+    runs_dir."""
+    if s.study:
+        report_studies(Path(s.study), s.logger)
+        return 0
+    assert s.runs
+    folders = find_run_folders(s.runs)
+    parents = {folder.parent for folder in folders}
+    report(folders, parents.pop() if len(parents) == 1 else Path(s.runs_dir))
+    return 0

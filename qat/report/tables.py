@@ -1,0 +1,207 @@
+"""The tables of a study's report: cells of text, the same for the page and for REPORT.md."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import mean
+from typing import Any
+
+from qat.report import number_text as text
+from qat.study.findings import Comparison, Findings, Ledger, Treatment
+from qat.study.significance import BAR_NATS, MAX_SEEDS, Interval, holm
+
+Row = dict[str, Any]
+
+OFF_GRID_BY_NATURE = ("soft_round", "noise")  # gradients that show the model weights beside it
+
+
+@dataclass(frozen=True)
+class Table:
+    """The first cell of a row names it."""
+
+    caption: str
+    columns: dict[str, bool]  # title -> whether its cells are numbers
+    rows: list[list[str]]
+    bad_rows: frozenset[int] = frozenset()  # their second cell says in words what is wrong
+
+
+def verdict_table(findings: Findings) -> Table:
+    """Every treatment, against the baseline stored in the same way where that is another one."""
+    return _verdicts(
+        "Stored alike: against the baseline stored in the same way",
+        [(treatment, treatment.alike) for treatment in findings.treatments],
+    )
+
+
+def equal_bytes_table(findings: Findings) -> Table:
+    """Treatments that were compared with a baseline fitted to their bytes."""
+    return _verdicts(
+        "At equal bytes: against the baseline fitted to the treatment's bytes",
+        [(t, t.equal_bytes) for t in findings.treatments if t.equal_bytes],
+    )
+
+
+def _verdicts(caption: str, compared: Sequence[tuple[Treatment, Comparison | None]]) -> Table:
+    p_values = [c.verdict.p_value for _, c in compared if c]
+    adjusted = iter(holm([p for p in p_values if p is not None]))
+    rows = []
+    for treatment, comparison in compared:
+        bpb, num_bytes = treatment.val_bpb.values(), treatment.total_bytes.values()
+        row = [
+            treatment.name,
+            treatment.grid,
+            text.mean_and_spread(list(bpb)),
+            text.count(mean(num_bytes) if num_bytes else None),
+            text.count(len(bpb)),
+        ]
+        if comparison is None:
+            rows.append([*row, *[text.NOTHING] * 8])
+            continue
+        v = comparison.verdict
+        rows.append([
+            *row,
+            comparison.against,
+            text.difference_bpb(v.mean),
+            text.bounds(v.low, v.high) or text.NOTHING,
+            text.p(v.p_value),
+            text.p(None if v.p_value is None else next(adjusted)),
+            text.p(v.p_over_bar),
+            text.bpb(v.detectable),
+            _seeds_needed(comparison),
+        ])  # fmt: skip
+    columns = {
+        "treatment": False, "grid": False, "artifact bpb": True, "artifact + code, bytes": True,
+        "seeds": True, "against": False, "difference, bpb": True, "95 % interval": True,
+        "p": True, "p (Holm)": True, f"p over {BAR_NATS} nats": True, "detectable, bpb": True,
+        "seeds needed": True,
+    }  # fmt: skip
+    return Table(caption, columns, rows)
+
+
+def _seeds_needed(comparison: Comparison) -> str:
+    v = comparison.verdict
+    if v.seeds_needed is None and v.num_seeds > 1:
+        return f"> {MAX_SEEDS:,}"
+    return text.count(v.seeds_needed)
+
+
+def missing_seeds(findings: Findings) -> list[str]:
+    """One line for each run that was started and gave no artifact, with the reason."""
+    return [
+        f"{treatment.name}, seed {seed}: {reason}"
+        for treatment in findings.treatments
+        for seed, reason in sorted(treatment.missing_seeds.items())
+    ]
+
+
+def ledger_table(findings: Findings) -> Table:
+    rows = []
+    for ledger in findings.ledgers:
+        parts = (*text.ledger_parts(ledger), ledger.total)
+        cells = [
+            f"{number} {_bounds_mbpb(part)}".strip()
+            for number, part in zip(text.ledger_mbpb(ledger), parts, strict=True)
+        ]
+        equal = ledger.at_equal_steps
+        cells.append(f"{text.difference_mbpb(equal.mean)} {_bounds_mbpb(equal)}".strip())
+        rows.append([ledger.name, *cells, ledger.against, _throughput_basis(ledger)])
+    columns = {
+        "treatment": False, "throughput": True, "training": True, "gap": True, "total": True,
+        "training + gap": True, "against": False, "throughput is": False,
+    }  # fmt: skip
+    return Table("In mbpb (0.001 bits per byte), with 95 % intervals", columns, rows)
+
+
+def _bounds_mbpb(part: Interval) -> str:
+    if part.low is None or part.high is None:
+        return ""
+    return text.bounds(1000 * part.low, 1000 * part.high, 2)
+
+
+def _throughput_basis(ledger: Ledger) -> str:
+    return f"{'measured' if ledger.is_measured else 'estimated'}: {ledger.basis}"
+
+
+def runs_table(rows: Sequence[Row]) -> Table:
+    cells = [
+        [
+            row["run_name"],
+            row.get("note") or "",
+            row["arm"],
+            text.count(row.get("seed")),
+            text.bpb(row.get("val_bpb_float")),
+            text.bpb(row.get("val_bpb_artifact")),
+            text.difference_bpb(row.get("quant_gap_bpb")),
+            text.difference_bpb(row.get("delta_bpb")),
+            text.count(row.get("artifact_bytes")),
+            text.count(row.get("total_bytes")),
+            text.count(row.get("steps")),
+            text.fixed(row.get("ms_per_step"), 1),
+        ]
+        for row in rows
+    ]
+    columns = {
+        "run": False, "note": False, "arm": False, "seed": True, "float bpb": True,
+        "artifact bpb": True, "gap": True, "vs baseline": True, "artifact bytes": True,
+        "with code": True, "steps": True, "ms/step": True,
+    }  # fmt: skip
+    bad = frozenset(at for at, row in enumerate(rows) if row["status"] != "finished")
+    return Table("Every run; a baseline stored again has a row for each store", columns, cells, bad)
+
+
+def audit_table(rows: Sequence[Row]) -> Table:
+    """Did QAT happen, and did the clock hold? Runs that trained; exports of them are left out."""
+    trained = [row for row in rows if not row["exported"]]
+    found = [faults(row) for row in trained]
+    cells = [
+        [
+            row["run_name"],
+            "; ".join(what) if what else "ok",
+            row["arm"],
+            text.count(row.get("seed")),
+            _share(row.get("on_grid_share")),
+            _share(row.get("nonzero_gradient_share")),
+            _share(row.get("movable_share")),
+            _qat_steps(row),
+            text.fixed(row.get("train_seconds"), 2),
+            text.fixed(row.get("overshoot_seconds"), 3),
+            row["status"],
+        ]
+        for row, what in zip(trained, found, strict=True)
+    ]
+    columns = {
+        "run": False, "finding": False, "arm": False, "seed": True, "on grid": True,
+        "with gradient": True, "movable": True, "QAT steps": True, "training s": True,
+        "overshoot s": True, "status": False,
+    }  # fmt: skip
+    bad = frozenset(at for at, what in enumerate(found) if what)
+    return Table("Liveness of QAT and the training clock, run by run", columns, cells, bad)
+
+
+def _share(value: float | None) -> str:
+    """Six decimals: a share of 1 is a promise, and one weight of a million breaks it."""
+    if value is None:
+        return text.NOTHING
+    return "1" if value == 1.0 else f"{min(value, 0.999999):.6f}"
+
+
+def _qat_steps(row: Row) -> str:
+    first, last = row.get("qat_first_step"), row.get("qat_last_step")
+    return text.NOTHING if first is None else f"{first:,}..{text.count(last)}"
+
+
+def faults(row: Row) -> list[str]:
+    """What makes a run doubtful, in words."""
+    found = []
+    if row["status"] != "finished":
+        found.append(row["status"].upper() + (f": {row['note']}" if row.get("note") else ""))
+    if row.get("qat_never_started"):
+        found.append("QAT NEVER STARTED")
+    share = row.get("on_grid_share")
+    if share is not None and share < 1 and row.get("gradient") not in OFF_GRID_BY_NATURE:
+        found.append(f"OFF THE GRID: {1 - share:.1e} of the weights")
+    over, step = row.get("overshoot_seconds"), row.get("ms_per_step")
+    if over is not None and step is not None and over > step / 1000:
+        found.append(f"CLOCK OVERRUN by {1000 * over / step:.1f} steps")
+    return found

@@ -1,0 +1,60 @@
+"""``eval.py task=fit run=RUN limit_bytes=N``: a finished run stored again, filling another limit.
+
+The run's own file stays as it is; the new one is read back and scored.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+
+from qat.artifact.container import OVERSIZE_SUFFIX
+from qat.errors import UserError
+from qat.runs.result import Result
+from qat.runs.run_folder import EXPORTS
+from qat.runs.store_again import plan_in, store_again
+from qat.runs.training_run import OVERSIZE_EXIT_CODE
+from qat.settings.schema import ArtifactSettings
+
+if TYPE_CHECKING:
+    from qat.budget.budget import Budget
+    from qat.settings.schema import EvalTaskSettings
+
+
+def run(s: EvalTaskSettings, budget: Budget) -> int:
+    assert s.run is not None  # asked for by the checks of the settings
+    folder = Path(s.run)
+    result = Result.read(folder)
+    if result is None or result.steps is None:
+        raise UserError(f"run={folder}: the run did not finish")
+    out = Path(s.out or folder / EXPORTS / f"fit_{s.limit_bytes}.qat")
+    for path in (out, Path(f"{out}{OVERSIZE_SUFFIX}")):
+        if path.exists():
+            raise UserError(f"out={path}: it is there already; give another name")
+    log = logging.getLogger("qat")
+    log.handlers[:] = [logging.StreamHandler()]
+    log.setLevel(logging.INFO)
+    log.disabled = False  # Hydra disables loggers that it did not configure
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"out={out}: {error.strerror or error}") from None
+    artifact = replace(ArtifactSettings(**result.settings["artifact"]), fit=True)
+    is_on_grid = result.qat_last_step == result.steps
+    plan = plan_in(result.settings, result.settings)
+    done, score = store_again(
+        folder, result.settings, plan, artifact, budget, True, is_on_grid, out,
+        Console(stderr=True),
+    )  # fmt: skip
+    print(f"artifact       {done.path}")
+    print(f"val_bpb        {score.val_bpb:.10f}")
+    print(f"val_loss       {score.val_loss:.10f}")
+    print(f"artifact_bytes {done.artifact_bytes}")
+    print(f"code_bytes     {budget.code_bytes}")
+    print(f"total_bytes    {done.artifact_bytes + budget.code_bytes}")
+    print(f"limit_bytes    {budget.limit_bytes}")
+    return OVERSIZE_EXIT_CODE if done.is_oversize else 0

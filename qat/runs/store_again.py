@@ -1,0 +1,159 @@
+"""A finished run's checkpoint stored in another way, read back and scored with the run's own data.
+
+What rounding afterwards gives a baseline on somebody else's grid, and ``eval.py task=fit``.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from qat.artifact.container import OVERSIZE_SUFFIX
+from qat.budget.budget import Budget
+from qat.budget.fill import TrainedModel, stored_label
+from qat.errors import UserError
+from qat.evaluation.open_model import artifact_meta
+from qat.evaluation.score import Score, Scorer
+from qat.quantize.plan import Plan
+from qat.runs.result import Result
+from qat.runs.run_folder import CHECKPOINT, EXPORTS, write_atomically
+from qat.runs.storing import CalibrationText, Export, store
+from qat.settings.options import read_grid
+from qat.settings.schema import (
+    ArtifactSettings,
+    DataSettings,
+    EvalSettings,
+    GridSettings,
+    ModelSettings,
+    PlanSettings,
+    StoreSettings,
+    StudySettings,
+)
+from qat.text.shards import TokenStream
+from qat.text.source import from_settings
+from qat.text.tokenizer import Tokenizer
+from qat.training.build import plan_of, shape_of
+from qat.training.checkpoint import load_checkpoint
+
+Tensors = dict[str, torch.Tensor]
+
+
+def stored_tensors(path: Path) -> tuple[Tensors, Tensors]:
+    """Weights and learned steps that a run's checkpoint would store: its average if it has one."""
+    state = load_checkpoint(path)
+    if state is None or "weights" not in state:
+        raise UserError(f"{path}: there is no readable checkpoint")
+    averages = state["averaging"]
+    if averages["weights"]["tensors"]:
+        return averages["weights"]["tensors"], averages["learned_steps"]["tensors"]
+    return state["weights"], state["learned_steps"]
+
+
+def plan_in(settings: dict[str, Any], storage: dict[str, Any]) -> Plan:
+    """The plan of one run's model on the grid and plan of another's settings (or its own)."""
+    wanted = storage["plan"]
+    grids = {name: GridSettings(**grid) for name, grid in wanted["grids"].items()}
+    return plan_of(
+        shape_of(ModelSettings(**settings["model"])),
+        GridSettings(**storage["grid"]),
+        PlanSettings(**wanted | {"grids": grids}),
+    )
+
+
+def store_again(
+    folder: Path,
+    settings: dict[str, Any],
+    plan: Plan,
+    artifact: ArtifactSettings,
+    budget: Budget,
+    is_own: bool,
+    is_on_grid: bool,
+    file: Path,
+    console: Console,
+) -> tuple[Export, Score]:
+    """Store the checkpoint of the run in ``folder`` by ``plan``, or fitted to the limit.
+
+    ``is_own``: the run was trained for this plan; ``is_on_grid`` as in TrainedModel. UserError or
+    TrainingError if its checkpoint or its data cannot be read or stored.
+    """
+    shape = shape_of(ModelSettings(**settings["model"]))
+    data = DataSettings(**settings["data"])
+    reads_text = artifact.fit or artifact.method == "gptq"
+    if not reads_text:  # then no training shards are needed: they may be gone, or gigabytes
+        data = replace(data, train_files=None, train_shards=1)
+    source = from_settings(data, shape.vocab_size)
+    tokenizer = Tokenizer(source.tokenizer)
+    seq_len, precision = settings["seq_len"], settings["precision"]
+    meta = artifact_meta(shape, seq_len, tokenizer.sha256, source.identity)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    weights, steps = (
+        {name: tensor.to(device) for name, tensor in tensors.items()}
+        for tensors in stored_tensors(folder / CHECKPOINT)
+    )
+    model = TrainedModel(shape, weights, plan, steps if is_own else {}, is_on_grid)
+    text = None
+    if reads_text:
+        stream = TokenStream(source.train_files, "data.train_files")
+        text = CalibrationText(stream, settings["micro_batch_tokens"], seq_len, precision)
+    plot = file.with_suffix(".png")
+    done, _ = store(model, artifact, text, budget, meta, file, plot, console)
+    scorer = Scorer(
+        shape,
+        TokenStream(source.val_files, "data.val_files"),
+        tokenizer.byte_table,
+        seq_len,
+        EvalSettings(**settings["eval"]),
+        device,
+        console,
+    )
+    return done, scorer.score(done.artifact.weights, f"{folder.name} on {plan.label}")
+
+
+def storage_of(
+    settings: dict[str, Any], study: StudySettings, store: StoreSettings
+) -> dict[str, Any]:
+    """The storage settings of a run as one of its study's stores changes them."""
+    option = store.grid or (None if settings["qat"]["enabled"] else study.grid)
+    grid = settings["grid"] if option is None else asdict(read_grid(option))
+    asked = {name: getattr(store, name) for name in ("method", "gptq_bit_price", "fit")}
+    changed = {name: value for name, value in asked.items() if value is not None}
+    artifact = settings["artifact"] | changed
+    return {"grid": grid, "plan": settings["plan"], "artifact": artifact}
+
+
+def export_again(
+    folder: Path, result: Result, target: dict[str, Any], budget: Budget, console: Console
+) -> dict[str, Any]:
+    """Store a finished run as ``target`` says (settings: grid, plan, artifact); a finished export
+    is reused. What changes of the run's row. Errors of ``store_again``.
+    """
+    artifact = ArtifactSettings(**target["artifact"])
+    plan = plan_in(result.settings, target)
+    # Learned steps and what training saw belong to the grid that was trained on.
+    is_own = plan == plan_in(result.settings, result.settings)
+    is_on_grid = is_own and result.qat_last_step == result.steps
+    label = stored_label(plan, artifact)
+    name = f"{label}_{artifact.coder}_{budget.limit_bytes}_{plan.digest[:8]}"
+    known = folder / EXPORTS / f"{name}.json"
+    file = known.with_suffix(".qat")
+    if known.is_file() and (file.is_file() or Path(f"{file}{OVERSIZE_SUFFIX}").is_file()):
+        return json.loads(known.read_text(encoding="utf-8"))
+    known.parent.mkdir(exist_ok=True)
+    done, score = store_again(
+        folder, result.settings, plan, artifact, budget, is_own, is_on_grid, file, console
+    )
+    row = {
+        "grid": label,
+        "val_loss_artifact": score.val_loss,
+        "val_bpb_artifact": score.val_bpb,
+        "artifact_bytes": done.artifact_bytes,
+        "code_bytes": budget.code_bytes,
+        "limit_bytes": budget.limit_bytes,
+    }
+    write_atomically(known, json.dumps(row))
+    return row

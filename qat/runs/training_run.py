@@ -1,0 +1,290 @@
+"""The life of one run as its folder tells it: started, then finished, oversize or failed.
+
+``metrics.csv`` gets a row per step, appended; a resumed run goes on where its checkpoint was. Only
+rank 0 claims a folder, writes and speaks; the other ranks go through the same calls in silence.
+"""
+
+from __future__ import annotations
+
+import csv
+import logging
+import tempfile
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from filelock import FileLock
+from lightning.pytorch.loggers import Logger
+from rich.console import Console
+from rich.text import Text
+
+from qat.budget.fill import stored_label
+from qat.errors import TrainingError, UserError
+from qat.evaluation.score import Score
+from qat.quantize.plan import Plan
+from qat.runs import provenance, run_folder
+from qat.runs.result import Result, row_of
+from qat.runs.run_folder import read_metrics, write_atomically
+from qat.runs.storing import Export
+from qat.runs.tables import plan_table, print_table
+from qat.settings import machine
+from qat.settings.schema import TrainSettings, as_yaml
+from qat.text.shards import TokenStream
+from qat.text.source import Source, absolute_paths
+from qat.text.tokenizer import Tokenizer
+from qat.training.build import plan_of, shape_of
+from qat.training.fit import Outcome
+
+if TYPE_CHECKING:
+    from lightning.pytorch.loggers import Logger
+
+    from qat.settings.command_line import Job
+
+COLUMNS = ("step", "train_loss", "elapsed_seconds", "rate", "qat_on")
+
+
+class MetricsFile(Logger):
+    """Keeps the rows up to ``first_step`` of an earlier process and appends to them."""
+
+    def __init__(self, path: Path, first_step: int = 0) -> None:
+        super().__init__()
+        self._path = path
+        kept = []
+        if path.is_file():
+            kept = [row for row in read_metrics(path) if int(row["step"]) <= first_step]
+        lines = [",".join(COLUMNS), *(",".join(row[key] for key in COLUMNS) for row in kept)]
+        write_atomically(path, "\n".join(lines) + "\n")
+
+    @property
+    def name(self) -> str:
+        return "metrics"
+
+    @property
+    def version(self) -> str:
+        return ""
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        """TrainingError if the row cannot be written."""
+        try:
+            with open(self._path, "a", newline="", encoding="utf-8") as file:
+                csv.DictWriter(file, COLUMNS).writerow({"step": step, **metrics})
+        except OSError as error:
+            raise TrainingError(f"cannot write {self._path}: {error.strerror}") from None
+
+    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
+        """The settings are in the run's config.yaml."""
+
+
+log = logging.getLogger("qat")
+
+OVERSIZE_EXIT_CODE = 3
+
+
+class _ConsoleHandler(logging.Handler):
+    """Log lines above the progress bar; warnings and errors in red."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__()
+        self.console = console
+
+    def emit(self, record: logging.LogRecord) -> None:
+        style = "bold red" if record.levelno >= logging.WARNING else ""
+        self.console.print(Text(self.format(record), style=style), soft_wrap=True)
+
+
+class TrainingRun:
+    """Folder, log, loggers and row of one run."""
+
+    def __init__(self, s: TrainSettings, job: Job) -> None:
+        self.settings, self.job = s, job
+        self.speaks = machine.rank() == 0
+        self.folder: Path | None = None
+        self._lock: FileLock | None = None
+        self.console = Console(stderr=True, quiet=not self.speaks)
+        self._handlers: list[logging.Handler] = [_ConsoleHandler(self.console)]
+        log.handlers[:] = self._handlers
+        log.setLevel(logging.INFO)
+        log.disabled = False  # Hydra disables loggers that it did not configure
+        log.propagate = False
+        self.row = Result(
+            run_name="",
+            status="failed",
+            exit_code=1,
+            error=None,
+            arm=job.choices.get("arm"),
+            seed=s.seed,
+            profile=s.profile,
+            qat=str(job.choices["qat"]),
+            grid=stored_label(plan_of(shape_of(s.model), s.grid, s.plan), s.artifact),
+            hardware=provenance.hardware(machine.world_size()),
+            commit=provenance.commit(),
+            data=None,
+            limit_bytes=s.limit_bytes,
+            settings=asdict(s) | {"data": asdict(absolute_paths(s.data))},
+        )
+
+    def _claim(self) -> None:
+        """Take a folder of our own and say in it what this run is."""
+        s = self.settings
+        time_name = time.strftime("%Y%m%d-%H%M%S")
+        default = f"{time_name}_{self.row.qat}_{self.row.grid}_s{s.seed}"
+        parent = self.job.sweep_dir or Path(s.runs_dir)
+        if s.resume is not None:
+            self.folder = Path(s.resume)
+            self._lock = run_folder.lock(self.folder)
+        else:
+            self.folder = run_folder.claim(parent, s.run_name, default)
+            self._lock = run_folder.lock(self.folder)
+            asked, choices = self.job.overrides, self.job.choices
+            yaml = as_yaml(replace(s, data=absolute_paths(s.data)))
+            run_folder.describe(self.folder, yaml, asked, choices, machine.world_size())
+        self.row.run_name = self.folder.name
+        self._handlers.append(run_folder.open_log(self.folder))
+
+    def start(
+        self, source: Source, tokenizer: Tokenizer, train: TokenStream, val: TokenStream, plan: Plan
+    ) -> None:
+        """Called when settings and data are known to be good."""
+        if not self.speaks:
+            return
+        self._claim()
+        s = self.settings
+        self.row.data = {
+            "train": train.fingerprint, "val": val.fingerprint, "tokenizer": tokenizer.sha256
+        }  # fmt: skip
+        self.row.val_xz_bits_per_byte = source.notes.get("val_xz_bits_per_byte")
+        log.info(
+            "run %s (qat=%s, grid %s, seed %d)", self.folder, self.row.qat, self.row.grid, s.seed
+        )
+        log.info(
+            "%s: %s training tokens, %s validation tokens%s",
+            source.identity["name"],
+            f"{len(train):,}",
+            f"{len(val):,}",
+            f"; xz needs {self.row.val_xz_bits_per_byte:.3f} bits per byte of the validation text"
+            if self.row.val_xz_bits_per_byte
+            else "",
+        )
+        if warning := tokenizer.warning:
+            log.warning("warning: %s", warning)
+        compiled = "compiled" if s.compile == "true" else "eager"
+        log.info("%s, %s; the plan (bits with steps):\n%s", s.precision, compiled, plan_table(plan))
+
+    @property
+    def checkpoint(self) -> Path:
+        """On every rank the same file of a resumed run; written by rank 0 only."""
+        return Path(self.settings.resume or self.path("")) / run_folder.CHECKPOINT
+
+    def path(self, name: str) -> Path:
+        """A file of this run. Ranks that write nothing get a path that they never touch."""
+        return (self.folder or Path(tempfile.gettempdir())) / name
+
+    def loggers(self, first_step: int) -> list[Logger]:
+        """metrics.csv from after ``first_step``, and W&B beside it if asked for."""
+        if self.folder is None:
+            return []
+        s = self.settings.logger
+        csv = MetricsFile(self.folder / run_folder.METRICS, first_step)
+        if s.name == "csv":
+            return [csv]
+        from qat.runs.wandb_log import wandb_logger
+
+        self._wandb = wandb_logger(self.folder, self.settings, self.row, self.job.sweep_dir)
+        return [csv, self._wandb]
+
+    def finish(
+        self,
+        outcome: Outcome,
+        train_tokens: int,
+        exported: Export,
+        scores: dict[str, Score],
+    ) -> int:
+        """Fill in the row, write it, print it; returns the exit code.
+
+        ``scores``: of the float, snapped and artifact weights; with averaging, of the
+        last_float and last_snapped ones too.
+        """
+        row, s = self.row, self.settings
+        row.status, row.exit_code = "finished", 0
+        row.steps, row.tokens = outcome.steps, outcome.tokens
+        row.epochs = outcome.tokens / train_tokens
+        row.train_seconds = outcome.train_seconds
+        row.ms_per_step = 1000 * outcome.train_seconds / outcome.steps
+        if s.budget_seconds is not None:
+            row.overshoot_seconds = max(0.0, outcome.train_seconds - s.budget_seconds)
+        row.peak_memory_bytes = outcome.peak_memory_bytes
+        row.train_loss = outcome.train_loss
+        for name, score in scores.items():
+            setattr(row, f"val_bpb_{name}", score.val_bpb)
+        row.val_loss_float = scores["float"].val_loss
+        row.val_loss_artifact = scores["artifact"].val_loss
+        row.quant_gap_bpb = scores["artifact"].val_bpb - scores["float"].val_bpb
+        row.artifact_bytes = exported.artifact_bytes
+        row.code_bytes = exported.budget.code_bytes
+        row.qat_first_step, row.qat_steps = outcome.qat_first_step, outcome.qat_steps
+        row.qat_never_started = s.qat.enabled and outcome.qat_steps == 0
+        row.qat_last_step = outcome.qat_last_step
+        row.on_grid_share = outcome.on_grid_share
+        row.nonzero_gradient_share = outcome.gradients.nonzero_share
+        row.movable_share = outcome.gradients.movable_share
+        log.info(
+            "liveness: %.4f of planned weights on their grid, %.4f of their gradients not zero, "
+            "%.4f of rows movable, %d QAT steps (%s to %s)",
+            outcome.on_grid_share,
+            outcome.gradients.nonzero_share,
+            outcome.gradients.movable_share,
+            outcome.qat_steps,
+            outcome.qat_first_step,
+            outcome.qat_last_step,
+        )
+        if outcome.gradients.dead:
+            log.warning("NO GRADIENT REACHES %s", ", ".join(outcome.gradients.dead))
+        if row.qat_never_started:
+            log.warning(
+                "QAT WAS ASKED FOR AND NEVER STARTED: the run ended after step %d", row.steps
+            )
+        if exported.is_oversize:
+            row.status, row.exit_code = "oversize", OVERSIZE_EXIT_CODE
+            row.error = (
+                f"limit_bytes = {s.limit_bytes}: the artifact has {row.artifact_bytes} bytes and "
+                f"the code {row.code_bytes}; kept as {exported.path.name}"
+            )
+            log.error("error: %s", row.error)
+        self._write()
+        if self.speaks and self.job.sweep_dir is None:
+            print_table([row_of(row)])
+        return row.exit_code
+
+    def fail(self, error: str, exit_code: int) -> int:
+        """Record a failure. A single run refused before it started leaves nothing behind."""
+        self.row.status, self.row.exit_code, self.row.error = "failed", exit_code, error
+        if self.speaks and self.folder is None and self.job.sweep_dir is not None:
+            try:
+                self._claim()
+            except UserError as no_folder:
+                log.error("this job has no row: %s", no_folder)
+        try:
+            self._write()
+        except UserError as no_row:  # the reason was said already, and decides the exit code
+            log.error("this run has no row: %s", no_row)
+        return exit_code
+
+    def _write(self) -> None:
+        if self.folder is None:
+            return
+        self.row.write(self.folder)
+        if hasattr(self, "_wandb"):
+            from qat.runs.wandb_log import finish_wandb
+
+            finish_wandb(self._wandb, self.row)
+
+    def close(self) -> None:
+        for handler in self._handlers:
+            log.removeHandler(handler)
+            handler.close()
+        if self._lock is not None:
+            self._lock.release()
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()

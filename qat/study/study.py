@@ -1,0 +1,175 @@
+"""The runs of a study: a folder per arm and seed, run once, and gone on with after a kill.
+
+``<sweep>/<arm>_s<seed>/`` is a run like any other. Designs that are run into one folder share the
+arms that they both name, if the settings are the same. Each QAT arm may hold a run of its own,
+``equal_steps/``: its baseline trained for as many steps as the arm had (``ledger=full``).
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+
+from qat.budget.budget import Budget
+from qat.errors import TrainingError, UserError
+from qat.golf.bundle import count_code_bytes
+from qat.runs.result import BOOKKEEPING_SETTINGS, Result, flat
+from qat.runs.run_folder import CHOICES, CONFIG, LOCK, read_config, write_atomically
+from qat.runs.store_again import export_again, storage_of
+from qat.settings.options import read_study
+from qat.settings.schema import QatSettings, StoreSettings, StudySettings, TrainSettings, from_yaml
+from qat.text.source import absolute_paths
+
+if TYPE_CHECKING:
+    from qat.settings.command_line import Job, Sweep
+
+log = logging.getLogger("qat")
+
+EQUAL_STEPS = "equal_steps"
+SUFFIX = ".study.json"
+
+RunOne = Callable[[TrainSettings, "Job"], int]  # its exit code
+
+
+@dataclass
+class Study:
+    """``<name>.study.json`` in a sweep's folder: the design, and how it was asked for."""
+
+    name: str
+    settings: StudySettings
+    arms: list[str]  # that were asked for
+    commands: list[str]
+
+    @staticmethod
+    def read(path: Path) -> Study:
+        """UserError if it is not a study's file of this version."""
+        try:
+            said = json.loads(path.read_text(encoding="utf-8"))
+            stores = said["settings"].pop("stores")
+            settings = StudySettings(**said.pop("settings"))
+            settings.stores = {name: StoreSettings(**store) for name, store in stores.items()}
+            return Study(settings=settings, **said)
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise UserError(f"{path}: not a study of this version ({error})") from None
+
+
+def study_file(folder: Path, name: str) -> Path:
+    return folder / f"{name}{SUFFIX}"
+
+
+def begin(sweep: Sweep) -> None:
+    """Before the first run: say in the folder which study it is, beside the arms and commands given
+    before. UserError if a run of it is there that was another."""
+    assert sweep.study is not None
+    for settings, choices in sweep.jobs:
+        _check_same(settings, str(choices["arm"]))
+    settings = read_study(sweep.study)
+    assert settings is not None
+    path = study_file(sweep.folder, sweep.study)
+    known = Study.read(path) if path.is_file() else Study(sweep.study, settings, [], [])
+    asked = dict.fromkeys([*known.arms, *(str(choices["arm"]) for _, choices in sweep.jobs)])
+    arms = sorted(asked, key=lambda arm: [*settings.arms, *asked].index(arm))
+    commands = list(dict.fromkeys([*known.commands, sweep.command]))
+    sweep.folder.mkdir(parents=True, exist_ok=True)
+    study = Study(sweep.study, settings, arms, commands)
+    write_atomically(path, json.dumps(asdict(study), indent=1) + "\n")
+
+
+def studies_in(folder: Path) -> list[Study]:
+    """Those that sweeps left there; else that of runs put there one by one (launch/study.sh).
+
+    UserError if there is none.
+    """
+    if files := sorted(folder.glob(f"*{SUFFIX}")):
+        return [Study.read(file) for file in files]
+    arms: dict[str, dict[str, None]] = {}
+    for path in sorted(folder.glob(f"*/{CONFIG}")):
+        choices = read_config(path.parent, "study")[1]
+        experiment, arm = choices.get("experiment"), choices.get("arm")
+        if experiment and arm:
+            arms.setdefault(experiment, {})[arm] = None
+    found = [(name, read_study(name), of_one) for name, of_one in arms.items()]
+    studies = [Study(name, s, [*of_one], []) for name, s, of_one in found if s is not None]
+    if not studies:
+        raise UserError(f"study={folder}: no study there; give the folder of a study's sweep")
+    return studies
+
+
+def run_name(arm: str, seed: int) -> str:
+    return f"{arm}_s{seed}"
+
+
+def _check_same(s: TrainSettings, arm: str) -> None:
+    """UserError if this arm and seed were run in the study's folder with other settings."""
+    folder = Path(s.runs_dir) / s.sweep_name / run_name(arm, s.seed)
+    if not (folder / CONFIG).is_file():
+        return
+    there = flat(asdict(from_yaml(read_config(folder, "sweep_name")[0], str(folder))))
+    asked = flat(asdict(replace(s, data=absolute_paths(s.data))))
+    for key, value in asked.items():
+        if there.get(key) != value and key.split(".")[0] not in BOOKKEEPING_SETTINGS:
+            raise UserError(
+                f"sweep_name={s.sweep_name}: {folder.name} was run there with {key} = "
+                f"{there.get(key)}, not {value}; give another sweep_name"
+            )
+
+
+def run_arm(s: TrainSettings, job: Job, run_one: RunOne) -> int:
+    """Train an arm, or go on with it; then what the study makes of it. The exit code."""
+    assert job.sweep_dir is not None
+    folder = job.sweep_dir / run_name(str(job.choices["arm"]), s.seed)
+    code = _run_once(replace(s, run_name=folder.name), job, folder, run_one)
+    result = Result.read(folder)
+    if result is None or result.status == "failed":
+        return code
+    budget = Budget(s.limit_bytes, count_code_bytes())
+    try:
+        for store in s.study.stores.values():
+            if not store.is_of(str(job.choices["arm"])):
+                continue
+            target = storage_of(result.settings, s.study, store)
+            export_again(folder, result, target, budget, Console(stderr=True))
+    except (UserError, TrainingError) as error:
+        log.error("error: %s", error)
+        return error.exit_code
+    if s.ledger == "full" and result.qat_steps:
+        code = max(code, _run_equal_steps(s, job, folder, result, run_one))
+    return code
+
+
+def _run_once(s: TrainSettings, job: Job, folder: Path, run_one: RunOne) -> int:
+    """A run that is finished is not run again; one that died goes on."""
+    result = Result.read(folder)
+    if result is not None and result.status != "failed":
+        print(f"{folder} is {result.status}, val_bpb {result.val_bpb_artifact:.5f}")
+        return result.exit_code
+    if (folder / CONFIG).is_file():
+        s = replace(s, resume=str(folder))
+    elif folder.is_dir() and {path.name for path in folder.iterdir()} <= {CHOICES, LOCK}:
+        shutil.rmtree(folder)  # it was killed while it took the folder
+    return run_one(s, job)
+
+
+def _run_equal_steps(s: TrainSettings, job: Job, arm: Path, result: Result, run_one: RunOne) -> int:
+    """The arm's baseline, by steps and not by the clock: what the same updates give without QAT."""
+    assert result.steps is not None
+    group = s.logger.group or s.sweep_name
+    again = replace(
+        s,
+        qat=QatSettings(enabled=False),
+        budget_seconds=None,
+        max_steps=result.steps,
+        run_name=EQUAL_STEPS,
+        logger=replace(s.logger, group=group),
+    )
+    choices = {**job.choices, "qat": "none", "arm": None}
+    asked = [*job.overrides, "qat=none", "budget_seconds=null", f"max_steps={result.steps}"]
+    again_job = replace(job, choices=choices, overrides=asked, sweep_dir=arm)
+    return _run_once(again, again_job, arm / EQUAL_STEPS, run_one)

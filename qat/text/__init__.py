@@ -1,0 +1,1 @@
+"""Corpora, tokenizers, shards, batches, bytes per token, and the audit of a split."""

@@ -1,0 +1,345 @@
+"""From a named source of text to shards and a tokenizer on disk.
+
+Text is split by the hash of each document (equal documents share a side, so none can be in both),
+the tokenizer is trained on the training side only, and both sides are written as shards into a
+cache folder named by everything that determines them. Published or user-given shards are used as
+they are; the challenge's own are fetched from the Hugging Face hub (progress bars, resumption and a
+local cache come with its library).
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import json
+import lzma
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from importlib import metadata
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import filelock
+
+from qat.errors import UserError
+from qat.text import corpus
+from qat.text.shards import ShardWriter
+from qat.text.tokenizer import Tokenizer, train_tokenizer
+
+if TYPE_CHECKING:
+    from qat.settings.schema import DataSettings
+
+LAYOUT = 3  # of the cache; raise it when the preparation below changes what it writes
+ENCODE_DOCUMENTS = 1_024
+YARDSTICK_BYTES = 8_000_000
+SPLIT_HASH_BYTES = 8
+NOTES_FILE = "notes.json"
+CACHE_KEY = re.compile("[0-9a-f]{16}")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Shards of both splits and their tokenizer. ``identity`` goes into artifacts' headers."""
+
+    train_files: list[Path]
+    val_files: list[Path]
+    tokenizer: Path
+    identity: dict[str, Any]
+    notes: dict[str, Any]  # facts found while preparing: documents, bytes, xz yardstick
+
+
+def expand(pattern: str, setting: str) -> list[Path]:
+    """Files of a glob, in name order; UserError if there are none."""
+    files = sorted(Path(name) for name in glob.glob(pattern))
+    if not files:
+        raise UserError(f"{setting}={pattern}: no such file")
+    return files
+
+
+def from_shards(train_glob: str | None, val_glob: str, tokenizer: str) -> Source:
+    """The user's own shards in the challenge's format; no training files are needed to score."""
+    train_files = expand(train_glob, "data.train_files") if train_glob else []
+    val_files = expand(val_glob, "data.val_files")
+    if shared := {f.resolve() for f in train_files} & {f.resolve() for f in val_files}:
+        raise UserError(f"data.val_files={val_glob}: {min(shared).name} is in data.train_files too")
+    path = Path(tokenizer)
+    _check_notes(train_files + val_files, path)
+    return Source(train_files, val_files, path, {"name": "shards"}, {})
+
+
+def _check_notes(files: list[Path], tokenizer: Path) -> None:
+    """Shards made here say which tokenizer made them; another one is an error."""
+    for folder in {file.parent for file in files}:
+        expected = _noted_tokenizer(folder / NOTES_FILE)
+        if expected is not None and Tokenizer(tokenizer).sha256 != expected:
+            raise UserError(
+                f"data.tokenizer={tokenizer}: another tokenizer made the shards in {folder}"
+            )
+
+
+def _noted_tokenizer(notes: Path) -> str | None:
+    """Hash of the tokenizer that our notes name; None if there are none or they are not ours."""
+    try:
+        found = json.loads(notes.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found.get("tokenizer_sha256") if isinstance(found, dict) else None
+
+
+def from_web_bible(vocab_size: int, val_fraction: float, cache_dir: Path) -> Source:
+    """The embedded default corpus."""
+    return _from_documents(
+        "web_bible", corpus.BIBLE_SHA256, corpus.web_bible, vocab_size, val_fraction, cache_dir
+    )
+
+
+def from_text(files: list[str], vocab_size: int, val_fraction: float, cache_dir: Path) -> Source:
+    """Any .txt, .jsonl or .parquet files (globs are expanded)."""
+    paths = [path for pattern in files for path in expand(pattern, "data.files")]
+    corpus.check_files(paths)
+    content = corpus.content_sha256(paths)
+    return _from_documents(
+        "text", content, lambda: corpus.text_documents(paths), vocab_size, val_fraction, cache_dir
+    )
+
+
+def from_cache(identity: dict[str, Any], cache_dir: Path) -> Source | None:
+    """The source an artifact's header names, if its prepared shards are still in the cache."""
+    key = str(identity.get("cache_key"))
+    if not CACHE_KEY.fullmatch(key) or not (cache_dir / key / NOTES_FILE).is_file():
+        return None
+    return _prepared(cache_dir / key, identity)
+
+
+def is_validation(text: str, val_fraction: float) -> bool:
+    """The side of a document: a function of its content alone."""
+    digest = hashlib.sha256(text.encode()).digest()[:SPLIT_HASH_BYTES]
+    return int.from_bytes(digest, "big") < val_fraction * 2 ** (8 * SPLIT_HASH_BYTES)
+
+
+def _from_documents(
+    name: str,
+    content_sha256: str,
+    documents: corpus.Documents,
+    vocab_size: int,
+    val_fraction: float,
+    cache_dir: Path,
+) -> Source:
+    key_parts = [LAYOUT, content_sha256, vocab_size, val_fraction, _sentencepiece_version()]
+    key = hashlib.sha256(json.dumps(key_parts).encode()).hexdigest()[:16]
+    identity = {"name": name, "cache_key": key, "val_fraction": val_fraction}
+    folder = cache_dir / key
+    try:
+        cache_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"data.cache_dir={cache_dir}: cannot write there ({error.strerror})"
+        ) from None
+    with filelock.FileLock(cache_dir / f"{key}.lock"):
+        if not (folder / NOTES_FILE).is_file():
+            temporary = cache_dir / f"{key}.tmp"
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir()
+            try:
+                _prepare(name, documents, vocab_size, val_fraction, temporary)
+                shutil.rmtree(folder, ignore_errors=True)
+                temporary.rename(folder)
+            finally:
+                shutil.rmtree(temporary, ignore_errors=True)
+    return _prepared(folder, identity)
+
+
+def _sentencepiece_version() -> str:
+    return metadata.version("sentencepiece")
+
+
+def _prepared(folder: Path, identity: dict[str, Any]) -> Source:
+    return Source(
+        expand(str(folder / "train_*.bin"), "data"),
+        expand(str(folder / "val_*.bin"), "data"),
+        folder / "tokenizer.model",
+        identity,
+        json.loads((folder / NOTES_FILE).read_text()),
+    )
+
+
+def _prepare(
+    name: str, documents: corpus.Documents, vocab_size: int, val_fraction: float, folder: Path
+) -> None:
+    """Tokenizer, shards and notes of one corpus into ``folder``."""
+
+    def train_side() -> Iterator[str]:
+        return (t for t in documents() if not is_validation(t, val_fraction))
+
+    if next(iter(train_side()), None) is None:
+        raise UserError(f"data={name}: there is no text to train on; give more, or other files")
+    tokenizer = train_tokenizer(train_side(), vocab_size, folder / "tokenizer.model")
+    notes: dict[str, Any] = {"tokenizer_sha256": tokenizer.sha256}
+    writers = {side: ShardWriter(folder, side) for side in ("train", "val")}
+    for side in writers:
+        notes |= {f"{side}_documents": 0, f"{side}_bytes": 0}
+    sample = bytearray()
+    counted = dict.fromkeys(writers, 0)
+    remaining = iter(documents())
+    while texts := list(islice(remaining, ENCODE_DOCUMENTS)):
+        tokens: dict[str, list[int]] = {side: [] for side in writers}
+        for text, ids in zip(texts, tokenizer.encode_documents(texts), strict=True):
+            side = "val" if is_validation(text, val_fraction) else "train"
+            tokens[side] += ids
+            raw = text.encode()
+            notes[f"{side}_documents"] += 1
+            notes[f"{side}_bytes"] += len(raw)
+            if side == "val" and len(sample) < YARDSTICK_BYTES:
+                sample += raw
+        for side, ids in tokens.items():
+            writers[side].write(ids)
+            counted[side] += tokenizer.count_bytes(ids)
+    for writer in writers.values():
+        writer.close()
+    for side, writer in writers.items():
+        if not writer.num_tokens:
+            raise UserError(
+                f"data={name}: no document falls on the {side} side "
+                f"({notes['train_documents'] + notes['val_documents']} in all, "
+                f"data.val_fraction = {val_fraction}); give more text or another fraction"
+            )
+        if counted[side] != notes[f"{side}_bytes"]:
+            raise UserError(
+                f"data={name}: the tokens of the {side} side count {counted[side]} bytes, its text "
+                f"has {notes[f'{side}_bytes']}: this vocabulary cannot count bytes; try another "
+                "model.vocab_size"
+            )
+        notes[f"{side}_tokens"] = writer.num_tokens
+    notes["val_xz_bits_per_byte"] = 8 * len(lzma.compress(bytes(sample), preset=9)) / len(sample)
+    (folder / NOTES_FILE).write_text(json.dumps(notes, indent=1))
+
+
+def _cache_dir(data: DataSettings) -> Path:
+    return Path(data.cache_dir).expanduser()
+
+
+def absolute_paths(data: DataSettings) -> DataSettings:
+    """The same files, wherever they are asked for from later."""
+    named = ("train_files", "val_files", "tokenizer")
+    absolute = {key: os.path.abspath(value) for key in named if (value := getattr(data, key))}
+    files = [os.path.abspath(file) for file in data.files] if data.files else data.files
+    return replace(data, files=files, **absolute)
+
+
+def from_settings(data: DataSettings, vocab_size: int) -> Source:
+    """The source that settings name: given shards, else given files, else ``data.source``."""
+    if data.train_files or data.val_files or data.tokenizer:
+        for name in ("val_files", "tokenizer"):
+            if not getattr(data, name):
+                raise UserError(
+                    f"data.{name} is missing: shards need data.val_files and data.tokenizer"
+                )
+        assert data.val_files
+        assert data.tokenizer
+        return from_shards(data.train_files, data.val_files, data.tokenizer)
+    if data.files:
+        return from_text(data.files, vocab_size, data.val_fraction, _cache_dir(data))
+    if data.source == "text":
+        raise UserError("data=text: give data.files='[a.txt,b.jsonl]'")
+    if data.source == "web_bible":
+        return from_web_bible(vocab_size, data.val_fraction, _cache_dir(data))
+    return from_hub(data.repo_id, data.revision, data.dataset, data.train_shards)
+
+
+def from_named(identity: dict[str, Any], data: DataSettings, vocab_size: int) -> Source:
+    """The source an artifact's header names, found again; UserError says which settings to give."""
+    if found := from_cache(identity, _cache_dir(data)):
+        return found
+    named = {key: value for key, value in identity.items() if isinstance(value, str)}
+    if named.get("name") == "web_bible":
+        return from_web_bible(vocab_size, data.val_fraction, _cache_dir(data))
+    if named.get("name") == "hub" and {"repo_id", "revision", "dataset"} <= named.keys():
+        return from_hub(named["repo_id"], named["revision"], named["dataset"], 1)
+    raise UserError(
+        "the artifact's validation text is not on this machine; "
+        "give data.val_files=GLOB and data.tokenizer=PATH, or data.files='[...]'"
+    )
+
+
+LISTING_TIMEOUT_SECONDS = 20
+
+
+def from_hub(repo_id: str, revision: str, dataset: str, train_shards: int) -> Source:
+    """The first ``train_shards`` training shards, all validation shards and the tokenizer.
+
+    ``dataset`` is a family such as ``fineweb10B_sp1024``; its tokenizer is
+    ``fineweb_1024_bpe.model``. UserError when the hub cannot be reached (with the command that
+    fetches by hand) or has no such files.
+    """
+    import huggingface_hub
+
+    vocab = re.search(r"sp(\d+)$", dataset)
+    tokenizer_name = f"fineweb_{vocab[1]}_bpe.model" if vocab else ""
+    where = f"data.repo_id={repo_id} data.revision={revision}"
+    try:
+        names = _repository_files(repo_id, revision)
+        tokenizers = [name for name in names if name.endswith(f"/{tokenizer_name}")]
+        train = [
+            n for n in names if re.search(rf"/{re.escape(dataset)}/fineweb_train_\d+\.bin$", n)
+        ]
+        val = [n for n in names if re.search(rf"/{re.escape(dataset)}/fineweb_val_\d+\.bin$", n)]
+        if not (vocab and tokenizers and train and val):
+            raise UserError(f"data.dataset={dataset}: {where} has no such shards and tokenizer")
+        if len(train) < train_shards:
+            raise UserError(
+                f"data.train_shards = {train_shards}: {repo_id} has only {len(train)} of {dataset}"
+            )
+
+        def fetch(name: str) -> Path:
+            return Path(
+                huggingface_hub.hf_hub_download(
+                    repo_id, name, repo_type="dataset", revision=revision
+                )
+            )
+
+        return Source(
+            [fetch(name) for name in train[:train_shards]],
+            [fetch(name) for name in val],
+            fetch(tokenizers[0]),
+            _identity(repo_id, revision, dataset),
+            {},
+        )
+    except UserError:
+        raise
+    except Exception as error:  # the hub's HTTP library, and so its errors, differ by version
+        reason = " ".join(str(error).split())[:160]
+        raise UserError(
+            f"data.dataset={dataset}: cannot fetch from the hub ({reason}); on a connected machine "
+            f"run `hf download {repo_id} --repo-type dataset --revision {revision} "
+            f"--include '*{dataset}*' --include '*{tokenizer_name}'`, copy its cache here, or give "
+            "data.train_files, data.val_files and data.tokenizer"
+        ) from None
+
+
+def _identity(repo_id: str, revision: str, dataset: str) -> dict[str, Any]:
+    return {"name": "hub", "repo_id": repo_id, "revision": revision, "dataset": dataset}
+
+
+def _repository_files(repo_id: str, revision: str) -> list[str]:
+    """All file names, from the hub or, offline, from what is already in the local cache."""
+    import huggingface_hub
+
+    try:
+        info = huggingface_hub.HfApi().dataset_info(
+            repo_id, revision=revision, timeout=LISTING_TIMEOUT_SECONDS
+        )
+        return sorted(sibling.rfilename for sibling in info.siblings or [])
+    except Exception as unreachable:
+        try:
+            snapshot = Path(
+                huggingface_hub.snapshot_download(
+                    repo_id, repo_type="dataset", revision=revision, local_files_only=True
+                )
+            )
+        except Exception:
+            raise unreachable from None
+        return sorted(str(p.relative_to(snapshot)) for p in snapshot.rglob("*") if p.is_file())

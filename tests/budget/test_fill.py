@@ -1,0 +1,165 @@
+"""``artifact.fit`` and ``eval.py task=fit`` end to end, on trained models."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+from qat.artifact.container import read_artifact
+from qat.budget.budget import Budget
+from qat.budget.fill import BudgetSolver, TrainedModel
+from qat.budget.search import WINDOW
+from qat.golf.bundle import count_code_bytes
+from qat.model.gpt import GPT, GPTShape
+from qat.ptq.calibration import calibration_batches
+from qat.quantize.grid import Grid
+from qat.quantize.plan import build_plan
+from qat.settings.schema import DataSettings
+from qat.text.shards import TokenStream
+from qat.text.source import from_settings
+from qat.training.muon import Muon
+from tests.conftest import result_of
+
+CODE = count_code_bytes()
+RUNS = Path("logs/runs")
+FIT = ("artifact.fit=true", "artifact.fit_tokens=2048")
+
+
+def window(budget: int) -> tuple[float, int]:
+    return WINDOW * budget, budget
+
+
+def test_a_run_fills_its_limit(train) -> None:
+    done = train("qat=none", "grid=int6", *FIT, f"limit_bytes={CODE + 45_000}", "run_name=f")
+    assert done.code == 0, done.err
+    result = result_of(RUNS / "f")
+    low, high = window(45_000)
+    assert low <= result["artifact_bytes"] <= high
+    assert result["artifact_bytes"] == (RUNS / "f" / "artifact.qat").stat().st_size
+    assert result["val_bpb_snapped"] == result["val_bpb_artifact"]
+    assert result["grid"] == "int6+fit"
+    assert (RUNS / "f" / "rd.png").read_bytes().startswith(b"\x89PNG")
+    assert "chosen by the budget solver" in done.err
+    assert "will not fit" not in done.err
+
+
+@pytest.mark.slow
+def test_after_qat_the_trained_grid_is_kept_where_it_fits(train, program, cache_dir) -> None:
+    """With room to spare nothing is gained by leaving the grid that the model was trained on."""
+    assert train("qat=int6", "qat.start_step=5", "run_name=q").code == 0
+    plain = RUNS / "q" / "artifact.qat"
+    done = program("eval.py", "task=fit", "run=q", f"data.cache_dir={cache_dir}", "out=kept.qat")
+    assert done.code == 0, done.err
+    assert "as planned" in done.err
+    kept, trained = read_artifact(Path("kept.qat")), read_artifact(plain)
+    assert kept.plan == trained.plan
+    assert all(torch.equal(kept.weights[name], w) for name, w in trained.weights.items())
+    size = plain.stat().st_size - 8_000
+    done = program("eval.py", "task=fit", "run=q", f"limit_bytes={CODE + size}")
+    assert done.code == 0, done.err
+    low, high = window(size)
+    fitted = RUNS / "q" / "exports" / f"fit_{CODE + size}.qat"
+    assert low <= fitted.stat().st_size <= high
+    assert fitted.with_suffix(".png").is_file()
+    again = program("eval.py", "task=fit", "run=q", f"limit_bytes={CODE + size}")
+    assert again.code == 2
+    assert "is there already" in again.err
+
+
+def test_a_limit_that_nothing_meets_ends_oversize(train) -> None:
+    done = train("qat=none", *FIT, "limit_bytes=1000", "run_name=big")
+    assert done.code == 3
+    assert "nothing in the family is smaller" in done.err
+    assert (RUNS / "big" / "artifact.qat.oversize").is_file()
+
+
+@pytest.mark.slow
+def test_learned_steps_are_kept(train, program) -> None:
+    assert train("qat=lsq4", "qat.start_step=2", "run_name=l").code == 0
+    assert program("eval.py", "task=fit", "run=l", "out=l.qat").code == 0
+    trained = read_artifact(RUNS / "l" / "artifact.qat")
+    kept = read_artifact(Path("l.qat"))
+    assert all(torch.equal(kept.weights[name], w) for name, w in trained.weights.items())
+
+
+def test_a_baseline_is_fitted_for_a_fitted_arm(train, program) -> None:
+    assert train("qat=none", "grid=int6", "run_name=n").code == 0
+    assert train("qat=int6", *FIT, f"limit_bytes={CODE + 45_000}", "run_name=q").code == 0
+    done = program("eval.py", "task=report", "runs=logs/runs/*")
+    assert done.code == 0, done.err
+    rows = json.loads((RUNS / "report.json").read_text())
+    exported = next(row for row in rows if row["exported"])
+    low, high = window(45_000)
+    assert low <= exported["artifact_bytes"] <= high
+    assert exported["grid"] == "int6+fit"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (("task=fit",), "run = null"),
+        (("task=fit", "artifact=a.qat"), "run = null"),
+        (("task=fit", "run=RUN", "out=a.ptz"), "out = a.ptz"),
+        (("task=fit", "run=RUN", "limit_bytes=0"), "limit_bytes = 0"),
+        (("task=fit", "run=nowhere"), "run=nowhere"),
+    ],
+)
+def test_bad_input(program, finished: Path, arguments: tuple[str, ...], line: str) -> None:
+    done = program("eval.py", *(a.replace("RUN", str(finished)) for a in arguments))
+    assert done.code == 2
+    assert line in done.err
+    assert done.err.count("error:") == 1
+
+
+def test_a_run_without_checkpoint_is_refused(program, finished: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(finished, folder)
+    (folder / "checkpoint.ckpt").unlink()
+    done = program("eval.py", "task=fit", f"run={folder}")
+    assert done.code == 2
+    assert "checkpoint" in done.err
+
+
+LAPTOP = GPTShape(1024, 4, 288, 6, 3, 2, True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(10))
+def test_ten_seeds_three_limits_on_the_laptop_model(seed: int) -> None:
+    """A few real steps of Muon on the default corpus, then 2.2, 3 and 4.5 bits per weight."""
+    source = from_settings(DataSettings(source="web_bible"), LAPTOP.vocab_size)
+    stream = TokenStream(source.train_files, "data.train_files")
+    torch.manual_seed(seed)
+    gpt = GPT(LAPTOP)
+    matrices = [p for name, p in gpt.named_parameters() if p.dim() == 2 and "blocks" in name]
+    optimizers = [
+        Muon([p for p in matrices if p.shape[0] > 2], lr=0.04, momentum=0.9),
+        torch.optim.Adam([gpt.tok_emb.weight], lr=0.05),
+    ]
+    batches = calibration_batches(stream, 12 * 4096, 4096, 256)
+    for ids, targets in batches:
+        loss = gpt(ids, targets)
+        gpt.zero_grad()
+        loss.backward()
+        for optimizer in optimizers:
+            optimizer.step()
+    weights = {name: p.detach() for name, p in gpt.named_parameters()}
+    shapes = {name: tuple(w.shape) for name, w in weights.items()}
+    plan = build_plan(shapes, {"grid": Grid(bits=6)}, {"*.weight": "grid", "*": "fp32"})
+    model = TrainedModel(LAPTOP, weights, plan, {}, is_on_grid=False)
+    solver = BudgetSolver(model, batches[:2], "fp32", Console(quiet=True))
+    num_weights = sum(entry.num_elements for entry in plan)
+    for bits in (2.2, 3.0, 4.5):
+        limit = CODE + int(bits * num_weights / 8)
+        fit, fitted = solver.solve(Budget(limit, CODE), {}, "mix")
+        low, high = window(limit - CODE)
+        assert fitted.note is None
+        assert low <= fitted.num_bytes <= high, bits
+        share, measured = 100 * fitted.num_bytes / high, solver.measured_loss(fit)
+        losses = f"predicted {fitted.predicted_loss:+.5f}, measured {measured:+.5f}"
+        print(f"seed {seed}, {bits} bits: {share:.3f} %, {losses}")

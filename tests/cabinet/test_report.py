@@ -1,0 +1,133 @@
+"""The report says what its rows say: other rows, other sentences."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qat.cabinet.plots import MAX_VARIANTS, spread_over
+from qat.cabinet.report import as_markdown, write_report
+from qat.cabinet.roofline import Ceilings
+from qat.cabinet.summary import roof_seconds, summarise
+from tests.cabinet.cabinet_rows import CEILINGS, make_float, make_row, unavailable
+
+ROWS = [
+    make_row("rtn_int6", "rounding", 1_900_000, 0.0075),
+    make_row("gptq_int6", "gptq", 1_850_000, 0.0029, latency_ms=6.0),
+    make_row("rtn_int8", "rounding", 2_400_000, 0.0002),
+    make_float(latency_ms=18.0),
+    make_row("gptq_int4", "gptq", 1_200_000, 0.0551),
+    make_row("rtn_int4", "rounding", 1_200_000, 0.1378),
+    make_row("rtn_int3", "rounding", 900_000, 0.84),
+    unavailable("gptq_int3", "gptq", "no data | at all"),
+    unavailable("bnb_nf4", "bitsandbytes", "needs CUDA"),
+]
+
+
+def tell(rows: list[dict[str, Any]]) -> tuple[str, dict[str, Any]]:
+    """Report and summary, without pictures."""
+    summary = summarise(rows, CEILINGS)
+    return as_markdown(rows, summary, {}, []), summary
+
+
+def write(rows: list[dict[str, Any]], folder: Path) -> tuple[str, dict[str, Any]]:
+    write_report(rows, CEILINGS, {"machine": "made up"}, folder)
+    return (folder / "REPORT.md").read_text(), json.loads((folder / "summary.json").read_text())
+
+
+def test_report_and_summary(tmp_path: Path) -> None:
+    report, summary = write(ROWS, tmp_path)
+    assert summary["frontier"] == ["rtn_int3", "gptq_int4", "gptq_int6", "rtn_int8", "fp32"]
+    assert summary["best_per_family"]["rounding"] == {
+        "least_val_bpb": "rtn_int8", "smallest_within_gap": "rtn_int8"
+    }  # fmt: skip
+    bought = summary["gptq_over_rounding"]
+    assert bought["int4"]["bpb_bought"] == pytest.approx(0.0827)
+    assert bought["int6"]["bytes_added"] == -50_000
+    assert "int8" not in bought  # no GPTQ row
+    assert bought.get("int3") is None
+    stop = summary["where_to_stop"]
+    assert (stop["variant"], stop["next_smaller"]["variant"]) == ("gptq_int6", "gptq_int4")
+    assert stop["next_smaller"]["bytes_saved"] == 650_000
+    assert stop["times_smaller"] == pytest.approx(10_600_000 / 1_850_000)
+    assert stop["max_gap_nats_per_token"] == pytest.approx(0.003 * 1.7)
+    assert "**gptq_int6**: 1,850,000 bytes, 5.73 times smaller than fp32" in report
+    assert "GPTQ is better on 2 of 2 grids, and buys most on int4: +0.08270 bpb" in report
+    assert "Fastest measured: gptq_int6, 3.00 times" in report
+    assert "7 variants measured, 2 not available here" in report
+    pictures = {path.name for path in tmp_path.glob("*.png")}
+    assert len(pictures) == 5
+    assert all(f"({name})" in report for name in pictures)
+
+
+def test_all_rows_in_one_table_by_family_then_bytes() -> None:
+    report, _ = tell(ROWS)
+    table = report.split("## All variants")[1].split("## Measured on")[0]
+    lines = [line for line in table.splitlines() if line.startswith("| ")][2:]
+    assert [line.split(" | ")[0].removeprefix("| ") for line in lines] == [
+        "fp32", "rtn_int3", "rtn_int4", "rtn_int6", "rtn_int8", "gptq_int4", "gptq_int6",
+        "gptq_int3", "bnb_nf4",
+    ]  # fmt: skip
+    columns = table.split("|\n")[0].count(" | ")
+    assert {line.replace("\\|", "").count(" | ") for line in lines} == {columns}
+    assert any("needs CUDA" in line for line in lines)
+    assert {line.split(" | ")[0] for line in lines if "frontier" in line} == {
+        "| fp32", "| rtn_int3", "| rtn_int8", "| gptq_int4", "| gptq_int6"
+    }  # fmt: skip
+
+
+def test_where_to_stop_moves_with_the_rows() -> None:
+    worse = [r if r["variant"] != "gptq_int6" else {**r, "gap_bpb": 0.0031} for r in ROWS]
+    assert tell(worse)[1]["where_to_stop"]["variant"] == "rtn_int8"
+    smaller = make_row("qat_int4", "qat", 800_000, -0.001)
+    report, summary = tell([*ROWS, smaller])
+    assert summary["where_to_stop"]["variant"] == "qat_int4"
+    assert summary["frontier"] == ["qat_int4"]
+    assert "Nothing on the frontier is smaller." in report
+
+
+def test_what_cannot_be_answered_says_why(tmp_path: Path) -> None:
+    rows = [unavailable("fp32", "float", "lost"), make_row("gptq_int4", "gptq", 5, 0.1)]
+    report, summary = write(rows, tmp_path)
+    assert summary["where_to_stop"] is None
+    assert "cannot be applied: fp32 is unavailable (lost)" in report
+    assert "No speed-up can be said: fp32 was not measured." in report
+    assert "no grid was measured both rounded (rtn_*) and with GPTQ" in report
+    report, _ = tell(rows[1:])
+    assert "there is no fp32" in report
+    assert "No variant on the frontier meets it." in tell([make_float(gap_bpb=1.0)])[0]
+    (tmp_path / "none").mkdir()
+    report, summary = write(rows[:1], tmp_path / "none")
+    assert summary["frontier"] == []
+    assert "no variant was measured" in report
+    assert not list((tmp_path / "none").glob("*.png"))
+
+
+def test_the_roof_is_the_slower_of_arithmetic_and_memory() -> None:
+    ceilings = Ceilings(100.0, {"float32": 10.0, "int8": 1000.0}, {})
+    row = make_float(flops=50, weight_traffic_bytes=150, activation_bytes=50, latency_ms=10_000.0)
+    assert roof_seconds(row, ceilings, "float32") == 5.0
+    assert roof_seconds(row, ceilings, "int8") == 2.0
+    fast = make_row("w", "gguf", 1, flops=50, weight_traffic_bytes=50, activation_bytes=50,
+                    latency_ms=20_000.0)  # fmt: skip
+    speed = summarise([row, fast], ceilings)["speed"]
+    assert speed["fp32"]["promised"] == {"float32": 1.0, "int8": 2.5}
+    assert speed["w"]["promised"] == {"float32": 1.0, "int8": 5.0}
+    assert (speed["w"]["measured"], speed["w"]["of_float32_roof"]) == (0.5, 0.25)
+    assert speed["w"]["is_compute_bound"]
+    heavy = {**fast, "weight_traffic_bytes": 1000}
+    assert not summarise([heavy], ceilings)["speed"]["w"]["is_compute_bound"]
+
+
+@pytest.mark.parametrize("count", [1, 7, 8, 9, 30])
+def test_pictures_of_many_variants_show_a_few(count: int) -> None:
+    rows = [make_row(f"v{i}", "gguf", 1000 + i, 1.0 - i / 100) for i in range(count)]
+    beaten = make_row("other", "qat", 5000, 3.0)
+    shown = [row["variant"] for row in spread_over([*rows, beaten], MAX_VARIANTS)]
+    assert len(shown) == len(set(shown)) == min(MAX_VARIANTS, count + 1)
+    assert "v0" in shown
+    assert f"v{count - 1}" in shown
+    assert ("other" in shown) == (count < MAX_VARIANTS)

@@ -1,0 +1,76 @@
+"""The fast forms of attention and of the loss against torch's own operations."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qat.model import losses as cross_entropy
+from qat.model.attention import causal_attention
+from qat.model.losses import softcap_cross_entropy
+
+
+def _gradients(loss: torch.Tensor, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return torch.autograd.grad(loss, inputs)
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    time=st.sampled_from([1, 2, 127, 128, 129, 256, 300]),
+    groups=st.integers(1, 3),
+    per_group=st.integers(1, 3),
+    dim=st.sampled_from([2, 48]),
+    seed=st.integers(0, 99),
+)
+def test_attention_is_torchs(time: int, groups: int, per_group: int, dim: int, seed: int) -> None:
+    make = torch.Generator().manual_seed(seed)
+
+    def tensor(heads: int) -> torch.Tensor:
+        x = torch.randn(2, heads, time, dim, generator=make, dtype=torch.float64)
+        return x.requires_grad_()
+
+    q, k, v = tensor(groups * per_group), tensor(groups), tensor(groups)
+    ours = causal_attention(q, k, v)
+    theirs = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)  # ours sums in float32
+    upstream = torch.randn(ours.shape, generator=make, dtype=torch.float64)
+    for own, other in zip(
+        _gradients((ours * upstream).sum(), q, k, v),
+        _gradients((theirs * upstream).sum(), q, k, v),
+        strict=True,
+    ):
+        torch.testing.assert_close(own, other, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("tokens", [1, 7, 64, 65, 1000])
+def test_the_loss_is_torchs(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cross_entropy, "MIN_CHUNK_TOKENS", 16)  # several chunks, a ragged last
+    torch.manual_seed(tokens)
+    hidden = torch.randn(tokens, 24, requires_grad=True)
+    head = (4 * torch.randn(50, 24)).requires_grad_()  # reaches the cap
+    targets = torch.randint(50, (tokens,))
+    ours = softcap_cross_entropy(hidden, head, targets, 30.0)
+    theirs = F.cross_entropy(30 * torch.tanh(hidden @ head.mT / 30), targets)
+    torch.testing.assert_close(ours, theirs)
+    pairs = zip(
+        _gradients(ours * 0.25, hidden, head), _gradients(theirs * 0.25, hidden, head), strict=True
+    )
+    for own, other in pairs:
+        torch.testing.assert_close(own, other, rtol=1e-4, atol=1e-6)
+
+
+def test_the_loss_keeps_no_logits() -> None:
+    """Between forward and backward only the gradients of hidden state and head are held."""
+    hidden, head = torch.randn(4096, 8, requires_grad=True), torch.randn(500, 8, requires_grad=True)
+    kept: list[int] = []
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        kept.append(tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        softcap_cross_entropy(hidden, head, torch.randint(500, (4096,)), 30.0)
+    assert kept == [hidden.numel(), head.numel()]

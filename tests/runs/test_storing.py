@@ -1,0 +1,78 @@
+"""artifact.method=gptq: a run stored by GPTQ is on its grid, scored from its file, and closer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from qat.artifact.container import read_artifact
+from qat.golf.bundle import count_code_bytes
+from tests.conftest import Done, result_of
+
+RUNS = Path("logs/runs")
+
+
+@pytest.fixture
+def stored(train: Callable[..., Done]) -> tuple[Path, Path]:
+    """The same training rounded, and stored by GPTQ."""
+    for name, method in (("rounded", "round"), ("by_gptq", "gptq")):
+        done = train("grid=int4", f"artifact.method={method}", f"run_name={name}", "max_steps=40")
+        assert done.code == 0, done.err
+    return RUNS / "rounded", RUNS / "by_gptq"
+
+
+def test_gptq_stores_other_codes_on_the_same_grid(stored: tuple[Path, Path]) -> None:
+    rounded, by_gptq = (read_artifact(folder / "artifact.qat") for folder in stored)
+    assert rounded.plan == by_gptq.plan
+    for name, weight in rounded.weights.items():
+        is_matrix = rounded.plan.entries[name].grid is not None
+        assert torch.equal(weight, by_gptq.weights[name]) != is_matrix
+    row = result_of(stored[1])
+    assert row["grid"] == "int4+gptq"
+    assert row["val_bpb_snapped"] == pytest.approx(row["val_bpb_artifact"], abs=1e-12)
+    assert row["val_bpb_float"] == pytest.approx(result_of(stored[0])["val_bpb_float"], abs=1e-12)
+    assert row["quant_gap_bpb"] < result_of(stored[0])["quant_gap_bpb"]
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        (("artifact.method=nearest",), "artifact.method = nearest: choose from round, gptq"),
+        (
+            ("artifact.gptq_bit_price=1",),
+            "artifact.gptq_bit_price = 1.0: only with artifact.method",
+        ),
+        (
+            ("artifact.method=gptq", "artifact.gptq_bit_price=-1"),
+            "artifact.gptq_bit_price = -1.0: give 0 or more",
+        ),
+    ],
+)
+def test_mistakes(asked: tuple[str, ...], message: str, train: Callable[..., Done]) -> None:
+    done = train(*asked)
+    assert (done.code, done.err.count("error:")) == (2, 1), done.err
+    assert message in done.err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bit_price", ["0", "0.5"])
+def test_the_solvers_steps_are_made_finer_until_gptq_fills_the_limit(
+    bit_price: str, train: Callable[..., Done]
+) -> None:
+    limit = count_code_bytes() + 24_000  # 2.5 bits a weight
+    asked = (f"limit_bytes={limit}", "artifact.fit=true", "max_steps=40", "grid=int6")
+    assert train(*asked, "run_name=rounded").code == 0
+    by_gptq = ("artifact.method=gptq", f"artifact.gptq_bit_price={bit_price}", "run_name=by_gptq")
+    done = train(*asked, *by_gptq)
+    assert done.code == 0, done.err
+    rounded, row = result_of(RUNS / "rounded"), result_of(RUNS / "by_gptq")
+    for each in (rounded, row):
+        assert 0.999 * 24_000 <= each["artifact_bytes"] <= 24_000
+    assert row["grid"] == ("int6+fit+gptq" if bit_price == "0" else "int6+fit+gptq0.5")
+    assert row["val_bpb_snapped"] == pytest.approx(row["val_bpb_artifact"], abs=1e-12)
+    files = [read_artifact(RUNS / name / "artifact.qat") for name in ("rounded", "by_gptq")]
+    codes = [{i.entry.name: i.coded.codes for i in f.encoded if i.coded} for f in files]
+    assert any(not torch.equal(codes[0][name], codes[1][name]) for name in codes[0])

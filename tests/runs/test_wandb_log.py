@@ -1,0 +1,87 @@
+"""What W&B is given of a run, read back from the offline run's own file, without network."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import re
+from pathlib import Path
+
+import pytest
+
+from qat.report import wandb_view
+from tests.conftest import _call, result_of
+from tests.made_up_study import made_up
+from tests.offline_run import OfflineRun, read_offline_run
+
+
+@pytest.fixture(scope="module")
+def sweep(tiny: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A sweep of two arms, logged."""
+    parent = tmp_path_factory.mktemp("logged")
+    with contextlib.chdir(parent):
+        asked = ["qat=none,int6", "seed=7", "max_steps=12", "sweep_name=pair", "logger=wandb",
+                 "logger.tags=[night]", "logger.every_steps=5"]  # fmt: skip
+        done = _call("train.py", ["-m", *tiny, *asked])
+    assert done.code == 0, done.err
+    return parent / "logs" / "runs" / "pair"
+
+
+@pytest.fixture(scope="module")
+def runs(sweep: Path) -> dict[str, tuple[Path, OfflineRun]]:
+    """By arm: the run's folder and what W&B keeps of it."""
+    folders = [path.parent for path in sweep.glob("*/result.json")]
+    return {result_of(folder)["qat"]: (folder, read_offline_run(folder)) for folder in folders}
+
+
+@pytest.mark.parametrize("arm", ["none", "int6"])
+def test_a_runs_group_tags_config_and_summary(runs, arm: str) -> None:
+    folder, found = runs[arm]
+    row = result_of(folder)
+    assert (found.run.project, found.run.display_name) == ("qat", folder.name)
+    assert (found.run.run_group, found.run.job_type) == ("pair", "train")
+    assert sorted(found.run.tags) == sorted({arm, "seed7", row["grid"], "night"})
+    assert found.config["arm"] == arm
+    for key in ("seed", "max_steps", "model", "grid", "optimizer", "schedule"):
+        assert found.config[key] == row["settings"][key], key
+    assert row["val_bpb_artifact"] is not None
+    for key in row.keys() - {"settings"}:
+        assert found.summary[key] == row[key], key
+    assert found.exit_code == 0
+
+
+def test_history_is_metrics_csv(runs) -> None:
+    for folder, found in runs.values():
+        rows = list(csv.DictReader((folder / "metrics.csv").read_text().splitlines()))
+        assert len(rows) == 12
+        history = [row for row in found.history if "train_loss" in row]
+        assert [row["trainer/global_step"] for row in history] == [int(r["step"]) for r in rows]
+        for key in ("train_loss", "elapsed_seconds", "rate", "qat_on"):
+            assert [row[key] for row in history] == [float(r[key]) for r in rows], key
+
+
+def test_the_view_names_only_what_runs_log(runs) -> None:
+    _, found = runs["int6"]
+    model = wandb_view.comparison_view(made_up(), "g", "", "qat")._to_model().model_dump()
+    (runset,) = model["spec"]["section"]["run_sets"]
+    for column in runset["run_feed"]["column_order"][1:]:
+        kind, key = column.split(":")
+        assert key in (found.config if kind == "config" else found.summary), column
+    assert {"train_loss", "elapsed_seconds"} <= found.history[-1].keys()
+
+
+def test_no_login_is_one_line(
+    nobody_logged_in, train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")  # the setting decides
+    done = train("logger=wandb", "logger.offline=false", "run_name=refused")
+    assert done.code == 2
+    assert re.search(r"W&B refused \(No API key configured.*\); run `wandb login`", done.err)
+    assert result_of(tmp_path / "logs/runs/refused")["status"] == "failed"
+
+
+def test_tags_are_checked_before_a_run_starts(train, tmp_path: Path) -> None:
+    done = train("logger=wandb", f"logger.tags=[{'a' * 65}]")
+    assert (done.code, len(done.err.splitlines())) == (2, 1)
+    assert f"logger.tags = {'a' * 65}: give tags of 1 to 64 characters" in done.err
+    assert not (tmp_path / "logs").exists()
