@@ -2,13 +2,13 @@
 
     python eval.py artifact=logs/runs/RUN/artifact.qat
     python eval.py run=RUN eval=full
-    python eval.py task=sweep run=RUN
+    python eval.py task=cabinet run=RUN
     python eval.py task=inspect artifact=PATH
-    python eval.py task=fit run=RUN limit_bytes=1000000
+    python eval.py task=fill run=RUN limit_bytes=1000000
     python eval.py task=sample artifact=PATH prompt="In the beginning"
     python eval.py task=audit data.train_files=GLOB data.val_files=GLOB data.tokenizer=PATH
     python eval.py task=report runs='logs/runs/*'
-    python eval.py task=choose sweep=FOLDER 'constraints={latency_ms: 10, artifact_bytes: 2000000}'
+    python eval.py task=choose cabinet=FOLDER 'constraints={latency_ms: 10}'
     python eval.py task=convert artifact=PATH out=FILE.ptz
     python eval.py task=submission run=RUN out=DIR
 
@@ -34,8 +34,8 @@ TASKS = {
     "full": "qat.analysis.full_task",  # task=score, in more respects than val_bpb
     "sample": "qat.evaluation.sample_task",
     "inspect": "qat.evaluation.inspect_task",
-    "fit": "qat.runs.fill_task",
-    "sweep": "qat.cabinet.cabinet_task",
+    "fill": "qat.runs.fill_task",
+    "cabinet": "qat.cabinet.cabinet_task",
     "audit": "qat.evaluation.audit_task",
     "report": "qat.report.report_task",
     "choose": "qat.cabinet.choose_task",

@@ -115,7 +115,7 @@ def train(s: TrainSettings, training_run) -> int:
     training_run.start(source, tokenizer, train_stream, val_stream, plan)
 
     callbacks = [
-        Forecast(plan, None if s.artifact.fit or s.qat.rate else budget),
+        Forecast(plan, None if s.artifact.fill or s.qat.to_bytes else budget),
         ProgressBar(training_run.console, tokenizer.tokens_per_byte(val_stream)),
         StopAtSigterm(),
     ]
@@ -125,8 +125,8 @@ def train(s: TrainSettings, training_run) -> int:
     shape = BatchShape(s.batch_tokens, s.seq_len, machine.world_size(), checks.micro_batches(s))
     meta = artifact_meta(gpt.shape, s.seq_len, tokenizer.sha256, source.identity)
 
-    def file_bytes(masters, steps) -> int:
-        return len(pack(plan.encode(masters, steps), plan, meta, s.artifact.coder))
+    def file_bytes(masters, scales) -> int:
+        return len(pack(plan.encode(masters, scales), plan, meta, s.artifact.coder))
 
     outcome = fit(
         s,
@@ -144,11 +144,11 @@ def train(s: TrainSettings, training_run) -> int:
     def placed(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return {name: tensor.detach().to(device) for name, tensor in tensors.items()}
 
-    last, last_steps = placed(dict(gpt.named_parameters())), placed(outcome.learned_steps)
-    weights, steps = last, last_steps
+    last, last_scales = placed(dict(gpt.named_parameters())), placed(outcome.learned_scales)
+    weights, scales = last, last_scales
     if outcome.average is not None:
-        weights, steps = (placed(tensors) for tensors in outcome.average)
-    model = TrainedModel(gpt.shape, weights, plan, steps, outcome.qat_last_step == outcome.steps)
+        weights, scales = (placed(tensors) for tensors in outcome.average)
+    model = TrainedModel(gpt.shape, weights, plan, scales, outcome.qat_last_step == outcome.steps)
     text = CalibrationText(train_stream, s.micro_batch_tokens, s.seq_len, s.precision)
     done = trainer.strategy.broadcast(
         store(
@@ -167,7 +167,7 @@ def train(s: TrainSettings, training_run) -> int:
     }
     if outcome.average is not None:
         scores["last_float"] = scorer.score(last, "last float weights")
-        scores["last_snapped"] = scorer.score(plan.snap(last, last_steps), "last snapped weights")
+        scores["last_snapped"] = scorer.score(plan.snap(last, last_scales), "last snapped weights")
     return training_run.finish(outcome, len(train_stream), exported, scores)
 
 

@@ -3,7 +3,7 @@
     .venv/bin/python benchmarks/codecs.py logs/runs/RUN    # a finished run's checkpoint
     .venv/bin/python benchmarks/codecs.py --golf           # 9x512 random weights: speed and memory
 
-The run's masters are put on each grid; codes only (steps and headers cost every coder the same).
+The run's masters are put on each grid; codes only (scales and headers cost every coder the same).
 ``entropy`` is the order-0 entropy of all codes pooled. Each coder works in a process of its own:
 ``MB`` is its peak of resident memory above what was resident before: the most that both ways can
 have taken. A small section is coded first, so that compiling is not timed. Table on stdout, JSON
@@ -39,9 +39,9 @@ from qat.training.checkpoint import load_checkpoint  # noqa: E402
 GRIDS = {
     "int8": Grid(bits=8),
     "int6": Grid(bits=6),
-    "int6_sdclip": Grid(bits=6, step_rule="sigma", sigma=12.85),
+    "int6_sdclip": Grid(bits=6, scale_rule="sigma", sigma=12.85),
     "int4": Grid(bits=4),
-    "ternary": Grid(levels="ternary", step_rule="absmean", refit=True),
+    "ternary": Grid(levels="ternary", scale_rule="absmean", refit=True),
 }
 
 

@@ -8,8 +8,8 @@ over all matrices, over that of rounding to nearest on the same grid. Matrices t
 input share one factor. Collecting hessians is not timed. Seconds are those of all layers on int4;
 the other grids are tried on the first layer.
 
-Last, GPTQ of the whole 9x512 model with random weights, as ``task=sweep`` does it: 128 sequences of
-512 random tokens through the model to collect the hessians, then all matrices on int4 g64.
+Last, GPTQ of the whole 9x512 model with random weights, as ``task=cabinet`` does it: 128 sequences
+of 512 random tokens through the model to collect the hessians, then all matrices on int4 g64.
 """
 
 from __future__ import annotations
@@ -39,17 +39,17 @@ from qat.ptq.lqer import lqer  # noqa: E402
 from qat.ptq.methods import encoded_by  # noqa: E402
 from qat.ptq.methods import gptq as gptq_method  # noqa: E402
 from qat.quantize.grid import Grid  # noqa: E402
-from qat.quantize.rounding import decode, snap, weighted_steps  # noqa: E402
+from qat.quantize.rounding import decode, snap, weighted_scales  # noqa: E402
 
 LAYERS, TOKENS, RANK = 9, 4096, 16
 # One layer: the columns of an input, and the rows of the matrices that read it.
 READERS = ((512, (512, 256, 256)), (512, (512,)), (512, (1024,)), (1024, (512,)))
 GRIDS = {
     "int4": Grid(bits=4),
-    "int4 mse": Grid(bits=4, step_rule="mse"),
+    "int4 mse": Grid(bits=4, scale_rule="mse"),
     "int4 g64": Grid(bits=4, group_size=64),
     "int3": Grid(bits=3),
-    "int3 mse": Grid(bits=3, step_rule="mse"),
+    "int3 mse": Grid(bits=3, scale_rule="mse"),
 }
 
 
@@ -68,7 +68,7 @@ def nearest(w: Tensor, grid: Grid, read: Input) -> Tensor:
 
 
 def weighted(w: Tensor, grid: Grid, read: Input) -> Tensor:
-    return snap(w, grid, weighted_steps(w, grid, read.hessian.diagonal()))
+    return snap(w, grid, weighted_scales(w, grid, read.hessian.diagonal()))
 
 
 def gptq(w: Tensor, grid: Grid, read: Input) -> Tensor:
@@ -80,8 +80,8 @@ def gptq_ordered(w: Tensor, grid: Grid, read: Input) -> Tensor:
 
 
 def gptq_weighted(w: Tensor, grid: Grid, read: Input) -> Tensor:
-    steps = weighted_steps(w, grid, read.hessian.diagonal())
-    return decode(read.ordered.quantize(w, grid, steps), grid)
+    scales = weighted_scales(w, grid, read.hessian.diagonal())
+    return decode(read.ordered.quantize(w, grid, scales), grid)
 
 
 def scaled(w: Tensor, grid: Grid, read: Input) -> Tensor:
@@ -91,7 +91,7 @@ def scaled(w: Tensor, grid: Grid, read: Input) -> Tensor:
 
 def scaled_gptq(w: Tensor, grid: Grid, read: Input) -> Tensor:
     found = awq(w, read.hessian, read.mean_magnitude, grid)
-    return decode(read.ordered.quantize(w, found.grid, found.coded.steps.float()), found.grid)
+    return decode(read.ordered.quantize(w, found.grid, found.coded.scales.float()), found.grid)
 
 
 def corrected(w: Tensor, grid: Grid, read: Input) -> Tensor:
@@ -101,10 +101,10 @@ def corrected(w: Tensor, grid: Grid, read: Input) -> Tensor:
 
 ARMS = {
     "nearest": nearest,
-    "nearest, weighted steps": weighted,
+    "nearest, weighted scales": weighted,
     "gptq": gptq,
     "gptq, act order": gptq_ordered,
-    "gptq, act order, weighted steps": gptq_weighted,
+    "gptq, act order, weighted scales": gptq_weighted,
     "awq": scaled,
     "awq, then gptq, act order": scaled_gptq,
     f"lqer, rank {RANK} (more bytes)": corrected,
@@ -145,7 +145,7 @@ def main() -> None:
             for label, grid in (GRIDS if index < len(READERS) else {"int4": GRIDS["int4"]}).items():
                 for arm, method in ARMS.items():
                     if grid.group_size is not None and method in (scaled, scaled_gptq):
-                        continue  # column steps go with one step per row
+                        continue  # column scales go with one scale per row
                     started = time.perf_counter()
                     stored = method(w, grid, read)
                     if label == "int4":

@@ -35,7 +35,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from qat.budget.budget import Budget  # noqa: E402
-from qat.budget.price_control import File, RateControl  # noqa: E402
+from qat.budget.price_control import File, PriceControl  # noqa: E402
 from qat.model.gpt import GPT, GPTShape  # noqa: E402
 from qat.quantize.grid import Grid  # noqa: E402
 from qat.quantize.plan import build_plan  # noqa: E402
@@ -49,8 +49,10 @@ PROFILES = {
     "golf": (GPTShape(1024, 9, 512, 8, 4, 2, True), 64, 1024),
 }
 GRIDS = {
-    "int8 percentile": Grid(bits=8, step_rule="percentile"),
-    "int8_golf": Grid(bits=8, step_rule="percentile", step_floor=1 / 127, code_step_dtype="fp32"),
+    "int8 percentile": Grid(bits=8, scale_rule="percentile"),
+    "int8_golf": Grid(
+        bits=8, scale_rule="percentile", scale_floor=1 / 127, code_scale_dtype="fp32"
+    ),
     "int6 amax": Grid(bits=6),
     "int4 g64": Grid(bits=4, group_size=64),
 }
@@ -127,22 +129,22 @@ class Rated(Ours):
     def __init__(
         self, shape: GPTShape, device: torch.device, compiled: bool, measures: bool
     ) -> None:
-        grid = Grid(bits=8, step_rule="learned", step_dtype="bf16", column_steps=True)
+        grid = Grid(bits=8, scale_rule="learned", scale_dtype="bf16", column_scales=True)
         super().__init__(shape, device, compiled, grid)
         plan = self.switch.plan
         limit_bytes = sum(e.num_elements for e in plan.on_grid) * BITS_PER_WEIGHT // 8
         tokens = torch.randint(shape.vocab_size, (1, PROBE_TOKENS + 1), device=device)
-        self.control = RateControl(
+        self.control = PriceControl(
             plan, Budget(limit_bytes), PROBE_TOKENS, lambda *_: File(0, 0.0), None
         )
         self.gpt(tokens[:, :-1], tokens[:, 1:]).backward()
         self.control.observe(self.masters)
         self.gpt.zero_grad()
-        found = self.control.first_steps(self.masters)
-        self.switch.set_steps({name: steps.to(device) for name, steps in found.items()})
+        found = self.control.first_scales(self.masters)
+        self.switch.set_scales({name: steps.to(device) for name, steps in found.items()})
         self.control.is_adapted = False
         self.optimizers = build_optimizers(
-            self.gpt, OptimizerSettings(learned_step_lr=1e-5), list(self.switch.parameters())
+            self.gpt, OptimizerSettings(learned_scale_lr=1e-5), list(self.switch.parameters())
         )
         self.measures = measures
 
@@ -150,7 +152,7 @@ class Rated(Ours):
         if self.is_on:
             is_due = self.measures or not self.control.estimate.pulls
             self.control.updates = 0 if is_due else 1
-            self.control.add_gradients(self.masters, self.switch.learned_steps)
+            self.control.add_gradients(self.masters, self.switch.learned_scales)
 
 
 class Torchao(Arm):

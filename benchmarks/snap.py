@@ -6,7 +6,7 @@ Rows, measured in turn in one process, medians of ``REPEATS``; ratios hold on a 
 do not:
 
     amax, eager / compiled   a plain per-row int8 fake quantization, one tensor after the other
-    quantile                 the same with torch.quantile (PR 145: +20 % per step)
+    quantile                 the same with torch.quantile (PR 145: +20 % per scale)
     torchao                  IntxFakeQuantizer, int8 per row
     ours, fused              what training does with ``compile=true`` (its bits are checked here)
     ours, plain              ``Plan.snap``: what training does with ``compile=false``, and export
@@ -34,23 +34,25 @@ from qat.quantize.plan import build_plan  # noqa: E402
 REPEATS = 15
 GOLF = GPTShape(1024, 9, 512, 8, 4, 2, True)
 OURS = {
-    "int8 percentile": Grid(bits=8, step_rule="percentile"),
+    "int8 percentile": Grid(bits=8, scale_rule="percentile"),
     "int8 amax": Grid(bits=8),
     "int6 amax": Grid(bits=6),
     "int4 g64": Grid(bits=4, group_size=64),
-    "int8_golf": Grid(bits=8, step_rule="percentile", step_floor=1 / 127, code_step_dtype="fp32"),
-    "ternary": Grid("ternary", step_rule="absmean", refit=True),
+    "int8_golf": Grid(
+        bits=8, scale_rule="percentile", scale_floor=1 / 127, code_scale_dtype="fp32"
+    ),
+    "ternary": Grid("ternary", scale_rule="absmean", refit=True),
 }
 
 
 def amax_fake_quant(w: torch.Tensor) -> torch.Tensor:
-    step = (w.abs().amax(1, keepdim=True) / 127).half().float()
-    return (w / step).round().clamp(-127, 127) * step
+    scale = (w.abs().amax(1, keepdim=True) / 127).half().float()
+    return (w / scale).round().clamp(-127, 127) * scale
 
 
 def quantile_fake_quant(w: torch.Tensor) -> torch.Tensor:
-    step = (torch.quantile(w.abs(), 0.9999984, dim=1, keepdim=True) / 127).half().float()
-    return (w / step).round().clamp(-127, 127) * step
+    scale = (torch.quantile(w.abs(), 0.9999984, dim=1, keepdim=True) / 127).half().float()
+    return (w / scale).round().clamp(-127, 127) * scale
 
 
 def torchao_fake_quant() -> Callable[[torch.Tensor], torch.Tensor]:

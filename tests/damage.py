@@ -41,11 +41,11 @@ ADDRESS_SPACE = 3_000_000_000  # beyond what is mapped at the start: threads, an
 GRIDS = (
     Grid(bits=6),
     Grid(bits=4, group_size=6),
-    Grid("ternary", step_rule="absmean", refit=True),
+    Grid("ternary", scale_rule="absmean", refit=True),
     Grid("fp8_e4m3"),
     Grid(bits=4, range="asymmetric", group_size=8),
-    Grid(bits=5, per_tensor=True, step_rule="learned", step_dtype="fp32"),
-    Grid(bits=5, step_rule="given", step_dtype="bf16", column_steps=True),
+    Grid(bits=5, per_tensor=True, scale_rule="learned", scale_dtype="fp32"),
+    Grid(bits=5, scale_rule="given", scale_dtype="bf16", column_scales=True),
 )
 RULES = {"gain": "fp32", "scale": "fp16", "mix": "bf16", "*": "grid"}
 SHAPES = {"emb": (12, 16), "w": (16, 20), "v": (9,), "gain": (3,), "scale": (16,), "mix": (2, 8)}
@@ -67,8 +67,8 @@ def artifacts() -> list[bytes]:
         masters = {name: torch.randn(s, generator=generator) for name, s in SHAPES.items()}
         masters["w"][5] = 0.0
         plan = build_plan(SHAPES, {"grid": grid}, RULES)
-        given = {e.name: torch.full(e.steps_shape, 0.3) for e in plan.on_grid}
-        encoded = plan.encode(masters, given if grid.step_rule == "given" else {})
+        given = {e.name: torch.full(e.scales_shape, 0.3) for e in plan.on_grid}
+        encoded = plan.encode(masters, given if grid.scale_rule == "given" else {})
         made += [pack(encoded, plan, {"model": {"dim": 16}}, coder) for coder in CODERS]
     return made
 

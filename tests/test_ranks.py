@@ -37,7 +37,7 @@ def slow(self):
 def tell(self):
     finish(self)
     weights = b"".join(p.detach().numpy().tobytes() for p in self.masters.values())
-    steps = b"".join(s.detach().numpy().tobytes() for s in self.switch.learned_steps.values())
+    steps = b"".join(s.detach().numpy().tobytes() for s in self.switch.learned_scales.values())
     told = [hashlib.sha256(weights + steps).hexdigest(), vars(self.progress)]
     with open(f"rank{rank}.json", "w") as file:
         json.dump(told, file)

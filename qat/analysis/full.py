@@ -16,7 +16,7 @@ from qat.analysis.damage import count_tokens, damage_by_tier, tier_by_token
 from qat.analysis.generated_pairs import generated_pairs
 from qat.analysis.layer_damage import layer_damage
 from qat.analysis.minimal_pairs import Pair, accuracy, accuracy_by_kind, compare, read_pairs
-from qat.analysis.one_model import Reading, calibration, read_text, right_pairs
+from qat.analysis.one_model import Reading, judge_reliability, read_text, right_pairs
 from qat.analysis.token_scores import ScoredText
 from qat.evaluation.score import Scorer
 from qat.text.shards import TokenStream
@@ -110,20 +110,20 @@ def _read_models(
     subject: Subject, text: ScoredText, settings: FullEvalSettings
 ) -> tuple[dict[str, Reading], dict[str, dict[str, Any]]]:
     """Readings and metrics by model."""
-    calibrates = "calibration" in settings.parts
+    searches = "reliability" in settings.parts
     readings = {
-        name: read_text(subject.scorer, weights, text, calibrates, f"{name} weights")
+        name: read_text(subject.scorer, weights, text, searches, f"{name} weights")
         for name, weights in subject.models.items()
     }
     metrics: dict[str, dict[str, Any]] = {name: dict(r.metrics) for name, r in readings.items()}
     for name, reading in readings.items():
         if reading.temperature is None:
             continue
-        at = {"fitted": reading.temperature.value}
+        at = {"tuned": reading.temperature.value}
         of_float = readings[FLOAT].temperature if FLOAT in readings else None
         if name != FLOAT and of_float is not None:
             at["floats"] = of_float.value
-        metrics[name]["calibration"] = calibration(
+        metrics[name]["reliability"] = judge_reliability(
             subject.scorer, subject.models[name], text, reading, at, settings.num_bins,
             f"{name} weights, with a temperature",
         )  # fmt: skip

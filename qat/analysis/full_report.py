@@ -39,9 +39,9 @@ def full_table(metrics: dict[str, Any]) -> Table:
     for key, form in (("val_bpb", ".5f"), ("val_loss", ".5f"), ("perplexity", ".3f"),
                       ("top1_accuracy", ".4f")):  # fmt: skip
         compare(key, form, {name: model[key] for name, model in models.items()})
-    if all("calibration" in model for model in models.values()):
+    if all("reliability" in model for model in models.values()):
         table.add_section()
-        _add_calibration(models, compare)
+        _add_reliability(models, compare)
     if "damage" in metrics:
         table.add_section()
         for tier, found in metrics["damage"].items():
@@ -80,16 +80,16 @@ def full_table(metrics: dict[str, Any]) -> Table:
     return table
 
 
-def _add_calibration(models: dict[str, Any], compare: Any) -> None:
-    found = {name: model["calibration"] for name, model in models.items()}
-    compare("temperature fitted", ".4f", {name: c["temperature"] for name, c in found.items()})
+def _add_reliability(models: dict[str, Any], compare: Any) -> None:
+    found = {name: model["reliability"] for name, model in models.items()}
+    compare("best temperature", ".4f", {name: c["temperature"] for name, c in found.items()})
     for key, form in (("ece_equal_width", ".5f"), ("ece_equal_mass", ".5f"),
                       ("nats_per_token", ".5f")):  # fmt: skip
-        for label, title in (("none", "as it is"), ("fitted", "at its temperature")):
+        for label, title in (("none", "as it is"), ("tuned", "at its temperature")):
             values = {name: c["temperatures"][label][key] for name, c in found.items()}
             compare(f"{key}, {title}", form, values)
         if "floats" in found.get(ARTIFACT, {}).get("temperatures", {}):
-            labels = {FLOAT: "fitted", ARTIFACT: "floats"}
+            labels = {FLOAT: "tuned", ARTIFACT: "floats"}
             values = {name: c["temperatures"][labels[name]][key] for name, c in found.items()}
             compare(f"{key}, at the float model's temperature", form, values)
 
@@ -125,7 +125,7 @@ COLOURS = {"float": FLOAT_COLOUR, "artifact": ARTIFACT_COLOUR}
 def draw(metrics: dict[str, Any], folder: Path) -> list[str]:
     """Write the pictures that the metrics have numbers for; their names."""
     drawn = []
-    if all("calibration" in model for model in metrics["models"].values()):
+    if all("reliability" in model for model in metrics["models"].values()):
         _reliability(metrics["models"], folder / "reliability.png")
         drawn.append("reliability.png")
     if "damage" in metrics:
@@ -149,11 +149,11 @@ def _reliability(models: dict[str, Any], path: Path) -> None:
     figure, axes = new_figure(5.5, 5.5)
     axes.plot([0, 1], [0, 1], color="grey", linewidth=1, label="calibrated")
     for name, model in models.items():
-        found = model["calibration"]["temperatures"]
-        for label, style in (("none", "o-"), ("fitted", "s:")):
-            bins = found[label]["reliability"]
+        found = model["reliability"]["temperatures"]
+        for label, style in (("none", "o-"), ("tuned", "s:")):
+            bins = found[label]["bins"]
             error = found[label]["ece_equal_width"]
-            what = "" if label == "none" else f", T = {model['calibration']['temperature']:.3f}"
+            what = "" if label == "none" else f", T = {model['reliability']['temperature']:.3f}"
             axes.plot(
                 [b["mean_confidence"] for b in bins], [b["accuracy"] for b in bins], style,
                 color=COLOURS[name], markersize=4, linewidth=1,

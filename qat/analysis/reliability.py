@@ -1,13 +1,14 @@
-"""Calibration: are tokens predicted with confidence 0.8 right 80 % of the time, and what is left of
+"""Reliability: are tokens predicted with confidence 0.8 right 80 % of the time, and what is left of
 a change in loss once a temperature has mended it?
 
-``reliability`` works on numpy arrays, one entry per token: they are kept for the whole validation
-text, on the host, where numpy counts and partitions them in place. What needs logits (temperature)
-works on torch tensors, batch by batch on their own device, since logits are never kept.
+``reliability_bins`` works on numpy arrays, one entry per token: they are kept for the whole
+validation text, on the host, where numpy counts and partitions them in place. What needs logits
+(temperature) works on torch tensors, batch by batch on their own device, since logits are never
+kept.
 
 Temperature scaling (Guo et al. 2017, arXiv 1706.04599) needs the loss at every temperature, but the
 logits pass by once. So the loss is summed at fixed inverse temperatures, Chebyshev nodes of
-log(1/T), and the polynomial through them is minimised. With 32 nodes on 1/4 <= T <= 4 the fitted T
+log(1/T), and the polynomial through them is minimised. With 32 nodes on 1/4 <= T <= 4 the best T
 is within 1e-6 of the exact one where that is near 1, and within 1e-5 elsewhere, for normal,
 uniform, peaked and Zipf-like logits of 2 to 1,024 tokens (and 3e-7 for a trained model); most of
 that is the rounding of float32. Only where all tokens have the same two levels of logits (one
@@ -45,7 +46,7 @@ class Bin:
     accuracy: float
 
 
-def reliability(
+def reliability_bins(
     confidence: np.ndarray, correct: np.ndarray, num_bins: int, equal_mass: bool
 ) -> list[Bin]:
     """The non-empty bins of a reliability diagram, by rising confidence.
@@ -99,7 +100,7 @@ class Temperature(NamedTuple):
     at_edge: bool
 
 
-class TemperatureFit:
+class TemperatureSearch:
     """Sums up the loss at every node of inverse temperature, one batch of logits after the other.
 
     ``sums`` (NUM_NODES + 1,) float64 on ``device``: nats at each node, then the number of tokens.

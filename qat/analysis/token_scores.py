@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qat.analysis.reliability import TemperatureFit, at_temperature
+from qat.analysis.reliability import TemperatureSearch, at_temperature
 from qat.evaluation.ranks import add_over_ranks
 from qat.evaluation.score import Scorer
 
@@ -21,14 +21,14 @@ CHUNK_TOKENS = 1 << 20
 class ScoredText:
     """Arrays (N,), entry i is about the target of input position i.
 
-    ``in_fit``: whether a temperature may be fitted on the token; the others judge it. Documents
-    take turns; if there is one only, windows do.
+    ``in_search``: whether a temperature may be searched on the token; the others judge it.
+    Documents take turns; if there is one only, windows do.
     """
 
     targets: np.ndarray  # ids, uint16
     num_bytes: np.ndarray  # UTF-8, int32
     documents: np.ndarray  # index of the document of the input, int32
-    in_fit: np.ndarray  # bool
+    in_search: np.ndarray  # bool
     num_documents: int
 
     @staticmethod
@@ -66,11 +66,12 @@ class TokenScores:
 def token_scores(
     scorer: Scorer,
     weights: Mapping[str, Tensor],
-    fit: TemperatureFit | None,
-    in_fit: Tensor,
+    search: TemperatureSearch | None,
+    in_search: Tensor,
     title: str,
 ) -> TokenScores:
-    """One pass over the validation text; ``fit`` sees the tokens where ``in_fit`` (N,) is true."""
+    """One pass over the validation text; ``search`` sees the tokens where ``in_search`` (N,) is
+    true."""
     num_targets = scorer.windows.num_targets
     nats, confidence, predicted = _empty(num_targets), _empty(num_targets), _empty(num_targets)
     for batch, logits_NV in scorer.forward(weights, title):
@@ -79,10 +80,10 @@ def token_scores(
         highest, likeliest = logits_NV.max(-1)
         confidence[at] = (highest - logits_NV.logsumexp(-1)).exp().cpu()
         predicted[at] = likeliest.float().cpu()  # ids are below 2^16
-        if fit is not None:
-            chosen = in_fit[at].to(logits_NV.device)
-            fit.update(logits_NV[chosen], batch.targets[chosen])
-    _join(scorer, nats, confidence, predicted, *([] if fit is None else [fit.sums]))
+        if search is not None:
+            chosen = in_search[at].to(logits_NV.device)
+            search.update(logits_NV[chosen], batch.targets[chosen])
+    _join(scorer, nats, confidence, predicted, *([] if search is None else [search.sums]))
     return TokenScores(nats, confidence, predicted.long())
 
 

@@ -1,11 +1,11 @@
-"""What codes will cost before they are coded, and how that changes with the weights and steps.
+"""What codes will cost before they are coded, and how that changes with the weights and scales.
 
 A code costs what its distribution costs, and the coders know distributions by expected magnitude
 (mean of the row * mean of the column), so codes are sorted into classes of it and the estimate is
 the entropy within classes, tables included; a file's tensors share them. The estimate is piecewise
 constant in the weights; between whole codes it is drawn as a line, whose slope is the gradient
 straight through rounding:
-d bits / d x = bits(k + 1) - bits(k) for x = w / step between the codes k and k + 1. The tables are
+d bits / d x = bits(k + 1) - bits(k) for x = w / scale between the codes k and k + 1. The tables are
 taken as fixed: by how much a code makes its like cheaper is left out, as it is of second order.
 """
 
@@ -73,11 +73,11 @@ def costs_by_class(counts: Tensor) -> Tensor:
 
 
 def slopes(x: Tensor, classes: Tensor, costs: Tensor) -> Tensor:
-    """d bits / d x of weights ``x`` (rows, columns) in units of their steps, float32; NaN is 0.
+    """d bits / d x of weights ``x`` (rows, columns) in units of their scales, float32; NaN is 0.
 
     ``costs`` (CLASSES, SYMBOLS): bits of each code in each class.
     """
-    steps_up = costs[:, 1:] - costs[:, :-1]  # from code k - 128 to the next
+    rises = costs[:, 1:] - costs[:, :-1]  # from code k - 128 to the next
     below = x.floor().nan_to_num_(0.0).clamp_(-SYMBOLS // 2, SYMBOLS // 2 - 2).int()
     cells = (classes * (SYMBOLS - 1)).add_(below + SYMBOLS // 2)
-    return steps_up.flatten()[cells.long()]
+    return rises.flatten()[cells.long()]

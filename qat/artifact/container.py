@@ -1,6 +1,6 @@
 """The artifact file: everything needed to rebuild a quantized model, and nothing that executes.
 
-Format 2, little-endian:
+Format 3, little-endian:
 
     8 bytes    magic ``QATMODEL``
     4 bytes    format version (uint32)
@@ -43,10 +43,17 @@ from qat.quantize.grid import DTYPES, FP8
 from qat.quantize.plan import Encoded, Entry, Plan
 from qat.quantize.rounding import Codes
 
-MAX_HEADER_BYTES = (
-    1 << 20
-)  # some 400 a tensor, so 2,500 tensors; parsed, it takes thirty times that
+ARTIFACT = "artifact.qat"  # the name of a run's file
+OVERSIZE_SUFFIX = ".oversize"
+MAGIC = b"QATMODEL"
+FORMAT = 3
+PREFIX = struct.Struct("<8sII")
+HASH_BYTES = 32
+CHUNK_BYTES = 1 << 20
+# Some 400 a tensor, so 2,500 tensors; parsed, a header takes thirty times that.
+MAX_HEADER_BYTES = 1 << 20
 MAX_DIGITS = 19  # of an integer: nothing true needs more, and products of longer ones take minutes
+Buffer = bytearray | memoryview
 
 
 @dataclass(frozen=True)
@@ -96,9 +103,9 @@ def read_header(text: bytes | bytearray) -> Header:
 
 
 def declared_bytes(plan: Plan) -> int:
-    """What its tensors take as float32, steps and zero points included."""
+    """What its tensors take as float32, scales and zero points included."""
     return 4 * sum(
-        e.num_elements + (math.prod(e.steps_shape) + e.num_zeros if e.grid else 0) for e in plan
+        e.num_elements + (math.prod(e.scales_shape) + e.num_zeros if e.grid else 0) for e in plan
     )
 
 
@@ -133,15 +140,6 @@ def _finite(text: str) -> float:
     if not math.isfinite(value := float(text)):
         raise ValueError(f"its header has the number {text[:20]}")
     return value
-
-
-MAGIC = b"QATMODEL"
-FORMAT = 2
-PREFIX = struct.Struct("<8sII")
-HASH_BYTES = 32
-CHUNK_BYTES = 1 << 20
-
-Buffer = bytearray | memoryview
 
 
 @dataclass(frozen=True)
@@ -322,11 +320,7 @@ def _split(plan: Plan, raws: Mapping[str, Buffer]) -> list[Encoded]:
             encoded.append(Encoded(entry, plain=take_floats(entry.dtype, entry.shape)))
         else:
             codes = take_codes(entry, entry.shape)
-            zeros = take_codes(entry, entry.steps_shape) if entry.num_zeros else None
-            steps = take_floats(entry.grid.step_dtype, entry.steps_shape)
-            encoded.append(Encoded(entry, Codes(codes, steps, zeros)))
+            zeros = take_codes(entry, entry.scales_shape) if entry.num_zeros else None
+            scales = take_floats(entry.grid.scale_dtype, entry.scales_shape)
+            encoded.append(Encoded(entry, Codes(codes, scales, zeros)))
     return encoded
-
-
-ARTIFACT = "artifact.qat"  # the name of a run's file
-OVERSIZE_SUFFIX = ".oversize"

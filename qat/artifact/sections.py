@@ -66,7 +66,7 @@ class Section(NamedTuple):
 def section_sizes(plan: Plan) -> dict[str, int]:
     """Raw bytes of each section, in file order, from the plan alone."""
     floats = [
-        (e.grid.step_dtype, math.prod(e.steps_shape)) if e.grid else (e.dtype, e.num_elements)
+        (e.grid.scale_dtype, math.prod(e.scales_shape)) if e.grid else (e.dtype, e.num_elements)
         for e in plan
     ]
     by_width = {2: 0, 4: 0}

@@ -2,9 +2,9 @@
 
     as planned   the run's own grid: after QAT the trained weights, at no loss
     plain        fp16
-    sigma        step = size * std(w) per row, per group of 64 or per tensor (SDClip, PR 1394)
-    product      step = size * std(w) * row factor * column factor, sensitivity ** (-exponent / 2)
-                 of rows and of columns: where an error costs more, steps are finer
+    sigma        scale = size * std(w) per row, per group of 64 or per tensor (SDClip, PR 1394)
+    product      scale = size * std(w) * row factor * column factor, sensitivity ** (-exponent / 2)
+                 of rows and of columns: where an error costs more, scales are finer
 
 Bit width is no choice: coded codes cost what their distribution costs, so each tensor gets the
 fewest bits that hold its codes (at most 8). The loss is predicted to rise by half the sum of
@@ -23,36 +23,36 @@ import torch
 from torch import Tensor
 
 from qat.artifact.bit_cost import bits_of_codes, bits_of_floats
-from qat.budget.priced_scales import least_row_steps, sensitivity_factors
+from qat.budget.priced_scales import least_row_scales, sensitivity_factors
 from qat.quantize.grid import MAX_BITS, MIN_BITS, Grid
 from qat.quantize.plan import Encoded, Entry, Plan
 from qat.quantize.rounding import group_views
 
-SIZES = tuple(2.0 ** (k / 3) for k in range(-15, 11))  # of a step, in standard deviations
+SIZES = tuple(2.0 ** (k / 3) for k in range(-15, 11))  # of a scale, in standard deviations
 SMALLEST_ZOOM = 0.8  # that clips no code: bits that came and went would make sizes jump
 
 
-class StepRule(NamedTuple):
+class ScaleRule(NamedTuple):
     name: str
     group_size: int | None = None
     per_tensor: bool = False
     exponent: float | None = None  # of a product; None: sigma
 
 
-STEP_RULES = (
-    StepRule("sigma per row"),
-    StepRule("sigma per 64", group_size=64),
-    StepRule("sigma per tensor", per_tensor=True),
-    StepRule("product 0.75", exponent=0.75),
-    StepRule("product 1", exponent=1.0),
+SCALE_RULES = (
+    ScaleRule("sigma per row"),
+    ScaleRule("sigma per 64", group_size=64),
+    ScaleRule("sigma per tensor", per_tensor=True),
+    ScaleRule("product 0.75", exponent=0.75),
+    ScaleRule("product 1", exponent=1.0),
 )
 
 
 class Choice(NamedTuple):
     """One way to store a tensor. ``rule`` None: as planned, or fp16 if ``plain``."""
 
-    rule: StepRule | None
-    size: float = 1.0  # of its steps, in standard deviations
+    rule: ScaleRule | None
+    size: float = 1.0  # of its scales, in standard deviations
     plain: bool = False
 
     @property
@@ -63,15 +63,15 @@ class Choice(NamedTuple):
 
 
 class Stored(NamedTuple):
-    """A tensor as a choice stores it: its entry, what is encoded, and given steps if any."""
+    """A tensor as a choice stores it: its entry, what is encoded, and given scales if any."""
 
     entry: Entry
     weights: Tensor
-    steps: Tensor | None = None
+    scales: Tensor | None = None
 
     def encode(self) -> Encoded:
-        steps = {} if self.steps is None else {self.entry.name: self.steps}
-        return Plan([self.entry]).encode({self.entry.name: self.weights}, steps)[0]
+        scales = {} if self.scales is None else {self.entry.name: self.scales}
+        return Plan([self.entry]).encode({self.entry.name: self.weights}, scales)[0]
 
 
 class Cost(NamedTuple):
@@ -92,32 +92,32 @@ class Source:
     trained: Tensor
     reference: Tensor
     sensitivity: Tensor
-    steps: Tensor | None = None
+    scales: Tensor | None = None
 
     def stored(self, choice: Choice, zoom: float = 1.0) -> Stored:
-        """The tensor as ``choice`` stores it, its steps ``zoom`` times as large."""
+        """The tensor as ``choice`` stores it, its scales ``zoom`` times as large."""
         entry, w = self.entry, self.reference
         if choice.rule is None:
             if choice.plain:
                 return Stored(Entry(entry.name, entry.shape, None, "fp16"), w)
-            return Stored(entry, self.trained, self.steps)
+            return Stored(entry, self.trained, self.scales)
         if choice.rule.exponent is None:
             return self._by_sigma(choice.rule, choice.size, zoom)
         return self._by_product(choice.rule.exponent, choice.size, zoom)
 
-    def _by_sigma(self, rule: StepRule, size: float, zoom: float) -> Stored:
+    def _by_sigma(self, rule: ScaleRule, size: float, zoom: float) -> Stored:
         w, largest = self.reference, 0.0
-        # One step moves all codes of a tensor at once: it needs digits to end in the window.
+        # One scale moves all codes of a tensor at once: it needs digits to end in the window.
         dtype = "fp32" if rule.per_tensor else "fp16"
         shape = Grid(
-            bits=MAX_BITS, group_size=rule.group_size, per_tensor=rule.per_tensor, step_dtype=dtype
+            bits=MAX_BITS, group_size=rule.group_size, per_tensor=rule.per_tensor, scale_dtype=dtype
         )
         for view in group_views(w, shape):
             sigmas = view.abs().amax(-1) / view.std(-1, correction=0)
             largest = max(largest, float(sigmas.nan_to_num(0.0).max()) / size)
         bits = _bits_for(largest)
         sigma = float(f"{size * zoom * _largest_code(bits):.6g}")  # digits are bytes of the header
-        grid = replace(shape, bits=bits, step_rule="sigma", sigma=sigma)
+        grid = replace(shape, bits=bits, scale_rule="sigma", sigma=sigma)
         return Stored(Entry(self.entry.name, self.entry.shape, grid), w)
 
     @cached_property
@@ -129,19 +129,19 @@ class Source:
     def _by_product(self, exponent: float, size: float, zoom: float) -> Stored:
         w = self.reference.reshape(self.entry.num_rows, -1)
         of_row, of_column = ((-0.5 * exponent * log).exp() for log in self._log_sensitivity)
-        least = least_row_steps(w, of_column, _largest_code(MAX_BITS))
-        row_steps = size * w.std(correction=0) * of_row
-        largest_code = _largest_code(MAX_BITS) * (least / row_steps).nan_to_num(0.0).max()
+        least = least_row_scales(w, of_column, _largest_code(MAX_BITS))
+        row_scales = size * w.std(correction=0) * of_row
+        largest_code = _largest_code(MAX_BITS) * (least / row_scales).nan_to_num(0.0).max()
         bits = _bits_for(float(largest_code))
-        row_steps = (zoom * row_steps).maximum(least)
-        grid = Grid(bits=bits, step_rule="given", step_dtype="bf16", column_steps=True)
+        row_scales = (zoom * row_scales).maximum(least)
+        grid = Grid(bits=bits, scale_rule="given", scale_dtype="bf16", column_scales=True)
         entry = Entry(self.entry.name, self.entry.shape, grid)
-        return Stored(entry, w.view(self.entry.shape), torch.cat([row_steps, of_column.T]))
+        return Stored(entry, w.view(self.entry.shape), torch.cat([row_scales, of_column.T]))
 
     def costs(self) -> list[Cost]:
         """Every choice with its predicted cost. ValueError if the tensor is not finite."""
         choices = [Choice(None), Choice(None, plain=True)]
-        for rule in STEP_RULES:
+        for rule in SCALE_RULES:
             choices += [Choice(rule, size) for size in SIZES]
         return [self._cost(choice) for choice in choices]
 

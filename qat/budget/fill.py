@@ -24,7 +24,7 @@ from qat.errors import TrainingError
 from qat.model.gpt import GPT, GPTShape
 from qat.ptq.calibration import Batch
 from qat.ptq.sensitivity import fisher_diagonal, mean_loss
-from qat.quantize.plan import Plan, Steps
+from qat.quantize.plan import Plan, Scales
 from qat.settings.terminal import as_text
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ PLOT = "rd.png"  # in a run's folder
 
 @dataclass(frozen=True)
 class TrainedModel:
-    """Weights and the plan (with learned or given steps) that they are stored by.
+    """Weights and the plan (with learned or given scales) that they are stored by.
 
     ``is_on_grid``: the last training steps saw the snapped weights, not the masters.
     """
@@ -45,7 +45,7 @@ class TrainedModel:
     shape: GPTShape
     weights: Mapping[str, Tensor]
     plan: Plan
-    steps: Steps
+    scales: Scales
     is_on_grid: bool
 
 
@@ -65,7 +65,7 @@ class BudgetSolver:
         self.masters = {name: w.detach() for name, w in model.weights.items()}
         self.reference = self.masters
         if model.is_on_grid:
-            self.reference = model.plan.snap(self.masters, model.steps)
+            self.reference = model.plan.snap(self.masters, model.scales)
         shown = self._track(batches, "sensitivities")
         sensitivity = fisher_diagonal(self.gpt, self.reference, shown, precision)
         sources = [
@@ -74,7 +74,7 @@ class BudgetSolver:
                 self.masters[entry.name].cpu(),
                 self.reference[entry.name].cpu(),
                 sensitivity[entry.name].cpu(),
-                model.steps.get(entry.name),
+                model.scales.get(entry.name),
             )
             for entry in model.plan.on_grid
         ]
@@ -92,7 +92,9 @@ class BudgetSolver:
 
         def size_of(stored: Sequence[Stored]) -> int:
             whole = self._whole(stored)
-            return len(pack(whole.plan.encode(whole.weights, whole.steps), whole.plan, meta, coder))
+            return len(
+                pack(whole.plan.encode(whole.weights, whole.scales), whole.plan, meta, coder)
+            )
 
         solution = self.solver.solve(budget, size_of)
         return self._whole(solution.stored), solution
@@ -107,13 +109,13 @@ class BudgetSolver:
             name: chosen[name].weights if name in chosen else w.cpu()
             for name, w in self.masters.items()
         }
-        given = {n: item.steps for n, item in chosen.items() if item.steps is not None}
-        return replace(self.model, plan=Plan(entries), weights=weights, steps=given)
+        given = {n: item.scales for n, item in chosen.items() if item.scales is not None}
+        return replace(self.model, plan=Plan(entries), weights=weights, scales=given)
 
     def measured_loss(self, filled: TrainedModel) -> float:
         """Increase of the loss on the calibration text, beside the predicted one."""
         device = next(iter(self.masters.values())).device
-        snapped = filled.plan.snap(filled.weights, filled.steps)
+        snapped = filled.plan.snap(filled.weights, filled.scales)
         stored = {n: w.to(device) for n, w in snapped.items()}
         before, after = (
             mean_loss(self.gpt, weights, self.batches, self.precision)
@@ -124,7 +126,7 @@ class BudgetSolver:
 
 def stored_label(plan: Plan, artifact: ArtifactSettings) -> str:
     """How a run's file is stored, as tables say it."""
-    label = plan.label + ("+fit" if artifact.fit else "")
+    label = plan.label + ("+fill" if artifact.fill else "")
     if artifact.method == "gptq":
         label += f"+gptq{artifact.gptq_bit_price:g}" if artifact.gptq_bit_price else "+gptq"
     return label
@@ -150,7 +152,7 @@ def fill_budget(
         filled, solution = solver.solve(budget, meta, artifact.coder)
     except ValueError as error:
         raise TrainingError(
-            f"artifact.fit: {error}; if training diverged, lower the learning rates"
+            f"artifact.fill: {error}; if training diverged, lower the learning rates"
         ) from None
     measured = solver.measured_loss(filled)
     budget_bytes = budget.artifact_bytes
@@ -173,7 +175,7 @@ def choices_table(solution: Solution) -> str:
     table = Table(box=box.SIMPLE, pad_edge=False)
     for title in ("tensor", "choice", "grid"):
         table.add_column(title)
-    for title in ("step / std", "bits/weight", "predicted loss"):
+    for title in ("scale / std", "bits/weight", "predicted loss"):
         table.add_column(title, justify="right")
     for cost, stored, loss in zip(solution.costs, solution.stored, solution.losses, strict=True):
         choice, entry, grid = cost.choice, stored.entry, stored.entry.grid

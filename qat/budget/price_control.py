@@ -1,8 +1,8 @@
 """Training to a number of bytes: the price of a bit, adapted until the file has the size asked for.
 
 The loss gains price * (estimated bits of the file). At the switch the price alone says where all
-steps start (``qat.budget.priced_scales``); when it changes by a factor, all steps move by its
-root. Between these moves steps are learned, from the gradients of the loss and of the bits.
+scales start (``qat.budget.priced_scales``); when it changes by a factor, all scales move by its
+root. Between these moves scales are learned, from the gradients of the loss and of the bits.
 
 The price is what the controller adapts. Every few updates an estimate says how far the file is from
 the limit, and files really encoded say by how much estimates are wrong. All of it is on the clock.
@@ -25,7 +25,13 @@ from torch import Tensor
 from qat.artifact.bit_cost import entropy_bits
 from qat.budget.bit_estimate import BitEstimate
 from qat.budget.budget import WINDOW, Budget
-from qat.budget.priced_scales import sampled_counts, steps_at, steps_at_price_one, uneven, zoom_rows
+from qat.budget.priced_scales import (
+    sampled_counts,
+    scales_at,
+    scales_at_price_one,
+    uneven,
+    zoom_rows,
+)
 from qat.budget.search import Trial, fill
 from qat.quantize.plan import Entry, Plan
 
@@ -34,14 +40,14 @@ log = logging.getLogger("qat")
 EVERY = 4  # updates between estimates
 DECAY = 0.9  # of the mean of squared gradients
 REAL_AT = (0.5,)  # of the time from the switch on: a file is really encoded
-FIRST_LOG2_PRICE, REACH = -30.0, 15.0  # octaves of steps, either way: half as many of prices
+FIRST_LOG2_PRICE, REACH = -30.0, 15.0  # octaves of scales, either way: half as many of prices
 ROUGHLY, FINELY = 0.998, 0.9999  # windows of estimates: of the first price, of the landing
 MOST_MOVE = 1.0  # of log2(price), at once
 BITS_PER_OCTAVE = -0.5  # of a weight, as its price doubles; at most, and less at few bits
-PROBE = 0.05  # octaves of steps that show how many bytes an octave is
+PROBE = 0.05  # octaves of scales that show how many bytes an octave is
 KEPT_BACK = 2  # encodings after the last update for which time is kept
 STATE = ("price", "ratio", "file_seconds", "updates", "real_left", "squares", "squares_weight")
-PULLS = ("pulls", "step_pulls")
+PULLS = ("pulls", "scale_pulls")
 
 Tensors = Mapping[str, Tensor]
 
@@ -53,8 +59,8 @@ class File(NamedTuple):
     seconds: float
 
 
-class RateControl:
-    """``encode_file``: masters and steps -> File, the same on every rank.
+class PriceControl:
+    """``encode_file``: masters and scales -> File, the same on every rank.
 
     ``price``: nats per token and bit; None: the one that fills the budget.
     """
@@ -116,24 +122,24 @@ class RateControl:
             self.squares[entry.name].mul_(DECAY).addcmul_(gradient, gradient, value=1 - DECAY)
 
     @torch.no_grad()
-    def first_steps(self, masters: Tensors) -> dict[str, Tensor]:
+    def first_scales(self, masters: Tensors) -> dict[str, Tensor]:
         """At the switch, after an update at least: steps (rows + columns, 1) at the price that ends
         at the limit."""
         at_price_one = {
-            e.name: steps_at_price_one(e, self._sensitivity(e.name)) for e in self.entries
+            e.name: scales_at_price_one(e, self._sensitivity(e.name)) for e in self.entries
         }
         self.squares.clear()
         if self.is_adapted:
             self.price = self._price_of_limit(masters, at_price_one)
-        steps = {
-            e.name: steps_at(self.price, e, masters[e.name], at_price_one[e.name])
+        scales = {
+            e.name: scales_at(self.price, e, masters[e.name], at_price_one[e.name])
             for e in self.entries
         }
         log.info(
             "train to bytes: price %.2e nats per bit, %.2f s an encoding",
             self.price, self.file_seconds,
         )  # fmt: skip
-        return steps
+        return scales
 
     def _price_of_limit(self, masters: Tensors, at_price_one: Tensors) -> float:
         float_bits = self.estimate.bits_of_floats(masters)
@@ -154,53 +160,53 @@ class RateControl:
         return self.squares[name] * (self.tokens_per_update / self.squares_weight)
 
     @torch.no_grad()
-    def add_gradients(self, masters: Tensors, steps: Tensors) -> None:
+    def add_gradients(self, masters: Tensors, scales: Tensors) -> None:
         """Beside the loss's, before an update with QAT on; now and then the price moves."""
         if self.updates % EVERY == 0:
-            bits = self.estimate.measure(masters, steps)
+            bits = self.estimate.measure(masters, scales)
             if self.is_adapted:
-                self._move_to_limit(self.ratio * bits / 8, masters, steps)
+                self._move_to_limit(self.ratio * bits / 8, masters, scales)
         for entry in self.entries:
-            gradient, step_gradient = masters[entry.name].grad, steps[entry.name].grad
+            gradient, scale_gradient = masters[entry.name].grad, scales[entry.name].grad
             assert gradient is not None
-            assert step_gradient is not None
+            assert scale_gradient is not None
             gradient.add_(self.estimate.pulls[entry.name], alpha=self.price)
-            step_gradient.add_(self.estimate.step_pulls[entry.name], alpha=self.price)
+            scale_gradient.add_(self.estimate.scale_pulls[entry.name], alpha=self.price)
         self.updates += 1
 
     @torch.no_grad()
-    def follow(self, masters: Tensors, steps: Tensors, done: float) -> None:
+    def follow(self, masters: Tensors, scales: Tensors, done: float) -> None:
         """After an update: is it time to encode? ``done``: share of the time from the switch on."""
         if self.is_adapted and self.real_left and done >= self.real_left[0]:
             self.real_left.pop(0)
-            self._encode_and_move(masters, steps)
+            self._encode_and_move(masters, scales)
 
-    def _encode_and_move(self, masters: Tensors, steps: Tensors) -> None:
-        file = self.encode_file(masters, steps)
+    def _encode_and_move(self, masters: Tensors, scales: Tensors) -> None:
+        file = self.encode_file(masters, scales)
         self.file_seconds = file.seconds
-        self.ratio = 8 * file.num_bytes / self.estimate.bits(masters, steps)
-        self._move_to_limit(file.num_bytes, masters, steps)
+        self.ratio = 8 * file.num_bytes / self.estimate.bits(masters, scales)
+        self._move_to_limit(file.num_bytes, masters, scales)
 
-    def _move_to_limit(self, num_bytes: float, masters: Tensors, steps: Tensors) -> None:
-        """Change the price by what the file is too large, and all steps by the root of that."""
+    def _move_to_limit(self, num_bytes: float, masters: Tensors, scales: Tensors) -> None:
+        """Change the price by what the file is too large, and all scales by the root of that."""
         change = 8 * (self.budget.aim_bytes - num_bytes) / (self.num_weights * BITS_PER_OCTAVE)
         change = min(max(change, -MOST_MOVE), MOST_MOVE)
         self.price *= 2.0**change
         for entry in self.entries:
-            zoom_rows(entry, masters[entry.name], steps[entry.name], 2.0 ** (change / 2))
+            zoom_rows(entry, masters[entry.name], scales[entry.name], 2.0 ** (change / 2))
 
     @torch.no_grad()
-    def land(self, masters: Tensors, steps: Tensors) -> None:
+    def land(self, masters: Tensors, scales: Tensors) -> None:
         """After the last update: zoom the steps until the file is in the window.
 
         Says so where it does not get there.
         """
         if not self.is_adapted:
             return
-        trained = {name: step.detach().clone() for name, step in steps.items()}
+        trained = {name: scale.detach().clone() for name, scale in scales.items()}
 
         def zoomed(log2_zoom: float) -> dict[str, Tensor]:
-            found = {name: step.clone() for name, step in trained.items()}
+            found = {name: scale.clone() for name, scale in trained.items()}
             for entry in self.entries:
                 zoom = uneven(2.0**log2_zoom, entry.num_rows).to(found[entry.name].device)
                 zoom_rows(entry, masters[entry.name], found[entry.name], zoom)
@@ -219,8 +225,8 @@ class RateControl:
         probes = [estimate_at(place + by).num_bytes for by in (-PROBE, PROBE)]
         octave = max((probes[0] - probes[1]) / (2 * PROBE), octave / 10)
         landed = fill(file_at, file_at(place), octave, self.budget.artifact_bytes)
-        for name, step in landed.made.items():
-            steps[name].copy_(step)
+        for name, scale in landed.made.items():
+            scales[name].copy_(scale)
         share = landed.num_bytes / self.budget.artifact_bytes
         if share > 1:
             log.warning("train to bytes: no file fits the limit")

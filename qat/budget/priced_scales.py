@@ -21,7 +21,7 @@ from torch import Tensor
 
 from qat.artifact.bit_cost import classes_of, count_codes
 from qat.quantize.plan import Entry
-from qat.quantize.rounding import products_in_step_units, round_to_codes
+from qat.quantize.rounding import products_in_scale_units, round_to_codes
 
 SENSITIVITY_FLOOR = 0.01  # of the tensor's mean: few batches prove nothing to be without effect
 
@@ -36,12 +36,12 @@ def sensitivity_factors(sensitivity: Tensor) -> tuple[Tensor, Tensor]:
     return row * at_mean, column / at_mean
 
 
-def least_row_steps(w: Tensor, column_steps: Tensor, largest_code: float) -> Tensor:
-    """(rows, 1): the finest steps with which all weights (rows, columns) have a code.
+def least_row_scales(w: Tensor, column_scales: Tensor, largest_code: float) -> Tensor:
+    """(rows, 1): the finest scales with which all weights (rows, columns) have a code.
 
-    ``column_steps`` (1, columns).
+    ``column_scales`` (1, columns).
     """
-    return (w / column_steps).abs().amax(1, keepdim=True) / largest_code
+    return (w / column_scales).abs().amax(1, keepdim=True) / largest_code
 
 
 COLUMN_SHARE = 0.9  # of a column's weights that must have a code, else the column is widened
@@ -50,36 +50,36 @@ SAMPLE = 4  # every fourth row says enough of a column, and while a price is sou
 DIGIT = 2.0**-7  # of a bf16 number: what its last digit is worth, at most
 
 
-def steps_at_price_one(entry: Entry, sensitivity: Tensor) -> Tensor:
+def scales_at_price_one(entry: Entry, sensitivity: Tensor) -> Tensor:
     """(rows + columns, 1) float32. ``sensitivity`` is of the weight's shape."""
     row, column = sensitivity_factors(sensitivity.reshape(entry.num_rows, -1))
     return torch.cat([(12 / math.log(2) / row).sqrt(), column.rsqrt().T])
 
 
-def steps_at(price: float, entry: Entry, w: Tensor, at_price_one: Tensor) -> Tensor:
+def scales_at(price: float, entry: Entry, w: Tensor, at_price_one: Tensor) -> Tensor:
     """(rows + columns, 1), wide enough for every weight to have a code."""
-    steps = at_price_one.clone()
-    steps[: entry.num_rows] *= math.sqrt(price)
-    _widen_columns(entry, w, steps)
-    widen_rows(entry, w, steps)
-    return steps
+    scales = at_price_one.clone()
+    scales[: entry.num_rows] *= math.sqrt(price)
+    _widen_columns(entry, w, scales)
+    widen_rows(entry, w, scales)
+    return scales
 
 
 def sampled_counts(price: float, entry: Entry, w: Tensor, at_price_one: Tensor) -> Tensor:
     """(CLASSES, SYMBOLS) counts of a tensor's codes at a price, from some of its rows."""
     assert entry.grid is not None
     num_rows = entry.num_rows
-    steps = steps_at(price, entry, w, at_price_one)
-    some = torch.cat([steps[:num_rows:SAMPLE], steps[num_rows:]])
+    scales = scales_at(price, entry, w, at_price_one)
+    some = torch.cat([scales[:num_rows:SAMPLE], scales[num_rows:]])
     matrix = w.reshape(num_rows, -1)[::SAMPLE]
-    codes = round_to_codes(products_in_step_units(matrix, some), entry.grid).to(torch.int8)
+    codes = round_to_codes(products_in_scale_units(matrix, some), entry.grid).to(torch.int8)
     return count_codes(codes, classes_of(codes)) * (num_rows / len(matrix))
 
 
-def zoom_rows(entry: Entry, w: Tensor, steps: Tensor, zoom: float | Tensor) -> None:
-    """In place: steps ``zoom`` times as large (a number, or (rows, 1)), if all keep a code."""
-    steps[: entry.num_rows].mul_(zoom)
-    widen_rows(entry, w, steps)
+def zoom_rows(entry: Entry, w: Tensor, scales: Tensor, zoom: float | Tensor) -> None:
+    """In place: scales ``zoom`` times as large (a number, or (rows, 1)), if all keep a code."""
+    scales[: entry.num_rows].mul_(zoom)
+    widen_rows(entry, w, scales)
 
 
 def uneven(zoom: float, num_rows: int) -> Tensor:
@@ -87,20 +87,20 @@ def uneven(zoom: float, num_rows: int) -> Tensor:
     return zoom * (1 + torch.linspace(0.0, DIGIT, num_rows)[:, None])
 
 
-def widen_rows(entry: Entry, w: Tensor, steps: Tensor) -> None:
+def widen_rows(entry: Entry, w: Tensor, scales: Tensor) -> None:
     """In place, rows whose largest weight has no code."""
     assert entry.grid is not None
     matrix = w.detach().reshape(entry.num_rows, -1)
     most = HEADROOM * entry.grid.code_limits[1]
-    rows = steps[: entry.num_rows]
-    rows.copy_(rows.maximum(least_row_steps(matrix, steps[entry.num_rows :].T, most)))
+    rows = scales[: entry.num_rows]
+    rows.copy_(rows.maximum(least_row_scales(matrix, scales[entry.num_rows :].T, most)))
 
 
-def _widen_columns(entry: Entry, w: Tensor, steps: Tensor) -> None:
+def _widen_columns(entry: Entry, w: Tensor, scales: Tensor) -> None:
     assert entry.grid is not None
-    columns = steps[entry.num_rows :]
+    columns = scales[entry.num_rows :]
     some = slice(0, entry.num_rows, SAMPLE)
-    sizes = (w.detach().reshape(entry.num_rows, -1)[some] / steps[some]).abs()
+    sizes = (w.detach().reshape(entry.num_rows, -1)[some] / scales[some]).abs()
     place = max(math.ceil(COLUMN_SHARE * len(sizes)), 1)
     largest = sizes.kthvalue(place, 0).values[:, None]
     columns.copy_(columns.maximum(largest / (HEADROOM * entry.grid.code_limits[1])))

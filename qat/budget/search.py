@@ -1,8 +1,8 @@
-"""The search for steps with which a file fills its budget.
+"""The search for scales with which a file fills its budget.
 
-All steps are zoomed together. A file shrinks as steps grow, by about a bit per weight and octave:
-less where 8 bits hold steps back or most codes are 0, and in small jumps, as steps have few digits.
-So the search keeps the nearest files on both sides and draws a line between them.
+All scales are zoomed together. A file shrinks as scales grow, by about a bit per weight and octave:
+less where 8 bits hold scales back or most codes are 0, and in small jumps, as scales have few
+digits. So the search keeps the nearest files on both sides and draws a line between them.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Generic, TypeVar
 
 from qat.budget.budget import WINDOW
 
-REACH = 1.5  # octaves of the steps, either way
+REACH = 1.5  # octaves of the scales, either way
 TRIALS = 20
 FLAT = 0.1  # of the bytes that a move should bring: then the next one goes all the way
 A_MOVE = 0.25  # octaves; after less, sizes may say anything
@@ -25,7 +25,7 @@ Made = TypeVar("Made")
 
 @dataclass(frozen=True)
 class Trial(Generic[Made]):
-    """A file with all steps 2 ** ``log2_zoom`` times as large; ``made``: whatever it is made of."""
+    """A file with all scales 2 ** ``log2_zoom`` times as large; ``made``: what it is made of."""
 
     log2_zoom: float
     num_bytes: float
@@ -43,7 +43,7 @@ def fill(
     """The first file of at least ``window`` * budget and at most the budget, from ``first`` on.
 
     If none is found, the largest of those that fit; if none fits, the smallest.
-    ``bytes_per_octave``: what steps twice as large are expected to save.
+    ``bytes_per_octave``: what scales twice as large are expected to save.
     """
     target = (1 + window) / 2 * budget_bytes
     finer: Trial[Made] | None = None  # the nearest file above the budget
@@ -79,7 +79,7 @@ def _between(finer: Trial, coarser: Trial, target: float, halve: bool) -> float:
 
 
 def _is_flat(before: Trial, here: Trial, bytes_per_octave: float) -> bool:
-    """Sizes hardly change: 8 bits hold steps back, or all codes are 0."""
+    """Sizes hardly change: 8 bits hold scales back, or all codes are 0."""
     moved = before.log2_zoom - here.log2_zoom
     brought = here.num_bytes - before.num_bytes
     return abs(moved) > A_MOVE and abs(brought) < FLAT * abs(moved) * bytes_per_octave

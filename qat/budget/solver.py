@@ -4,7 +4,7 @@ Every tensor has candidates with a predicted loss and an estimated size. For a p
 best plan takes, tensor by tensor, the candidate of least loss + price * bits (Lagrange; Shoham and
 Gersho 1988), so one bisection on the price finds the plan of a size. Sizes are then made real: the
 chosen plan is encoded, the estimate rescaled, and the last tenths of a per cent come from zooming
-the steps of all tensors together until the coded file lies in the window.
+the scales of all tensors together until the coded file lies in the window.
 """
 
 from __future__ import annotations
@@ -105,8 +105,8 @@ class Solver:
                 return self._done(chosen, 1.0, size, bytes_per_bit)
         zoom, size = self._zoomed(chosen, size, most, size_of)
         if not budget.is_filled_by(size):
-            # Steps as fine as 8 bits allow cannot fill what is left. Tensor by tensor the next
-            # larger plan then goes over the limit, and coarser steps come back to it.
+            # Scales as fine as 8 bits allow cannot fill what is left. Tensor by tensor the next
+            # larger plan then goes over the limit, and coarser scales come back to it.
             larger = list(chosen)
             for number, cost in enumerate(above):
                 larger[number] = cost
@@ -128,7 +128,7 @@ class Solver:
     def _zoomed(
         self, chosen: Sequence[Cost], size: int, budget_bytes: int, size_of: SizeOf
     ) -> tuple[float, int]:
-        """Zoom all steps until the file is in the window: zoom and size of the best file."""
+        """Zoom all scales until the file is in the window: zoom and size of the best file."""
         num_weights = sum(
             source.entry.num_elements
             for source, cost in zip(self.sources, chosen, strict=True)

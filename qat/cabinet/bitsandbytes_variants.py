@@ -11,7 +11,7 @@ Version 0.50 decodes blocks that cross from one row into the next wrongly on a C
 of 0.25 where its own codes and scales say 0.09).
 
 Left out: the repacking that the 4-bit layers do at their first product on CPUs with AVX512-BF16. It
-rounds activations and steps to bfloat16 and undoes double quantization, so that score and bytes
+rounds activations and scales to bfloat16 and undoes double quantization, so that score and bytes
 would depend on the machine.
 """
 

@@ -1,4 +1,4 @@
-"""``eval.py task=sweep run=RUN``: every post-training method on one frozen checkpoint.
+"""``eval.py task=cabinet run=RUN``: every post-training method on one frozen checkpoint.
 
 A variant that was measured is not measured again: each leaves ``<variant>/metrics.json`` in the
 folder, and ``manifest.json`` says what they were all measured on.
@@ -49,7 +49,7 @@ MANIFEST, RESULTS, ROW, ROOFLINE = "manifest.json", "results.json", "metrics.jso
 def run(s: EvalTaskSettings, budget: Budget) -> int:
     path = Path(s.artifact) if s.artifact else Path(s.run or "") / CHECKPOINT
     model = open_float(path, f"artifact={path}" if s.artifact else f"run={s.run}")
-    folder = Path(s.out or path.parent / "sweep")
+    folder = Path(s.out or path.parent / "cabinet")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     bench, training = _bench(model, s, device)
     manifest = _claim(folder, model, bench, training, s)

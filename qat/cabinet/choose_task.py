@@ -1,4 +1,4 @@
-"""``eval.py task=choose``: which variant of a post-training sweep meets what you need.
+"""``eval.py task=choose``: which variant of a cabinet meets what you need.
 
 Each constraint is the most that a variant may have of a quantity. Among the variants that meet all
 of them and that no other beats (in the constrained quantities, val_bpb and bytes of the file), the
@@ -44,19 +44,21 @@ class Move(NamedTuple):
 
 
 def read_rows(folder: Path) -> list[Row]:
-    """The rows of a sweep. UserError if the folder has none."""
+    """The rows of a cabinet. UserError if the folder has none."""
     path = folder / RESULTS
     try:
         rows = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError(f"sweep={folder}: {RESULTS}: {error.strerror}") from None
+        raise UserError(f"cabinet={folder}: {RESULTS}: {error.strerror}") from None
     except ValueError as error:
-        raise UserError(f"sweep={folder}: {RESULTS} is not JSON ({error})") from None
+        raise UserError(f"cabinet={folder}: {RESULTS} is not JSON ({error})") from None
     is_rows = isinstance(rows, list) and all(
         isinstance(row, dict) and {"variant", "status"} <= row.keys() for row in rows
     )
     if not is_rows:
-        raise UserError(f"sweep={folder}: {RESULTS} has no rows of a sweep; give another folder")
+        raise UserError(
+            f"cabinet={folder}: {RESULTS} has no rows of a cabinet; give another folder"
+        )
     return rows
 
 
@@ -167,8 +169,8 @@ def _runner_up(move: Move | None, constraints: Mapping[str, float]) -> str:
 
 
 def run(s: EvalTaskSettings, budget: Budget) -> int:
-    """``eval.py task=choose sweep=FOLDER constraints=...``."""
-    assert s.sweep is not None  # asked for by the checks of the settings
+    """``eval.py task=choose cabinet=FOLDER constraints=...``."""
+    assert s.cabinet is not None  # asked for by the checks of the settings
     typed = {name: limit for name, limit in vars(s.constraints).items() if limit is not None}
-    print_choice(read_rows(Path(s.sweep)), typed)
+    print_choice(read_rows(Path(s.cabinet)), typed)
     return 0

@@ -1,4 +1,4 @@
-"""GGUF block formats: Q8_0, Q5_1, Q5_0, Q4_1, Q4_0, in blocks of 32 with a float16 step each.
+"""GGUF block formats: Q8_0, Q5_1, Q5_0, Q4_1, Q4_0, in blocks of 32 with a float16 scale each.
 
 Blocks are made by the package ``gguf``, whose arithmetic is that of ggml's reference, and written
 to a .gguf file. The variant is what that file holds, read back. Matrices whose rows are no multiple

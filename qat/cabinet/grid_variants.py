@@ -37,13 +37,13 @@ GRIDS = {
     "int4": Grid(bits=4),
     "int4_g64": Grid(bits=4, group_size=64),
     "int4_g128": Grid(bits=4, group_size=128),
-    "ternary": Grid(levels="ternary", step_rule="absmean", refit=True),
+    "ternary": Grid(levels="ternary", scale_rule="absmean", refit=True),
 }
 CLIPS = {
-    "int6_percentile": Grid(bits=6, step_rule="percentile", percentile=0.999),
-    "int6_sdclip": Grid(bits=6, step_rule="sigma"),
-    "int6_mse": Grid(bits=6, step_rule="mse"),
-    "int4_mse": Grid(bits=4, step_rule="mse"),
+    "int6_percentile": Grid(bits=6, scale_rule="percentile", percentile=0.999),
+    "int6_sdclip": Grid(bits=6, scale_rule="sigma"),
+    "int6_mse": Grid(bits=6, scale_rule="mse"),
+    "int4_mse": Grid(bits=4, scale_rule="mse"),
 }
 RULES = {"*_scale": "fp32", "*.resid_mix": "fp32", "*.q_gain": "fp32", "skip_weights": "fp32"}
 
@@ -111,7 +111,7 @@ def _on_grid(
 
 def _folded(model: Frozen, grid: Grid) -> Kept:
     """Channel scales of a block's outputs folded into the rows of the matrices before them: what
-    the model computes stays, and a step per tensor sees other rows."""
+    the model computes stays, and a scale per tensor sees other rows."""
     weights = dict(model.weights)
     for name in model.weights:
         for kind in ("attn", "mlp"):
@@ -156,7 +156,7 @@ def _low_rank(model: Frozen, grid: Grid, embedding: Grid, inputs: LayerInputs) -
 
 
 def _half_quadratic(model: Frozen, grid: Grid, embedding: Grid) -> Kept:
-    """HQQ: codes and steps as in a file, real zero points beside it."""
+    """HQQ: codes and scales as in a file, real zero points beside it."""
     assert grid.bits is not None
     assert grid.group_size is not None
     stored_grid = replace(grid, range="full")
@@ -166,7 +166,7 @@ def _half_quadratic(model: Frozen, grid: Grid, embedding: Grid) -> Kept:
         name = item.entry.name
         if item.coded is not None and name not in (EMBEDDING, HEAD):
             found = hqq(model.weights[name].cpu(), grid.bits, grid.group_size)
-            item = Encoded(item.entry, Codes(found.codes, found.steps))
+            item = Encoded(item.entry, Codes(found.codes, found.scales))
             zeros[name], weights[name] = found.zeros, found.weights
         encoded.append(item)
     made = kept(encoded, zeros)

@@ -1,4 +1,4 @@
-"""The report of a post-training sweep: REPORT.md, summary.json and pictures, all from its rows.
+"""The report of a cabinet: REPORT.md, summary.json and pictures, all from its rows.
 
 Each sentence is made of numbers in ``summary.json``; a question that the rows cannot answer gets
 the reason instead. What the columns mean: ``docs/metrics.md``.

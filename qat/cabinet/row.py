@@ -14,7 +14,7 @@ from torch import Tensor
 from qat.analysis.cost import measure_cost
 from qat.analysis.damage import damage_by_tier
 from qat.analysis.minimal_pairs import accuracy
-from qat.analysis.one_model import calibration, read_text, right_pairs
+from qat.analysis.one_model import judge_reliability, read_text, right_pairs
 from qat.analysis.token_scores import ScoredText, TokenScores
 from qat.cabinet.roofline import traffic
 from qat.cabinet.variant import Kept, Variant, inner_bytes
@@ -68,8 +68,8 @@ class Bench:
         reading = read_text(scorer, weights, self.text, True, name)
         assert reading.temperature is not None
         temperature = reading.temperature.value
-        calibrated = calibration(
-            scorer, weights, self.text, reading, {"fitted": temperature}, s.num_bins, name
+        judged = judge_reliability(
+            scorer, weights, self.text, reading, {"tuned": temperature}, s.num_bins, name
         )["temperatures"]
         pairs = accuracy(right_pairs(scorer, weights, self.sentences, name))
         cost = measure_cost(scorer, weights, s.repeats)
@@ -84,9 +84,9 @@ class Bench:
             "embedding": kept.embedding,
             "precision": kept.precision,
             "temperature": temperature,
-            "ece": calibrated["none"]["ece_equal_width"],
-            "ece_at_temperature": calibrated["fitted"]["ece_equal_width"],
-            "reliability": calibrated["none"]["reliability"],
+            "ece": judged["none"]["ece_equal_width"],
+            "ece_at_temperature": judged["tuned"]["ece_equal_width"],
+            "reliability": judged["none"]["bins"],
             "tiers": None
             if name == "fp32"
             else damage_by_tier(

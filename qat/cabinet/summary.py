@@ -52,7 +52,7 @@ def frontier(rows: Sequence[Row]) -> list[Row]:
 
 
 def summarise(rows: Sequence[Row], ceilings: Ceilings) -> dict[str, Any]:
-    """The content of ``summary.json``: what ``sweep_report.py`` says, as numbers."""
+    """The content of ``summary.json``: what ``report.py`` says, as numbers."""
     return {
         "frontier": [row["variant"] for row in frontier(rows)],
         "best_per_family": best_per_family(rows),

@@ -24,7 +24,7 @@ class Kept:
     ``weights``: name -> what the forward pass computes with, float32 or a library's own tensor.
     ``module``: what computes in place of the plain GPT, if the library has layers of its own (its
     parameters are then in it, and ``weights`` are those that it does not hold).
-    ``disk_bytes``: of a file, packed and entropy-coded, steps and zero points included.
+    ``disk_bytes``: of a file, packed and entropy-coded, scales and zero points included.
     ``memory_bytes``: of all tensors as they are held to compute with them (``inner_bytes``).
     ``embedding``: how the token embedding is stored, as tables say it.
     """

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from qat.settings.schema import EvalTaskSettings
 
 COLUMNS = (
-    "tensor", "grid", "shape", "symbols", "order-0 bits", "coded alone", "bits/weight", "steps",
+    "tensor", "grid", "shape", "symbols", "order-0 bits", "coded alone", "bits/weight", "scales",
 )  # fmt: skip
 
 

@@ -133,7 +133,7 @@ def _result(program: bytes) -> int:
 
 
 FORMAT = "int8_clean_per_row_v1"
-GOLF_GRID = Grid(bits=8, step_rule="percentile", step_floor=1 / 127, code_step_dtype="fp32")
+GOLF_GRID = Grid(bits=8, scale_rule="percentile", scale_floor=1 / 127, code_scale_dtype="fp32")
 PER_ROW = {"scheme": "per_row", "axis": 0}
 SECTIONS = ("quantized", "scales", "dtypes", "passthrough")
 OPTIONAL_SECTIONS = ("qmeta", "passthrough_orig_dtypes")
@@ -201,7 +201,7 @@ def pack_golf(encoded: list[Encoded]) -> bytes:
                 raise ValueError(f"tensor {name} is not on the grid int8_golf, row by row")
             # A clone owns just its own bytes; torch.save would write all of a shared storage.
             content["quantized"][name] = item.coded.codes.clone()
-            content["scales"][name] = item.coded.steps[:, 0].clone()
+            content["scales"][name] = item.coded.scales[:, 0].clone()
             content["dtypes"][name] = "float32"
             content["qmeta"][name] = dict(PER_ROW)
         else:
@@ -295,16 +295,16 @@ def _items(parts: Mapping[str, dict[str, Any]]) -> list[tuple[Encoded, str]]:
         raise ValueError("its passthrough_orig_dtypes names a tensor that is not there")
     items = []
     for name, codes in quantized.items():
-        label, steps = _label(name), parts["scales"][name]
+        label, scales = _label(name), parts["scales"][name]
         _check_tensor(label, codes, torch.int8)
-        _check_tensor(f"scales of {label}", steps, torch.float16)
-        if codes.dim() != 2 or steps.shape != codes.shape[:1]:
+        _check_tensor(f"scales of {label}", scales, torch.float16)
+        if codes.dim() != 2 or scales.shape != codes.shape[:1]:
             raise ValueError(f"tensor {label} is not a matrix with a scale per row")
         meta = parts["qmeta"].get(name, PER_ROW)
         if not _is_plain(meta) or meta != PER_ROW:
             raise ValueError(f"tensor {label} is not quantized row by row")
         entry = Entry(name, tuple(codes.shape), GOLF_GRID)
-        items.append((Encoded(entry, Codes(codes, steps[:, None])), parts["dtypes"][name]))
+        items.append((Encoded(entry, Codes(codes, scales[:, None])), parts["dtypes"][name]))
     for name, plain in passthrough.items():
         label = _label(name)
         _check_tensor(label, plain, *STORED_AS)

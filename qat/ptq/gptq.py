@@ -33,13 +33,13 @@ from torch import Tensor
 from qat.quantize.grid import Grid
 from qat.quantize.rounding import (
     Codes,
-    Scale,
+    Coding,
     as_stored,
     decode,
     decode_view,
     encode,
     encode_view,
-    in_step_units,
+    in_scale_units,
 )
 
 
@@ -115,10 +115,10 @@ class GptqFactor:
         self,
         w: Tensor,
         grid: Grid,
-        steps: Tensor | None = None,
+        scales: Tensor | None = None,
         prices_of: Callable[[Codes, Tensor], BitPrices] | None = None,
     ) -> Codes:
-        """Float32 weights (rows, columns) -> codes, with the steps that ``encode`` would store.
+        """Float32 weights (rows, columns) -> codes, with the scales that ``encode`` would store.
 
         GPTQ alone may end further from the trained outputs than rounding to nearest does (errors
         pushed on to columns that have no room left). Rows do not depend on each other, so of each
@@ -134,7 +134,7 @@ class GptqFactor:
             raise ValueError(
                 f"weights of shape {tuple(w.shape)}: the hessian has {len(self._order)} columns"
             )
-        nearest = encode(w, grid, steps)
+        nearest = encode(w, grid, scales)
         prices = None if prices_of is None else prices_of(nearest, self.own_errors)
         fed = nearest._replace(codes=self._fed_codes(w, grid, nearest, prices))
 
@@ -176,15 +176,15 @@ class GptqFactor:
 
 
 class _ColumnLevels:
-    """The levels of each column of a matrix: those that its stored steps and zeros decode to."""
+    """The levels of each column of a matrix: those that its stored scales and zeros decode to."""
 
     def __init__(self, coded: Codes, grid: Grid) -> None:
         rows, columns = coded.codes.shape
-        steps = coded.steps.float()
-        self._column_steps = steps.new_ones(columns)
-        if grid.column_steps:
-            steps, self._column_steps = steps[:rows], steps[rows:, 0]
-        self._steps = steps.T.contiguous()  # (groups, rows)
+        scales = coded.scales.float()
+        self._column_scales = scales.new_ones(columns)
+        if grid.column_scales:
+            scales, self._column_scales = scales[:rows], scales[rows:, 0]
+        self._steps = scales.T.contiguous()  # (groups, rows)
         self._zeros = None if coded.zeros is None else coded.zeros.float().T.contiguous()
         self._group_size = grid.group_size or columns
         self._grid = grid
@@ -192,17 +192,17 @@ class _ColumnLevels:
     def nearest(self, target: Tensor, column: int) -> Tensor:
         """(rows,) weights -> their codes as float32 numbers."""
         group = column // self._group_size
-        step = self._steps[group]
+        scale = self._steps[group]
         zero = None if self._zeros is None else self._zeros[group]
-        scaled = in_step_units(target[:, None], self._column_steps[column])
-        return encode_view(scaled, self._grid, Scale(step, step, zero))[:, 0]
+        scaled = in_scale_units(target[:, None], self._column_scales[column])
+        return encode_view(scaled, self._grid, Coding(scale, scale, zero))[:, 0]
 
     def weights(self, codes: Tensor, column: int) -> Tensor:
         """What the codes (rows,) of a column stand for."""
         group = column // self._group_size
         zero = None if self._zeros is None else self._zeros[group]
         decoded = decode_view(codes[:, None].clone(), self._steps[group], zero)
-        return decoded[:, 0] * self._column_steps[column]
+        return decoded[:, 0] * self._column_scales[column]
 
 
 def _cheaper(

@@ -1,6 +1,6 @@
 """HQQ: the zero point of each group that leaves errors few and large rather than many, no data.
 
-    weight = (code - zero) * step,   code = round(w / step + zero),   step = (max - min) / levels
+    weight = (code - zero) * scale,   code = round(w / scale + zero),   scale = (max - min) / levels
 
 The zero point is a real number, found by half-quadratic splitting of sum |error|^p, p = 0.7: errors
 e that the norm would keep are split off by shrinkage, then the zero point is the mean of
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from qat.quantize.grid import Grid
-from qat.quantize.rounding import group_views, in_step_units, join_groups, round_to_codes
+from qat.quantize.rounding import group_views, in_scale_units, join_groups, round_to_codes
 
 NORM = 0.7  # p
 FIRST_BETA, BETA_GROWTH = 10.0, 1.01
@@ -29,10 +29,10 @@ TINY = torch.finfo(torch.float16).tiny
 
 
 class RealZeros(NamedTuple):
-    """Codes (rows, columns) int8, fp16 steps and zero points (rows, groups), decoded weights."""
+    """Codes (rows, columns) int8, fp16 scales and zero points (rows, groups), decoded weights."""
 
     codes: Tensor
-    steps: Tensor
+    scales: Tensor
     zeros: Tensor
     weights: Tensor
 
@@ -43,30 +43,30 @@ def hqq(w: Tensor, bits: int, group_size: int) -> RealZeros:
     grid = Grid(bits=bits, range="full", group_size=group_size)
     found = [_solve(view, grid) for view in group_views(w, grid)]
     codes, weights = (join_groups([part[k] for part in found], w.shape) for k in (0, 3))
-    steps, zeros = (torch.cat([part[k] for part in found], dim=1) for k in (1, 2))
-    return RealZeros(codes.to(torch.int8), steps.half(), zeros.half(), weights)
+    scales, zeros = (torch.cat([part[k] for part in found], dim=1) for k in (1, 2))
+    return RealZeros(codes.to(torch.int8), scales.half(), zeros.half(), weights)
 
 
 def _solve(view: Tensor, grid: Grid) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Codes, steps, zeros, weights of groups (rows, groups, columns)."""
+    """Codes, scales, zeros, weights of groups (rows, groups, columns)."""
     lowest, highest = view.amin(-1), view.amax(-1)
     low_code, high_code = grid.code_limits
-    step = in_step_units(highest - lowest, torch.full_like(lowest, high_code - low_code))
+    scale = in_scale_units(highest - lowest, torch.full_like(lowest, high_code - low_code))
     # A group of nearly equal weights has a zero point far off: it has to fit fp16 too.
-    smallest = torch.maximum(view.abs().amax(-1) / LARGEST_ZERO, torch.full_like(step, TINY))
-    step = torch.maximum(step, smallest).half().float()
-    zero = low_code - in_step_units(lowest, step)
+    smallest = torch.maximum(view.abs().amax(-1) / LARGEST_ZERO, torch.full_like(scale, TINY))
+    scale = torch.maximum(scale, smallest).half().float()
+    zero = low_code - in_scale_units(lowest, scale)
     beta = FIRST_BETA
     best: tuple[Tensor, ...] | None = None
     least = torch.full_like(lowest, torch.inf)
     for _ in range(MAX_ROUNDS):
         kept_zero = zero.half().float()
-        scaled = in_step_units(view, step[..., None])
+        scaled = in_scale_units(view, scale[..., None])
         code = round_to_codes(scaled + kept_zero[..., None], grid)
-        weight = (code - kept_zero[..., None]) * step[..., None]
+        weight = (code - kept_zero[..., None]) * scale[..., None]
         error = view - weight
         norm = error.abs().pow(NORM).sum(-1)
-        found: tuple[Tensor, ...] = (code, step, kept_zero, weight)
+        found: tuple[Tensor, ...] = (code, scale, kept_zero, weight)
         is_less = norm < least
         best = found if best is None else tuple(
             torch.where(is_less[..., None] if new.dim() == 3 else is_less, new, old)
@@ -78,8 +78,8 @@ def _solve(view: Tensor, grid: Grid) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         size = error.abs()
         shrunk = error.sign() * (size - size.pow(NORM - 1) / beta).clamp_min(0.0)
         shrunk = torch.where(size > 0, shrunk, 0.0)
-        zero = (code - in_step_units(view - shrunk, step[..., None])).mean(-1)
+        zero = (code - in_scale_units(view - shrunk, scale[..., None])).mean(-1)
         beta *= BETA_GROWTH
     assert best is not None
-    code, steps, zeros, weight = best
-    return code, steps, zeros, weight
+    code, scales, zeros, weight = best
+    return code, scales, zeros, weight

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from qat.quantize.rounding import in_step_units
+from qat.quantize.rounding import in_scale_units
 
 
 class Correction(NamedTuple):
@@ -49,11 +49,11 @@ def lqer(w: Tensor, stored: Tensor, hessian_diagonal: Tensor, rank: int) -> Corr
     if not 1 <= rank <= min(w.shape):
         raise ValueError(f"rank = {rank}: give 1 to {min(w.shape)} for shape {tuple(w.shape)}")
     size = hessian_diagonal.double().sqrt()
-    size = in_step_units(size, size.mean())  # so that both factors suit fp16
+    size = in_scale_units(size, size.mean())  # so that both factors suit fp16
     weighted = (w.double() - stored.double()) * size
     if not torch.isfinite(weighted).all():
         raise ValueError("weights or hessian hold NaN or infinity")
     u, singular, vt = torch.linalg.svd(weighted, full_matrices=False)
     root = singular[:rank].sqrt()
-    left, right = u[:, :rank] * root, in_step_units(root[:, None] * vt[:rank], size)
+    left, right = u[:, :rank] * root, in_scale_units(root[:, None] * vt[:rank], size)
     return Correction(left.half(), right.half())

@@ -1,7 +1,8 @@
 """Ways to find the codes of one matrix, given its grid: what differs between variants.
 
-GPTQ may count bits too. What a bit is worth is said by the steps: where they were chosen at a price
-of bits, an error of step ** 2 * ln 2 / 6 costs as much as a bit (``qat.budget.priced_scales``).
+GPTQ may count bits too. What a bit is worth is said by the scales: where they were chosen at a
+price of bits, an error of scale ** 2 * ln 2 / 6 costs as much as a bit
+(``qat.budget.priced_scales``).
 """
 
 from __future__ import annotations
@@ -18,34 +19,34 @@ from qat.ptq.awq import awq
 from qat.ptq.gptq import BitPrices, GptqFactor
 from qat.ptq.layer_inputs import EMBEDDING, HEAD, LayerInputs
 from qat.quantize.grid import Grid
-from qat.quantize.plan import NONE_LEARNED, Encoded, Entry, Plan, Steps
-from qat.quantize.rounding import Codes, decode, encode, weighted_steps
+from qat.quantize.plan import NONE_LEARNED, Encoded, Entry, Plan, Scales
+from qat.quantize.rounding import Codes, decode, encode, weighted_scales
 
 LITE_PERCENTILES = (0.999, 0.9995, 0.9999, 0.99999, 1.0)  # GPTQ-lite's candidates
 
-# Entry, weights, given or learned steps if any -> codes of a matrix, and its grid
+# Entry, weights, given or learned scales if any -> codes of a matrix, and its grid
 Method = Callable[[Entry, Tensor, Tensor | None], tuple[Entry, Codes]]
 
 
 def encoded_by(
-    plan: Plan, weights: Mapping[str, Tensor], method: Method, steps: Steps = NONE_LEARNED
+    plan: Plan, weights: Mapping[str, Tensor], method: Method, scales: Scales = NONE_LEARNED
 ) -> list[Encoded]:
     """Every tensor as a file stores it: matrices by ``method``, the others as the plan says."""
     found = []
-    for item in plan.encode(weights, steps):
+    for item in plan.encode(weights, scales):
         name = item.entry.name
         if item.entry.grid is not None:
-            entry, codes = method(item.entry, weights[name], steps.get(name))
+            entry, codes = method(item.entry, weights[name], scales.get(name))
             zeros = None if codes.zeros is None else codes.zeros.cpu()
-            item = Encoded(entry, Codes(codes.codes.cpu(), codes.steps.cpu(), zeros))
+            item = Encoded(entry, Codes(codes.codes.cpu(), codes.scales.cpu(), zeros))
         found.append(item)
     return found
 
 
-def nearest(entry: Entry, w: Tensor, steps: Tensor | None) -> tuple[Entry, Codes]:
-    """Rounding to nearest; without steps by the grid's own rule."""
+def nearest(entry: Entry, w: Tensor, scales: Tensor | None) -> tuple[Entry, Codes]:
+    """Rounding to nearest; without scales by the grid's own rule."""
     assert entry.grid is not None
-    return entry, encode(w, entry.grid, steps)
+    return entry, encode(w, entry.grid, scales)
 
 
 def lite(entry: Entry, w: Tensor, _: Tensor | None) -> tuple[Entry, Codes]:
@@ -53,12 +54,12 @@ def lite(entry: Entry, w: Tensor, _: Tensor | None) -> tuple[Entry, Codes]:
     assert entry.grid is not None
     best, least = None, None
     for percentile in LITE_PERCENTILES:
-        codes = encode(w, replace(entry.grid, step_rule="percentile", percentile=percentile))
+        codes = encode(w, replace(entry.grid, scale_rule="percentile", percentile=percentile))
         error = (decode(codes, entry.grid) - w).square().sum(1, keepdim=True)
         if best is None or least is None:
-            best, least = codes.steps, error
+            best, least = codes.scales, error
         is_less = error < least
-        best, least = torch.where(is_less, codes.steps, best), error.minimum(least)
+        best, least = torch.where(is_less, codes.scales, best), error.minimum(least)
     assert best is not None
     return entry, encode(w, entry.grid, best.float())
 
@@ -69,24 +70,29 @@ def gptq(
     by_inputs: bool = True,
     bit_price: float = 0.0,
 ) -> Method:
-    """Full-Hessian GPTQ; with ``by_inputs`` steps that are not given minimise the error weighted by
-    the inputs' mean squares. ``bit_price``: of what a row's steps say that a bit is worth. An
+    """Full-Hessian GPTQ; with ``by_inputs`` scales that are not given minimise the error weighted
+    by the inputs' mean squares. ``bit_price``: of what a row's scales say that a bit is worth. An
     untied embedding, which multiplies nothing, is rounded to nearest."""
     factors: dict[int, GptqFactor] = {}  # by the sums that matrices share
 
-    def method(entry: Entry, w: Tensor, steps: Tensor | None) -> tuple[Entry, Codes]:
+    def method(entry: Entry, w: Tensor, scales: Tensor | None) -> tuple[Entry, Codes]:
         assert entry.grid is not None
         if entry.name == EMBEDDING and not inputs.shape.tie_embeddings:
-            return nearest(entry, w, steps)
+            return nearest(entry, w, scales)
         hessian = inputs.hessian(entry.name)
         key = id(inputs.read_by(entry.name).products)
         if key not in factors:
             factors[key] = GptqFactor(hessian, act_order=act_order)
-        if steps is None and by_inputs and entry.grid.levels == "int" and not entry.grid.per_tensor:
-            steps = weighted_steps(w, entry.grid, hessian.diagonal())
+        if (
+            scales is None
+            and by_inputs
+            and entry.grid.levels == "int"
+            and not entry.grid.per_tensor
+        ):
+            scales = weighted_scales(w, entry.grid, hessian.diagonal())
         counts_bits = bit_price and entry.grid.levels == "int" and entry.grid.range == "symmetric"
         prices_of = _bit_prices(entry.grid, bit_price) if counts_bits else None
-        return entry, factors[key].quantize(w, entry.grid, steps, prices_of)
+        return entry, factors[key].quantize(w, entry.grid, scales, prices_of)
 
     return method
 
@@ -97,15 +103,15 @@ def _bit_prices(grid: Grid, bit_price: float) -> Callable[[Codes, Tensor], BitPr
     def prices_of(rounded: Codes, own_errors: Tensor) -> BitPrices:
         codes = rounded.codes
         classes = classes_of(codes)
-        steps = decode(rounded._replace(codes=torch.ones_like(codes)), grid).double()
-        worth = (steps.square() @ own_errors[:, None]) / codes.size(1) * (math.log(2) / 6)
+        scales = decode(rounded._replace(codes=torch.ones_like(codes)), grid).double()
+        worth = (scales.square() @ own_errors[:, None]) / codes.size(1) * (math.log(2) / 6)
         return BitPrices(costs_by_class(count_codes(codes, classes)), classes, bit_price * worth)
 
     return prices_of
 
 
 def scaled(inputs: LayerInputs) -> Method:
-    """AWQ, its scales stored as column steps; embedding and head rounded to nearest."""
+    """AWQ, its scales stored as column scales; embedding and head rounded to nearest."""
 
     def method(entry: Entry, w: Tensor, _: Tensor | None) -> tuple[Entry, Codes]:
         assert entry.grid is not None

@@ -19,7 +19,7 @@ from torch import Tensor
 from qat.quantize.grid import Grid
 from qat.quantize.rounding import snap
 
-TOKEN_GRID = Grid(bits=8, step_dtype="fp32")  # steps of activations are never stored
+TOKEN_GRID = Grid(bits=8, scale_dtype="fp32")  # scales of activations are never stored
 
 
 def migration_scales(x_amax: Tensor, weights: list[Tensor], alpha: float = 0.5) -> Tensor:
@@ -36,5 +36,5 @@ def migration_scales(x_amax: Tensor, weights: list[Tensor], alpha: float = 0.5) 
 
 
 def snap_tokens(x: Tensor) -> Tensor:
-    """Activations (..., columns) as int8 with a step per token gives them back, float32."""
+    """Activations (..., columns) as int8 with a scale per token gives them back, float32."""
     return snap(x.reshape(-1, x.size(-1)).float(), TOKEN_GRID).view_as(x)

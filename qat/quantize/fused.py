@@ -1,9 +1,9 @@
 """``Plan.snap`` for all tensors at once, with the same bits: what the training loop calls.
 
-Three parts. ``look`` finds the order statistics of every group of every tensor, ``scale_from``
-makes their few steps with plain torch, ``write`` rounds every tensor. The two big parts are
+Three parts. ``look`` finds the order statistics of every group of every tensor, ``coding_from``
+makes their few scales with plain torch, ``write`` rounds every tensor. The two big parts are
 compiled on a CPU and Triton kernels on CUDA (triton_kernels.py); the small one must not be, because
-compilers drop the step's detour through its storage dtype, and 96 % of the weights change in the
+compilers drop the scale's detour through its storage dtype, and 96 % of the weights change in the
 last bit.
 
 Fused are the grids whose bits do not depend on the order of work: int and ternary levels with a
@@ -22,7 +22,7 @@ from torch import Tensor
 from qat.quantize.passes import CompiledPasses, batches_of, is_fusable
 from qat.quantize.plan import Plan
 from qat.quantize.rounding import (
-    scale_from,
+    coding_from,
 )
 
 if TYPE_CHECKING:
@@ -48,13 +48,13 @@ class FusedSnap:
             self._passes = self._passes_for(weights)
             # Kept: allocating them anew costs more than writing them.
             self._snapped = {name: torch.empty_like(w) for name, w in weights.items()}
-        scales = [
-            scale_from(found, batch.grid, batch.columns)
+        codings = [
+            coding_from(found, batch.grid, batch.columns)
             for batch, found in zip(
                 self.batches, self._passes.look(weights, self.batches), strict=True
             )
         ]
-        self._passes.write(weights, self.batches, scales, self._snapped)
+        self._passes.write(weights, self.batches, codings, self._snapped)
         return self._snapped
 
     def _passes_for(self, weights: dict[str, Tensor]) -> CompiledPasses | TritonPasses:

@@ -5,11 +5,11 @@ of it runs inside the model's graph.
 
     identity    seen = snap(w), dL/dw = dL/dseen (straight-through, arXiv 1308.3432)
     clipped     the same, but zero where the code was clamped (PACT-like, arXiv 1805.06085)
-    soft_round  seen = soft rounding of w/step, dL/dw scaled by its slope; ``temperature`` anneals
+    soft_round  seen = soft rounding of w/scale, dL/dw scaled by its slope; ``temperature`` anneals
                 from 1 (nearly linear) to ``COLDEST`` (nearly rounding) (arXiv 2006.09952)
-    noise       seen = w + uniform noise of +- step/2, dL/dw = dL/dseen (arXiv 2004.07320)
+    noise       seen = w + uniform noise of +- scale/2, dL/dw = dL/dseen (arXiv 2004.07320)
 
-Learned steps (LSQ, arXiv 1902.08153) are clipped, and give their step the gradient
+Learned scales (LSQ, arXiv 1902.08153) are clipped, and give their scale the gradient
 dL/dseen * (code - w/step inside, code at the clamps) / sqrt(N * highest code), N weights a step.
 """
 
@@ -28,12 +28,12 @@ from qat.quantize.rounding import (
     decode,
     encode,
     group_views,
-    in_step_units,
+    in_scale_units,
     join_groups,
-    products_in_step_units,
+    products_in_scale_units,
     round_to_codes,
     snap,
-    split_steps,
+    split_scales,
 )
 
 RULES = ("identity", "clipped", "soft_round", "noise")
@@ -41,17 +41,17 @@ COLDEST = 0.05
 
 
 class Seen(NamedTuple):
-    """The weight seen, d seen / d master (None: 1), d seen / d step per weight (None: no step)."""
+    """The weight seen; d seen / d master (None: 1) and, per weight, d seen / d scale (or None)."""
 
     weight: Tensor
     slope: Tensor | None = None
-    step_slope: Tensor | None = None
+    scale_slope: Tensor | None = None
 
 
 def supports(rule: str, grid: Grid) -> bool:
-    """The relaxations need evenly spaced levels and one step for coding and decoding."""
+    """The relaxations need evenly spaced levels and one scale for coding and decoding."""
     even = grid.levels in ("int", "ternary") and grid.range != "asymmetric"
-    plain = grid.code_step_dtype is None and not grid.refit
+    plain = grid.code_scale_dtype is None and not grid.refit
     return rule == "identity" or (even and plain)
 
 
@@ -64,34 +64,34 @@ def see(
     w: Tensor,
     grid: Grid,
     rule: str,
-    steps: Tensor | None = None,
+    scales: Tensor | None = None,
     progress: float = 0.0,
     generator: torch.Generator | None = None,
 ) -> Seen:
     """Apply a rule. ``progress`` runs from 0 at the switch to 1; ``generator`` feeds the noise."""
-    if steps is not None:
-        return _learned(w, grid, steps)
+    if scales is not None:
+        return _learned(w, grid, scales)
     if rule == "identity":
         return Seen(snap(w, grid))
-    found = encode(w, grid).steps
+    found = encode(w, grid).scales
     if rule == "noise":
         noise = torch.rand(w.shape, generator=generator, device=w.device) - 0.5
         views = zip(group_views(w, grid), group_views(noise, grid), strict=True)
-        cut = split_steps(found, group_views(w, grid))
-        seen = [view + step * part for (view, part), step in zip(views, cut, strict=True)]
+        cut = split_scales(found, group_views(w, grid))
+        seen = [view + scale * part for (view, part), scale in zip(views, cut, strict=True)]
         return Seen(join_groups(seen, w.shape))
     seen, slopes = [], []
     low, high = grid.code_limits
     views_w = group_views(w, grid)
-    for view, step in zip(views_w, split_steps(found, views_w), strict=True):
-        x = in_step_units(view, step)
+    for view, scale in zip(views_w, split_scales(found, views_w), strict=True):
+        x = in_scale_units(view, scale)
         inside = (x >= low - 0.5) & (x <= high + 0.5)
         if rule == "clipped":
-            seen.append(round_to_codes(x, grid) * step + 0.0)
+            seen.append(round_to_codes(x, grid) * scale + 0.0)
             slopes.append(inside.float())
         else:
             soft, slope = _soft_round(x, temperature(progress))
-            seen.append(soft.clamp(low, high) * step)
+            seen.append(soft.clamp(low, high) * scale)
             slopes.append(slope * inside)
     return Seen(join_groups(seen, w.shape), join_groups(slopes, w.shape))
 
@@ -104,19 +104,19 @@ def _soft_round(x: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     return floor + 0.5 + tanh / height, (1 - tanh.square()) / (temperature * height)
 
 
-def _learned(w: Tensor, grid: Grid, steps: Tensor) -> Seen:
-    """``step_slope`` is d seen / d step; of products of steps in units of the product."""
-    if grid.column_steps:
-        return _learned_products(w, grid, steps)
+def _learned(w: Tensor, grid: Grid, scales: Tensor) -> Seen:
+    """``scale_slope`` is d seen / d scale; of products of scales in units of the product."""
+    if grid.column_scales:
+        return _learned_products(w, grid, scales)
     low, high = grid.code_limits
-    coded = encode(w, grid, steps)
+    coded = encode(w, grid, scales)
     seen, inside_views, slopes = [], [], []
     views = group_views(w, grid)
-    for view, step in zip(views, split_steps(coded.steps, views), strict=True):
-        x = in_step_units(view, step)
+    for view, scale in zip(views, split_scales(coded.scales, views), strict=True):
+        x = in_scale_units(view, scale)
         code = round_to_codes(x, grid)
         inside = (x > low) & (x < high)
-        seen.append(code * step + 0.0)
+        seen.append(code * scale + 0.0)
         inside_views.append(inside.float())
         slopes.append((code - x * inside) / math.sqrt(view.size(-1) * high))
     return Seen(
@@ -124,9 +124,9 @@ def _learned(w: Tensor, grid: Grid, steps: Tensor) -> Seen:
     )
 
 
-def _learned_products(w: Tensor, grid: Grid, steps: Tensor) -> Seen:
-    stored = steps.to(DTYPES[grid.step_dtype])
-    x = products_in_step_units(w, stored)
+def _learned_products(w: Tensor, grid: Grid, scales: Tensor) -> Seen:
+    stored = scales.to(DTYPES[grid.scale_dtype])
+    x = products_in_scale_units(w, stored)
     codes = round_to_codes(x, grid)
     inside = x.abs() < grid.code_limits[1]
     slope = codes - x * inside
@@ -134,15 +134,15 @@ def _learned_products(w: Tensor, grid: Grid, steps: Tensor) -> Seen:
     return Seen(seen, inside.float().view_as(w), slope.view_as(w))
 
 
-def sum_per_step(x: Tensor, grid: Grid, steps: Tensor) -> Tensor:
-    """Sum over the weights that share a step; weight's shape -> (rows, groups) as ``steps``.
+def sum_per_scale(x: Tensor, grid: Grid, scales: Tensor) -> Tensor:
+    """Sum over the weights that share a scale; weight's shape -> (rows, groups) as ``scales``.
 
-    Of products ``x`` is in units of the product: a row's sum goes over its columns' steps, and the
+    Of products ``x`` is in units of the product: a row's sum goes over its columns' scales, and the
     other way, each over the root of the weights times the highest code (LSQ).
     """
-    if grid.column_steps:
+    if grid.column_scales:
         rows = x.size(0) if x.dim() > 1 else 1
-        of_rows, of_columns = steps[:rows], steps[rows:]
+        of_rows, of_columns = scales[:rows], scales[rows:]
         matrix, high = x.reshape(rows, -1), grid.code_limits[1]
         by_row = (matrix @ of_columns) / math.sqrt(len(of_columns) * high)
         by_column = (matrix.T @ of_rows) / math.sqrt(rows * high)

@@ -14,7 +14,7 @@ from torch import Tensor
 from qat.quantize.grid import Grid
 from qat.quantize.plan import Entry
 from qat.quantize.rounding import (
-    Scale,
+    Coding,
     decode_view,
     encode_view,
     group_views,
@@ -71,20 +71,20 @@ def _look(weights: Mapping[str, Tensor], batches: list[Batch]) -> list[Found]:
 def _write(
     weights: Mapping[str, Tensor],
     batches: list[Batch],
-    scales: list[Scale],
+    codings: list[Coding],
     into: Mapping[str, Tensor],
 ) -> None:
     """Write every tensor's snapped weights."""
     parts: dict[str, dict[int, Tensor]] = {name: {} for name in weights}
-    for (grid, _, views), scale in zip(batches, scales, strict=True):
+    for (grid, _, views), coding in zip(batches, codings, strict=True):
         start = 0
         for name, i in views:
             view = group_views(weights[name], grid)[i]
             size = view.shape[:-1]
             end = start + size.numel()
-            own = scale.part(start, end, size)
+            own = coding.part(start, end, size)
             code = encode_view(view, grid, own)
-            parts[name][i] = decode_view(code, own.stored_step.float(), own.zero)
+            parts[name][i] = decode_view(code, own.stored_scale.float(), own.zero)
             start = end
     for name, w in into.items():
         w.copy_(join_groups([parts[name][i] for i in sorted(parts[name])], w.shape))

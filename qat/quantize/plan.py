@@ -20,9 +20,9 @@ from torch import Tensor
 from qat.quantize.grid import DTYPES, Grid
 from qat.quantize.rounding import Codes, check_finite, decode, encode, snap
 
-Steps = Mapping[str, Tensor]  # learned steps (rows, groups) by tensor name
+Scales = Mapping[str, Tensor]  # learned scales (rows, groups) by tensor name
 
-NONE_LEARNED: Steps = {}
+NONE_LEARNED: Scales = {}
 MAX_DIMENSIONS = 8
 
 
@@ -45,35 +45,35 @@ class Entry:
         return self.shape[0] if len(self.shape) > 1 else 1
 
     @property
-    def steps_shape(self) -> tuple[int, int]:
+    def scales_shape(self) -> tuple[int, int]:
         """(rows, groups) of a tensor on a grid."""
         assert self.grid is not None
-        return self.grid.steps_shape(self.shape)
+        return self.grid.scales_shape(self.shape)
 
     @property
     def num_zeros(self) -> int:
         """Zero points of a tensor on an asymmetric grid, a byte each."""
         asymmetric = self.grid is not None and self.grid.range == "asymmetric"
-        return math.prod(self.steps_shape) if asymmetric else 0
+        return math.prod(self.scales_shape) if asymmetric else 0
 
     @property
     def packed_bytes(self) -> int:
-        """Size before entropy coding, codes packed at their bit width; steps included."""
+        """Size before entropy coding, codes packed at their bit width; scales included."""
         if self.grid is None:
             return self.num_elements * DTYPES[self.dtype].itemsize
-        step_bytes = math.prod(self.steps_shape) * DTYPES[self.grid.step_dtype].itemsize
-        return math.ceil(self.num_elements * self.grid.code_bits / 8) + step_bytes + self.num_zeros
+        scale_bytes = math.prod(self.scales_shape) * DTYPES[self.grid.scale_dtype].itemsize
+        return math.ceil(self.num_elements * self.grid.code_bits / 8) + scale_bytes + self.num_zeros
 
-    def snap(self, w: Tensor, steps: Tensor | None = None) -> Tensor:
+    def snap(self, w: Tensor, scales: Tensor | None = None) -> Tensor:
         """``w`` as a file would give it back."""
         if self.grid is None:
             return w.to(DTYPES[self.dtype]).float()
-        return snap(w, self.grid, steps)
+        return snap(w, self.grid, scales)
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """What a file stores of one tensor: codes and steps, or the plain values in storage dtype."""
+    """What a file stores of one tensor: codes and scales, or the plain values in storage dtype."""
 
     entry: Entry
     coded: Codes | None = None
@@ -81,8 +81,8 @@ class Encoded:
 
     @property
     def floats(self) -> Tensor:
-        """The part stored as floats: steps, or the plain values."""
-        values = self.plain if self.coded is None else self.coded.steps
+        """The part stored as floats: scales, or the plain values."""
+        values = self.plain if self.coded is None else self.coded.scales
         assert values is not None
         return values
 
@@ -121,12 +121,14 @@ class Plan:
         return hashlib.sha256(json.dumps(self.as_json()).encode()).hexdigest()
 
     @torch.no_grad()
-    def snap(self, weights: Mapping[str, Tensor], steps: Steps = NONE_LEARNED) -> dict[str, Tensor]:
+    def snap(
+        self, weights: Mapping[str, Tensor], scales: Scales = NONE_LEARNED
+    ) -> dict[str, Tensor]:
         """Masters -> the weights a file written from them gives back."""
-        return {e.name: e.snap(weights[e.name].detach(), steps.get(e.name)) for e in self}
+        return {e.name: e.snap(weights[e.name].detach(), scales.get(e.name)) for e in self}
 
     @torch.no_grad()
-    def encode(self, weights: Mapping[str, Tensor], steps: Steps = NONE_LEARNED) -> list[Encoded]:
+    def encode(self, weights: Mapping[str, Tensor], scales: Scales = NONE_LEARNED) -> list[Encoded]:
         """Masters -> what a file stores. ValueError names a tensor that is not finite."""
         encoded = []
         for entry in self:
@@ -136,7 +138,7 @@ class Plan:
                 check_finite(entry.name, w, plain.reshape(1, -1))
                 encoded.append(Encoded(entry, plain=plain.cpu()))
             else:
-                codes, found, zeros = encode(w, entry.grid, steps.get(entry.name))
+                codes, found, zeros = encode(w, entry.grid, scales.get(entry.name))
                 check_finite(entry.name, w, found)
                 kept = Codes(codes.cpu(), found.cpu(), None if zeros is None else zeros.cpu())
                 encoded.append(Encoded(entry, kept))

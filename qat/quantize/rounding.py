@@ -72,10 +72,10 @@ MSE_SHARES = tuple(1.0 - 0.04 * k for k in range(16))  # of max|w|, tried by the
 
 
 class Codes(NamedTuple):
-    """int8 codes of the weight's shape; steps and zero points (rows, groups)."""
+    """int8 codes of the weight's shape; scales and zero points (rows, groups)."""
 
     codes: Tensor
-    steps: Tensor
+    scales: Tensor
     zeros: Tensor | None = None
 
 
@@ -94,13 +94,13 @@ def join_groups(views: list[Tensor], shape: torch.Size) -> Tensor:
     return (flat[0] if len(flat) == 1 else torch.cat(flat, dim=1)).view(shape)
 
 
-def split_steps(steps: Tensor, views: list[Tensor]) -> list[Tensor]:
+def split_scales(scales: Tensor, views: list[Tensor]) -> list[Tensor]:
     """(rows, groups) per view, ready to broadcast: (rows, groups of the view, 1)."""
-    return [s[..., None] for s in steps.split([view.size(1) for view in views], dim=1)]
+    return [s[..., None] for s in scales.split([view.size(1) for view in views], dim=1)]
 
 
 def round_to_codes(x: Tensor, grid: Grid) -> Tensor:
-    """Weights in units of their step -> codes as float32 numbers."""
+    """Weights in units of their scale -> codes as float32 numbers."""
     low, high = grid.code_limits
     if grid.levels in FP8:
         return x.clamp(low, high).to(FP8[grid.levels]).float()
@@ -109,34 +109,34 @@ def round_to_codes(x: Tensor, grid: Grid) -> Tensor:
     return x.round().clamp_(low, high)
 
 
-def in_step_units(view: Tensor, step: Tensor) -> Tensor:
-    """w / step, and 0 where the step is 0."""
-    return view / torch.where(step > 0, step, torch.inf)
+def in_scale_units(view: Tensor, scale: Tensor) -> Tensor:
+    """w / scale, and 0 where the scale is 0."""
+    return view / torch.where(scale > 0, scale, torch.inf)
 
 
-def _clip_to_step(clip: Tensor, grid: Grid) -> Tensor:
+def _clip_to_scale(clip: Tensor, grid: Grid) -> Tensor:
     low, high = grid.code_limits
-    return (clip / ((high - low) / 2)).clamp_min(grid.step_floor)
+    return (clip / ((high - low) / 2)).clamp_min(grid.scale_floor)
 
 
-class Scale(NamedTuple):
+class Coding(NamedTuple):
     """How one view is coded, each (rows, groups)."""
 
-    stored_step: Tensor  # in its storage dtype
-    code_step: Tensor  # float32, what codes are computed with
+    stored_scale: Tensor  # in its storage dtype
+    code_scale: Tensor  # float32, what codes are computed with
     zero: Tensor | None = None
     clip: Tensor | None = None  # where it must bind by itself
 
-    def part(self, start: int, end: int, shape: torch.Size) -> Scale:
+    def part(self, start: int, end: int, shape: torch.Size) -> Coding:
         """Of flat scales, those of some groups, in the shape of their view."""
         kept = [None if t is None else t[start:end].view(shape) for t in self]
-        return Scale(*kept)  # type: ignore[arg-type]
+        return Coding(*kept)  # type: ignore[arg-type]
 
 
-def _scale(step: Tensor, grid: Grid, clip: Tensor | None = None) -> Scale:
-    stored = step.to(DTYPES[grid.step_dtype])
-    code_dtype = DTYPES[grid.code_step_dtype or grid.step_dtype]
-    return Scale(stored, step.to(code_dtype).float(), clip=clip)
+def _coding(scale: Tensor, grid: Grid, clip: Tensor | None = None) -> Coding:
+    stored = scale.to(DTYPES[grid.scale_dtype])
+    code_dtype = DTYPES[grid.code_scale_dtype or grid.scale_dtype]
+    return Coding(stored, scale.to(code_dtype).float(), clip=clip)
 
 
 def order_statistics(view: Tensor, grid: Grid) -> tuple[Tensor, ...]:
@@ -144,51 +144,51 @@ def order_statistics(view: Tensor, grid: Grid) -> tuple[Tensor, ...]:
 
     Maxima and minima are exact in whatever order they are found, so a fused pass may find them.
     """
-    if grid.levels == "binary" or grid.step_rule not in ("amax", "percentile"):
+    if grid.levels == "binary" or grid.scale_rule not in ("amax", "percentile"):
         return ()
     if grid.range == "asymmetric":
         return view.amin(-1), view.amax(-1)
-    if grid.step_rule == "amax":
+    if grid.scale_rule == "amax":
         return (view.abs().amax(-1),)
     if is_among_top_two(view.size(-1), grid.percentile):
         return top_two(view.abs())
     return ()
 
 
-def scale_from(found: tuple[Tensor, ...], grid: Grid, columns: int) -> Scale:
+def coding_from(found: tuple[Tensor, ...], grid: Grid, columns: int) -> Coding:
     """The scale of groups of ``columns`` weights from their order statistics."""
     if grid.range == "asymmetric":
         low, high = grid.code_limits
         lowest, highest = found[0].clamp_max(0.0), found[1].clamp_min(0.0)
-        scale = _scale(((highest - lowest) / (high - low)).clamp_min(grid.step_floor), grid)
-        zero = (low - in_step_units(lowest, scale.stored_step.float())).round().clamp(low, high)
-        return scale._replace(zero=zero)
-    if grid.step_rule == "amax":
-        return _scale(_clip_to_step(found[0], grid), grid)
+        coding = _coding(((highest - lowest) / (high - low)).clamp_min(grid.scale_floor), grid)
+        zero = (low - in_scale_units(lowest, coding.stored_scale.float())).round().clamp(low, high)
+        return coding._replace(zero=zero)
+    if grid.scale_rule == "amax":
+        return _coding(_clip_to_scale(found[0], grid), grid)
     first, second = found
-    return _clipped_scale(between_top_two(first, second, columns, grid.percentile), grid)
+    return _clipped_coding(between_top_two(first, second, columns, grid.percentile), grid)
 
 
-def _clipped_scale(clip: Tensor, grid: Grid) -> Scale:
+def _clipped_coding(clip: Tensor, grid: Grid) -> Coding:
     # Where a floor binds, codes do not reach their limits, and the clip has to do the clipping.
-    binds = grid.step_floor > 0.0 and grid.step_rule in ("percentile", "sigma")
-    return _scale(_clip_to_step(clip, grid), grid, clip if binds else None)
+    binds = grid.scale_floor > 0.0 and grid.scale_rule in ("percentile", "sigma")
+    return _coding(_clip_to_scale(clip, grid), grid, clip if binds else None)
 
 
-def _find_scale(view: Tensor, grid: Grid) -> Scale:
+def _find_coding(view: Tensor, grid: Grid) -> Coding:
     if found := order_statistics(view, grid):
-        return scale_from(found, grid, view.size(-1))
-    if grid.step_rule == "given":
-        raise ValueError("step_rule = given: the steps have to be handed in")
-    if grid.step_rule == "fixed":
-        return _scale(torch.full_like(view[..., 0], grid.fixed_step or 0.0), grid)
-    if grid.step_rule == "absmean" or grid.levels == "binary":
-        return _scale(view.abs().mean(-1).clamp_min(grid.step_floor), grid)
-    if grid.step_rule == "percentile":
-        return _clipped_scale(row_quantile(view.abs(), grid.percentile), grid)
-    if grid.step_rule == "sigma":
-        return _clipped_scale(grid.sigma * view.std(-1, correction=0), grid)
-    return _scale(_clip_to_step(_least_square_clip(view, grid), grid), grid)
+        return coding_from(found, grid, view.size(-1))
+    if grid.scale_rule == "given":
+        raise ValueError("scale_rule = given: the scales have to be handed in")
+    if grid.scale_rule == "fixed":
+        return _coding(torch.full_like(view[..., 0], grid.fixed_scale or 0.0), grid)
+    if grid.scale_rule == "absmean" or grid.levels == "binary":
+        return _coding(view.abs().mean(-1).clamp_min(grid.scale_floor), grid)
+    if grid.scale_rule == "percentile":
+        return _clipped_coding(row_quantile(view.abs(), grid.percentile), grid)
+    if grid.scale_rule == "sigma":
+        return _clipped_coding(grid.sigma * view.std(-1, correction=0), grid)
+    return _coding(_clip_to_scale(_least_square_clip(view, grid), grid), grid)
 
 
 def _least_square_clip(view: Tensor, grid: Grid, importance: Tensor | None = None) -> Tensor:
@@ -196,44 +196,44 @@ def _least_square_clip(view: Tensor, grid: Grid, importance: Tensor | None = Non
     best_clip, least = amax, torch.full_like(amax, torch.inf)
     for share in MSE_SHARES:
         clip = amax * share
-        step = _clip_to_step(clip, grid).to(DTYPES[grid.step_dtype]).float()[..., None]
-        square = round_to_codes(in_step_units(view, step), grid).mul_(step).sub_(view).square_()
+        scale = _clip_to_scale(clip, grid).to(DTYPES[grid.scale_dtype]).float()[..., None]
+        square = round_to_codes(in_scale_units(view, scale), grid).mul_(scale).sub_(view).square_()
         error = (square if importance is None else square.mul_(importance)).sum(-1)
         best_clip = torch.where(error < least, clip, best_clip)
         least = torch.minimum(error, least)
     return best_clip
 
 
-def weighted_steps(w: Tensor, grid: Grid, importance: Tensor) -> Tensor:
-    """Steps of the mse rule where a squared error in column j counts ``importance[j]`` times.
+def weighted_scales(w: Tensor, grid: Grid, importance: Tensor) -> Tensor:
+    """Scales of the mse rule where a squared error in column j counts ``importance[j]`` times.
 
     ``importance`` (columns,) is the diagonal of the hessian: the mean square of each input. Returns
-    steps (rows, groups) to hand to ``encode``, float32. ValueError for a grid without an mse rule.
+    scales (rows, groups) to hand to ``encode``, float32. ValueError for a grid without an mse rule.
     """
     if grid.levels == "binary":
-        raise ValueError("step_rule = mse: binary levels take absmean")
-    rule = replace(grid, step_rule="mse", fixed_step=None)
+        raise ValueError("scale_rule = mse: binary levels take absmean")
+    rule = replace(grid, scale_rule="mse", fixed_scale=None)
     views = zip(group_views(w, rule), group_views(importance.expand_as(w), rule), strict=True)
     clips = [_least_square_clip(view, rule, counts) for view, counts in views]
-    return torch.cat([_clip_to_step(clip, rule) for clip in clips], dim=1)
+    return torch.cat([_clip_to_scale(clip, rule) for clip in clips], dim=1)
 
 
-def encode_view(view: Tensor, grid: Grid, scale: Scale) -> Tensor:
+def encode_view(view: Tensor, grid: Grid, coding: Coding) -> Tensor:
     """Codes of one view as float32 numbers."""
-    if scale.clip is not None:
-        view = view.clamp(-scale.clip[..., None], scale.clip[..., None])
-    x = in_step_units(view, scale.code_step[..., None])
-    if scale.zero is not None:
-        return x.round().add_(scale.zero[..., None]).clamp_(*grid.code_limits)
+    if coding.clip is not None:
+        view = view.clamp(-coding.clip[..., None], coding.clip[..., None])
+    x = in_scale_units(view, coding.code_scale[..., None])
+    if coding.zero is not None:
+        return x.round().add_(coding.zero[..., None]).clamp_(*grid.code_limits)
     code = round_to_codes(x, grid)
-    return code * (scale.code_step > 0)[..., None] if grid.levels == "binary" else code
+    return code * (coding.code_scale > 0)[..., None] if grid.levels == "binary" else code
 
 
-def decode_view(code: Tensor, step: Tensor, zero: Tensor | None) -> Tensor:
+def decode_view(code: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
     """Weights of one view from its codes as float32 numbers; ``code`` is overwritten."""
     if zero is not None:
         code.sub_(zero[..., None])
-    return code.mul_(step[..., None]).add_(0.0)  # -0 becomes +0: equal weights are equal bits
+    return code.mul_(scale[..., None]).add_(0.0)  # -0 becomes +0: equal weights are equal bits
 
 
 def as_stored(codes: Tensor, grid: Grid) -> Tensor:
@@ -243,58 +243,58 @@ def as_stored(codes: Tensor, grid: Grid) -> Tensor:
     )
 
 
-def _refitted(code: Tensor, scale: Scale) -> Tensor:
-    """The stored step that undoes the shrinkage of mean|w|."""
+def _refitted(code: Tensor, coding: Coding) -> Tensor:
+    """The stored scale that undoes the shrinkage of mean|w|."""
     mean = code.abs().mean(-1)
-    step = torch.where(mean > 0, scale.code_step / mean, scale.code_step)
-    return step.to(scale.stored_step.dtype)
+    scale = torch.where(mean > 0, coding.code_scale / mean, coding.code_scale)
+    return scale.to(coding.stored_scale.dtype)
 
 
 def _rows(w: Tensor) -> int:
     return w.size(0) if w.dim() > 1 else 1
 
 
-def products_in_step_units(w: Tensor, steps: Tensor) -> Tensor:
-    """w / (row step * column step), (rows, columns); ``steps`` (rows + columns, 1)."""
+def products_in_scale_units(w: Tensor, scales: Tensor) -> Tensor:
+    """w / (row scale * column scale), (rows, columns); ``scales`` (rows + columns, 1)."""
     rows = _rows(w)
-    by_column = in_step_units(w.reshape(rows, -1), steps[rows:].float().T)
-    return in_step_units(by_column, steps[:rows].float())
+    by_column = in_scale_units(w.reshape(rows, -1), scales[rows:].float().T)
+    return in_scale_units(by_column, scales[:rows].float())
 
 
-def _product_steps(w: Tensor, grid: Grid) -> Tensor:
+def _product_scales(w: Tensor, grid: Grid) -> Tensor:
     """Per row by the grid's rule, 1 for every column."""
     matrix = w.reshape(_rows(w), -1)
-    of_rows = encode(matrix, replace(grid, column_steps=False)).steps.float()
+    of_rows = encode(matrix, replace(grid, column_scales=False)).scales.float()
     return torch.cat([of_rows, torch.ones_like(matrix[:1]).T])
 
 
-def encode(w: Tensor, grid: Grid, steps: Tensor | None = None) -> Codes:
-    """Float32 weights -> codes and steps (and zero points).
+def encode(w: Tensor, grid: Grid, scales: Tensor | None = None) -> Codes:
+    """Float32 weights -> codes and scales (and zero points).
 
-    ``steps``, of the grid's ``steps_shape``, are learned or given ones; without them the grid's own
-    rule finds them. ValueError if a grid of given steps is without.
+    ``scales``, of the grid's ``scales_shape``, are learned or given ones; without them the grid's
+    own rule finds them. ValueError if a grid of given scales is without.
     """
-    if grid.column_steps:
-        if steps is None:
-            steps = _product_steps(w, grid)
-        rows, by_row = _rows(w), replace(grid, column_steps=False)
-        columns = steps[rows:].to(DTYPES[grid.step_dtype])
-        scaled = in_step_units(w.reshape(rows, len(columns)), columns.float().T).view_as(w)
-        inner = encode(scaled, by_row, steps[:rows])
-        return inner._replace(steps=torch.cat([inner.steps, columns]))
+    if grid.column_scales:
+        if scales is None:
+            scales = _product_scales(w, grid)
+        rows, by_row = _rows(w), replace(grid, column_scales=False)
+        columns = scales[rows:].to(DTYPES[grid.scale_dtype])
+        scaled = in_scale_units(w.reshape(rows, len(columns)), columns.float().T).view_as(w)
+        inner = encode(scaled, by_row, scales[:rows])
+        return inner._replace(scales=torch.cat([inner.scales, columns]))
     views = group_views(w, grid)
-    if steps is None:
-        scales = [_find_scale(view, grid) for view in views]
+    if scales is None:
+        codings = [_find_coding(view, grid) for view in views]
     else:
-        given = split_steps(steps, views)
-        scales = [_scale(step[..., 0].clamp_min(grid.step_floor), grid) for step in given]
-    pairs = list(zip(views, scales, strict=True))
-    coded = [encode_view(view, grid, scale) for view, scale in pairs]
-    stored = [scale.stored_step for scale in scales]
+        given = split_scales(scales, views)
+        codings = [_coding(scale[..., 0].clamp_min(grid.scale_floor), grid) for scale in given]
+    pairs = list(zip(views, codings, strict=True))
+    coded = [encode_view(view, grid, coding) for view, coding in pairs]
+    stored = [coding.stored_scale for coding in codings]
     if grid.refit:
-        stored = [_refitted(code, scale) for code, scale in zip(coded, scales, strict=True)]
+        stored = [_refitted(code, coding) for code, coding in zip(coded, codings, strict=True)]
     codes = join_groups(coded, w.shape)
-    zeros = [scale.zero.to(torch.int8) for scale in scales if scale.zero is not None]
+    zeros = [coding.zero.to(torch.int8) for coding in codings if coding.zero is not None]
     return Codes(
         as_stored(codes, grid),
         torch.cat(stored, dim=1),
@@ -303,36 +303,38 @@ def encode(w: Tensor, grid: Grid, steps: Tensor | None = None) -> Codes:
 
 
 def decode(coded: Codes, grid: Grid) -> Tensor:
-    """Codes, steps and zero points -> float32 weights of the codes' shape."""
-    if grid.column_steps:
-        rows, by_row = _rows(coded.codes), replace(grid, column_steps=False)
-        w = decode(Codes(coded.codes, coded.steps[:rows]), by_row)
-        w.view(rows, coded.steps.size(0) - rows).mul_(coded.steps[rows:].float().T).add_(0.0)
+    """Codes, scales and zero points -> float32 weights of the codes' shape."""
+    if grid.column_scales:
+        rows, by_row = _rows(coded.codes), replace(grid, column_scales=False)
+        w = decode(Codes(coded.codes, coded.scales[:rows]), by_row)
+        w.view(rows, coded.scales.size(0) - rows).mul_(coded.scales[rows:].float().T).add_(0.0)
         return w
     codes = coded.codes.view(FP8[grid.levels]) if grid.levels in FP8 else coded.codes
     weights = codes.to(torch.float32, memory_format=torch.contiguous_format)
     views = group_views(weights, grid)
     counts = [view.size(1) for view in views]
-    steps = coded.steps.float().split(counts, dim=1)
+    scales = coded.scales.float().split(counts, dim=1)
     zeros = [None] * len(views) if coded.zeros is None else coded.zeros.float().split(counts, dim=1)
-    for view, step, zero in zip(views, steps, zeros, strict=True):
-        decode_view(view, step, zero)  # in place: a second copy would double the memory of a reader
+    for view, scale, zero in zip(views, scales, zeros, strict=True):
+        decode_view(
+            view, scale, zero
+        )  # in place: a second copy would double the memory of a reader
     return weights
 
 
-def snap(w: Tensor, grid: Grid, steps: Tensor | None = None) -> Tensor:
+def snap(w: Tensor, grid: Grid, scales: Tensor | None = None) -> Tensor:
     """The weight that an artifact on this grid would give back for ``w``."""
-    return decode(encode(w, grid, steps), grid)
+    return decode(encode(w, grid, scales), grid)
 
 
-def check_finite(name: str, w: Tensor, steps: Tensor) -> None:
-    """Raise ValueError naming the tensor (and row) if its weights or steps are not finite."""
+def check_finite(name: str, w: Tensor, scales: Tensor) -> None:
+    """Raise ValueError naming the tensor (and row) if its weights or scales are not finite."""
     if not torch.isfinite(w).all():
         raise ValueError(f"tensor {name} holds NaN or infinity")
-    bad_rows = (~torch.isfinite(steps)).any(dim=1).nonzero().flatten()
+    bad_rows = (~torch.isfinite(scales)).any(dim=1).nonzero().flatten()
     if len(bad_rows):
-        dtype = str(steps.dtype).removeprefix("torch.")
+        dtype = str(scales.dtype).removeprefix("torch.")
         raise ValueError(
-            f"tensor {name}, row {int(bad_rows[0])}: its step overflows {dtype}; "
-            "use a wider step_dtype"
+            f"tensor {name}, row {int(bad_rows[0])}: its scale overflows {dtype}; "
+            "use a wider scale_dtype"
         )

@@ -16,32 +16,32 @@ import torch
 from torch import Tensor, nn
 
 from qat.quantize.fused import FusedSnap
-from qat.quantize.gradients import RULES, Seen, see, sum_per_step, supports
+from qat.quantize.gradients import RULES, Seen, see, sum_per_scale, supports
 from qat.quantize.grid import Grid
 from qat.quantize.plan import Entry, Plan
 from qat.quantize.rounding import encode
 
 
 class _StraightThrough(torch.autograd.Function):
-    """(master, learned step or None, seen, slopes) -> seen; gradients as the rule says."""
+    """(master, learned scale or None, seen, slopes) -> seen; gradients as the rule says."""
 
     @staticmethod
-    def forward(ctx, master, step, weight, slope, step_slope, grid) -> Tensor:
-        ctx.grid, ctx.step_like = grid, step
-        ctx.save_for_backward(slope, step_slope)
+    def forward(ctx, master, scale, weight, slope, scale_slope, grid) -> Tensor:
+        ctx.grid, ctx.scale_like = grid, scale
+        ctx.save_for_backward(slope, scale_slope)
         return weight.view_as(weight)
 
     @staticmethod
     def backward(ctx, gradient: Tensor):
-        slope, step_slope = ctx.saved_tensors
-        to_step = None
-        if ctx.step_like is not None:  # a zero gradient while off: DDP waits for every parameter
-            to_step = (
-                torch.zeros_like(ctx.step_like)
-                if step_slope is None
-                else sum_per_step(gradient * step_slope, ctx.grid, ctx.step_like)
+        slope, scale_slope = ctx.saved_tensors
+        to_scale = None
+        if ctx.scale_like is not None:  # a zero gradient while off: DDP waits for every parameter
+            to_scale = (
+                torch.zeros_like(ctx.scale_like)
+                if scale_slope is None
+                else sum_per_scale(gradient * scale_slope, ctx.grid, ctx.scale_like)
             )
-        return (gradient if slope is None else gradient * slope), to_step, None, None, None, None
+        return (gradient if slope is None else gradient * slope), to_scale, None, None, None, None
 
 
 def _key(name: str) -> str:
@@ -52,9 +52,9 @@ def _key(name: str) -> str:
 class QatSwitch(nn.Module):
     """Gives the weights for the next forward pass; call ``refresh`` after every optimizer step.
 
-    Its only parameters are learned steps, which exist if a grid of the plan has step_rule=learned;
-    they are found by that grid's rule when QAT is first switched on. ``fused`` snaps all tensors in
-    one compiled pass: the same bits, sooner.
+    Its only parameters are learned scales, which exist if a grid of the plan has
+    scale_rule=learned; they are found by that grid's rule when QAT is first switched on. ``fused``
+    snaps all tensors in one compiled pass: the same bits, sooner.
     """
 
     def __init__(
@@ -71,21 +71,21 @@ class QatSwitch(nn.Module):
         self.is_on = False
         self._fused = FusedSnap(plan) if fused and rule == "identity" else None
         self._seen: dict[str, Seen] = {}
-        self._steps_found = False
+        self._scales_found = False
         self._learned = nn.ParameterDict(
             {
-                _key(entry.name): nn.Parameter(torch.zeros(entry.steps_shape))
+                _key(entry.name): nn.Parameter(torch.zeros(entry.scales_shape))
                 for entry in plan.on_grid
-                if entry.grid is not None and entry.grid.step_rule == "learned"
+                if entry.grid is not None and entry.grid.scale_rule == "learned"
             }
         )
 
     @property
-    def learned_steps(self) -> dict[str, Tensor]:
-        """Tensor name -> its learned steps (rows, groups); empty until QAT was switched on."""
-        if not self._steps_found:
+    def learned_scales(self) -> dict[str, Tensor]:
+        """Tensor name -> its learned scales (rows, groups); empty until QAT was switched on."""
+        if not self._scales_found:
             return {}
-        return {name.replace("/", "."): step for name, step in self._learned.items()}
+        return {name.replace("/", "."): scale for name, scale in self._learned.items()}
 
     @torch.no_grad()
     def refresh(
@@ -105,8 +105,8 @@ class QatSwitch(nn.Module):
         self._seen = {}
         if not is_on:
             return
-        if not self._steps_found:
-            self._find_steps(masters)
+        if not self._scales_found:
+            self._find_scales(masters)
         snapped = self._fused(masters) if self._fused is not None else {}
         for entry in self.plan:
             if entry.name in snapped:
@@ -124,21 +124,21 @@ class QatSwitch(nn.Module):
         if self.rule == "noise":  # equal on every rank, other for every tensor and step
             generator = torch.Generator(w.device)
             generator.manual_seed(zlib.crc32(f"{self.seed} {step} {entry.name}".encode()))
-        steps = self.learned_steps.get(entry.name)
-        return see(w, entry.grid, self.rule, steps, progress, generator)
+        scales = self.learned_scales.get(entry.name)
+        return see(w, entry.grid, self.rule, scales, progress, generator)
 
-    def _find_steps(self, masters: Mapping[str, Tensor]) -> None:
-        self._steps_found = True
-        for name, steps in self.learned_steps.items():
+    def _find_scales(self, masters: Mapping[str, Tensor]) -> None:
+        self._scales_found = True
+        for name, scales in self.learned_scales.items():
             grid = self.plan.entries[name].grid
             assert grid is not None
-            steps.copy_(encode(masters[name].detach(), grid).steps.float())
+            scales.copy_(encode(masters[name].detach(), grid).scales.float())
 
     @torch.no_grad()
-    def set_steps(self, steps: Mapping[str, Tensor]) -> None:
-        """Take up learned steps; without any they are found anew at the next switch-on."""
-        self._steps_found = bool(steps)
-        for name, found in steps.items():
+    def set_scales(self, scales: Mapping[str, Tensor]) -> None:
+        """Take up learned scales; without any they are found anew at the next switch-on."""
+        self._scales_found = bool(scales)
+        for name, found in scales.items():
             self._learned[_key(name)].copy_(found)
 
     def weights(self, masters: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -147,9 +147,11 @@ class QatSwitch(nn.Module):
 
     def _apply_rule(self, name: str, master: Tensor) -> Tensor:
         seen = self._seen.get(name) or Seen(master.detach())
-        steps = self._learned.get(_key(name))
+        scales = self._learned.get(_key(name))
         grid: Grid | None = self.plan.entries[name].grid
-        return _StraightThrough.apply(master, steps, seen.weight, seen.slope, seen.step_slope, grid)
+        return _StraightThrough.apply(
+            master, scales, seen.weight, seen.slope, seen.scale_slope, grid
+        )
 
 
 @torch.no_grad()
@@ -157,7 +159,7 @@ def on_grid_share(
     seen: Mapping[str, Tensor],
     masters: Mapping[str, Tensor],
     plan: Plan,
-    steps: Mapping[str, Tensor] | None = None,
+    scales: Mapping[str, Tensor] | None = None,
 ) -> float:
     """Share of the elements planned for a grid whose seen value is the one a file would store.
 
@@ -165,7 +167,7 @@ def on_grid_share(
     """
     total = matching = 0
     for entry in plan.on_grid:
-        stored = entry.snap(masters[entry.name].detach(), (steps or {}).get(entry.name))
+        stored = entry.snap(masters[entry.name].detach(), (scales or {}).get(entry.name))
         total += entry.num_elements
         if entry.name in seen:
             matching += int((seen[entry.name] == stored).sum())

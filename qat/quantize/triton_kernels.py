@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from qat.quantize.passes import Batch, Found
-from qat.quantize.rounding import Scale, group_views, order_statistics
+from qat.quantize.rounding import Coding, group_views, order_statistics
 
 MAX_BLOCK = 1024
 MAXIMUM, TOP_TWO, RANGE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
@@ -63,7 +63,7 @@ def _look_kernel(
 
 @triton.jit
 def _write_kernel(
-    pointers, into_pointers, tensor_of, offset_of, steps, code_steps, zeros, clips,
+    pointers, into_pointers, tensor_of, offset_of, scales, code_scales, zeros, clips,
     lowest: tl.constexpr, highest: tl.constexpr, columns: tl.constexpr, BLOCK: tl.constexpr,
     HAS_ZERO: tl.constexpr, HAS_CLIP: tl.constexpr,
 ):  # fmt: skip
@@ -71,9 +71,9 @@ def _write_kernel(
     into = _group(into_pointers, tensor_of, offset_of)
     group = tl.program_id(0)
     lane = tl.arange(0, BLOCK)
-    step = tl.load(steps + group)
-    code_step = tl.load(code_steps + group)
-    divisor = tl.where(code_step > 0, code_step, float("inf"))
+    scale = tl.load(scales + group)
+    code_scale = tl.load(code_scales + group)
+    divisor = tl.where(code_scale > 0, code_scale, float("inf"))
     for start in range(0, columns, BLOCK):
         inside = start + lane < columns
         w = tl.load(weights + start + lane, inside, 0.0)
@@ -88,7 +88,7 @@ def _write_kernel(
             code = tl.minimum(tl.maximum(code + zero, lowest), highest) - zero
         else:
             code = tl.minimum(tl.maximum(code, lowest), highest)
-        tl.store(into + start + lane, code * step + 0.0, inside)
+        tl.store(into + start + lane, code * scale + 0.0, inside)
 
 
 class TritonPasses:
@@ -137,21 +137,23 @@ class TritonPasses:
         self,
         weights: Mapping[str, Tensor],
         batches: list[Batch],
-        scales: list[Scale],
+        codings: list[Coding],
         into: Mapping[str, Tensor],
     ) -> None:
         """As ``fused._write``."""
         pointers, into_pointers = self._addresses(weights), self._addresses(into)
-        for batch, scale, (tensor_of, offset_of) in zip(batches, scales, self._tables, strict=True):
+        for batch, coding, (tensor_of, offset_of) in zip(
+            batches, codings, self._tables, strict=True
+        ):
             low, high = batch.grid.code_limits
-            step = scale.stored_step.float()
+            scale = coding.stored_scale.float()
             _write_kernel[(len(tensor_of),)](
-                pointers, into_pointers, tensor_of, offset_of, step, scale.code_step,
-                step if scale.zero is None else scale.zero,
-                step if scale.clip is None else scale.clip,
+                pointers, into_pointers, tensor_of, offset_of, scale, coding.code_scale,
+                scale if coding.zero is None else coding.zero,
+                scale if coding.clip is None else coding.clip,
                 lowest=float(low), highest=float(high), columns=batch.columns,
-                BLOCK=_block(batch.columns), HAS_ZERO=scale.zero is not None,
-                HAS_CLIP=scale.clip is not None,
+                BLOCK=_block(batch.columns), HAS_ZERO=coding.zero is not None,
+                HAS_CLIP=coding.clip is not None,
             )  # fmt: skip
 
 

@@ -35,9 +35,9 @@ def verdict_table(findings: Findings) -> Table:
 
 
 def equal_bytes_table(findings: Findings) -> Table:
-    """Treatments that were compared with a baseline fitted to their bytes."""
+    """Treatments that were compared with a baseline of as many bytes."""
     return _verdicts(
-        "At equal bytes: against the baseline fitted to the treatment's bytes",
+        "At equal bytes: against the baseline stored by the solver in as many bytes",
         [(t, t.equal_bytes) for t in findings.treatments if t.equal_bytes],
     )
 

@@ -1,4 +1,4 @@
-"""``eval.py task=fit run=RUN limit_bytes=N``: a finished run stored again, filling another limit.
+"""``eval.py task=fill run=RUN limit_bytes=N``: a finished run stored again, filling another limit.
 
 The run's own file stays as it is; the new one is read back and scored.
 """
@@ -31,7 +31,7 @@ def run(s: EvalTaskSettings, budget: Budget) -> int:
     result = Result.read(folder)
     if result is None or result.steps is None:
         raise UserError(f"run={folder}: the run did not finish")
-    out = Path(s.out or folder / EXPORTS / f"fit_{s.limit_bytes}.qat")
+    out = Path(s.out or folder / EXPORTS / f"fill_{s.limit_bytes}.qat")
     for path in (out, Path(f"{out}{OVERSIZE_SUFFIX}")):
         if path.exists():
             raise UserError(f"out={path}: it is there already; give another name")
@@ -43,7 +43,7 @@ def run(s: EvalTaskSettings, budget: Budget) -> int:
         out.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"out={out}: {error.strerror or error}") from None
-    artifact = replace(ArtifactSettings(**result.settings["artifact"]), fit=True)
+    artifact = replace(ArtifactSettings(**result.settings["artifact"]), fill=True)
     is_on_grid = result.qat_last_step == result.steps
     plan = plan_in(result.settings, result.settings)
     done, score = store_again(

@@ -79,7 +79,7 @@ class Result:
 
 
 QUANTIZATION_SETTINGS = ("qat", "grid", "plan", "artifact", "limit_bytes")
-QAT_OPTIMIZER_SETTINGS = ("optimizer.learned_step_lr",)  # float weights have no learned steps
+QAT_OPTIMIZER_SETTINGS = ("optimizer.learned_scale_lr",)  # float weights have no learned scales
 BOOKKEEPING_SETTINGS = (
     "run_name",
     "sweep_name",

@@ -1,6 +1,6 @@
 """A finished run's checkpoint stored in another way, read back and scored with the run's own data.
 
-What rounding afterwards gives a baseline on somebody else's grid, and ``eval.py task=fit``.
+What rounding afterwards gives a baseline on somebody else's grid, and ``eval.py task=fill``.
 """
 
 from __future__ import annotations
@@ -44,14 +44,14 @@ Tensors = dict[str, torch.Tensor]
 
 
 def stored_tensors(path: Path) -> tuple[Tensors, Tensors]:
-    """Weights and learned steps that a run's checkpoint would store: its average if it has one."""
+    """Weights and learned scales that a run's checkpoint would store: its average if it has one."""
     state = load_checkpoint(path)
     if state is None or "weights" not in state:
         raise UserError(f"{path}: there is no readable checkpoint")
     averages = state["averaging"]
     if averages["weights"]["tensors"]:
-        return averages["weights"]["tensors"], averages["learned_steps"]["tensors"]
-    return state["weights"], state["learned_steps"]
+        return averages["weights"]["tensors"], averages["learned_scales"]["tensors"]
+    return state["weights"], state["learned_scales"]
 
 
 def plan_in(settings: dict[str, Any], storage: dict[str, Any]) -> Plan:
@@ -76,14 +76,14 @@ def store_again(
     file: Path,
     console: Console,
 ) -> tuple[Export, Score]:
-    """Store the checkpoint of the run in ``folder`` by ``plan``, or fitted to the limit.
+    """Store the checkpoint of the run in ``folder`` by ``plan``, or filling the limit.
 
     ``is_own``: the run was trained for this plan; ``is_on_grid`` as in TrainedModel. UserError or
     TrainingError if its checkpoint or its data cannot be read or stored.
     """
     shape = shape_of(ModelSettings(**settings["model"]))
     data = DataSettings(**settings["data"])
-    reads_text = artifact.fit or artifact.method == "gptq"
+    reads_text = artifact.fill or artifact.method == "gptq"
     if not reads_text:  # then no training shards are needed: they may be gone, or gigabytes
         data = replace(data, train_files=None, train_shards=1)
     source = from_settings(data, shape.vocab_size)
@@ -91,11 +91,11 @@ def store_again(
     seq_len, precision = settings["seq_len"], settings["precision"]
     meta = artifact_meta(shape, seq_len, tokenizer.sha256, source.identity)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    weights, steps = (
+    weights, scales = (
         {name: tensor.to(device) for name, tensor in tensors.items()}
         for tensors in stored_tensors(folder / CHECKPOINT)
     )
-    model = TrainedModel(shape, weights, plan, steps if is_own else {}, is_on_grid)
+    model = TrainedModel(shape, weights, plan, scales if is_own else {}, is_on_grid)
     text = None
     if reads_text:
         stream = TokenStream(source.train_files, "data.train_files")
@@ -120,7 +120,7 @@ def storage_of(
     """The storage settings of a run as one of its study's stores changes them."""
     option = store.grid or (None if settings["qat"]["enabled"] else study.grid)
     grid = settings["grid"] if option is None else asdict(read_grid(option))
-    asked = {name: getattr(store, name) for name in ("method", "gptq_bit_price", "fit")}
+    asked = {name: getattr(store, name) for name in ("method", "gptq_bit_price", "fill")}
     changed = {name: value for name, value in asked.items() if value is not None}
     artifact = settings["artifact"] | changed
     return {"grid": grid, "plan": settings["plan"], "artifact": artifact}
@@ -134,7 +134,7 @@ def export_again(
     """
     artifact = ArtifactSettings(**target["artifact"])
     plan = plan_in(result.settings, target)
-    # Learned steps and what training saw belong to the grid that was trained on.
+    # Learned scales and what training saw belong to the grid that was trained on.
     is_own = plan == plan_in(result.settings, result.settings)
     is_on_grid = is_own and result.qat_last_step == result.steps
     label = stored_label(plan, artifact)

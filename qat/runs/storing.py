@@ -84,10 +84,10 @@ def store(
     its step overflows.
     """
     try:
-        if artifact.fit:
+        if artifact.fill:
             assert text is not None
             batches = calibration_batches(
-                text.stream, artifact.fit_tokens, text.micro_batch_tokens, text.seq_len
+                text.stream, artifact.sensitivity_tokens, text.micro_batch_tokens, text.seq_len
             )
             model = fill_budget(
                 model, batches, text.precision, artifact, budget, meta, plot, console
@@ -97,8 +97,8 @@ def store(
             encoded = _by_gptq(model, text, artifact, budget, meta)
             snapped = {item.entry.name: item.decode() for item in encoded}
         else:
-            encoded = model.plan.encode(model.weights, model.steps)
-            snapped = model.plan.snap(model.weights, model.steps)
+            encoded = model.plan.encode(model.weights, model.scales)
+            snapped = model.plan.snap(model.weights, model.scales)
     except ValueError as error:
         raise TrainingError(
             f"cannot store {path.name}: {error}; if training diverged, lower the learning rates"
@@ -115,27 +115,27 @@ def _by_gptq(
 ) -> list[Encoded]:
     """What matrices read is measured with the weights that training saw: snapped ones after QAT."""
     weights = dict(model.weights)
-    seen = model.plan.snap(weights, model.steps) if model.is_on_grid else weights
+    seen = model.plan.snap(weights, model.scales) if model.is_on_grid else weights
     sequences = training_sequences(text.stream, min(text.seq_len, MAX_TOKENS))
     method = gptq(read_inputs(model.shape, seen, sequences), bit_price=artifact.gptq_bit_price)
-    encoded = encoded_by(model.plan, weights, method, model.steps)
-    if not artifact.fit or not model.steps:
+    encoded = encoded_by(model.plan, weights, method, model.scales)
+    if not artifact.fill or not model.scales:
         return encoded
 
     def trial_at(log2_zoom: float) -> Trial[list[Encoded]]:
         found = encoded_by(model.plan, weights, method, _zoomed(model, 2.0**log2_zoom))
         return Trial(log2_zoom, len(pack(found, model.plan, meta, artifact.coder)), found)
 
-    num_weights = sum(model.plan.entries[name].num_elements for name in model.steps)
+    num_weights = sum(model.plan.entries[name].num_elements for name in model.scales)
     return fill(trial_at, trial_at(0.0), num_weights / 8, budget.artifact_bytes).made
 
 
 def _zoomed(model: TrainedModel, zoom: float) -> dict[str, Tensor]:
-    """Given steps, products of rows and columns or one kind alone, ``zoom`` times as large."""
+    """Given scales, products of rows and columns or one kind alone, ``zoom`` times as large."""
     found = {}
-    for name, steps in model.steps.items():
+    for name, scales in model.scales.items():
         entry = model.plan.entries[name]
         assert entry.grid is not None
-        rows = entry.num_rows if entry.grid.column_steps else len(steps)
-        found[name] = torch.cat([zoom * steps[:rows], steps[rows:]])
+        rows = entry.num_rows if entry.grid.column_scales else len(scales)
+        found[name] = torch.cat([zoom * scales[:rows], scales[rows:]])
     return found

@@ -22,7 +22,7 @@ from qat.settings.schema import EvalTaskSettings, TrainSettings
 SCHEMAS = {"train": TrainSettings, "eval": EvalTaskSettings}
 # Prose and paths of eval.py, taken as typed: Hydra's grammar would trip over ',' or '(' in them.
 VERBATIM_KEYS = (
-    "prompt", "artifact", "out", "run", "runs", "study", "sweep", "submission.author",
+    "prompt", "artifact", "out", "run", "runs", "study", "cabinet", "submission.author",
     "submission.github_id", "submission.name", "submission.blurb",
 )  # fmt: skip
 QUIET_FLAGS = ("-h", "--help", "--version", "-c", "--cfg", "-i", "--info")

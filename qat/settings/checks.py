@@ -25,8 +25,8 @@ from qat.settings.ranges import (
     check_model,
     check_optimizer,
     check_parts,
-    check_rate,
     check_schedule,
+    check_to_bytes,
     check_vocab_size,
     one_of,
     require,
@@ -34,7 +34,7 @@ from qat.settings.ranges import (
 from qat.settings.schema import DataSettings, EvalTaskSettings, QatSettings, TrainSettings
 
 TASKS = (
-    "score", "sample", "inspect", "fit", "audit", "sweep", "choose", "convert", "submission",
+    "score", "sample", "inspect", "fill", "audit", "cabinet", "choose", "convert", "submission",
     "report",
 )  # fmt: skip
 TEXT_SOURCES = ("web_bible", "text", "hub")
@@ -80,7 +80,7 @@ def resolve_train(settings: TrainSettings, choices: Mapping[str, str | None]) ->
     _check_data(s.data)
     one_of("data.source", s.data.source, TEXT_SOURCES)
     _check_implied_choices(s.qat, choices)
-    check_rate(s)
+    check_to_bytes(s)
     return replace(
         s,
         precision=machine.faster_precision() if s.precision == "auto" else s.precision,
@@ -210,12 +210,12 @@ def resolve_eval(settings: EvalTaskSettings, choices: Mapping[str, str | None]) 
     one_of("task", s.task, TASKS)
     if s.task != "score" and machine.world_size() > 1:
         raise UserError(f"task={s.task}: runs in one process; start it without torchrun")
-    if s.task == "fit":
+    if s.task == "fill":
         needed = "the solver needs a run's checkpoint; give run=RUN and no artifact"
         require(bool(s.run) and not s.artifact, "run", s.run, needed)
         is_named = s.out is None or s.out.endswith(".qat")
         require(is_named, "out", s.out, "give the file to write, out=FILE.qat")
-    elif s.task == "sweep":
+    elif s.task == "cabinet":
         one = "give run=RUN or artifact=CHECKPOINT.ckpt (one of them)"
         require(bool(s.artifact) != bool(s.run), "run", s.run, one)
         is_checkpoint = s.artifact is None or s.artifact.endswith(".ckpt")
@@ -224,7 +224,9 @@ def resolve_eval(settings: EvalTaskSettings, choices: Mapping[str, str | None]) 
         one = "give study=NAME or a glob of run folders, runs='logs/runs/*' (one of them)"
         require(bool(s.runs) != bool(s.study), "runs", s.runs, one)
     elif s.task == "choose":
-        require(bool(s.sweep), "sweep", s.sweep, "give the folder of a sweep, sweep=FOLDER")
+        require(
+            bool(s.cabinet), "cabinet", s.cabinet, "give the folder of a cabinet, cabinet=FOLDER"
+        )
         check_constraints(s.constraints)
     elif s.task == "submission":
         require(not s.artifact, "artifact", s.artifact, "a submission is made of run=RUN")

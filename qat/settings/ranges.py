@@ -20,7 +20,7 @@ from qat.settings.schema import (
 
 MAX_VOCAB_SIZE = 65_536  # token ids are stored as uint16
 MAX_TAG_LENGTH = 64  # of W&B
-EVAL_PARTS = ("calibration", "damage", "layers", "pairs", "cost")
+EVAL_PARTS = ("reliability", "damage", "layers", "pairs", "cost")
 
 
 def require(condition: bool, setting: str, value: object, remedy: str) -> None:
@@ -74,7 +74,7 @@ def check_schedule(s: ScheduleSettings) -> None:
 
 
 def check_artifact(a: ArtifactSettings) -> None:
-    at_least("artifact.fit_tokens", a.fit_tokens, 1)
+    at_least("artifact.sensitivity_tokens", a.sensitivity_tokens, 1)
     one_of("artifact.method", a.method, ("round", "gptq"))
     price = a.gptq_bit_price
     require(0 <= price < math.inf, "artifact.gptq_bit_price", price, "give 0 or more")
@@ -82,28 +82,30 @@ def check_artifact(a: ArtifactSettings) -> None:
     require(is_read, "artifact.gptq_bit_price", price, "only with artifact.method=gptq")
 
 
-def check_rate(s: TrainSettings) -> None:
+def check_to_bytes(s: TrainSettings) -> None:
     """Training to a number of bytes decides alone how the last weights are stored."""
-    price = s.qat.rate_price
-    require(price is None or 0 <= price < math.inf, "qat.rate_price", price, "give 0 or more")
-    if not (s.qat.enabled and s.qat.rate):
+    price = s.qat.bit_price
+    require(price is None or 0 <= price < math.inf, "qat.bit_price", price, "give 0 or more")
+    if not (s.qat.enabled and s.qat.to_bytes):
         return
-    learned = "takes learned steps of rows and columns; give qat=rd"
-    one_of_learned = s.grid.step_rule == "learned" and s.grid.column_steps
-    require(one_of_learned, "qat.rate", "true", learned)
-    late = "qat.rate = true learns first what matters to the loss; start after an update or more"
+    learned = "takes learned scales of rows and columns; give qat=rd"
+    one_of_learned = s.grid.scale_rule == "learned" and s.grid.column_scales
+    require(one_of_learned, "qat.to_bytes", "true", learned)
+    late = (
+        "qat.to_bytes = true learns first what matters to the loss; start after an update or more"
+    )
     for start in ("start_step", "start_fraction"):
         value = getattr(s.qat, start)
         require(value is None or value > 0, f"qat.{start}", value, late)
     scale = s.qat.start_lr_scale
     require(scale is None or scale < 1, "qat.start_lr_scale", scale, late)
     for setting, value, allowed in (
-        ("artifact.fit", s.artifact.fit, False),
+        ("artifact.fill", s.artifact.fill, False),
         ("artifact.method", s.artifact.method, "round"),
         ("averaging", s.averaging.kind, "none"),
         ("qat.stop_step", s.qat.stop_step, None),
     ):
-        require(value == allowed, setting, value, "not with qat.rate = true; drop it")
+        require(value == allowed, setting, value, "not with qat.to_bytes = true; drop it")
 
 
 def check_averaging(a: AveragingSettings) -> None:

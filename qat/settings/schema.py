@@ -33,7 +33,7 @@ class OptimizerSettings:
     embedding_lr: float = 0.6  # when untied
     head_lr: float = 0.008
     scalar_lr: float = 0.04  # vectors and scalars
-    learned_step_lr: float = 1e-4  # steps of grids with step_rule=learned
+    learned_scale_lr: float = 1e-4  # scales of grids with scale_rule=learned
     momentum_start: float = 0.85  # Muon momentum grows from here ...
     momentum: float = 0.95  # ... to here ...
     momentum_warmup_steps: int = 500  # ... over so many steps
@@ -82,17 +82,17 @@ class GridSettings:  # meanings: qat/quantize/grid.py
     levels: str = "int"  # int | ternary | binary | fp8_e4m3 | fp8_e5m2
     bits: int | None = None  # of int levels, 2 to 8
     range: str = "symmetric"  # symmetric | full | asymmetric
-    group_size: int | None = None  # columns per step; null = one step per row
+    group_size: int | None = None  # columns per scale; null = one scale per row
     per_tensor: bool = False
-    step_rule: str = "amax"  # amax | percentile | sigma | mse | fixed | absmean | learned
-    percentile: float = 0.9999984  # a fraction, used by step_rule=percentile
-    sigma: float = 12.85  # clip in standard deviations, used by step_rule=sigma
-    fixed_step: float | None = None  # used by step_rule=fixed
-    step_floor: float = 0.0
-    step_dtype: str = "fp16"  # fp32 | bf16 | fp16, as stored
-    code_step_dtype: str | None = None  # null = step_dtype
+    scale_rule: str = "amax"  # amax | percentile | sigma | mse | fixed | absmean | learned
+    percentile: float = 0.9999984  # a fraction, used by scale_rule=percentile
+    sigma: float = 12.85  # clip in standard deviations, used by scale_rule=sigma
+    fixed_scale: float | None = None  # used by scale_rule=fixed
+    scale_floor: float = 0.0
+    scale_dtype: str = "fp16"  # fp32 | bf16 | fp16, as stored
+    code_scale_dtype: str | None = None  # null = scale_dtype
     refit: bool = False  # ternary: undo the shrinkage of mean|w|
-    column_steps: bool = False  # learned steps per row and per column, multiplied
+    column_scales: bool = False  # learned scales per row and per column, multiplied
 
 
 @dataclass
@@ -115,9 +115,9 @@ class QatSettings:
     stop_step: int | None = None  # updates after this one use float weights again
     ramp_steps: int = 0  # blend from float to snapped weights over so many updates
     default_start_fraction: float = 0.5  # used when no start is given
-    # Train to limit_bytes: what the codes will cost is part of the loss (learned steps only)
-    rate: bool = False
-    rate_price: float | None = None  # nats per token and bit; null = so that the limit is met
+    # Train to limit_bytes: what the codes will cost is part of the loss (learned scales only)
+    to_bytes: bool = False
+    bit_price: float | None = None  # nats per token and bit; null = so that the limit is met
 
 
 @dataclass
@@ -126,10 +126,10 @@ class ArtifactSettings:
         "mix"  # zlib | zstd | lzma | brotli | constriction | mix | auto (all of them, the smallest)
     )
     method: str = "round"  # round | gptq (full-Hessian, calibrated on training text)
-    # What a bit counts in GPTQ's choices, of the price that steps imply; 0 = errors alone
+    # What a bit counts in GPTQ's choices, of the price that scales imply; 0 = errors alone
     gptq_bit_price: float = 0.0
-    fit: bool = False  # fill limit_bytes: choose each tensor's grid by what its errors cost
-    fit_tokens: int = 32_768  # ... of training text, to find out what errors cost
+    fill: bool = False  # fill limit_bytes: choose each tensor's grid by what its errors cost
+    sensitivity_tokens: int = 32_768  # ... of training text, to find out what errors cost
 
 
 @dataclass
@@ -149,11 +149,11 @@ class EvalSettings:
 
 @dataclass
 class FullEvalSettings(EvalSettings):
-    # calibration | damage | layers | pairs | cost, beside val_bpb; eval=full takes all of them
+    # reliability | damage | layers | pairs | cost, beside val_bpb; eval=full takes all of them
     parts: list[str] = field(default_factory=list)
     pairs_file: str | None = None  # .jsonl of minimal pairs; null = those made from templates
     layers_tokens: int = 16_384  # validation tokens per tensor, of the part layers
-    num_bins: int = 15  # of calibration errors
+    num_bins: int = 15  # of reliability diagrams
     resamples: int = 2_000  # of the bootstrap over documents
     repeats: int = 5  # of each timing
 
@@ -173,7 +173,7 @@ class StoreSettings:  # one more way to store what an arm trained
     grid: str | None = None  # a grid= option; null = the arm's own
     method: str | None = None  # as artifact.method, and so on; null = the arm's own
     gptq_bit_price: float | None = None
-    fit: bool | None = None
+    fill: bool | None = None
     arms: list[str] | None = None  # that are stored so; null = all
 
     def is_of(self, arm: str) -> bool:
@@ -260,16 +260,16 @@ class ConstraintSettings:  # of task=choose: the most that a variant may have; n
 class EvalTaskSettings:
     task: str = "score"  # what to do; all of them: TASKS in qat/settings/checks.py
     artifact: str | None = None  # file: a .qat, or a .ptz of the challenge
-    out: str | None = None  # what is written: convert's .ptz, fit's .qat, submission's folder
+    out: str | None = None  # what is written: convert's .ptz, fill's .qat, submission's folder
     run: str | None = None  # run folder or run name; stands for its artifact
     runs: str | None = None  # glob of run folders
     study: str | None = None  # folder or name of a study's sweep
-    variants: list[str] | None = None  # globs of task=sweep's rows; null = all
-    sweep: str | None = None  # folder with the results.json of a post-training sweep
+    variants: list[str] | None = None  # globs of task=cabinet's rows; null = all
+    cabinet: str | None = None  # folder with the results.json of task=cabinet
     runs_dir: str = "logs/runs"
     prompt: str = ""
     seed: int = 1337
-    limit_bytes: int = 16_000_000  # artifact + code, decimal; of task=inspect and task=fit
+    limit_bytes: int = 16_000_000  # artifact + code, decimal; of task=inspect and task=fill
     model: VocabularySettings = field(default_factory=VocabularySettings)
     sample: SampleSettings = field(default_factory=SampleSettings)
     constraints: ConstraintSettings = field(default_factory=ConstraintSettings)

@@ -111,11 +111,11 @@ class StudyFiles:
     def as_large(
         self, base: ArmRun, run: ArmRun, target: dict[str, Any], total_bytes: int
     ) -> Stored:
-        """The baseline that the solver fits to as many bytes, or to the limit of ``run``."""
+        """The baseline that the solver stores in as many bytes, or to the limit of ``run``."""
         assert run.result is not None
         if fills_limit(run.result.settings, target):
             total_bytes = run.result.limit_bytes
-        return self.stored(base, Target(_fitted(self.target(base, None)), total_bytes))
+        return self.stored(base, Target(_filled(self.target(base, None)), total_bytes))
 
     def target(self, run: ArmRun, store: StoreSettings | None) -> dict[str, Any]:
         assert run.result is not None
@@ -135,6 +135,6 @@ class StudyFiles:
         return same[0] if same else None
 
 
-def _fitted(target: dict[str, Any]) -> dict[str, Any]:
-    rounded = {"fit": True, "method": "round", "gptq_bit_price": 0.0}
+def _filled(target: dict[str, Any]) -> dict[str, Any]:
+    rounded = {"fill": True, "method": "round", "gptq_bit_price": 0.0}
     return target | {"artifact": target["artifact"] | rounded}

@@ -1,9 +1,9 @@
 """From the runs of a study to what they say: treatments, comparisons, ledgers, curves.
 
 Pairs are runs of one seed. A treatment is compared with the study's baseline stored in the same way
-and, if the study asks for it, with the baseline that the budget solver fits to as many bytes: both
-are files, written once, read back and scored. No seed is left out: one without a score is named
-with the reason.
+and, if the study asks for it, with the baseline that the budget solver stores in as many bytes:
+both are files, written once, read back and scored. No seed is left out: one without a score is
+named with the reason.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def treatment_of(files: StudyFiles, arm: str, store: str | None) -> Treatment | 
         total_bytes={seed: s.total_bytes for seed, s in scores.items()},
         missing_seeds=missing,
         alike=_comparison(scores, alike, f"{settings.baseline} on {_grids(alike)}"),
-        equal_bytes=_comparison(scores, as_large, f"{settings.baseline} fitted to {name}'s bytes"),
+        equal_bytes=_comparison(scores, as_large, f"{settings.baseline} filled to {name}'s bytes"),
     )
 
 

@@ -34,7 +34,7 @@ class Treatment:
     total_bytes: dict[int, int]  # artifact and code
     missing_seeds: dict[int, str]  # started without an artifact, and why
     alike: Comparison | None  # the baseline stored in the same way; None for the baseline itself
-    equal_bytes: Comparison | None  # the baseline fitted by the solver to the treatment's bytes
+    equal_bytes: Comparison | None  # the baseline stored by the solver in as many bytes
 
 
 @dataclass(frozen=True)

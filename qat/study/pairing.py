@@ -41,7 +41,7 @@ class Target(NamedTuple):
 
 def fills_limit(settings: dict[str, Any], storage: dict[str, Any]) -> bool:
     """A run of these settings, stored so, was made to fill its limit."""
-    return settings["qat"].get("rate", False) or storage["artifact"]["fit"]
+    return settings["qat"]["to_bytes"] or storage["artifact"]["fill"]
 
 
 def beside(own: dict[str, Any], settings: dict[str, Any], storage: dict[str, Any]) -> Target:
@@ -52,9 +52,9 @@ def beside(own: dict[str, Any], settings: dict[str, Any], storage: dict[str, Any
     """
     if not fills_limit(settings, storage):
         return Target(storage, None)
-    artifact = storage["artifact"] | {"fit": True}
-    fitted = {"grid": own["grid"], "plan": own["plan"], "artifact": artifact}
-    return Target(fitted, settings["limit_bytes"])
+    artifact = storage["artifact"] | {"fill": True}
+    filled = {"grid": own["grid"], "plan": own["plan"], "artifact": artifact}
+    return Target(filled, settings["limit_bytes"])
 
 
 def _exported_row(baseline: Result, exported: dict[str, Any]) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 Two ways to meet QAT. ``of="masters"``: average the float weights; the average is snapped when it is
 stored. ``of="snapped"``: average what a file of that step would hold while QAT is on (and the
-masters before); that average is off the grid, and snapped once more when stored. Learned steps are
+masters before); that average is off the grid, and snapped once more when stored. Learned scales are
 averaged beside the weights in both.
 """
 
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from qat.quantize.switch import QatSwitch
 
-MEANS = ("weights", "learned_steps")
+MEANS = ("weights", "learned_scales")
 
 
 @dataclass
@@ -43,7 +43,7 @@ class Mean:
 
 
 class Averaging:
-    """``weights`` and ``learned_steps`` so far; no weights before the first ``add``."""
+    """``weights`` and ``learned_scales`` so far; no weights before the first ``add``."""
 
     def __init__(
         self,
@@ -55,7 +55,7 @@ class Averaging:
     ) -> None:
         self.is_asked, self.of = kind != "none", of
         self.start_fraction, self.every_steps = start_fraction, every_steps
-        self.weights, self.learned_steps = (Mean(decay if kind == "ema" else None) for _ in "ws")
+        self.weights, self.learned_scales = (Mean(decay if kind == "ema" else None) for _ in "ws")
 
     def is_due(self, step: int, progress: float) -> bool:
         """After update number ``step``, with that share of the run over; always after the last."""
@@ -65,10 +65,10 @@ class Averaging:
     def add(self, masters: Mapping[str, Tensor], switch: QatSwitch) -> None:
         weights: Mapping[str, Tensor] = masters
         if self.of == "snapped" and switch.is_on:
-            weights = switch.plan.snap(masters, switch.learned_steps)
+            weights = switch.plan.snap(masters, switch.learned_scales)
         self.weights.add(weights)
-        if switch.learned_steps:
-            self.learned_steps.add(switch.learned_steps)
+        if switch.learned_scales:
+            self.learned_scales.add(switch.learned_scales)
 
     def state(self) -> dict[str, Any]:
         return {name: vars(getattr(self, name)) for name in MEANS}

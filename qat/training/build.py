@@ -32,8 +32,8 @@ def shape_of(m: ModelSettings) -> GPTShape:
 
 
 def _grid_of(setting: str, g: GridSettings) -> Grid:
-    if g.step_rule == "given":
-        raise UserError(f"{setting}.step_rule = given: only artifact.fit gives steps")
+    if g.scale_rule == "given":
+        raise UserError(f"{setting}.scale_rule = given: only artifact.fill gives scales")
     try:
         return Grid(**vars(g))
     except ValueError as error:

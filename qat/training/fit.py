@@ -21,7 +21,7 @@ from lightning.pytorch.plugins.environments import LightningEnvironment, TorchEl
 from torch.utils.data import DataLoader
 
 from qat.budget.budget import Budget
-from qat.budget.price_control import File, RateControl, Tensors
+from qat.budget.price_control import File, PriceControl, Tensors
 from qat.errors import TrainingError
 from qat.model.gpt import GPT
 from qat.quantize.plan import Plan
@@ -53,7 +53,7 @@ LIGHTNING_NOISE = (
 class Outcome:
     """What training did; the last masters are in the model it was given.
 
-    ``average`` holds averaged weights and learned steps where averaging was asked for.
+    ``average`` holds averaged weights and learned scales where averaging was asked for.
     """
 
     steps: int
@@ -66,7 +66,7 @@ class Outcome:
     qat_steps: int
     on_grid_share: float
     gradients: GradientLiveness
-    learned_steps: dict[str, torch.Tensor]
+    learned_scales: dict[str, torch.Tensor]
     average: tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]] | None
 
 
@@ -198,28 +198,28 @@ class StopAtSigterm(Callback):
             signal.signal(signal.SIGTERM, self._before)
 
 
-def _rate_control(
+def _price_control(
     s: TrainSettings,
     plan: Plan,
     budget: Budget,
     batch_tokens: int,
     file_bytes: Callable[[Tensors, Tensors], int],
     trainer: Trainer,
-) -> RateControl | None:
-    if not (s.qat.enabled and s.qat.rate) or s.qat.rate_price == 0.0:
+) -> PriceControl | None:
+    if not (s.qat.enabled and s.qat.to_bytes) or s.qat.bit_price == 0.0:
         return None
 
-    def encode_file(masters: Tensors, steps: Tensors) -> File:
+    def encode_file(masters: Tensors, scales: Tensors) -> File:
         started = time.perf_counter()
         try:
-            num_bytes = file_bytes(masters, steps) if trainer.is_global_zero else 0
+            num_bytes = file_bytes(masters, scales) if trainer.is_global_zero else 0
         except ValueError as error:
             raise TrainingError(
                 f"cannot encode: {error}; if training diverged, lower the learning rates"
             ) from None
         return trainer.strategy.broadcast(File(num_bytes, time.perf_counter() - started))
 
-    return RateControl(plan, budget, batch_tokens, encode_file, s.qat.rate_price)
+    return PriceControl(plan, budget, batch_tokens, encode_file, s.qat.bit_price)
 
 
 def fit(
@@ -237,7 +237,7 @@ def fit(
     """Train ``gpt`` in place, from ``state`` if there is one, and say what happened.
 
     Rank 0 writes ``checkpoint`` now and then, and at the end. ``file_bytes`` encodes masters and
-    learned steps, for a run that is trained to a number of bytes. TrainingError if a loss is not
+    learned scales, for a run that is trained to a number of bytes. TrainingError if a loss is not
     finite or the disk is full; PreemptedError after SIGTERM.
     """
 
@@ -257,7 +257,7 @@ def fit(
         s.logger.every_steps,
         Checkpointing(write, s.checkpoint.every_steps, s.checkpoint.every_seconds),
         Averaging(**vars(s.averaging)),
-        _rate_control(s, plan, budget, shape.batch_tokens, file_bytes, trainer),
+        _price_control(s, plan, budget, shape.batch_tokens, file_bytes, trainer),
     )
     if state is not None:
         resume(module, state)
@@ -273,7 +273,7 @@ def fit(
         loader = DataLoader(batches, batch_size=None, num_workers=int(on_gpu), pin_memory=on_gpu)
         trainer.fit(module, loader)
     p, mean = module.progress, module.averaging
-    learned_steps = {name: w.detach() for name, w in module.switch.learned_steps.items()}
+    learned_scales = {name: w.detach() for name, w in module.switch.learned_scales.items()}
     assert module.gradients is not None
     return Outcome(
         steps=p.step,
@@ -286,8 +286,8 @@ def fit(
         qat_steps=p.qat_steps,
         on_grid_share=module.on_grid_share,
         gradients=module.gradients,
-        learned_steps=learned_steps,
-        average=(mean.weights.tensors, mean.learned_steps.tensors if learned_steps else {})
+        learned_scales=learned_scales,
+        average=(mean.weights.tensors, mean.learned_scales.tensors if learned_scales else {})
         if mean.weights.count
         else None,
     )

@@ -96,4 +96,4 @@ def measure_on_grid_share(
     """Share of grid-planned elements that a forward pass saw on their grid; 1.0 while QAT is on."""
     seen = weights_seen(model, weights, ids_BT)
     masters = dict(model.named_parameters())
-    return on_grid_share(seen, masters, switch.plan, switch.learned_steps)
+    return on_grid_share(seen, masters, switch.plan, switch.learned_scales)

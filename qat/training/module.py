@@ -19,7 +19,7 @@ from lightning import LightningModule
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from qat.budget.price_control import RateControl
+from qat.budget.price_control import PriceControl
 from qat.errors import PreemptedError
 from qat.model.gpt import GPT
 from qat.quantize.switch import QatSwitch
@@ -60,7 +60,7 @@ class QatModule(LightningModule):
         log_every_steps: int,
         checkpointing: Checkpointing,
         averaging: Averaging,
-        rate_control: RateControl | None = None,
+        price_control: PriceControl | None = None,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
@@ -81,7 +81,7 @@ class QatModule(LightningModule):
         self._micro_losses: list[Tensor] = []
         self._metrics = PendingMetrics()
         self.checkpointing, self.averaging = checkpointing, averaging
-        self.rate_control = rate_control
+        self.price_control = price_control
         self.resumed_optimizers: list[dict] = []
         self._micro = 0
         self._graph_checked = False
@@ -106,14 +106,14 @@ class QatModule(LightningModule):
         return self._priming_left > 0
 
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
-        learned_steps = list(self.switch.parameters())
-        return build_optimizers(self.gpt, self._optimizer_settings, learned_steps)
+        learned_scales = list(self.switch.parameters())
+        return build_optimizers(self.gpt, self._optimizer_settings, learned_scales)
 
     def on_train_start(self) -> None:
         for optimizer, state in zip(self.trainer.optimizers, self.resumed_optimizers, strict=False):
             optimizer.load_state_dict(state)
-        if self.rate_control is not None:
-            self.rate_control.prime(self.masters)
+        if self.price_control is not None:
+            self.price_control.prime(self.masters)
         probe = torch.zeros(1, PROBE_TOKENS, dtype=torch.long, device=self.device)
         check_all_seen(self.gpt, self.switch.plan.snap(self.masters), probe)
         if self.is_priming:
@@ -170,12 +170,12 @@ class QatModule(LightningModule):
     def _weigh_bits(self) -> None:
         """The loss's gradients are in place: add those of the bits, or before the switch learn
         from them."""
-        if self.rate_control is None or self.is_priming:
+        if self.price_control is None or self.is_priming:
             return
         if self.switch.is_on:
-            self.rate_control.add_gradients(self.masters, self.switch.learned_steps)
+            self.price_control.add_gradients(self.masters, self.switch.learned_scales)
         else:
-            self.rate_control.observe(self.masters)
+            self.price_control.observe(self.masters)
 
     def _finish_priming_step(self) -> None:
         if self.device.type == "cuda":
@@ -204,9 +204,9 @@ class QatModule(LightningModule):
         p, s = self.progress, self.schedule
         if self.switched_at is None and s.qat_starts(p.step, p.elapsed_seconds):
             self.switched_at = s.progress(p.step, p.elapsed_seconds)
-            if self.rate_control is not None:
-                self.switch.set_steps(self.rate_control.first_steps(self.masters))
-                self.schedule = s.shortened(self.rate_control.kept_seconds)
+            if self.price_control is not None:
+                self.switch.set_scales(self.price_control.first_scales(self.masters))
+                self.schedule = s.shortened(self.price_control.kept_seconds)
         self._refresh(self.switched_at is not None and not s.qat_stopped(p.step))
 
     @property
@@ -240,13 +240,13 @@ class QatModule(LightningModule):
         if self.is_over:
             self._finish_training()
             return
-        if self.rate_control is not None and self.switch.is_on:
-            steps = self.switch.learned_steps
-            self.rate_control.follow(self.masters, steps, self._done_since_switch)
+        if self.price_control is not None and self.switch.is_on:
+            scales = self.switch.learned_scales
+            self.price_control.follow(self.masters, scales, self._done_since_switch)
         if self.switch.is_on and self.schedule.qat_stopped(p.step):
             self.clock.pause()
             self._measure_liveness()
-            self.switch.set_steps({})  # the weights move on without them
+            self.switch.set_scales({})  # the weights move on without them
             self.clock.start()
         if len(self._metrics) >= self._log_every_steps:
             p.train_loss = self._metrics.write(self.loggers)
@@ -278,8 +278,8 @@ class QatModule(LightningModule):
         if self.device.type == "cuda":
             torch.cuda.synchronize()
         p = self.progress
-        if self.rate_control is not None and self.switch.is_on:
-            self.rate_control.land(self.masters, self.switch.learned_steps)
+        if self.price_control is not None and self.switch.is_on:
+            self.price_control.land(self.masters, self.switch.learned_scales)
         p.elapsed_seconds = self.clock.agree()
         self.clock.pause()
         p.train_loss = self._metrics.write(self.loggers)

@@ -17,13 +17,13 @@ if TYPE_CHECKING:
 
 def state_of(module: QatModule) -> dict[str, Any]:
     """Plain values and tensors, which are not copied."""
-    control = module.rate_control
+    control = module.price_control
     return {
         "weights": {name: p.detach() for name, p in module.masters.items()},
         "optimizers": [optimizer.state_dict() for optimizer in module.trainer.optimizers],
-        "learned_steps": {n: s.detach() for n, s in module.switch.learned_steps.items()},
+        "learned_scales": {n: s.detach() for n, s in module.switch.learned_scales.items()},
         "averaging": module.averaging.state(),
-        "rate_control": None if control is None else control.state(),
+        "price_control": None if control is None else control.state(),
         "progress": asdict(module.progress),
         "switched_at": module.switched_at,
         "on_grid_share": module.on_grid_share,
@@ -37,7 +37,7 @@ def resume(module: QatModule, state: dict[str, Any]) -> None:
     for name, parameter in module.masters.items():
         parameter.copy_(state["weights"][name])
     module.resumed_optimizers = state["optimizers"]
-    module.switch.set_steps(state["learned_steps"])
+    module.switch.set_scales(state["learned_scales"])
     module.averaging.resume(state["averaging"])
     module.progress = Progress(**state["progress"])
     module.clock = TrainingClock(module.progress.elapsed_seconds)
@@ -46,7 +46,7 @@ def resume(module: QatModule, state: dict[str, Any]) -> None:
     module.on_grid_share = state["on_grid_share"]
     if state["gradients"] is not None:
         module.gradients = GradientLiveness(**state["gradients"])
-    if module.rate_control is not None:
-        module.rate_control.resume(state["rate_control"], next(module.gpt.parameters()).device)
+    if module.price_control is not None:
+        module.price_control.resume(state["price_control"], next(module.gpt.parameters()).device)
         if module.switched_at is not None:
-            module.schedule = module.schedule.shortened(module.rate_control.kept_seconds)
+            module.schedule = module.schedule.shortened(module.price_control.kept_seconds)

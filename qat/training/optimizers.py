@@ -22,9 +22,9 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def build_optimizers(
-    gpt: GPT, settings: OptimizerSettings, learned_steps: list[nn.Parameter]
+    gpt: GPT, settings: OptimizerSettings, learned_scales: list[nn.Parameter]
 ) -> list[Optimizer]:
-    """[Muon, Adam], or [Adam]; every parameter in exactly one group, learned steps in Adam's."""
+    """[Muon, Adam], or [Adam]; every parameter in exactly one group, learned scales in Adam's."""
     embedding = gpt.tok_emb.weight
     heads = [] if gpt.lm_head is None else [gpt.lm_head.weight]
     taken = {id(p) for p in (embedding, *heads)}
@@ -42,8 +42,8 @@ def build_optimizers(
     ]
     if heads:
         groups.append({"params": heads, "lr": settings.head_lr})
-    if learned_steps:
-        groups.append({"params": learned_steps, "lr": settings.learned_step_lr})
+    if learned_scales:
+        groups.append({"params": learned_scales, "lr": settings.learned_scale_lr})
     decay = settings.weight_decay
     optimizers: list[Optimizer] = []
     if settings.name == "adamw":

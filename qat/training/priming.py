@@ -13,7 +13,7 @@ from qat.quantize.switch import QatSwitch
 
 
 class Snapshot:
-    """Weights, optimizers, learned steps and random state at the time it is made."""
+    """Weights, optimizers, learned scales and random state at the time it is made."""
 
     def __init__(
         self, masters: Mapping[str, Tensor], optimizers: Sequence[Any], switch: QatSwitch
@@ -21,7 +21,7 @@ class Snapshot:
         self._masters, self._optimizers, self._switch = masters, optimizers, switch
         self._weights = {name: p.detach().clone() for name, p in masters.items()}
         self._states = [copy.deepcopy(optimizer.state_dict()) for optimizer in optimizers]
-        self._steps = {name: s.detach().clone() for name, s in switch.learned_steps.items()}
+        self._scales = {name: s.detach().clone() for name, s in switch.learned_scales.items()}
         self._random = torch.get_rng_state()
         self._cuda_random = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
 
@@ -31,7 +31,7 @@ class Snapshot:
             parameter.copy_(self._weights[name])
         for optimizer, state in zip(self._optimizers, self._states, strict=True):
             optimizer.load_state_dict(state)
-        self._switch.set_steps(self._steps)
+        self._switch.set_scales(self._scales)
         torch.set_rng_state(self._random)
         if self._cuda_random:
             torch.cuda.set_rng_state_all(self._cuda_random)

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from qat.analysis import layer_damage as layers
 from qat.analysis.minimal_pairs import sentence_nats
-from qat.analysis.reliability import TemperatureFit
+from qat.analysis.reliability import TemperatureSearch
 from qat.analysis.token_scores import ScoredText, scores_at, token_scores
 from qat.evaluation.score import Scorer
 from qat.model.gpt import GPT, GPTShape
@@ -31,7 +31,7 @@ NAMES = {  # as METRICS.md abbreviates them
     "MODEL": "float|artifact",
     "TIER": "all|head|mid|tail",
     "KIND": "[a-z_]+",
-    "T": "none|fitted|floats",
+    "T": "none|tuned|floats",
 }
 QUICK = ("eval.layers_tokens=300", "eval.repeats=2", "eval.resamples=50", "eval.batch_tokens=2048")
 
@@ -57,9 +57,9 @@ def stream(tmp_path_factory: pytest.TempPathFactory) -> TokenStream:
 def test_token_scores_are_those_of_the_logits(stream: TokenStream, weights: dict) -> None:
     subject = scorer(stream, stride=5)
     text = ScoredText.of(subject)
-    fit = TemperatureFit()
-    in_fit = torch.from_numpy(text.in_fit)
-    found = token_scores(subject, weights, fit, in_fit, "test")
+    search = TemperatureSearch()
+    in_search = torch.from_numpy(text.in_search)
+    found = token_scores(subject, weights, search, in_search, "test")
     with torch.inference_mode():
         batches = list(subject.forward(weights, "test"))
         score = subject.score(weights, "test")
@@ -73,12 +73,12 @@ def test_token_scores_are_those_of_the_logits(stream: TokenStream, weights: dict
     assert float(found.nats.double().mean()) == pytest.approx(score.val_loss, abs=1e-9)
     assert text.num_bytes.sum() == score.num_bytes
     assert text.documents.tolist() == [i // 40 for i in range(399)]
-    assert text.in_fit.tolist() == [i // 40 % 2 == 0 for i in range(399)]
-    assert int(fit.sums[-1]) == text.in_fit.sum()
+    assert text.in_search.tolist() == [i // 40 % 2 == 0 for i in range(399)]
+    assert int(search.sums[-1]) == text.in_search.sum()
     for (nats, confidence), temperature in zip(
-        scores_at(subject, weights, [0.5, 2.0], ~text.in_fit, "test"), (0.5, 2.0), strict=True
+        scores_at(subject, weights, [0.5, 2.0], ~text.in_search, "test"), (0.5, 2.0), strict=True
     ):
-        judged = ~text.in_fit
+        judged = ~text.in_search
         nats, confidence = nats[judged], confidence[judged]
         scaled = logits / temperature
         expected = F.cross_entropy(scaled, targets, reduction="none")[judged]
@@ -91,7 +91,7 @@ def test_one_document_is_halved_by_windows(stream: TokenStream) -> None:
     subject.__dict__["document_starts"] = np.array([0])
     text = ScoredText.of(subject)
     assert text.num_documents == 1
-    assert text.in_fit.tolist() == [i // 16 % 2 == 0 for i in range(384)]
+    assert text.in_search.tolist() == [i // 16 % 2 == 0 for i in range(384)]
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -210,7 +210,7 @@ def test_every_number_has_a_unit_and_a_definition(finished: Path, program, cache
 
 def test_a_checkpoint_alone_is_a_float_model(finished: Path, program, cache_dir: Path) -> None:
     asked = (f"artifact={finished / 'checkpoint.ckpt'}", f"data.cache_dir={cache_dir}", "out=found")
-    done = program("eval.py", *asked, "eval.parts=[calibration,damage,layers]", *QUICK)
+    done = program("eval.py", *asked, "eval.parts=[reliability,damage,layers]", *QUICK)
     assert done.code == 0, done.err
     metrics = json.loads(Path("found/metrics.json").read_text())
     row = json.loads((finished / "result.json").read_text())
@@ -244,7 +244,7 @@ def test_an_artifact_elsewhere_takes_its_float_model_from_run(
         ),
         (("eval.parts=[pairs]", "eval.pairs_file=no.jsonl"), "eval.pairs_file=no.jsonl: No such"),
         (("eval.pairs_file=bad.jsonl",), "eval.pairs_file = bad.jsonl: add eval.parts="),
-        (("eval.parts=[speed]",), "eval.parts = speed: choose from calibration, damage,"),
+        (("eval.parts=[speed]",), "eval.parts = speed: choose from reliability, damage,"),
         (("eval=everything",), "eval=everything: no such option; choose from full, score"),
         (("eval=full", "eval.resamples=0"), "eval.resamples = 0: give 1 or more"),
         (("eval=full", "out=bad.jsonl"), "out=bad.jsonl: a file; give the folder to write"),
@@ -274,7 +274,7 @@ def test_a_text_without_bytes_is_refused(tmp_path: Path, weights: dict) -> None:
 
 @pytest.mark.slow
 def test_two_ranks_measure_the_same(finished: Path, cache_dir: Path, tmp_path: Path) -> None:
-    parts = "eval.parts=[calibration,damage,layers,pairs]"
+    parts = "eval.parts=[reliability,damage,layers,pairs]"
     found = []
     for ranks in (1, 2):
         done = torchrun(

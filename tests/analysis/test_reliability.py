@@ -14,10 +14,10 @@ from torch import Tensor
 
 from qat.analysis import reliability as calibration
 from qat.analysis.reliability import (
-    TemperatureFit,
+    TemperatureSearch,
     at_temperature,
     expected_calibration_error,
-    reliability,
+    reliability_bins,
 )
 
 # Few distinct values, so that ties, edges of bins and both ends of [0, 1] come often.
@@ -66,7 +66,7 @@ def test_bins_are_those_of_a_plain_loop_in_any_order(
     for order in (tokens, shuffled):
         confidence = np.array([c for c, _ in order], dtype=np.float32)
         correct = np.array([right for _, right in order])
-        bins = reliability(confidence, correct, num_bins, equal_mass)
+        bins = reliability_bins(confidence, correct, num_bins, equal_mass)
         assert len(bins) == len(expected)
         for b, values in zip(bins, expected, strict=True):
             found = (b.lower, b.upper, b.count, b.mean_confidence, b.accuracy)
@@ -80,16 +80,16 @@ def test_chunks_add_up(equal_mass: bool, monkeypatch: pytest.MonkeyPatch) -> Non
     generator = np.random.default_rng(1)
     confidence = generator.random(10_000, dtype=np.float32)
     correct = generator.random(10_000) < confidence
-    whole = reliability(confidence, correct, 15, equal_mass)
+    whole = reliability_bins(confidence, correct, 15, equal_mass)
     monkeypatch.setattr(calibration, "CHUNK_TOKENS", 777)
-    for a, b in zip(whole, reliability(confidence, correct, 15, equal_mass), strict=True):
+    for a, b in zip(whole, reliability_bins(confidence, correct, 15, equal_mass), strict=True):
         assert (a.lower, a.upper, a.count, a.accuracy) == (b.lower, b.upper, b.count, b.accuracy)
         assert a.mean_confidence == pytest.approx(b.mean_confidence, rel=1e-12)
 
 
 def test_distinct_confidences_make_bins_of_equal_mass() -> None:
     confidence = np.random.default_rng(2).permutation(np.linspace(0.1, 1.0, 1000))
-    bins = reliability(confidence, confidence > 0.5, 8, equal_mass=True)
+    bins = reliability_bins(confidence, confidence > 0.5, 8, equal_mass=True)
     assert [b.count for b in bins] == [125] * 8
 
 
@@ -99,21 +99,21 @@ def test_error_is_near_zero_if_calibrated_and_the_shift_if_not(equal_mass: bool)
     confidence = generator.random(200_000, dtype=np.float32)
     honest = generator.random(200_000) < confidence
     proud = generator.random(200_000) < confidence - 0.1 * (confidence > 0.2)
-    assert expected_calibration_error(reliability(confidence, honest, 15, equal_mass)) < 0.006
-    error = expected_calibration_error(reliability(confidence, proud, 15, equal_mass))
+    assert expected_calibration_error(reliability_bins(confidence, honest, 15, equal_mass)) < 0.006
+    error = expected_calibration_error(reliability_bins(confidence, proud, 15, equal_mass))
     assert error == pytest.approx(0.08, abs=0.004)
 
 
 def test_no_tokens_and_impossible_confidences() -> None:
-    assert reliability(np.zeros(0), np.zeros(0, dtype=bool), 15, equal_mass=True) == []
+    assert reliability_bins(np.zeros(0), np.zeros(0, dtype=bool), 15, equal_mass=True) == []
     with pytest.raises(ValueError, match="no tokens"):
         expected_calibration_error([])
     for bad in (math.nan, -0.1, 1.1):
         for equal_mass in (True, False):
             with pytest.raises(ValueError, match="between 0 and 1"):
-                reliability(np.array([0.5, bad]), np.ones(2, dtype=bool), 15, equal_mass)
+                reliability_bins(np.array([0.5, bad]), np.ones(2, dtype=bool), 15, equal_mass)
     with pytest.raises(ValueError, match="3 confidences of 2 tokens"):
-        reliability(np.zeros(3), np.ones(2, dtype=bool), 15, equal_mass=False)
+        reliability_bins(np.zeros(3), np.ones(2, dtype=bool), 15, equal_mass=False)
 
 
 def exact_temperature(logits_NV: Tensor, targets_N: Tensor) -> float:
@@ -152,9 +152,9 @@ def test_one_pass_finds_the_exact_temperature(
     probabilities = torch.softmax(logits_NV / true_temperature, dim=-1)
     generator = torch.Generator().manual_seed(7)
     targets_N = torch.multinomial(probabilities, 1, generator=generator)[:, 0]
-    fit = TemperatureFit()
-    fit.update(logits_NV, targets_N)
-    found = fit.best()
+    search = TemperatureSearch()
+    search.update(logits_NV, targets_N)
+    found = search.best()
     assert found.value == pytest.approx(exact_temperature(logits_NV, targets_N), abs=1e-5)
     assert not found.at_edge
 
@@ -163,16 +163,16 @@ def test_temperature_of_the_labels_is_recovered() -> None:
     logits_NV = logits_of("normal", 40_000, 50)
     generator = torch.Generator().manual_seed(8)
     targets_N = torch.multinomial(torch.softmax(logits_NV / 1.7, -1), 1, generator=generator)[:, 0]
-    parts = [TemperatureFit(), TemperatureFit()]
+    parts = [TemperatureSearch(), TemperatureSearch()]
     batches = zip(logits_NV.split(7_000), targets_N.split(7_000), strict=True)
     for k, (logits, targets) in enumerate(batches):
         parts[k % 2].update(logits, targets)
-    whole = TemperatureFit()
+    whole = TemperatureSearch()
     whole.sums = parts[0].sums + parts[1].sums  # as all_reduce does
     assert whole.sums.dtype == torch.float64
     assert whole.sums[-1] == 40_000
     assert whole.best().value == pytest.approx(1.7, abs=0.02)
-    once = TemperatureFit()
+    once = TemperatureSearch()
     once.update(logits_NV, targets_N)
     assert once.best().value == pytest.approx(whole.best().value, abs=1e-6)
 
@@ -182,21 +182,21 @@ def test_an_edge_of_the_range_is_called_one(true_temperature: float, edge: float
     logits_NV = logits_of("normal", 2_000, 20)
     generator = torch.Generator().manual_seed(9)
     probabilities = torch.softmax(logits_NV / true_temperature, -1)
-    fit = TemperatureFit()
-    fit.update(logits_NV, torch.multinomial(probabilities, 1, generator=generator)[:, 0])
-    assert fit.best() == (edge, True)
+    search = TemperatureSearch()
+    search.update(logits_NV, torch.multinomial(probabilities, 1, generator=generator)[:, 0])
+    assert search.best() == (edge, True)
 
 
 def test_logits_that_say_nothing_have_no_temperature() -> None:
     for vocab_size in range(1, 40):
-        fit = TemperatureFit()
-        fit.update(torch.full((9, vocab_size), 0.3), torch.arange(9) % vocab_size)
-        assert fit.best().at_edge
+        search = TemperatureSearch()
+        search.update(torch.full((9, vocab_size), 0.3), torch.arange(9) % vocab_size)
+        assert search.best().at_edge
     with pytest.raises(ValueError, match="no tokens"):
-        TemperatureFit().best()
-    fit.update(torch.full((1, vocab_size), math.nan), torch.zeros(1, dtype=torch.int64))
+        TemperatureSearch().best()
+    search.update(torch.full((1, vocab_size), math.nan), torch.zeros(1, dtype=torch.int64))
     with pytest.raises(ValueError, match="not finite"):
-        fit.best()
+        search.best()
 
 
 @settings(deadline=None, max_examples=50)

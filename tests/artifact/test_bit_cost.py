@@ -22,7 +22,7 @@ from qat.artifact.bit_cost import (
 
 
 def drawn(rows: int, columns: int, spread: float, seed: int) -> Tensor:
-    """Gaussian weights whose rows and columns have scales of their own, in units of a step."""
+    """Gaussian weights whose rows and columns have scales of their own, in units of a scale."""
     generator = torch.Generator().manual_seed(seed)
     row = torch.randn(rows, 1, generator=generator).mul(0.5).exp()
     column = torch.randn(1, columns, generator=generator).mul(0.5).exp()
@@ -82,7 +82,7 @@ def test_slopes_are_finite_differences(spread: float) -> None:
     assert between.mean() > 0.99
 
 
-def test_at_fine_steps_a_doubled_step_saves_a_bit() -> None:
+def test_at_fine_scales_a_doubled_scale_saves_a_bit() -> None:
     fine = drawn(256, 256, 8.0, seed=4).clamp(-127, 127)
     slope = slopes_of(fine, to_codes(fine))
     assert float((slope * fine).sum()) * math.log(2) / fine.numel() == pytest.approx(1.0, abs=0.1)

@@ -23,14 +23,14 @@ META = {"model": {"dim": 48}, "tokenizer_sha256": "ab"}
 RULES = {"gain": "fp32", "scale": "fp16", "mix": "bf16", "*": "grid"}
 INT6 = Grid(bits=6)
 INTS = [
-    Grid(bits=bits, group_size=group_size, step_rule=rule, step_dtype=dtype)
+    Grid(bits=bits, group_size=group_size, scale_rule=rule, scale_dtype=dtype)
     for bits in (8, 7, 6, 5, 4, 3, 2)
     for group_size in (None, 20)
     for rule in ("amax", "percentile", "sigma", "mse", "learned")
     for dtype in ("fp16", "bf16", "fp32")
 ]
 OTHERS = [
-    Grid(levels, step_rule=rule, group_size=group_size, step_dtype=dtype, refit=refit)
+    Grid(levels, scale_rule=rule, group_size=group_size, scale_dtype=dtype, refit=refit)
     for levels, rule, refit in (
         ("ternary", "absmean", True),
         ("ternary", "absmean", False),
@@ -46,12 +46,12 @@ GRIDS = [
     *INTS,
     *OTHERS,
     *(Grid(bits=b, range=r) for b in (8, 4) for r in ("full", "asymmetric")),
-    *(Grid(bits=4, range="asymmetric", group_size=20, step_dtype=d) for d in ("fp32", "bf16")),
+    *(Grid(bits=4, range="asymmetric", group_size=20, scale_dtype=d) for d in ("fp32", "bf16")),
     Grid(bits=6, per_tensor=True),
-    Grid(bits=6, step_rule="fixed", fixed_step=0.05),
-    Grid(bits=6, step_rule="given", group_size=20),
-    Grid(bits=6, step_rule="given", step_dtype="bf16", column_steps=True),
-    Grid(bits=8, step_rule="percentile", step_floor=1 / 127, code_step_dtype="fp32"),
+    Grid(bits=6, scale_rule="fixed", fixed_scale=0.05),
+    Grid(bits=6, scale_rule="given", group_size=20),
+    Grid(bits=6, scale_rule="given", scale_dtype="bf16", column_scales=True),
+    Grid(bits=8, scale_rule="percentile", scale_floor=1 / 127, code_scale_dtype="fp32"),
 ]
 
 
@@ -59,7 +59,7 @@ def weights(seed: int = 0) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     shapes = {"emb": (64, 48), "w": (48, 96), "gain": (3,), "scale": (48,), "mix": (2, 48)}
     made = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
-    made["w"][5] = 0.0  # a row whose step is zero
+    made["w"][5] = 0.0  # a row whose scale is zero
     return made
 
 
@@ -80,15 +80,16 @@ def test_what_training_sees_is_what_the_file_gives_back(
     grid: Grid, coder: str, tmp_path: Path
 ) -> None:
     plan, masters = plan_for(grid), weights()
-    steps = {}
-    if grid.step_rule == "given":
-        steps = {e.name: torch.linspace(0.1, 0.4, e.steps_shape[0])[:, None].expand(e.steps_shape)
-                 for e in plan.on_grid}  # fmt: skip
-    write_artifact(tmp_path / "a.qat", pack(plan.encode(masters, steps), plan, META, coder))
+    scales = {}
+    if grid.scale_rule == "given":
+        for e in plan.on_grid:
+            rows = torch.linspace(0.1, 0.4, e.scales_shape[0])[:, None]
+            scales[e.name] = rows.expand(e.scales_shape)
+    write_artifact(tmp_path / "a.qat", pack(plan.encode(masters, scales), plan, META, coder))
     artifact = read_artifact(tmp_path / "a.qat")
     assert artifact.plan == plan
     assert artifact.meta == META
-    seen = plan.snap(masters, steps)
+    seen = plan.snap(masters, scales)
     assert set(artifact.weights) == set(seen)
     for name, w in artifact.weights.items():
         assert torch.equal(w.view(torch.int32), seen[name].view(torch.int32)), name

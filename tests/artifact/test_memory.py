@@ -40,7 +40,7 @@ FILES = {
     "one tensor": (Grid(bits=6), ONE, "mix"),
     "fp8": (Grid("fp8_e4m3"), ONE, "mix"),
     "one row": (Grid(bits=6), ROW, "mix"),
-    "a step each": (Grid(bits=4, group_size=1, step_dtype="fp32"), ONE, "zlib"),
+    "a scale each": (Grid(bits=4, group_size=1, scale_dtype="fp32"), ONE, "zlib"),
 }
 
 
@@ -56,9 +56,9 @@ def write(path: Path, storage: Grid | str, shapes: dict, name: str) -> int:
         entry = Entry(tensor, shape, storage)
         codes = torch.randn(shape).mul_(2).clamp_(-7, 7).to(torch.int8)
         codes = codes.abs() if storage.levels in FP8 else codes  # -1 is one of its NaNs
-        steps = torch.ones(entry.steps_shape, dtype=DTYPES[storage.step_dtype])
-        zeros = torch.ones(entry.steps_shape, dtype=torch.int8) if entry.num_zeros else None
-        encoded.append(Encoded(entry, Codes(codes, steps, zeros)))
+        scales = torch.ones(entry.scales_shape, dtype=DTYPES[storage.scale_dtype])
+        zeros = torch.ones(entry.scales_shape, dtype=torch.int8) if entry.num_zeros else None
+        encoded.append(Encoded(entry, Codes(codes, scales, zeros)))
     plan = Plan([item.entry for item in encoded])
     path.write_bytes(pack(encoded, plan, {}, name))
     return declared_bytes(plan)

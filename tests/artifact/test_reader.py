@@ -41,7 +41,7 @@ INT6 = Grid(bits=6)
 NOTHING = zlib.compress(b"")
 
 
-def sealed(text: bytes, sections: bytes = b"", version: int = 2) -> bytes:
+def sealed(text: bytes, sections: bytes = b"", version: int = 3) -> bytes:
     body = PREFIX.pack(MAGIC, version, len(text)) + text + sections
     return body + hashlib.sha256(body).digest()
 
@@ -80,7 +80,7 @@ def test_a_kilobyte_that_declares_more_than_this_machine_has(size: int, tmp_path
     assert f"takes up to {8 * size:,} bytes, this machine has {memory:,}" in line
 
 
-def test_steps_count_too(tmp_path: Path) -> None:
+def test_scales_count_too(tmp_path: Path) -> None:
     grid = {"bits": 6}
     line = refuse_cheaply(bomb([{"name": "w", "shape": [10**12, 0], "grid": grid}]), tmp_path)
     assert "this machine has" in line
@@ -151,7 +151,7 @@ ODD_ENTRIES = [  # (floats they would have, the entry): the sections fit, so onl
     (0, {"name": "w", "shape": [0, 4], "grid": {"bits": 6, "per_tensor": 0}}),
     (0, {"name": "w", "shape": [0, 4], "grid": {"bits": 6, "sigma": True}}),
     (0, {"name": "w", "shape": [0, 4], "grid": [["bits", 6]]}),
-    (0, {"name": "w", "shape": [4, 0], "grid": {"bits": 6, "step_dtype": "fp32"}}),
+    (0, {"name": "w", "shape": [4, 0], "grid": {"bits": 6, "scale_dtype": "fp32"}}),
 ]  # fmt: skip
 
 
@@ -215,8 +215,8 @@ def test_a_model_of_zeros_opens(tmp_path: Path) -> None:
 
 
 def test_other_versions_and_other_files(tmp_path: Path) -> None:
-    assert "format 1, older than format 2" in refuse(sealed(b"{}", version=1), tmp_path)
-    assert "format 3, newer than format 2" in refuse(sealed(b"{}", version=3), tmp_path)
+    assert "format 1, older than format 3" in refuse(sealed(b"{}", version=1), tmp_path)
+    assert "format 4, newer than format 3" in refuse(sealed(b"{}", version=4), tmp_path)
     assert "does not begin as an artifact" in refuse(b"QATMODEM" + packed()[8:], tmp_path)
 
 

@@ -1,4 +1,4 @@
-"""``artifact.fit`` and ``eval.py task=fit`` end to end, on trained models."""
+"""``artifact.fill`` and ``eval.py task=fill`` end to end, on trained models."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from tests.conftest import result_of
 
 CODE = count_code_bytes()
 RUNS = Path("logs/runs")
-FIT = ("artifact.fit=true", "artifact.fit_tokens=2048")
+FIT = ("artifact.fill=true", "artifact.sensitivity_tokens=2048")
 
 
 def window(budget: int) -> tuple[float, int]:
@@ -42,7 +42,7 @@ def test_a_run_fills_its_limit(train) -> None:
     assert low <= result["artifact_bytes"] <= high
     assert result["artifact_bytes"] == (RUNS / "f" / "artifact.qat").stat().st_size
     assert result["val_bpb_snapped"] == result["val_bpb_artifact"]
-    assert result["grid"] == "int6+fit"
+    assert result["grid"] == "int6+fill"
     assert (RUNS / "f" / "rd.png").read_bytes().startswith(b"\x89PNG")
     assert "chosen by the budget solver" in done.err
     assert "will not fit" not in done.err
@@ -53,20 +53,20 @@ def test_after_qat_the_trained_grid_is_kept_where_it_fits(train, program, cache_
     """With room to spare nothing is gained by leaving the grid that the model was trained on."""
     assert train("qat=int6", "qat.start_step=5", "run_name=q").code == 0
     plain = RUNS / "q" / "artifact.qat"
-    done = program("eval.py", "task=fit", "run=q", f"data.cache_dir={cache_dir}", "out=kept.qat")
+    done = program("eval.py", "task=fill", "run=q", f"data.cache_dir={cache_dir}", "out=kept.qat")
     assert done.code == 0, done.err
     assert "as planned" in done.err
     kept, trained = read_artifact(Path("kept.qat")), read_artifact(plain)
     assert kept.plan == trained.plan
     assert all(torch.equal(kept.weights[name], w) for name, w in trained.weights.items())
     size = plain.stat().st_size - 8_000
-    done = program("eval.py", "task=fit", "run=q", f"limit_bytes={CODE + size}")
+    done = program("eval.py", "task=fill", "run=q", f"limit_bytes={CODE + size}")
     assert done.code == 0, done.err
     low, high = window(size)
     fitted = RUNS / "q" / "exports" / f"fit_{CODE + size}.qat"
     assert low <= fitted.stat().st_size <= high
     assert fitted.with_suffix(".png").is_file()
-    again = program("eval.py", "task=fit", "run=q", f"limit_bytes={CODE + size}")
+    again = program("eval.py", "task=fill", "run=q", f"limit_bytes={CODE + size}")
     assert again.code == 2
     assert "is there already" in again.err
 
@@ -79,15 +79,15 @@ def test_a_limit_that_nothing_meets_ends_oversize(train) -> None:
 
 
 @pytest.mark.slow
-def test_learned_steps_are_kept(train, program) -> None:
+def test_learned_scales_are_kept(train, program) -> None:
     assert train("qat=lsq4", "qat.start_step=2", "run_name=l").code == 0
-    assert program("eval.py", "task=fit", "run=l", "out=l.qat").code == 0
+    assert program("eval.py", "task=fill", "run=l", "out=l.qat").code == 0
     trained = read_artifact(RUNS / "l" / "artifact.qat")
     kept = read_artifact(Path("l.qat"))
     assert all(torch.equal(kept.weights[name], w) for name, w in trained.weights.items())
 
 
-def test_a_baseline_is_fitted_for_a_fitted_arm(train, program) -> None:
+def test_a_baseline_is_filled_beside_an_arm_that_fills(train, program) -> None:
     assert train("qat=none", "grid=int6", "run_name=n").code == 0
     assert train("qat=int6", *FIT, f"limit_bytes={CODE + 45_000}", "run_name=q").code == 0
     done = program("eval.py", "task=report", "runs=logs/runs/*")
@@ -96,17 +96,17 @@ def test_a_baseline_is_fitted_for_a_fitted_arm(train, program) -> None:
     exported = next(row for row in rows if row["exported"])
     low, high = window(45_000)
     assert low <= exported["artifact_bytes"] <= high
-    assert exported["grid"] == "int6+fit"
+    assert exported["grid"] == "int6+fill"
 
 
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        (("task=fit",), "run = null"),
-        (("task=fit", "artifact=a.qat"), "run = null"),
-        (("task=fit", "run=RUN", "out=a.ptz"), "out = a.ptz"),
-        (("task=fit", "run=RUN", "limit_bytes=0"), "limit_bytes = 0"),
-        (("task=fit", "run=nowhere"), "run=nowhere"),
+        (("task=fill",), "run = null"),
+        (("task=fill", "artifact=a.qat"), "run = null"),
+        (("task=fill", "run=RUN", "out=a.ptz"), "out = a.ptz"),
+        (("task=fill", "run=RUN", "limit_bytes=0"), "limit_bytes = 0"),
+        (("task=fill", "run=nowhere"), "run=nowhere"),
     ],
 )
 def test_bad_input(program, finished: Path, arguments: tuple[str, ...], line: str) -> None:
@@ -120,7 +120,7 @@ def test_a_run_without_checkpoint_is_refused(program, finished: Path, tmp_path: 
     folder = tmp_path / "copy"
     shutil.copytree(finished, folder)
     (folder / "checkpoint.ckpt").unlink()
-    done = program("eval.py", "task=fit", f"run={folder}")
+    done = program("eval.py", "task=fill", f"run={folder}")
     assert done.code == 2
     assert "checkpoint" in done.err
 

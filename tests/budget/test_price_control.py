@@ -76,10 +76,10 @@ def test_nothing_of_the_model_is_compiled_again(train: Callable[..., Done]) -> N
     assert graphs["rd"] == graphs["none"] > 0
 
 
-def test_where_bits_are_free_it_is_learned_step_qat(train: Callable[..., Done]) -> None:
+def test_where_bits_are_free_it_is_learned_scale_qat(train: Callable[..., Done]) -> None:
     given = ("qat.start_step=5", "max_steps=12")
-    assert train("qat=rd", "qat.rate_price=0", "run_name=free", *given).code == 0
-    assert train("qat=rd", "qat.rate=false", "run_name=plain", *given).code == 0
+    assert train("qat=rd", "qat.bit_price=0", "run_name=free", *given).code == 0
+    assert train("qat=rd", "qat.to_bytes=false", "run_name=plain", *given).code == 0
     free, plain = ((RUNS / name / "artifact.qat").read_bytes() for name in ("free", "plain"))
     assert free == plain
 
@@ -88,7 +88,7 @@ def test_where_bits_are_free_it_is_learned_step_qat(train: Callable[..., Done]) 
 def test_a_given_price_is_kept_and_bits_follow_it(train: Callable[..., Done]) -> None:
     sizes = []
     for price in ("1e-6", "1e-4"):
-        asked = (f"qat.rate_price={price}", f"run_name=p{price}", "max_steps=30")
+        asked = (f"qat.bit_price={price}", f"run_name=p{price}", "max_steps=30")
         assert train("qat=rd", *asked).code == 0
         sizes.append(result_of(RUNS / f"p{price}")["artifact_bytes"])
     assert sizes[0] > 1.3 * sizes[1]
@@ -101,7 +101,7 @@ def test_it_goes_on_with_the_same_bits(
     program: Callable[..., Done],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """QAT is on since step 33, and half-way from there a file is encoded."""
+    """QAT is on since scale 33, and half-way from there a file is encoded."""
     given = ("qat=rd", f"limit_bytes={limit(3)}", "max_steps=40", "checkpoint.every_steps=19")
     assert train(*given, "run_name=whole").code == 0
     save = checkpoint.save_checkpoint
@@ -133,7 +133,7 @@ def test_the_file_reads_back_what_training_saw(train: Callable[..., Done]) -> No
     artifact = read_artifact(RUNS / "r" / "artifact.qat")
     state = checkpoint.load_checkpoint(RUNS / "r" / "checkpoint.ckpt")
     assert state is not None
-    snapped = artifact.plan.snap(state["weights"], state["learned_steps"])
+    snapped = artifact.plan.snap(state["weights"], state["learned_scales"])
     for name, weight in artifact.weights.items():
         assert torch.equal(weight, snapped[name]), name
 
@@ -141,12 +141,15 @@ def test_the_file_reads_back_what_training_saw(train: Callable[..., Done]) -> No
 @pytest.mark.parametrize(
     ("asked", "message"),
     [
-        (("qat=int6", "qat.rate=true"), "qat.rate = true: takes learned steps"),
-        (("qat=rd", "artifact.fit=true"), "artifact.fit = True: not with qat.rate"),
-        (("qat=rd", "qat.start_step=0"), "qat.start_step = 0: qat.rate = true learns first"),
-        (("qat=rd", "qat.start_lr_scale=1"), "qat.start_lr_scale = 1.0: qat.rate = true learns"),
-        (("qat=rd", "averaging=ema"), "averaging = ema: not with qat.rate"),
-        (("qat=rd", "qat.rate_price=-1"), "qat.rate_price = -1.0: give 0 or more"),
+        (("qat=int6", "qat.to_bytes=true"), "qat.to_bytes = true: takes learned scales"),
+        (("qat=rd", "artifact.fill=true"), "artifact.fill = True: not with qat.to_bytes"),
+        (("qat=rd", "qat.start_step=0"), "qat.start_step = 0: qat.to_bytes = true learns first"),
+        (
+            ("qat=rd", "qat.start_lr_scale=1"),
+            "qat.start_lr_scale = 1.0: qat.to_bytes = true learns",
+        ),
+        (("qat=rd", "averaging=ema"), "averaging = ema: not with qat.to_bytes"),
+        (("qat=rd", "qat.bit_price=-1"), "qat.bit_price = -1.0: give 0 or more"),
     ],
 )
 def test_mistakes(asked: tuple[str, ...], message: str, train: Callable[..., Done]) -> None:

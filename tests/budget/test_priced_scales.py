@@ -1,4 +1,4 @@
-"""Steps at a price: the formula, a code for every weight, and estimates against real files."""
+"""Scales at a price: the formula, a code for every weight, and estimates against real files."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from torch import Tensor
 
 from qat.artifact.container import pack
 from qat.budget.budget import Budget
-from qat.budget.price_control import EVERY, File, RateControl
-from qat.budget.priced_scales import HEADROOM, steps_at, steps_at_price_one, zoom_rows
+from qat.budget.price_control import EVERY, File, PriceControl
+from qat.budget.priced_scales import HEADROOM, scales_at, scales_at_price_one, zoom_rows
 from qat.model.gpt import GPT, GPTShape
 from qat.quantize.grid import Grid
 from qat.quantize.plan import Entry, Plan, build_plan
@@ -23,7 +23,7 @@ from qat.training.checkpoint import load_checkpoint
 from tests.artifact.test_bit_cost import bits_between_codes, to_codes
 from tests.conftest import Done, _call
 
-RD = Grid(bits=8, step_rule="learned", column_steps=True, step_dtype="bf16")
+RD = Grid(bits=8, scale_rule="learned", column_scales=True, scale_dtype="bf16")
 LAPTOP = GPTShape(1024, 4, 288, 6, 3, 2, True)
 
 
@@ -38,12 +38,12 @@ def made(rows: int, columns: int, seed: int, width: float) -> tuple[Entry, Tenso
     return Entry("w", (rows, columns), RD), w, row * column
 
 
-def test_steps_cost_as_much_by_errors_as_they_save_in_bits() -> None:
-    """Half of sensitivity * step ** 2 / 12, differentiated by log2(step), is the price of a bit."""
+def test_scales_cost_as_much_by_errors_as_they_save_in_bits() -> None:
+    """Half of sensitivity * scale ** 2 / 12, derived by log2(scale), is the price of a bit."""
     entry, w, sensitivity = made(40, 30, 0, 0.5)
     price = 1e-4
-    steps = steps_at(price, entry, w, steps_at_price_one(entry, sensitivity))
-    product = steps[:40] * steps[40:].T
+    scales = scales_at(price, entry, w, scales_at_price_one(entry, sensitivity))
+    product = scales[:40] * scales[40:].T
     by_errors = sensitivity * product.square() / 12 * math.log(2)
     assert float(by_errors.log().median().exp()) == pytest.approx(price, rel=0.05)
 
@@ -51,30 +51,30 @@ def test_steps_cost_as_much_by_errors_as_they_save_in_bits() -> None:
 @given(st.integers(0, 1000), st.floats(-40, 0), st.floats(0.0, 3.0))
 def test_at_any_price_every_weight_has_a_code(seed: int, log2_price: float, width: float) -> None:
     entry, w, sensitivity = made(12, 20, seed, width)
-    steps = steps_at(2.0**log2_price, entry, w, steps_at_price_one(entry, sensitivity))
-    largest = (w.abs() / (steps[:12] * steps[12:].T)).max()
+    scales = scales_at(2.0**log2_price, entry, w, scales_at_price_one(entry, sensitivity))
+    largest = (w.abs() / (scales[:12] * scales[12:].T)).max()
     assert float(largest) <= HEADROOM * 127 * (1 + 1e-5)
-    zoom_rows(entry, w, steps, 0.25)
-    largest = (w.abs() / (steps[:12] * steps[12:].T)).max()
+    zoom_rows(entry, w, scales, 0.25)
+    largest = (w.abs() / (scales[:12] * scales[12:].T)).max()
     assert float(largest) <= HEADROOM * 127 * (1 + 1e-5)
 
 
 def test_one_column_that_matters_does_not_widen_all_rows() -> None:
-    """A sensitive column wants steps finer than 8 bits allow; other columns are not to pay."""
+    """A sensitive column wants scales finer than 8 bits allow; other columns are not to pay."""
     entry, w, _ = made(64, 64, 1, 0.0)
     sensitivity = torch.ones(64, 64)
     sensitivity[:, 7] = 1e6
-    steps = steps_at(1e-3, entry, w, steps_at_price_one(entry, sensitivity))
+    scales = scales_at(1e-3, entry, w, scales_at_price_one(entry, sensitivity))
     wanted = math.sqrt(12 * 1e-3 / math.log(2))
-    others = (steps[:64] * steps[64:].T)[:, torch.arange(64) != 7]
+    others = (scales[:64] * scales[64:].T)[:, torch.arange(64) != 7]
     assert float(others.median()) < 1.5 * wanted
 
 
-def control_of(plan: Plan, limit_bytes: int, coder: str = "constriction") -> RateControl:
-    def encode_file(masters, steps) -> File:
-        return File(len(pack(plan.encode(masters, steps), plan, {}, coder)), 0.0)
+def control_of(plan: Plan, limit_bytes: int, coder: str = "constriction") -> PriceControl:
+    def encode_file(masters, scales) -> File:
+        return File(len(pack(plan.encode(masters, scales), plan, {}, coder)), 0.0)
 
-    return RateControl(plan, Budget(limit_bytes), 4096, encode_file, None)
+    return PriceControl(plan, Budget(limit_bytes), 4096, encode_file, None)
 
 
 def plan_of(weights: dict[str, Tensor]) -> Plan:
@@ -82,8 +82,8 @@ def plan_of(weights: dict[str, Tensor]) -> Plan:
     return build_plan(shapes, {"grid": RD}, {"*.weight": "grid", "*": "fp32"})
 
 
-def observed_alike(control: RateControl, weights: dict[str, Tensor]) -> None:
-    """As if a tensor's weights all mattered alike: steps as wide as the weights, then."""
+def observed_alike(control: PriceControl, weights: dict[str, Tensor]) -> None:
+    """As if a tensor's weights all mattered alike: scales as wide as the weights, then."""
     control.squares = {
         name: torch.full_like(w, 1e-6 / float(w.var())) for name, w in weights.items()
     }
@@ -91,7 +91,7 @@ def observed_alike(control: RateControl, weights: dict[str, Tensor]) -> None:
 
 
 def share_estimated(weights: dict[str, Tensor], bits: float) -> float:
-    """Estimated / really coded bits, of steps found for a limit, before anything is adapted."""
+    """Estimated / really coded bits, of scales found for a limit, before anything is adapted."""
     generator = torch.Generator().manual_seed(5)
     plan = plan_of(weights)
     num_weights = sum(entry.num_elements for entry in plan.on_grid)
@@ -104,10 +104,10 @@ def share_estimated(weights: dict[str, Tensor], bits: float) -> float:
             for size in ((rows, 1), (1, columns))
         )
         control.squares[entry.name] = row * column / 1e3
-    steps = control.first_steps(weights)
+    scales = control.first_scales(weights)
     control.ratio = 1.0
-    estimated = control.estimate.measure(weights, steps)
-    return estimated / 8 / control.encode_file(weights, steps).num_bytes
+    estimated = control.estimate.measure(weights, scales)
+    return estimated / 8 / control.encode_file(weights, scales).num_bytes
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 6])
@@ -139,16 +139,16 @@ def test_estimates_of_trained_weights_are_within_1_percent(
 
 
 def test_pulls_are_finite_differences_of_the_bits() -> None:
-    """Of weights and of both kinds of steps, with the tables of the codes taken as fixed."""
+    """Of weights and of both kinds of scales, with the tables of the codes taken as fixed."""
     entry, w, _ = made(30, 24, 2, 0.3)
-    grid = Grid(bits=8, step_rule="learned", column_steps=True, step_dtype="fp32")
+    grid = Grid(bits=8, scale_rule="learned", column_scales=True, scale_dtype="fp32")
     entry = Entry("w", (30, 24), grid)
     generator = torch.Generator().manual_seed(3)
-    steps = 0.2 + 0.3 * torch.rand(54, 1, generator=generator)
-    steps[30:] += 0.6
+    scales = 0.2 + 0.3 * torch.rand(54, 1, generator=generator)
+    scales[30:] += 0.6
     control = control_of(Plan([entry]), 10**6)
-    control.estimate.measure({"w": w}, {"w": steps})
-    codes = to_codes(w / (steps[:30] * steps[30:].T))
+    control.estimate.measure({"w": w}, {"w": scales})
+    codes = to_codes(w / (scales[:30] * scales[30:].T))
 
     def bits(weights: Tensor, of: Tensor) -> float:
         wide = weights.double() / (of[:30].double() * of[30:].double().T)
@@ -157,12 +157,12 @@ def test_pulls_are_finite_differences_of_the_bits() -> None:
     def difference(kind: str, at: tuple[int, int], by: float) -> float:
         values = []
         for move in (by, -by):
-            moved = {"w": w.double().clone(), "steps": steps.double().clone()}
+            moved = {"w": w.double().clone(), "scales": scales.double().clone()}
             moved[kind][at] += move
-            values.append(bits(moved["w"], moved["steps"]))
+            values.append(bits(moved["w"], moved["scales"]))
         return (values[0] - values[1]) / (2 * by)
 
-    pull, step_pull = control.estimate.pulls["w"], control.estimate.step_pulls["w"][:, 0]
+    pull, scale_pull = control.estimate.pulls["w"], control.estimate.scale_pulls["w"][:, 0]
     agree = [
         difference("w", (i, j), 1e-6) == pytest.approx(float(pull[i, j]), rel=1e-2, abs=1e-2)
         for i in range(0, 30, 3)
@@ -171,37 +171,37 @@ def test_pulls_are_finite_differences_of_the_bits() -> None:
     assert sum(agree) >= len(agree) - 1  # one may lie on a corner
     scale = [math.sqrt(24 * 127)] * 30 + [math.sqrt(30 * 127)] * 24  # LSQ's
     for i in range(0, 54, 5):
-        found = difference("steps", (i, 0), 1e-8)
-        assert found == pytest.approx(float(step_pull[i]) * scale[i], rel=0.02)
+        found = difference("scales", (i, 0), 1e-8)
+        assert found == pytest.approx(float(scale_pull[i]) * scale[i], rel=0.02)
 
 
 def test_a_price_is_in_nats_per_token() -> None:
     """Gradients are of the mean over a batch: their squares are as much smaller as it is large."""
     plan = plan_of({"w.weight": torch.zeros(8, 8)})
     price, gradient, tokens = 1e-5, 0.01, 4096
-    control = RateControl(plan, Budget(10**6), tokens, lambda *_: File(0, 0.0), price)
+    control = PriceControl(plan, Budget(10**6), tokens, lambda *_: File(0, 0.0), price)
     w = torch.zeros(8, 8, requires_grad=True)
     w.grad = torch.full((8, 8), gradient)
     for _ in range(3):
         control.observe({"w.weight": w})
-    steps = control.first_steps({"w.weight": w.detach()})["w.weight"]
+    scales = control.first_scales({"w.weight": w.detach()})["w.weight"]
     wanted = math.sqrt(12 * price / (math.log(2) * gradient**2 * tokens))
-    product = steps[:8] * steps[8:].T
+    product = scales[:8] * scales[8:].T
     torch.testing.assert_close(product, torch.full((8, 8), wanted), rtol=0.01, atol=0.0)
 
 
 def test_gradients_gain_price_times_pulls() -> None:
     _, w, _ = made(30, 24, 2, 0.3)
     plan, price = plan_of({"w.weight": w}), 3e-4
-    control = RateControl(plan, Budget(10**6), 4096, lambda *_: File(0, 0.0), price)
+    control = PriceControl(plan, Budget(10**6), 4096, lambda *_: File(0, 0.0), price)
     masters = {"w.weight": w.clone().requires_grad_()}
-    steps = {"w.weight": torch.full((54, 1), 0.5).requires_grad_()}
-    for tensor in (masters["w.weight"], steps["w.weight"]):
+    scales = {"w.weight": torch.full((54, 1), 0.5).requires_grad_()}
+    for tensor in (masters["w.weight"], scales["w.weight"]):
         tensor.grad = torch.ones_like(tensor)
-    control.add_gradients(masters, steps)
+    control.add_gradients(masters, scales)
     for tensors, pulls in (
         (masters, control.estimate.pulls),
-        (steps, control.estimate.step_pulls),
+        (scales, control.estimate.scale_pulls),
     ):
         pull = pulls["w.weight"]
         assert float(pull.abs().mean()) > 0.1
@@ -215,15 +215,15 @@ def test_a_file_too_large_makes_bits_dearer_and_one_too_small_cheaper() -> None:
     weights = {"a.weight": torch.randn(300, 200)}
     control = control_of(plan_of(weights), 20_000)
     observed_alike(control, weights)
-    steps = control.first_steps(weights)
-    for tensor in (*weights.values(), *steps.values()):
+    scales = control.first_scales(weights)
+    for tensor in (*weights.values(), *scales.values()):
         tensor.grad = torch.zeros_like(tensor)
     for limit_bytes in (16_000, 24_000):
         before, control.budget = control.price, Budget(limit_bytes)
         for _ in range(4 * EVERY):
-            control.add_gradients(weights, steps)
+            control.add_gradients(weights, scales)
         assert (control.price > before) == (limit_bytes < 20_000)
-        assert control.estimate.bits(weights, steps) / 8 == pytest.approx(limit_bytes, rel=0.01)
+        assert control.estimate.bits(weights, scales) / 8 == pytest.approx(limit_bytes, rel=0.01)
 
 
 def test_landing_from_far_off_ends_in_the_window() -> None:
@@ -233,11 +233,11 @@ def test_landing_from_far_off_ends_in_the_window() -> None:
     for limit_bytes in (18_000, 40_000, 70_000):
         control = control_of(plan, limit_bytes)
         observed_alike(control, weights)
-        steps = control.first_steps(weights)
-        for step in steps.values():
-            step.mul_(1.2)
-        control.land(weights, steps)
-        assert 0.999 <= control.encode_file(weights, steps).num_bytes / limit_bytes <= 1.0
+        scales = control.first_scales(weights)
+        for scale in scales.values():
+            scale.mul_(1.2)
+        control.land(weights, scales)
+        assert 0.999 <= control.encode_file(weights, scales).num_bytes / limit_bytes <= 1.0
 
 
 @pytest.mark.slow
@@ -250,6 +250,6 @@ def test_a_real_model_ends_in_the_window_at_every_limit(
         limit_bytes = num_weights * bits // 8
         control = control_of(plan, limit_bytes, "mix")
         observed_alike(control, trained)
-        steps = control.first_steps(trained)
-        control.land(trained, steps)
-        assert 0.999 <= control.encode_file(trained, steps).num_bytes / limit_bytes <= 1.0
+        scales = control.first_scales(trained)
+        control.land(trained, scales)
+        assert 0.999 <= control.encode_file(trained, scales).num_bytes / limit_bytes <= 1.0

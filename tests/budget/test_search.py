@@ -70,7 +70,7 @@ def test_what_is_in_the_window_stays() -> None:
     assert (found.made, tried) == ("first", 0)
 
 
-def test_steps_held_back_by_8_bits_end_the_search() -> None:
+def test_scales_held_back_by_8_bits_end_the_search() -> None:
     found, tried = search(lambda zoom: 200_000 - max(zoom, -0.1) * OCTAVE, 300_000)
     assert found.num_bytes == 210_000
     assert tried <= 4

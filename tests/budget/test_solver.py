@@ -57,8 +57,8 @@ def test_the_file_fills_the_limit_and_is_never_above(measured: Solver, bits: flo
 @pytest.mark.parametrize("bits", [7.6, 8.0, 9.0, 11.0])
 def test_limits_beyond_8_bits_are_filled_tensor_by_tensor(bits: float) -> None:
     """Where codes are as fine as they get, only fp16 adds bytes, a tensor at a time."""
-    many = solver([source(seed, (40, 48)) for seed in range(24)])
-    budget = int(24 * 40 * 48 * bits / 8)
+    many = solver([source(seed, (48, 48)) for seed in range(24)])
+    budget = int(24 * 48 * 48 * bits / 8)
     fitted = many.solve(Budget(budget), size_of)
     assert fitted.note is None
     assert 0.999 * budget <= fitted.num_bytes <= budget
@@ -122,13 +122,13 @@ def test_no_code_is_clipped_by_its_bit_width() -> None:
             continue
         stored = one.stored(choice)
         wide = replace(grid, bits=8)
-        if grid.step_rule == "sigma":
+        if grid.scale_rule == "sigma":
             wide = replace(wide, sigma=grid.sigma * 127 / (2 ** (grid.bits - 1) - 1))
-        again = Stored(replace(stored.entry, grid=wide), stored.weights, stored.steps)
+        again = Stored(replace(stored.entry, grid=wide), stored.weights, stored.scales)
         torch.testing.assert_close(stored.encode().decode(), again.encode().decode())
 
 
-def test_products_of_steps_beat_one_step_where_sensitivities_differ(measured: Solver) -> None:
+def test_products_of_scales_beat_one_scale_where_sensitivities_differ(measured: Solver) -> None:
     fitted = measured.solve(Budget(12_000), size_of)
     assert {choice.rule.name for choice in fitted.choices if choice.rule} <= {
         "product 0.75", "product 1",
@@ -166,8 +166,8 @@ def test_not_finite_weights_are_refused() -> None:
         one.costs()
 
 
-def test_below_a_bit_steps_are_wider_than_the_spread() -> None:
-    """Where most codes are 0, steps of up to ten standard deviations lose least."""
+def test_below_a_bit_scales_are_wider_than_the_spread() -> None:
+    """Where most codes are 0, scales of up to ten standard deviations lose least."""
     sources = [source(seed) for seed in range(4)]
     budget = int(4 * 96 * 80 * 0.6 / 8)
     fitted = solver(sources).solve(Budget(budget), size_of)

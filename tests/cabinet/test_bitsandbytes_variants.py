@@ -106,8 +106,8 @@ def test_llm_int8_is_the_papers_sum(weights: dict[str, Tensor]) -> None:
     plain = torch.ones(64, dtype=torch.bool)
     plain[[5, 60]] = False
     small = x_NC.half()[:, plain]
-    steps = small.abs().amax(dim=1).float() / 127
-    rounded = (small / steps[:, None]).round() * steps[:, None]
+    scales = small.abs().amax(dim=1).float() / 127
+    rounded = (small / scales[:, None]).round() * scales[:, None]
     dequantized_KC = codes * amax[:, None] / 127
     expected = F.linear(rounded, dequantized_KC[:, plain])
     expected += F.linear(x_NC[:, ~plain], dequantized_KC[:, ~plain])

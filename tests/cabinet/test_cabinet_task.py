@@ -1,4 +1,4 @@
-"""``eval.py task=sweep``: rows, resuming, and what is refused."""
+"""``eval.py task=cabinet``: rows, resuming, and what is refused."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ REPORTED = ("REPORT.md", "summary.json", "results.json", "manifest.json", "paret
 def sweep(finished: Path, program, cache_dir: Path):
     """sweep(*arguments): on the shared run, into ./found."""
     return lambda *arguments: program(
-        "eval.py", "task=sweep", f"run={finished}", f"data.cache_dir={cache_dir}", "out=found",
+        "eval.py", "task=cabinet", f"run={finished}", f"data.cache_dir={cache_dir}", "out=found",
         *QUICK, *arguments,
     )  # fmt: skip
 

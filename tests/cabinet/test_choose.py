@@ -31,7 +31,7 @@ def folder(tmp_path: Path) -> Path:
 
 def test_as_typed_on_the_command_line(program, folder: Path) -> None:
     done = program(
-        "eval.py", "task=choose", f"sweep={folder}",
+        "eval.py", "task=choose", f"cabinet={folder}",
         "constraints={latency_ms: 10, artifact_bytes: 16000000, val_bpb: 1.9}",
     )  # fmt: skip
     assert done.code == 0, done.err
@@ -47,12 +47,12 @@ def test_as_typed_on_the_command_line(program, folder: Path) -> None:
 
 
 def test_where_nothing_is_left(program, folder: Path) -> None:
-    done = program("eval.py", "task=choose", f"sweep={folder}", "constraints={latency_ms: 5}")
+    done = program("eval.py", "task=choose", f"cabinet={folder}", "constraints={latency_ms: 5}")
     assert done.code == 0, done.err
     assert "chosen: none; no variant meets all constraints" in done.out
     assert "runner-up: fast (val_bpb 1.40000) if latency_ms may be 8.0" in done.out
     done = program(
-        "eval.py", "task=choose", f"sweep={folder}", "constraints={peak_memory_bytes: 5}"
+        "eval.py", "task=choose", f"cabinet={folder}", "constraints={peak_memory_bytes: 5}"
     )
     assert "not known !" in done.out
     assert "runner-up: none" in done.out
@@ -118,20 +118,26 @@ def test_every_quantity_is_in_a_row(name: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("sweep=HERE",), "constraints = null: give the most of something, constraints='{latency"),
-        (("constraints={latency_ms: 1}",), "sweep = null: give the folder of a sweep"),
-        (("sweep=HERE", "constraints={speed: 3}"), "constraints.speed: unknown setting; "),
-        (("sweep=HERE", "constraints={latency: 3}"), "did you mean constraints.latency_ms?"),
-        (("sweep=HERE", "constraints={ece: 0}"), "constraints.ece = 0.0: give a number above 0"),
-        (("sweep=HERE", "constraints={ece: -1}"), "constraints.ece = -1.0"),
-        (("sweep=HERE", "constraints={ece: nan}"), "constraints.ece = nan"),
-        (("sweep=HERE", "constraints.ece=inf"), "constraints.ece = inf"),
-        (("sweep=HERE", "constraints={ece: low}"), "constraints={ece: low}: Value 'low'"),
-        (("sweep=HERE", "constraints={ece: [1]}"), "constraints={ece: [1]}: "),
-        (("sweep=HERE", "constraints={ece: null}"), "constraints = null"),
-        (("sweep=HERE", "constraints=3"), "constraints=3: "),
-        (("sweep=HERE", "constraints=null"), "constraints=null: "),
-        (("sweep=nowhere", "constraints={ece: 1}"), "sweep=nowhere: results.json: No such file"),
+        (
+            ("cabinet=HERE",),
+            "constraints = null: give the most of something, constraints='{latency",
+        ),
+        (("constraints={latency_ms: 1}",), "cabinet = null: give the folder of a cabinet"),
+        (("cabinet=HERE", "constraints={speed: 3}"), "constraints.speed: unknown setting; "),
+        (("cabinet=HERE", "constraints={latency: 3}"), "did you mean constraints.latency_ms?"),
+        (("cabinet=HERE", "constraints={ece: 0}"), "constraints.ece = 0.0: give a number above 0"),
+        (("cabinet=HERE", "constraints={ece: -1}"), "constraints.ece = -1.0"),
+        (("cabinet=HERE", "constraints={ece: nan}"), "constraints.ece = nan"),
+        (("cabinet=HERE", "constraints.ece=inf"), "constraints.ece = inf"),
+        (("cabinet=HERE", "constraints={ece: low}"), "constraints={ece: low}: Value 'low'"),
+        (("cabinet=HERE", "constraints={ece: [1]}"), "constraints={ece: [1]}: "),
+        (("cabinet=HERE", "constraints={ece: null}"), "constraints = null"),
+        (("cabinet=HERE", "constraints=3"), "constraints=3: "),
+        (("cabinet=HERE", "constraints=null"), "constraints=null: "),
+        (
+            ("cabinet=nowhere", "constraints={ece: 1}"),
+            "cabinet=nowhere: results.json: No such file",
+        ),
     ],
 )
 def test_mistakes(program, folder: Path, arguments: tuple[str, ...], message: str) -> None:
@@ -146,6 +152,6 @@ def test_mistakes(program, folder: Path, arguments: tuple[str, ...], message: st
 )
 def test_files_of_something_else(program, folder: Path, text: str, message: str) -> None:
     (folder / "results.json").write_text(text)
-    done = program("eval.py", "task=choose", f"sweep={folder}", "constraints={ece: 1}")
+    done = program("eval.py", "task=choose", f"cabinet={folder}", "constraints={ece: 1}")
     assert (done.code, len(done.err.splitlines())) == (2, 1)
     assert message in done.err

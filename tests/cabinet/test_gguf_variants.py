@@ -29,17 +29,17 @@ def decoded_block(weight: Tensor, name: str) -> np.ndarray:
     x = weight.numpy().reshape(-1, 32)
     bits = int(name[1])
     if name == "Q8_0":
-        step = np.abs(x).max(axis=1, keepdims=True) / np.float32(127)
-        return (np.floor(np.abs(x) / step + 0.5) * np.sign(x) * half(step)).reshape(weight.shape)
+        scale = np.abs(x).max(axis=1, keepdims=True) / np.float32(127)
+        return (np.floor(np.abs(x) / scale + 0.5) * np.sign(x) * half(scale)).reshape(weight.shape)
     if name.endswith("_1"):
         low = x.min(axis=1, keepdims=True)
-        step = (x.max(axis=1, keepdims=True) - low) / np.float32(2**bits - 1)
-        codes = np.clip(np.floor((x - low) / step + 0.5), 0, 2**bits - 1)
-        return (codes * half(step) + half(low)).reshape(weight.shape)
+        scale = (x.max(axis=1, keepdims=True) - low) / np.float32(2**bits - 1)
+        codes = np.clip(np.floor((x - low) / scale + 0.5), 0, 2**bits - 1)
+        return (codes * half(scale) + half(low)).reshape(weight.shape)
     extreme = np.take_along_axis(x, np.abs(x).argmax(axis=1)[:, None], axis=1)
-    step = extreme / np.float32(-(2 ** (bits - 1)))
-    codes = np.clip(np.floor(x / step + 2 ** (bits - 1) + 0.5), 0, 2**bits - 1)
-    return ((codes - 2 ** (bits - 1)) * half(step)).reshape(weight.shape)
+    scale = extreme / np.float32(-(2 ** (bits - 1)))
+    codes = np.clip(np.floor(x / scale + 2 ** (bits - 1) + 0.5), 0, 2**bits - 1)
+    return ((codes - 2 ** (bits - 1)) * half(scale)).reshape(weight.shape)
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -83,7 +83,7 @@ def test_rows_compute_with_ggmls_blocks(
 
 @settings(max_examples=25, deadline=None)
 @given(st.integers(0, 2**32 - 1), st.floats(1e-3, 1e3), st.sampled_from(FORMATS))
-def test_no_weight_is_off_by_more_than_a_step(
+def test_no_weight_is_off_by_more_than_a_scale(
     tmp_path_factory: pytest.TempPathFactory, seed: int, scale: float, name: str
 ) -> None:
     noise = torch.randn(3, 64, generator=torch.Generator().manual_seed(seed)) * scale
@@ -93,8 +93,8 @@ def test_no_weight_is_off_by_more_than_a_step(
     error = (kept.weights["some.weight"] - noise).reshape(-1, 32).abs().amax(dim=1)
     blocks = noise.reshape(-1, 32)
     reach = 2 * blocks.abs().amax(dim=1)
-    step = reach / (2 ** int(name[1]) - 1)
-    assert (error <= step * 1.1).all()  # Q4_0 and Q5_0 clip the far end: a whole step, not half
+    scale = reach / (2 ** int(name[1]) - 1)
+    assert (error <= scale * 1.1).all()  # Q4_0 and Q5_0 clip the far end: a whole scale, not half
     assert error[2] == 0
 
 

@@ -132,7 +132,7 @@ def test_lite_takes_the_best_clip_of_each_row() -> None:
     entry, codes = lite(plan.entries["tok_emb.weight"], w, None)
     errors = (decode(codes, entry.grid) - w).square().sum(1)
     candidates = torch.stack([
-        (decode(encode(w, Grid(bits=4, step_rule="percentile", percentile=p)), grid) - w)
+        (decode(encode(w, Grid(bits=4, scale_rule="percentile", percentile=p)), grid) - w)
         .square().sum(1)
         for p in (0.999, 0.9995, 0.9999, 0.99999, 1.0)
     ])  # fmt: skip

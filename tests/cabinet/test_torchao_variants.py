@@ -32,15 +32,15 @@ FOR_CUDA = {
 
 
 def bytes_of_matrix(name: str, rows: int, columns: int) -> int:
-    if "int4 g32" in name:  # a byte per code; float32 step and int8 zero point per group
+    if "int4 g32" in name:  # a byte per code; float32 scale and int8 zero point per group
         return rows * columns + rows * columns // 32 * 5
     return rows * (columns + (4 if "Float8" in name else 5))
 
 
 def stepped(weight: Tensor) -> Tensor:
-    """Codes times steps, by hand from the inner tensors."""
-    codes, steps = weight.qdata.float(), weight.scale.float()
-    return codes * steps.repeat_interleave(codes.size(1) // steps.size(1), dim=1)
+    """Codes times scales, by hand from the inner tensors."""
+    codes, scales = weight.qdata.float(), weight.scale.float()
+    return codes * scales.repeat_interleave(codes.size(1) // scales.size(1), dim=1)
 
 
 @pytest.mark.parametrize("name", [*WEIGHT_ONLY, DYNAMIC])

@@ -20,9 +20,9 @@ class Pair:
 
 
 def test_bytes_are_those_of_the_innermost_tensors() -> None:
-    codes, steps = torch.zeros(4, 6, dtype=torch.int8), torch.ones(4, dtype=torch.bfloat16)
+    codes, scales = torch.zeros(4, 6, dtype=torch.int8), torch.ones(4, dtype=torch.bfloat16)
     zero = torch.tensor(0.5)
-    nested = Pair(codes, Pair(steps, zero))
+    nested = Pair(codes, Pair(scales, zero))
     assert inner_bytes([nested]) == 24 + 8 + 4
     assert inner_bytes([nested, codes, codes.view(24)]) == 24 + 8 + 4  # held once
 

@@ -87,7 +87,7 @@ def test_reads_the_reference_trainers_file() -> None:
     for name, w in file.weights.items():
         assert w.dtype == torch.float32
         assert torch.equal(w, expected[name].float()), name
-    # Its embedding was trained in bfloat16, and is one again: not code times step any more.
+    # Its embedding was trained in bfloat16, and is one again: not code times scale any more.
     embedding = file.weights["tok_emb.weight"]
     assert torch.equal(embedding, embedding.bfloat16().float())
     assert file.num_bytes == FIXTURE.stat().st_size

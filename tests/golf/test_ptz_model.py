@@ -219,11 +219,11 @@ def test_written_as_the_reference_writes(program, tmp_path: Path) -> None:
     reference["dtypes"]["tok_emb.weight"] = "float32"
     assert list(content) == list(reference)
     assert described(content) == described(reference)
-    for item in encoded:  # not only the weights: the codes and steps that training's export made
+    for item in encoded:  # not only the weights: the codes and scales that training's export made
         name = item.entry.name
         if item.coded is not None:
             assert torch.equal(content["quantized"][name], item.coded.codes), name
-            assert torch.equal(content["scales"][name], item.coded.steps[:, 0]), name
+            assert torch.equal(content["scales"][name], item.coded.scales[:, 0]), name
 
     read = read_artifact(tmp_path / "a.qat").weights
     again, theirs = read_golf_file(path).weights, minimal_reader(path.read_bytes())

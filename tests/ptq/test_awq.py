@@ -18,10 +18,10 @@ from qat.quantize.rounding import decode, encode, snap
 
 GRIDS = [
     Grid(bits=4),
-    Grid(bits=3, step_rule="mse", step_dtype="bf16"),
-    Grid(bits=8, step_rule="percentile", step_dtype="fp32"),
-    Grid(bits=2, step_rule="sigma", sigma=2.0),
-    Grid(bits=4, step_rule="fixed", fixed_step=0.02),
+    Grid(bits=3, scale_rule="mse", scale_dtype="bf16"),
+    Grid(bits=8, scale_rule="percentile", scale_dtype="fp32"),
+    Grid(bits=2, scale_rule="sigma", sigma=2.0),
+    Grid(bits=4, scale_rule="fixed", fixed_scale=0.02),
 ]
 
 
@@ -55,11 +55,11 @@ def test_it_is_stored_exactly_and_never_worse(
     x[:, seed % columns] = 0.0
     found = awq(w, hessian_of(x), x.abs().mean(0), grid)
     stored = decode(found.coded, found.grid)
-    assert found.grid.column_steps
-    assert torch.equal(snap(w, found.grid, found.coded.steps.float()), stored)
-    assert tuple(found.coded.steps.shape) == (rows + columns, 1)
-    row_steps, column_steps = found.coded.steps.split((rows, columns))
-    assert torch.equal(row_steps, encode(w / column_steps.float().T, grid).steps)
+    assert found.grid.column_scales
+    assert torch.equal(snap(w, found.grid, found.coded.scales.float()), stored)
+    assert tuple(found.coded.scales.shape) == (rows + columns, 1)
+    row_scales, column_scales = found.coded.scales.split((rows, columns))
+    assert torch.equal(row_scales, encode(w / column_scales.float().T, grid).scales)
     bound = output_error(snap(w, grid), w, x)
     assert output_error(stored, w, x) <= bound * (1 + 1e-6) + 1e-30
 
@@ -68,7 +68,7 @@ def test_it_is_stored_exactly_and_never_worse(
 def test_it_finds_the_best_power(grid: Grid) -> None:
     """The search again, on scaled weights as the paper writes it: quantize(w * s) / s."""
     w, x = normal(32, 48, 1), inputs(48, 2)
-    wide = replace(grid, step_dtype="fp32")
+    wide = replace(grid, scale_dtype="fp32")
     found = awq(w, hessian_of(x), x.abs().mean(0), wide)
     size = x.abs().mean(0)
     size = size / size.log().mean().exp()
@@ -101,31 +101,31 @@ def test_units_of_the_activations_do_not_matter() -> None:
     assert torch.equal(plain.coded.codes, large.coded.codes)
 
 
-def test_powers_whose_steps_overflow_are_passed_over() -> None:
+def test_powers_whose_scales_overflow_are_passed_over() -> None:
     w, x = normal(16, 32, 7), inputs(32, 8, octaves=28.0)
     found = awq(w, hessian_of(x), x.abs().mean(0), Grid(bits=4))
-    assert torch.isfinite(found.coded.steps).all()
+    assert torch.isfinite(found.coded.scales).all()
     assert 0.0 < found.alpha < 0.9
 
 
-def test_gptq_goes_on_from_its_steps() -> None:
-    w, x, grid = normal(64, 64, 9), inputs(64, 10), Grid(bits=3, step_rule="mse")
+def test_gptq_goes_on_from_its_scales() -> None:
+    w, x, grid = normal(64, 64, 9), inputs(64, 10), Grid(bits=3, scale_rule="mse")
     found = awq(w, hessian_of(x), x.abs().mean(0), grid)
-    both = GptqFactor(hessian_of(x)).quantize(w, found.grid, found.coded.steps.float())
-    assert torch.equal(both.steps, found.coded.steps)
+    both = GptqFactor(hessian_of(x)).quantize(w, found.grid, found.coded.scales.float())
+    assert torch.equal(both.scales, found.coded.scales)
     of_awq, of_both = (output_error(decode(c, found.grid), w, x) for c in (found.coded, both))
     assert of_both < 0.9 * of_awq
 
 
-def test_grids_without_column_steps_are_refused() -> None:
+def test_grids_without_column_scales_are_refused() -> None:
     w, x = normal(2, 4, 0), inputs(4, 0)
     for grid in (
         Grid(bits=4, group_size=2),
         Grid(bits=4, range="asymmetric"),
-        Grid("ternary", step_rule="absmean"),
-        Grid(bits=8, code_step_dtype="fp32"),
+        Grid("ternary", scale_rule="absmean"),
+        Grid(bits=8, code_scale_dtype="fp32"),
     ):
-        with pytest.raises(ValueError, match=r"column_steps|asymmetric takes"):
+        with pytest.raises(ValueError, match=r"column_scales|asymmetric takes"):
             awq(w, hessian_of(x), x.abs().mean(0), grid)
 
 

@@ -14,7 +14,7 @@ from qat.ptq import gptq
 from qat.ptq.gptq import BitPrices, GptqFactor
 from qat.quantize.grid import DTYPES, Grid
 from qat.quantize.rounding import Codes, decode, encode, snap
-from tests.quantize.test_grid import given_steps, grids
+from tests.quantize.test_grid import given_scales, grids
 
 
 def correlated(columns: int, seed: int, tokens: int = 400) -> Tensor:
@@ -55,10 +55,10 @@ def dense_brain_surgeon(
     while remaining:
         j = remaining[0]
         inverse = torch.linalg.inv(damped[remaining][:, remaining])
-        step = coded.steps[:, j // size].float()
+        scale = coded.scales[:, j // size].float()
         zero = 0.0 if coded.zeros is None else coded.zeros[:, j // size].float()
-        code = ((moved[:, j].float() / step).round() + zero).clamp(low, high)
-        stored[:, j] = ((code - zero) * step).double()
+        code = ((moved[:, j].float() / scale).round() + zero).clamp(low, high)
+        stored[:, j] = ((code - zero) * scale).double()
         error = (moved[:, j] - stored[:, j]) / inverse[0, 0]
         moved[:, remaining] -= error[:, None] * inverse[0]
         remaining.pop(0)
@@ -73,10 +73,10 @@ def dense_brain_surgeon(
     [
         Grid(bits=4),
         Grid(bits=3, group_size=12),
-        Grid(bits=2, step_rule="mse"),
-        Grid(bits=6, per_tensor=True, step_dtype="fp32"),
+        Grid(bits=2, scale_rule="mse"),
+        Grid(bits=6, per_tensor=True, scale_dtype="fp32"),
         Grid(bits=4, range="asymmetric", group_size=25),
-        Grid("ternary", step_rule="absmean", refit=True),
+        Grid("ternary", scale_rule="absmean", refit=True),
     ],
     ids=lambda grid: grid.label,
 )
@@ -85,7 +85,7 @@ def test_it_is_the_dense_solver(grid: Grid, act_order: bool, damping: float) -> 
     w, hessian = normal(24, 90, 1), correlated(90, 2)  # 90: two blocks of columns, the last short
     ours = GptqFactor(hessian, damping, act_order).quantize(w, grid)
     nearest = encode(w, grid)
-    assert torch.equal(ours.steps, nearest.steps)
+    assert torch.equal(ours.scales, nearest.scales)
     expected = dense_brain_surgeon(w, hessian, damping, act_order, nearest, grid)
     assert torch.allclose(decode(ours, grid).double(), expected, rtol=0, atol=1e-5)
     assert not torch.equal(ours.codes, nearest.codes)
@@ -102,12 +102,12 @@ def test_it_is_never_worse_than_rounding(
     hessian = correlated(columns, seed, tokens=1 + seed % 60)
     unused = seed % 7 % columns
     hessian[unused], hessian[:, unused] = 0.0, 0.0
-    steps = given_steps(w, grid)
-    ours = GptqFactor(hessian, 0.01, act_order).quantize(w, grid, steps)
-    nearest = encode(w, grid, steps)
+    scales = given_scales(w, grid)
+    ours = GptqFactor(hessian, 0.01, act_order).quantize(w, grid, scales)
+    nearest = encode(w, grid, scales)
     assert ours.codes.dtype == torch.int8
-    assert ours.steps.dtype == DTYPES[grid.step_dtype]
-    assert tuple(ours.steps.shape) == grid.steps_shape(tuple(w.shape))
+    assert ours.scales.dtype == DTYPES[grid.scale_dtype]
+    assert tuple(ours.scales.shape) == grid.scales_shape(tuple(w.shape))
     error, bound = (trace(decode(c, grid), w, hessian) for c in (ours, nearest))
     assert (error <= bound * (1 + 1e-9) + 1e-300).all()
 
@@ -115,7 +115,7 @@ def test_it_is_never_worse_than_rounding(
 def test_without_the_better_row_it_would_be_worse() -> None:
     """The test above can fail: feeding errors on does lose rows where codes are clamped."""
     w, hessian = normal(64, 48, 3), correlated(48, 4)
-    grid = Grid(bits=2, step_rule="given")
+    grid = Grid(bits=2, scale_rule="given")
     nearest = encode(w, grid, torch.full((64, 1), 0.01))
     fed = nearest._replace(codes=GptqFactor(hessian)._fed_codes(w, grid, nearest, None))
     error, bound = (trace(decode(c, grid), w, hessian) for c in (fed, nearest))
@@ -127,16 +127,16 @@ def test_without_the_better_row_it_would_be_worse() -> None:
 def test_inputs_that_do_not_hang_together_leave_rounding(
     grid: Grid, rows: int, columns: int, seed: int, act_order: bool
 ) -> None:
-    """A diagonal hessian: each weight is at the nearest level that its stored step decodes to."""
+    """A diagonal hessian: each weight is at the nearest level that its stored scale decodes to."""
     w = normal(rows, columns, seed)
     diagonal = torch.rand(columns, generator=torch.Generator().manual_seed(seed))
     diagonal[seed % columns] = 0.0
-    steps = given_steps(w, grid)
-    ours = GptqFactor(torch.diag(diagonal), 0.01, act_order).quantize(w, grid, steps)
-    nearest = encode(w, grid, steps)
-    if grid.code_step_dtype is None and not grid.refit and not grid.step_floor:
+    scales = given_scales(w, grid)
+    ours = GptqFactor(torch.diag(diagonal), 0.01, act_order).quantize(w, grid, scales)
+    nearest = encode(w, grid, scales)
+    if grid.code_scale_dtype is None and not grid.refit and not grid.scale_floor:
         assert torch.equal(ours.codes, nearest.codes)
-    else:  # encode rounds by another step than it stores
+    else:  # encode rounds by another scale than it stores
         error, bound = (decode(c, grid).sub(w).abs().sum() for c in (ours, nearest))
         assert error <= bound * (1 + 1e-5)
 
@@ -155,36 +155,38 @@ def test_codes_do_not_depend_on_the_block(
 @pytest.mark.parametrize("act_order", [False, True])
 def test_unused_inputs_change_nothing(act_order: bool) -> None:
     """Columns whose input is always zero are rounded; the others do not notice."""
-    w, grid = normal(16, 40, 5), Grid(bits=3, step_rule="given")
-    steps = torch.full((16, 1), 0.03)
+    w, grid = normal(16, 40, 5), Grid(bits=3, scale_rule="given")
+    scales = torch.full((16, 1), 0.03)
     used = torch.ones(40, dtype=torch.bool)
     used[[0, 13, 39]] = False
     hessian = torch.zeros(40, 40, dtype=torch.float64)
     live = correlated(37, 6)
     hessian[used.nonzero(), used.nonzero().T] = live
-    ours = GptqFactor(hessian, 0.0, act_order).quantize(w, grid, steps)
-    alone = GptqFactor(live, 0.0, act_order).quantize(w[:, used], grid, steps)
+    ours = GptqFactor(hessian, 0.0, act_order).quantize(w, grid, scales)
+    alone = GptqFactor(live, 0.0, act_order).quantize(w[:, used], grid, scales)
     assert torch.equal(ours.codes[:, used], alone.codes)
-    assert torch.equal(ours.codes[:, ~used], encode(w, grid, steps).codes[:, ~used])
+    assert torch.equal(ours.codes[:, ~used], encode(w, grid, scales).codes[:, ~used])
 
 
-def test_column_steps_are_a_scaled_problem() -> None:
+def test_column_scales_are_a_scaled_problem() -> None:
     """w = c * v has the outputs of v with inputs scaled by c: the same codes."""
     w, hessian = normal(12, 50, 7), correlated(50, 8)
-    column_steps = torch.logspace(-1, 1, 50, base=2.0).bfloat16().float()
-    row_steps = torch.full((12, 1), 0.02).bfloat16().float()
-    by_row = Grid(bits=4, step_rule="given", step_dtype="bf16")
-    both = Grid(bits=4, step_rule="given", step_dtype="bf16", column_steps=True)
-    ours = GptqFactor(hessian, 0.0).quantize(w, both, torch.cat([row_steps, column_steps[:, None]]))
-    scaled = GptqFactor(hessian * torch.outer(column_steps, column_steps).double(), 0.0)
-    expected = scaled.quantize(w / column_steps, by_row, row_steps)
+    column_scales = torch.logspace(-1, 1, 50, base=2.0).bfloat16().float()
+    row_scales = torch.full((12, 1), 0.02).bfloat16().float()
+    by_row = Grid(bits=4, scale_rule="given", scale_dtype="bf16")
+    both = Grid(bits=4, scale_rule="given", scale_dtype="bf16", column_scales=True)
+    ours = GptqFactor(hessian, 0.0).quantize(
+        w, both, torch.cat([row_scales, column_scales[:, None]])
+    )
+    scaled = GptqFactor(hessian * torch.outer(column_scales, column_scales).double(), 0.0)
+    expected = scaled.quantize(w / column_scales, by_row, row_scales)
     assert torch.equal(ours.codes, expected.codes)
-    assert torch.allclose(decode(ours, both), decode(expected, by_row) * column_steps)
+    assert torch.allclose(decode(ours, both), decode(expected, by_row) * column_scales)
 
 
 @pytest.mark.parametrize(
     "grid",
-    [Grid(bits=4), Grid("fp8_e4m3"), Grid("fp8_e5m2"), Grid("binary", step_rule="absmean")],
+    [Grid(bits=4), Grid("fp8_e4m3"), Grid("fp8_e5m2"), Grid("binary", scale_rule="absmean")],
     ids=lambda grid: grid.label,
 )
 def test_correlated_inputs_gain_much_and_order_more(grid: Grid) -> None:
@@ -251,12 +253,12 @@ def test_without_correlation_each_code_is_the_cheaper_of_two() -> None:
     ours = GptqFactor(torch.diag(weights), 0.0).quantize(w, grid, prices_of=lambda *_: prices)
     changed = 0
     for i in range(7):
-        step = float(nearest.steps[i, 0].float())
+        scale = float(nearest.scales[i, 0].float())
         for j in range(12):
             near = int(nearest.codes[i, j])
 
-            def cost(code: int, i: int = i, j: int = j, step: float = step) -> float:
-                error = weights[j] * (float(w[i, j]) - code * step) ** 2
+            def cost(code: int, i: int = i, j: int = j, scale: float = scale) -> float:
+                error = weights[j] * (float(w[i, j]) - code * scale) ** 2
                 return float(error + per_bit * prices.bits[j % 2, code + 128])
 
             lower = near - (near > 0) + (near < 0)

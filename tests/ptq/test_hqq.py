@@ -21,7 +21,7 @@ def matrix(rows: int, columns: int, seed: int) -> torch.Tensor:
 
 @given(st.integers(1, 6), st.integers(1, 70), st.integers(2, 8), st.integers(1, 40), st.integers())
 @settings(max_examples=60, deadline=None)
-def test_weights_are_what_codes_steps_and_zeros_say(
+def test_weights_are_what_codes_scales_and_zeros_say(
     rows: int, columns: int, bits: int, group_size: int, seed: int
 ) -> None:
     w = matrix(rows, columns, seed % 2**31)
@@ -33,8 +33,8 @@ def test_weights_are_what_codes_steps_and_zeros_say(
     for row in range(rows):
         for column in range(columns):
             group = column // group_size
-            step, zero = (float(t[row, group]) for t in (found.steps, found.zeros))
-            expected = (float(found.codes[row, column]) - zero) * step
+            scale, zero = (float(t[row, group]) for t in (found.scales, found.zeros))
+            expected = (float(found.codes[row, column]) - zero) * scale
             assert float(found.weights[row, column]) == pytest.approx(expected, rel=1e-5, abs=1e-6)
 
 

@@ -20,8 +20,8 @@ def layer() -> tuple[torch.Tensor, list[torch.Tensor]]:
 
 def test_tokens_are_int8_with_a_step_each() -> None:
     x = layer()[0].view(4, 64, 64).transpose(0, 1)
-    step = x.abs().amax(-1, keepdim=True) / 127
-    assert torch.equal(snap_tokens(x), (x / step).round() * step)
+    scale = x.abs().amax(-1, keepdim=True) / 127
+    assert torch.equal(snap_tokens(x), (x / scale).round() * scale)
     assert torch.equal(snap_tokens(x[3, 2]), snap_tokens(x)[3, 2])
     assert not snap_tokens(torch.zeros(3, 5)).any()
     half = x.bfloat16()

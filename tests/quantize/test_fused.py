@@ -20,18 +20,18 @@ from qat.quantize.switch import QatSwitch
 from tests.conftest import ROOT
 
 GRIDS = {
-    "percentile": Grid(bits=8, step_rule="percentile"),
-    "golf": Grid(bits=8, step_rule="percentile", step_floor=1 / 127, code_step_dtype="fp32"),
+    "percentile": Grid(bits=8, scale_rule="percentile"),
+    "golf": Grid(bits=8, scale_rule="percentile", scale_floor=1 / 127, code_scale_dtype="fp32"),
     "int6": Grid(bits=6),
-    "step_bf16": Grid(bits=3, step_dtype="bf16"),
-    "step_fp32": Grid(bits=5, step_dtype="fp32", range="full"),
+    "step_bf16": Grid(bits=3, scale_dtype="bf16"),
+    "step_fp32": Grid(bits=5, scale_dtype="fp32", range="full"),
     "grouped": Grid(bits=4, group_size=64),
     "ragged": Grid(bits=4, group_size=7, range="asymmetric"),
     "tensor": Grid(bits=8, per_tensor=True),
     "amax_ternary": Grid("ternary"),
-    "median": Grid(bits=4, step_rule="percentile", percentile=0.5),  # sorts: not fused
-    "sdclip": Grid(bits=6, step_rule="sigma"),
-    "absmean": Grid("ternary", step_rule="absmean", refit=True),
+    "median": Grid(bits=4, scale_rule="percentile", percentile=0.5),  # sorts: not fused
+    "sdclip": Grid(bits=6, scale_rule="sigma"),
+    "absmean": Grid("ternary", scale_rule="absmean", refit=True),
     "fp8": Grid("fp8_e4m3"),
 }
 NOT_FUSABLE = {"median", "sdclip", "absmean", "fp8"}

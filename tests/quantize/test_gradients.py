@@ -13,7 +13,7 @@ from qat.quantize.plan import build_plan
 from qat.quantize.rounding import encode, snap
 from qat.quantize.switch import QatSwitch
 
-GRID = Grid(bits=4, step_rule="sigma", sigma=2.0, group_size=10, step_dtype="fp32")
+GRID = Grid(bits=4, scale_rule="sigma", sigma=2.0, group_size=10, scale_dtype="fp32")
 
 
 @pytest.fixture
@@ -21,12 +21,12 @@ def w() -> torch.Tensor:
     return torch.randn(6, 25, generator=torch.Generator().manual_seed(0))
 
 
-def per_weight(steps: torch.Tensor) -> torch.Tensor:
-    return steps.float().repeat_interleave(10, 1)[:, :25]
+def per_weight(scales: torch.Tensor) -> torch.Tensor:
+    return scales.float().repeat_interleave(10, 1)[:, :25]
 
 
-def gradient(w: torch.Tensor, rule: str, grid: Grid = GRID, step_gradient: bool = False):
-    """(seen, dL/dw, dL/dstep) for L = sum(c * seen) with fixed random c, through the switch."""
+def gradient(w: torch.Tensor, rule: str, grid: Grid = GRID, scale_gradient: bool = False):
+    """(seen, dL/dw, dL/dscale) for L = sum(c * seen) with fixed random c, through the switch."""
     plan = build_plan({"w": tuple(w.shape)}, {"grid": grid}, {"*": "grid"})
     switch = QatSwitch(plan, rule)
     master = torch.nn.Parameter(w.clone())
@@ -34,8 +34,8 @@ def gradient(w: torch.Tensor, rule: str, grid: Grid = GRID, step_gradient: bool 
     seen = switch.weights({"w": master})["w"]
     c = torch.randn(w.shape, generator=torch.Generator().manual_seed(1))
     (c * seen).sum().backward()
-    steps = next(iter(switch.parameters()), None)
-    return seen.detach(), master.grad, c, steps
+    scales = next(iter(switch.parameters()), None)
+    return seen.detach(), master.grad, c, scales
 
 
 def test_identity(w: torch.Tensor) -> None:
@@ -46,7 +46,7 @@ def test_identity(w: torch.Tensor) -> None:
 
 def test_clipped_is_zero_outside_the_clip(w: torch.Tensor) -> None:
     seen, grad, c, _ = gradient(w, "clipped")
-    x = w / per_weight(encode(w, GRID).steps)
+    x = w / per_weight(encode(w, GRID).scales)
     outside = x.abs() > 7.5
     assert outside.any()
     assert torch.equal(seen, snap(w, GRID))
@@ -54,15 +54,15 @@ def test_clipped_is_zero_outside_the_clip(w: torch.Tensor) -> None:
 
 
 def test_soft_round_slope_is_its_derivative(w: torch.Tensor) -> None:
-    """Against autograd through the formula, with the step held."""
+    """Against autograd through the formula, with the scale held."""
     seen, grad, c, _ = gradient(w, "soft_round")
     t = temperature(0.5)
-    steps = per_weight(encode(w, GRID).steps)
+    scales = per_weight(encode(w, GRID).scales)
     free = w.double().requires_grad_()
-    x = free / steps.double()
+    x = free / scales.double()
     r = x - x.detach().floor() - 0.5
     soft = x.detach().floor() + 0.5 + torch.tanh(r / t) / (2 * math.tanh(0.5 / t))
-    value = soft.clamp(-7, 7) * steps
+    value = soft.clamp(-7, 7) * scales
     (c * value).sum().backward()
     inside = (x.abs() <= 7.0).detach()
     assert torch.allclose(seen.double(), value.detach(), atol=1e-5)
@@ -79,22 +79,22 @@ def test_soft_round_hardens(w: torch.Tensor) -> None:
     assert temperature(0.0) == 1.0
 
 
-def test_noise_is_half_a_step_uniform_and_equal_for_equal_seeds(w: torch.Tensor) -> None:
+def test_noise_is_half_a_scale_uniform_and_equal_for_equal_seeds(w: torch.Tensor) -> None:
     seen, grad, c, _ = gradient(w, "noise")
     again, *_ = gradient(w, "noise")
     assert torch.equal(seen, again)
     assert torch.equal(grad, c)
-    noise = (seen - w) / per_weight(encode(w, GRID).steps)
+    noise = (seen - w) / per_weight(encode(w, GRID).scales)
     assert noise.abs().max() <= 0.5 + 1e-5
     assert noise.std() == pytest.approx(1 / math.sqrt(12), rel=0.15)
 
 
-def test_learned_step_has_the_lsq_gradient(w: torch.Tensor) -> None:
+def test_learned_scale_has_the_lsq_gradient(w: torch.Tensor) -> None:
     """LSQ eq. 3 and its gradient scale 1/sqrt(N Qp), written out plainly."""
-    grid = Grid(bits=3, step_rule="learned", group_size=10, step_dtype="fp32")
-    seen, grad, c, steps = gradient(w, "identity", grid)
-    assert steps is not None
-    s = per_weight(steps.detach())
+    grid = Grid(bits=3, scale_rule="learned", group_size=10, scale_dtype="fp32")
+    seen, grad, c, scales = gradient(w, "identity", grid)
+    assert scales is not None
+    s = per_weight(scales.detach())
     x = w / s
     code = x.round().clamp(-3, 3)
     assert torch.equal(seen, code * s + 0.0)
@@ -105,7 +105,7 @@ def test_learned_step_has_the_lsq_gradient(w: torch.Tensor) -> None:
         part = slice(*columns)
         n = columns[1] - columns[0]
         expected = (c * slope)[:, part].sum(1) / math.sqrt(n * 3)
-        assert torch.allclose(steps.grad[:, group], expected, atol=1e-5)
+        assert torch.allclose(scales.grad[:, group], expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("rule", RULES)

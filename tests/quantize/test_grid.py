@@ -9,7 +9,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from qat.quantize.grid import DTYPES, FP8, LEVELS, RANGES, STEP_RULES, Grid
+from qat.quantize.grid import DTYPES, FP8, LEVELS, RANGES, SCALE_RULES, Grid
 from qat.quantize.rounding import Codes, check_finite, decode, encode, row_quantile, snap
 
 
@@ -17,21 +17,21 @@ from qat.quantize.rounding import Codes, check_finite, decode, encode, row_quant
 def grids(draw: st.DrawFn) -> Grid:
     """Any grid that is allowed."""
     levels = draw(st.sampled_from(LEVELS))
-    rule = draw(st.sampled_from(STEP_RULES))
+    rule = draw(st.sampled_from(SCALE_RULES))
     fields = {
         "levels": levels,
         "bits": draw(st.integers(2, 8)) if levels == "int" else None,
         "range": draw(st.sampled_from(RANGES)) if levels == "int" else "symmetric",
         "group_size": draw(st.none() | st.integers(1, 40)),
-        "step_rule": rule,
+        "scale_rule": rule,
         "percentile": draw(st.sampled_from((0.9, 0.99, 0.9999984, 1.0))),
         "sigma": draw(st.sampled_from((2.0, 12.85))),
-        "fixed_step": 0.01 if rule == "fixed" else None,
-        "step_floor": draw(st.sampled_from((0.0, 1 / 127))),
-        "step_dtype": draw(st.sampled_from(tuple(DTYPES))),
-        "code_step_dtype": draw(st.none() | st.just("fp32")),
+        "fixed_scale": 0.01 if rule == "fixed" else None,
+        "scale_floor": draw(st.sampled_from((0.0, 1 / 127))),
+        "scale_dtype": draw(st.sampled_from(tuple(DTYPES))),
+        "code_scale_dtype": draw(st.none() | st.just("fp32")),
         "refit": levels == "ternary" and draw(st.booleans()),
-        "column_steps": rule == "given" and draw(st.booleans()),
+        "column_scales": rule == "given" and draw(st.booleans()),
     }
     if fields["group_size"] is None:
         fields["per_tensor"] = draw(st.booleans())
@@ -61,30 +61,30 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     return a.dtype == b.dtype and torch.equal(a.view(torch.int32), b.view(torch.int32))
 
 
-def given_steps(w: torch.Tensor, grid: Grid) -> torch.Tensor | None:
-    """Steps of every size for a grid that has to be handed some."""
-    if grid.step_rule != "given":
+def given_scales(w: torch.Tensor, grid: Grid) -> torch.Tensor | None:
+    """Scales of every size for a grid that has to be handed some."""
+    if grid.scale_rule != "given":
         return None
     generator = torch.Generator().manual_seed(1)
-    spread = torch.randn(grid.steps_shape(tuple(w.shape)), generator=generator).exp()
+    spread = torch.randn(grid.scales_shape(tuple(w.shape)), generator=generator).exp()
     size = float(w.abs().max()) / 20 or 1.0
-    return spread * (math.sqrt(size) if grid.column_steps else size)
+    return spread * (math.sqrt(size) if grid.column_scales else size)
 
 
 @given(weights(), grids())
 @settings(max_examples=400, deadline=None)
 def test_snap_is_decode_of_encode(w: torch.Tensor, grid: Grid) -> None:
-    steps = given_steps(w, grid)
-    coded = encode(w, grid, steps)
+    scales = given_scales(w, grid)
+    coded = encode(w, grid, scales)
     assert coded.codes.shape == w.shape
     assert coded.codes.dtype == torch.int8
-    assert coded.steps.dtype == DTYPES[grid.step_dtype]
-    assert tuple(coded.steps.shape) == grid.steps_shape(tuple(w.shape))
+    assert coded.scales.dtype == DTYPES[grid.scale_dtype]
+    assert tuple(coded.scales.shape) == grid.scales_shape(tuple(w.shape))
     assert (coded.zeros is None) == (grid.range != "asymmetric")
     low, high = grid.code_limits
     numbers = coded.codes.view(FP8[grid.levels]) if grid.levels in FP8 else coded.codes
     assert low <= float(numbers.float().min()) <= float(numbers.float().max()) <= high
-    snapped = snap(w, grid, steps)
+    snapped = snap(w, grid, scales)
     assert torch.isfinite(snapped).all()
     assert same_bits(snapped, decode(coded, grid))
     assert not (torch.signbit(snapped) & (snapped == 0)).any()
@@ -92,13 +92,13 @@ def test_snap_is_decode_of_encode(w: torch.Tensor, grid: Grid) -> None:
 
 @given(weights(), grids())
 @settings(max_examples=300, deadline=None)
-def test_a_snapped_weight_stays_with_the_step_held(w: torch.Tensor, grid: Grid) -> None:
-    """decode(encode(snap(w), step), step) == snap(w), where coding and decoding share a step."""
-    assume(grid.code_step_dtype is None and not grid.refit and grid.range != "asymmetric")
-    assume(not grid.step_floor)
-    first = encode(w, grid, given_steps(w, grid))
-    again = encode(decode(first, grid), grid, first.steps.float())
-    assert torch.equal(decode(Codes(again.codes, first.steps), grid), decode(first, grid))
+def test_a_snapped_weight_stays_with_the_scale_held(w: torch.Tensor, grid: Grid) -> None:
+    """decode(encode(snap(w), scale), scale) == snap(w), where coding and decoding share a scale."""
+    assume(grid.code_scale_dtype is None and not grid.refit and grid.range != "asymmetric")
+    assume(not grid.scale_floor)
+    first = encode(w, grid, given_scales(w, grid))
+    again = encode(decode(first, grid), grid, first.scales.float())
+    assert torch.equal(decode(Codes(again.codes, first.scales), grid), decode(first, grid))
 
 
 @given(weights(), st.integers(2, 8), st.none() | st.integers(1, 40))
@@ -110,21 +110,21 @@ def test_asymmetric_grids_hold_zero(w: torch.Tensor, bits: int, group_size: int 
     assert snap(w, grid).flatten()[0] == 0.0
 
 
-def test_column_steps_multiply_row_steps() -> None:
+def test_column_scales_multiply_row_scales() -> None:
     w = torch.randn(7, 5, generator=torch.Generator().manual_seed(0))
     given = torch.rand(12, 1, generator=torch.Generator().manual_seed(1)).div(50).add(0.1)
     rows, columns = given.bfloat16().split((7, 5))  # rounded before codes are computed
-    grid = Grid(bits=8, step_rule="given", step_dtype="bf16", column_steps=True)
+    grid = Grid(bits=8, scale_rule="given", scale_dtype="bf16", column_scales=True)
     coded = encode(w, grid, given)
     expected = (w / columns.float().T / rows.float()).round().clamp(-127, 127)
     assert torch.equal(coded.codes.float(), expected)
     assert torch.allclose(decode(coded, grid), expected * rows.float() * columns.float().T)
-    assert torch.equal(coded.steps, torch.cat([rows, columns]))
+    assert torch.equal(coded.scales, torch.cat([rows, columns]))
 
 
-def test_given_steps_have_to_be_given() -> None:
+def test_given_scales_have_to_be_given() -> None:
     with pytest.raises(ValueError, match="handed in"):
-        snap(torch.ones(2, 2), Grid(bits=4, step_rule="given"))
+        snap(torch.ones(2, 2), Grid(bits=4, scale_rule="given"))
 
 
 def test_torchaos_symmetric_mapping_is_the_full_range() -> None:
@@ -138,9 +138,9 @@ def test_torchaos_symmetric_mapping_is_the_full_range() -> None:
             scale_dtype=torch.float32, zero_point_dtype=torch.int32,
         )  # fmt: skip
         codes = torchao.quantize_affine(w, (1, 96), scale, zero, torch.int8, low, high)
-        ours = encode(w, Grid(bits=bits, range="full", step_dtype="fp32"))
-        assert torch.equal(ours.steps.flatten(), scale.flatten())
-        assert (ours.codes != codes).float().mean() < 0.002  # they multiply by 1/step
+        ours = encode(w, Grid(bits=bits, range="full", scale_dtype="fp32"))
+        assert torch.equal(ours.scales.flatten(), scale.flatten())
+        assert (ours.codes != codes).float().mean() < 0.002  # they multiply by 1/scale
 
 
 @pytest.mark.parametrize("group_size", [None, 32])
@@ -151,9 +151,9 @@ def test_torchaos_fake_quantizer_gives_the_same_weights(group_size: int | None) 
     granularity = {"granularity": "per_channel"} if group_size is None else {"group_size": 32}
     config = qat.IntxFakeQuantizeConfig(torch.int8, is_symmetric=True, **granularity)
     theirs = qat.fake_quantizer.IntxFakeQuantizer(config)(w)
-    ours = snap(w, Grid(bits=8, range="full", step_dtype="fp32", group_size=group_size))
+    ours = snap(w, Grid(bits=8, range="full", scale_dtype="fp32", group_size=group_size))
     groups = w.view(32, -1, group_size or 96)
-    # The largest weight of a group is a tie, 127.5 steps: they multiply by 1/step and may miss it.
+    # The largest weight of a group is a tie, 127.5: they multiply by 1/scale and may miss it.
     is_largest = (groups.abs() == groups.abs().amax(-1, keepdim=True)).view_as(w)
     assert torch.allclose(ours[~is_largest], theirs[~is_largest], rtol=0, atol=1e-6)
     assert (ours - theirs).abs().max() <= 1.01 * w.abs().max() / 127.5
@@ -161,11 +161,11 @@ def test_torchaos_fake_quantizer_gives_the_same_weights(group_size: int | None) 
 
 def test_ternary_is_absmean_and_refit_undoes_its_shrinkage() -> None:
     w = torch.randn(16, 256, generator=torch.Generator().manual_seed(1))
-    plain = encode(w, Grid("ternary", step_rule="absmean", step_dtype="fp32"))
-    step = w.abs().mean(1, keepdim=True)
-    assert torch.equal(plain.codes.float(), (w / step).round().clamp(-1, 1))
-    refit = Grid("ternary", step_rule="absmean", step_dtype="fp32", refit=True)
-    shrunk = snap(w, Grid("ternary", step_rule="absmean", step_dtype="fp32"))
+    plain = encode(w, Grid("ternary", scale_rule="absmean", scale_dtype="fp32"))
+    scale = w.abs().mean(1, keepdim=True)
+    assert torch.equal(plain.codes.float(), (w / scale).round().clamp(-1, 1))
+    refit = Grid("ternary", scale_rule="absmean", scale_dtype="fp32", refit=True)
+    shrunk = snap(w, Grid("ternary", scale_rule="absmean", scale_dtype="fp32"))
     assert torch.allclose(snap(w, refit).abs().mean(1), w.abs().mean(1), rtol=1e-5)
     assert (shrunk.abs().mean(1) < 0.9 * w.abs().mean(1)).all()
 
@@ -173,7 +173,7 @@ def test_ternary_is_absmean_and_refit_undoes_its_shrinkage() -> None:
 def test_binary_keeps_signs_and_mean_magnitude() -> None:
     w = torch.randn(8, 64, generator=torch.Generator().manual_seed(1))
     w[3] = 0.0
-    snapped = snap(w, Grid("binary", step_rule="absmean", step_dtype="fp32"))
+    snapped = snap(w, Grid("binary", scale_rule="absmean", scale_dtype="fp32"))
     assert torch.equal(snapped.sign(), torch.where(w == 0, 0.0, torch.where(w < 0, -1.0, 1.0)))
     assert torch.allclose(snapped.abs()[:, 0], w.abs().mean(1))
 
@@ -182,14 +182,14 @@ def test_fp8_is_the_formats_own_rounding() -> None:
     w = torch.randn(8, 64, generator=torch.Generator().manual_seed(1))
     scale = w.abs().amax(1, keepdim=True) / 448.0
     expected = (w / scale).to(torch.float8_e4m3fn).float() * scale
-    assert torch.equal(snap(w, Grid("fp8_e4m3", step_dtype="fp32")), expected)
+    assert torch.equal(snap(w, Grid("fp8_e4m3", scale_dtype="fp32")), expected)
 
 
-def test_sdclip_step_is_its_share_of_sigma() -> None:
-    """FIELD: int6 at k = 12.85 has step = 0.4145 sigma and 3.33 bits per weight of entropy."""
+def test_sdclip_scale_is_its_share_of_sigma() -> None:
+    """FIELD: int6 at k = 12.85 has scale = 0.4145 sigma and 3.33 bits per weight of entropy."""
     w = torch.randn(4, 100_000, generator=torch.Generator().manual_seed(1))
-    coded = encode(w, Grid(bits=6, step_rule="sigma", step_dtype="fp32"))
-    assert torch.allclose(coded.steps.flatten(), 0.4145 * w.std(1), rtol=1e-3)
+    coded = encode(w, Grid(bits=6, scale_rule="sigma", scale_dtype="fp32"))
+    assert torch.allclose(coded.scales.flatten(), 0.4145 * w.std(1), rtol=1e-3)
     counts = torch.bincount(coded.codes.flatten().int() + 31).double()
     share = counts[counts > 0] / counts.sum()
     assert -(share * share.log2()).sum().item() == pytest.approx(3.33, abs=0.02)
@@ -199,7 +199,7 @@ def test_mse_clip_is_never_worse_than_amax() -> None:
     w = torch.randn(64, 128, generator=torch.Generator().manual_seed(1)) ** 3
 
     def error(rule: str) -> torch.Tensor:
-        return (snap(w, Grid(bits=4, step_rule=rule)) - w).square().sum(1)
+        return (snap(w, Grid(bits=4, scale_rule=rule)) - w).square().sum(1)
 
     assert (error("mse") <= error("amax")).all()
     assert error("mse").sum() < 0.95 * error("amax").sum()
@@ -207,28 +207,28 @@ def test_mse_clip_is_never_worse_than_amax() -> None:
 
 def test_int8_golf_is_the_challenges_file() -> None:
     """An independent sort-based statement of the challenge's export rule."""
-    grid = Grid(bits=8, step_rule="percentile", step_floor=1 / 127, code_step_dtype="fp32")
-    for scale in (0.05, 0.9, 3.0):
-        w = scale * torch.randn(64, 512, generator=torch.Generator().manual_seed(5))
+    grid = Grid(bits=8, scale_rule="percentile", scale_floor=1 / 127, code_scale_dtype="fp32")
+    for spread in (0.05, 0.9, 3.0):
+        w = spread * torch.randn(64, 512, generator=torch.Generator().manual_seed(5))
         clip = torch.quantile(w.abs(), 0.9999984, dim=1)
-        step = (clip / 127.0).clamp_min(1.0 / 127.0)
+        scale = (clip / 127.0).clamp_min(1.0 / 127.0)
         clamped = torch.maximum(torch.minimum(w, clip[:, None]), -clip[:, None])
-        codes = (clamped / step[:, None]).round().clamp(-127, 127).to(torch.int8)
+        codes = (clamped / scale[:, None]).round().clamp(-127, 127).to(torch.int8)
         ours = encode(w, grid)
         assert torch.equal(ours.codes, codes)
-        assert torch.equal(ours.steps.flatten(), step.half())
-        if scale == 0.05:  # the floor binds: few of the 255 levels are used
+        assert torch.equal(ours.scales.flatten(), scale.half())
+        if spread == 0.05:  # the floor binds: few of the 255 levels are used
             assert int(codes.abs().max()) < 40
 
 
 @pytest.mark.parametrize("bits", range(2, 9))
 def test_the_largest_weight_keeps_its_place(bits: int) -> None:
-    """Plain arithmetic, independent of the implementation: step = max / qmax, error <= step / 2."""
+    """Plain arithmetic, not the implementation's: scale = max / qmax, error <= scale / 2."""
     w = torch.randn(64, 96, generator=torch.Generator().manual_seed(bits))
-    grid = Grid(bits=bits, step_dtype="fp32")
-    step = w.abs().amax(1, keepdim=True) / (2 ** (bits - 1) - 1)
+    grid = Grid(bits=bits, scale_dtype="fp32")
+    scale = w.abs().amax(1, keepdim=True) / (2 ** (bits - 1) - 1)
     error = (snap(w, grid) - w).abs()
-    assert (error <= step / 2 * (1 + 1e-5)).all()
+    assert (error <= scale / 2 * (1 + 1e-5)).all()
     where = w.abs().argmax(1, keepdim=True)
     assert torch.allclose(snap(w, grid).gather(1, where), w.gather(1, where), rtol=1e-6)
 
@@ -240,21 +240,21 @@ def test_negative_zero_is_stored_as_zero() -> None:
     )
 
 
-def test_the_step_is_rounded_before_codes_are_computed() -> None:
-    """The classic mismatch, codes from the fp32 step and weights from its fp16 one, differs."""
+def test_the_scale_is_rounded_before_codes_are_computed() -> None:
+    """The classic mismatch, codes from the fp32 scale and weights from its fp16 one, differs."""
     w = torch.randn(256, 512, generator=torch.Generator().manual_seed(0))
     grid = Grid(bits=8)
-    step32 = w.abs().amax(1, keepdim=True) / 127
-    classic = (w / step32).round().clamp(-127, 127) * step32.half().float()
+    scale32 = w.abs().amax(1, keepdim=True) / 127
+    classic = (w / scale32).round().clamp(-127, 127) * scale32.half().float()
     assert not torch.equal(classic, snap(w, grid))
-    step16 = step32.half().float()
-    assert torch.equal((w / step16).round().clamp(-127, 127) * step16, snap(w, grid))
+    scale16 = scale32.half().float()
+    assert torch.equal((w / scale16).round().clamp(-127, 127) * scale16, snap(w, grid))
 
 
-def test_rows_too_small_for_their_step_dtype_become_zero() -> None:
+def test_rows_too_small_for_their_scale_dtype_become_zero() -> None:
     w = torch.full((2, 4), 1e-9)
-    codes, steps, _ = encode(w, Grid(bits=8))
-    assert not steps.any()
+    codes, scales, _ = encode(w, Grid(bits=8))
+    assert not scales.any()
     assert not codes.any()
     assert not snap(w, Grid(bits=8)).any()
 
@@ -277,23 +277,23 @@ def test_not_finite_weights_are_named(bad: float) -> None:
     w = torch.ones(3, 4)
     w[1, 2] = bad
     with pytest.raises(ValueError, match=r"tensor blocks\.0 holds"):
-        check_finite("blocks.0", w, encode(torch.ones(3, 4), Grid(bits=8)).steps)
+        check_finite("blocks.0", w, encode(torch.ones(3, 4), Grid(bits=8)).scales)
 
 
-def test_step_overflow_names_tensor_and_row() -> None:
+def test_scale_overflow_names_tensor_and_row() -> None:
     w = torch.ones(3, 4)
     w[2] = 1e9
-    with pytest.raises(ValueError, match=r"tensor w, row 2: its step overflows float16"):
-        check_finite("w", w, encode(w, Grid(bits=8)).steps)
+    with pytest.raises(ValueError, match=r"tensor w, row 2: its scale overflows float16"):
+        check_finite("w", w, encode(w, Grid(bits=8)).scales)
 
 
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("bits", 40), ("bits", 1), ("bits", None), ("group_size", 0), ("step_rule", "max"),
-        ("percentile", 0.0), ("step_floor", -1.0), ("step_dtype", "fp8"), ("levels", "int9"),
-        ("range", "lopsided"), ("sigma", 0.0), ("fixed_step", 0.1), ("refit", True),
-        ("code_step_dtype", "fp64"), ("step_floor", math.nan),
+        ("bits", 40), ("bits", 1), ("bits", None), ("group_size", 0), ("scale_rule", "max"),
+        ("percentile", 0.0), ("scale_floor", -1.0), ("scale_dtype", "fp8"), ("levels", "int9"),
+        ("range", "lopsided"), ("sigma", 0.0), ("fixed_scale", 0.1), ("refit", True),
+        ("code_scale_dtype", "fp64"), ("scale_floor", math.nan),
     ],
 )  # fmt: skip
 def test_impossible_grids_are_refused(field: str, value: object) -> None:
@@ -305,10 +305,10 @@ def test_impossible_combinations_are_refused() -> None:
     for fields in (
         {"levels": "ternary", "bits": 3},
         {"levels": "fp8_e4m3", "range": "full"},
-        {"bits": 4, "range": "asymmetric", "step_rule": "mse"},
+        {"bits": 4, "range": "asymmetric", "scale_rule": "mse"},
         {"bits": 4, "group_size": 8, "per_tensor": True},
-        {"bits": 4, "step_rule": "fixed"},
-        {"levels": "binary", "step_rule": "learned"},
+        {"bits": 4, "scale_rule": "fixed"},
+        {"levels": "binary", "scale_rule": "learned"},
     ):
         with pytest.raises(ValueError, match=" = "):
             Grid(**fields)

@@ -53,7 +53,7 @@ def test_snapped_means_the_whole_plan() -> None:
 
 
 def test_json_round_trip() -> None:
-    grid = Grid(bits=4, group_size=48, step_dtype="bf16")
+    grid = Grid(bits=4, group_size=48, scale_dtype="bf16")
     plan = build_plan(shapes_of(GPT(SHAPE)), {"grid": grid}, RULES)
     assert Plan.from_json(plan.as_json()) == plan
 

@@ -330,7 +330,7 @@ def test_what_fills_a_limit_is_compared_with_the_solver_at_that_limit(train) -> 
     assert train("qat=none", "run_name=a").code == 0
     filled = {
         "b": ("qat=rd", f"limit_bytes={limit}"),
-        "c": ("qat=int6", "artifact.fit=true", f"limit_bytes={limit + 4000}"),
+        "c": ("qat=int6", "artifact.fill=true", f"limit_bytes={limit + 4000}"),
     }
     for name, asked in filled.items():
         assert train(*asked, f"run_name={name}").code == 0

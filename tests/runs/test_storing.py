@@ -59,11 +59,11 @@ def test_mistakes(asked: tuple[str, ...], message: str, train: Callable[..., Don
 
 @pytest.mark.slow
 @pytest.mark.parametrize("bit_price", ["0", "0.5"])
-def test_the_solvers_steps_are_made_finer_until_gptq_fills_the_limit(
+def test_the_solvers_scales_are_made_finer_until_gptq_fills_the_limit(
     bit_price: str, train: Callable[..., Done]
 ) -> None:
     limit = count_code_bytes() + 24_000  # 2.5 bits a weight
-    asked = (f"limit_bytes={limit}", "artifact.fit=true", "max_steps=40", "grid=int6")
+    asked = (f"limit_bytes={limit}", "artifact.fill=true", "max_steps=40", "grid=int6")
     assert train(*asked, "run_name=rounded").code == 0
     by_gptq = ("artifact.method=gptq", f"artifact.gptq_bit_price={bit_price}", "run_name=by_gptq")
     done = train(*asked, *by_gptq)

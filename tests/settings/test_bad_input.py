@@ -44,7 +44,7 @@ CASES: list[tuple[tuple[str, ...], str]] = [
     (("qat=int8_golf", "plan=matrices"), "qat=int8_golf plan=matrices"),
     (("grid.levels=octal",), "grid.levels = octal"),
     (("grid.bits=40",), "grid.bits = 40: give 2 to 8"),
-    (("grid.step_rule=max",), "grid.step_rule = max"),
+    (("grid.scale_rule=max",), "grid.scale_rule = max"),
     (("model.dim=66",), "model.dim = 66: must be a multiple of model.num_heads = 4"),
     (("model.dim=60",), "gives odd heads of 15"),
     (("model.num_kv_heads=3",), "model.num_kv_heads = 3: must divide model.num_heads = 4"),
@@ -127,7 +127,7 @@ def test_a_used_name_is_refused_and_the_first_run_kept(train, tmp_path: Path) ->
 EVAL_CASES: list[tuple[tuple[str, ...], str]] = [
     ((), "artifact = null: give artifact=PATH or run=RUN"),
     (("task=scoer",),
-     "task = scoer: choose from score, sample, inspect, fit, audit, sweep"),
+     "task = scoer: choose from score, sample, inspect, fill, audit, cabinet"),
     (("artefact=x",), "artefact: unknown setting; did you mean artifact?"),
     (("artifact=none.qat",), "artifact=none.qat: No such file"),
     (("artifact=it's (a) [file], ${seed}",), "artifact=it's (a) [file], ${seed}: No such file"),

@@ -4,30 +4,30 @@ from __future__ import annotations
 
 from qat.study.pairing import Target, beside
 
-ROUNDED = {"fit": False, "coder": "mix"}
-FITTED = ROUNDED | {"fit": True}
+ROUNDED = {"fill": False, "coder": "mix"}
+FILLED = ROUNDED | {"fill": True}
 
 
-def settings(artifact: dict, limit_bytes: int, grid: str = "int8", rate: bool = False) -> dict:
+def settings(artifact: dict, limit_bytes: int, grid: str = "int8", to_bytes: bool = False) -> dict:
     return {
         "grid": grid, "plan": {}, "artifact": artifact, "limit_bytes": limit_bytes,
-        "qat": {"rate": rate},
+        "qat": {"to_bytes": to_bytes},
     }  # fmt: skip
 
 
-def test_a_fitted_file_is_one_for_its_limit_alone() -> None:
-    own = settings(FITTED, 1000)
+def test_a_filled_file_is_one_for_its_limit_alone() -> None:
+    own = settings(FILLED, 1000)
     assert Target(own, 1000).is_file_of(own)
     assert not Target(own, 2000).is_file_of(own)
     assert Target(own, None).is_file_of(own)
-    assert not Target(settings(FITTED, 1000, "int6"), 1000).is_file_of(own)
+    assert not Target(settings(FILLED, 1000, "int6"), 1000).is_file_of(own)
     assert not Target(settings(ROUNDED, 1000), 1000).is_file_of(own)
 
 
 def test_beside_what_fills_a_limit_the_solver_fills_it_too() -> None:
-    own, trained = settings(ROUNDED, 9000), settings(ROUNDED, 1000, "rd", rate=True)
+    own, trained = settings(ROUNDED, 9000), settings(ROUNDED, 1000, "rd", to_bytes=True)
     target = beside(own, trained, trained)
     assert target.limit_bytes == 1000
-    assert (target.settings["grid"], target.settings["artifact"]) == ("int8", FITTED)
+    assert (target.settings["grid"], target.settings["artifact"]) == ("int8", FILLED)
     alike = settings(ROUNDED, 1000, "int6")
     assert beside(own, alike, alike) == Target(alike, None)

@@ -70,9 +70,9 @@ def test_the_average_is_what_is_stored(of: str, qat: str, train, program) -> Non
     average = state["averaging"]["weights"]
     assert average["count"] == 2  # of 12 updates, number 10 and 12 (from 9 on)
     artifact = read_artifact(RUNS / "r" / "artifact.qat")
-    stored = artifact.plan.snap(average["tensors"], state["averaging"]["learned_steps"]["tensors"])
+    stored = artifact.plan.snap(average["tensors"], state["averaging"]["learned_scales"]["tensors"])
     assert all(torch.equal(stored[name], w) for name, w in artifact.weights.items())
-    last = artifact.plan.snap(state["weights"], state["learned_steps"])
+    last = artifact.plan.snap(state["weights"], state["learned_scales"])
     assert any(not torch.equal(last[name], w) for name, w in artifact.weights.items())
     row = result_of(RUNS / "r")
     assert row["val_bpb_last_float"] != row["val_bpb_float"]

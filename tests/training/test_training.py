@@ -313,7 +313,7 @@ def test_liveness_sees_a_scale_frozen_at_the_first_forward() -> None:
     def frozen(entry, w: torch.Tensor, step: int, progress: float) -> Seen:
         if entry.grid is None:
             return Seen(entry.snap(w))
-        steps.setdefault(entry.name, encode(w, entry.grid).steps)
+        steps.setdefault(entry.name, encode(w, entry.grid).scales)
         return Seen(snap(w, entry.grid, steps[entry.name].float()))
 
     under_test.switch._see = frozen  # type: ignore[method-assign]
@@ -383,7 +383,7 @@ def test_liveness_describes_the_last_qat_update_whenever_it_was(train, stop: int
     assert result["nonzero_gradient_share"] > 0.5
 
 
-def test_learned_steps_are_found_anew_after_qat_stopped(train) -> None:
+def test_learned_scales_are_found_anew_after_qat_stopped(train) -> None:
     """They stood still while the weights moved on: the file takes the rule's steps instead."""
     assert train("qat=lsq4", "qat.start_step=2", "qat.stop_step=4", "run_name=s").code == 0
     artifact = read_artifact(RUNS / "s" / "artifact.qat")
@@ -420,11 +420,11 @@ def test_a_cold_step_does_not_foretell_the_others(train, warmup_steps: int, monk
     assert estimates[0] < 1.0 or warmup_steps == 0
 
 
-def test_learned_steps_learn_and_stay_out_of_muon() -> None:
-    lsq = Grid(bits=4, step_rule="learned", step_floor=1e-3)
+def test_learned_scales_learn_and_stay_out_of_muon() -> None:
+    lsq = Grid(bits=4, scale_rule="learned", scale_floor=1e-3)
     under_test = module(compile_model=False, start_step=1, max_steps=4, grid=lsq)
     fit(under_test)
-    steps = under_test.switch.learned_steps
+    steps = under_test.switch.learned_scales
     assert set(steps) == {e.name for e in under_test.switch.plan.on_grid}
     fresh = under_test.switch.plan.encode(under_test.masters)
     found = {item.entry.name: item.floats.float() for item in fresh if item.coded is not None}

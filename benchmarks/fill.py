@@ -1,10 +1,10 @@
 """The budget solver against rounding on one grid, at equal bytes, and its time on a large model.
 
-    .venv/bin/python benchmarks/fit.py logs/runs/RUN    # a finished run's checkpoint, its own data
-    .venv/bin/python benchmarks/fit.py --golf           # 9x512, 17 M untrained weights: seconds
+    .venv/bin/python benchmarks/fill.py logs/runs/RUN    # a finished run's checkpoint, its own data
+    .venv/bin/python benchmarks/fill.py --golf          # 9x512, 17 M untrained weights: seconds
 
 Each grid stores the masters as they are; the solver then gets exactly as many bytes. Scores are
-val_bpb of what the file gives back. Table on stdout, JSON in ``logs/fit.json``.
+val_bpb of what the file gives back. Table on stdout, JSON in ``logs/fill.json``.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ from qat.training.build import shape_of  # noqa: E402
 
 GRIDS = {
     "int6": Grid(bits=6),
-    "int6_sdclip": Grid(bits=6, step_rule="sigma", sigma=12.85),
+    "int6_sdclip": Grid(bits=6, scale_rule="sigma", sigma=12.85),
     "int5": Grid(bits=5),
     "int4_g64": Grid(bits=4, group_size=64),
     "int4": Grid(bits=4),
     "int3": Grid(bits=3),
-    "ternary": Grid(levels="ternary", step_rule="absmean", refit=True),
+    "ternary": Grid(levels="ternary", scale_rule="absmean", refit=True),
 }
 RULES = {"*.weight": "grid", "*": "fp32"}
 GOLF = GPTShape(1024, 9, 512, 8, 4, 2, True)
@@ -83,7 +83,7 @@ def against_grids(folder: Path) -> list[dict]:
         size = len(pack(plan.encode(weights), plan, {}, "mix"))
         gap = scorer.score(plan.snap(weights), label).val_bpb - before
         fit, fitted = solver.solve(Budget(size), {}, "mix")
-        stored = fit.plan.snap(fit.weights, fit.steps)
+        stored = fit.plan.snap(fit.weights, fit.scales)
         gap_fitted = scorer.score(stored, "fitted").val_bpb - before
         share = fitted.num_bytes / size
         print(f"{label:12} {size:9,} {gap:+9.5f} {fitted.num_bytes:13,} {share:9.3%} "
@@ -124,7 +124,7 @@ def main() -> None:
     if asked.golf == (asked.run is not None):
         parser.error("give a run's folder, or --golf")
     rows = golf_seconds() if asked.golf else against_grids(asked.run)
-    (ROOT / "logs" / "fit.json").write_text(json.dumps(rows, indent=1) + "\n")
+    (ROOT / "logs" / "fill.json").write_text(json.dumps(rows, indent=1) + "\n")
 
 
 if __name__ == "__main__":
