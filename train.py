@@ -31,11 +31,11 @@ def resolve(settings: TrainSettings, choices) -> TrainSettings:
 
         settings, choices = saved_settings(settings)
     settings = checks.resolve_train(settings, choices)
-    from qat.training.build import check_coder, plan_of, shape_of, switch_of
+    from qat.training.build import check_coder, check_gradient, plan_of, shape_of
 
     check_coder(settings)
     plan = plan_of(shape_of(settings.model), settings.grid, settings.plan)
-    switch_of(plan, settings.qat, settings.seed)
+    check_gradient(plan, settings.qat)
     return settings
 
 
@@ -85,16 +85,26 @@ def train(s: TrainSettings, training_run) -> int:
     from qat.evaluation.open_model import artifact_meta
     from qat.evaluation.score import Scorer
     from qat.golf.bundle import count_code_bytes
-    from qat.runs.storing import CalibrationText, store
+    from qat.runs.storing import CalibrationText, Storage
     from qat.text.batches import BatchShape
     from qat.text.shards import TokenStream
     from qat.text.source import from_settings
     from qat.text.tokenizer import Tokenizer
-    from qat.training.build import build_gpt, plan_of
-    from qat.training.checkpoint import load_checkpoint
-    from qat.training.fit import Forecast, StopAtSigterm, build_trainer, fit
+    from qat.training.averaging import Averaging
+    from qat.training.checkpoint import Checkpoints, load_checkpoint, save_checkpoint
+    from qat.training.fit import (
+        Forecast,
+        StopAtSigterm,
+        build_loop,
+        build_trainer,
+        fit,
+        price_control,
+    )
+    from qat.training.liveness import LivenessProof
     from qat.training.progress_bar import ProgressBar
+    from qat.training.to_bytes import TrainToBytes
 
+    # Text, and what is scored on it.
     source = from_settings(s.data, s.model.vocab_size)
     tokenizer = Tokenizer(source.tokenizer)
     tokenizer.check_vocab_size(s.model.vocab_size)
@@ -104,60 +114,64 @@ def train(s: TrainSettings, training_run) -> int:
         for stream in (train_stream, val_stream):
             stream.check_ids(s.model.vocab_size)
         tokenizer.check_unknown(val_stream)
-    budget = Budget(s.limit_bytes, count_code_bytes())
-    gpt = build_gpt(s.model, s.seed)
-    plan = plan_of(gpt.shape, s.grid, s.plan)
+    plan, shape = training_run.plan, training_run.shape
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     scorer = Scorer(
-        gpt.shape, val_stream, tokenizer.byte_table, s.seq_len, s.eval, device,
-        training_run.console,
-    )  # fmt: skip
-    training_run.start(source, tokenizer, train_stream, val_stream, plan)
+        shape, val_stream, tokenizer.byte_table, s.seq_len, s.eval, device, training_run.console
+    )
+    training_run.start(source, tokenizer, train_stream, val_stream)
 
-    callbacks = [
-        Forecast(plan, None if s.artifact.fill or s.qat.to_bytes else budget),
-        ProgressBar(training_run.console, tokenizer.tokens_per_byte(val_stream)),
-        StopAtSigterm(),
-    ]
-    state = load_checkpoint(training_run.checkpoint) if s.resume is not None else None
-    first_step = state["progress"]["step"] if state is not None else 0
-    trainer = build_trainer(training_run.loggers(first_step), callbacks)
-    shape = BatchShape(s.batch_tokens, s.seq_len, machine.world_size(), checks.micro_batches(s))
-    meta = artifact_meta(gpt.shape, s.seq_len, tokenizer.sha256, source.identity)
+    # How the weights will be stored.
+    budget = Budget(s.limit_bytes, count_code_bytes())
+    meta = artifact_meta(shape, s.seq_len, tokenizer.sha256, source.identity)
+    text = CalibrationText(train_stream, s.micro_batch_tokens, s.seq_len, s.precision)
+    storage = Storage(s.artifact, budget, meta, text)
 
     def file_bytes(masters, scales) -> int:
         return len(pack(plan.encode(masters, scales), plan, meta, s.artifact.coder))
 
-    outcome = fit(
-        s,
-        gpt,
-        plan,
-        budget,
-        train_stream,
-        shape,
-        trainer,
-        training_run.checkpoint,
-        state,
-        file_bytes,
+    # Training, until the clock says stop.
+    state = load_checkpoint(training_run.checkpoint) if s.resume is not None else None
+    first_step = state["progress"]["step"] if state is not None else 0
+    trainer = build_trainer(
+        training_run.loggers(first_step),
+        [
+            Forecast(plan, None if s.artifact.fill or s.qat.to_bytes else budget),
+            ProgressBar(training_run.console, tokenizer.tokens_per_byte(val_stream)),
+            StopAtSigterm(),
+        ],
     )
 
-    def placed(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def write(state) -> None:
+        if trainer.is_global_zero:
+            save_checkpoint(training_run.checkpoint, state)
+
+    averaging, proof = Averaging(**vars(s.averaging)), LivenessProof()
+    control = price_control(s, plan, budget, file_bytes, trainer)
+    hooks = [
+        averaging,
+        proof,
+        *([TrainToBytes(control)] if control is not None else []),
+        Checkpoints(write, s.checkpoint.every_steps, s.checkpoint.every_seconds),
+    ]
+    loop = build_loop(s, plan, hooks)
+    batches = BatchShape(s.batch_tokens, s.seq_len, machine.world_size(), loop.pace.micro_batches)
+    outcome = fit(loop, train_stream, batches, trainer, state)
+
+    # The file: written by rank 0, read back by all, scored.
+    def placed(tensors) -> dict[str, torch.Tensor]:
         return {name: tensor.detach().to(device) for name, tensor in tensors.items()}
 
-    last, last_scales = placed(dict(gpt.named_parameters())), placed(outcome.learned_scales)
+    last, last_scales = placed(loop.masters), placed(loop.switch.learned_scales)
     weights, scales = last, last_scales
-    if outcome.average is not None:
-        weights, scales = (placed(tensors) for tensors in outcome.average)
-    model = TrainedModel(gpt.shape, weights, plan, scales, outcome.qat_last_step == outcome.steps)
-    text = CalibrationText(train_stream, s.micro_batch_tokens, s.seq_len, s.precision)
-    done = trainer.strategy.broadcast(
-        store(
-            model, s.artifact, text, budget, meta, training_run.path(ARTIFACT),
-            training_run.path(PLOT), training_run.console,
-        )
-        if machine.rank() == 0
-        else None
-    )  # fmt: skip
+    if averaging.weights.count:
+        weights = placed(averaging.weights.tensors)
+        scales = placed(averaging.learned_scales.tensors) if last_scales else {}
+    model = TrainedModel(shape, weights, plan, scales, outcome.qat_last_step == outcome.steps)
+    path, plot = training_run.path(ARTIFACT), training_run.path(PLOT)
+    is_writer = machine.rank() == 0
+    done = storage.store(model, path, plot, training_run.console) if is_writer else None
+    done = trainer.strategy.broadcast(done)
     assert done is not None
     exported, snapped = done
     scores = {
@@ -165,10 +179,10 @@ def train(s: TrainSettings, training_run) -> int:
         "snapped": scorer.score(snapped, "snapped weights"),
         "artifact": scorer.score(exported.artifact.weights, "artifact"),
     }
-    if outcome.average is not None:
+    if averaging.weights.count:
         scores["last_float"] = scorer.score(last, "last float weights")
         scores["last_snapped"] = scorer.score(plan.snap(last, last_scales), "last snapped weights")
-    return training_run.finish(outcome, len(train_stream), exported, scores)
+    return training_run.finish(outcome, proof, len(train_stream), exported, scores)
 
 
 def before_sweep(sweep: Sweep) -> None:

@@ -15,7 +15,7 @@ FLOORS = (
     ("errors", "quantize", "text", "model"),
     ("artifact",),
     ("ptq",),
-    ("budget",),
+    ("budget", "qat_model"),
     ("training", "evaluation"),
     ("runs",),
     ("analysis", "golf"),

@@ -14,9 +14,10 @@ import torch
 
 from qat.artifact.container import read_artifact
 from qat.golf.bundle import count_code_bytes
+from qat.qat_model import weights_seen
 from qat.runs.store_again import stored_tensors
-from qat.training.liveness import weights_seen
-from qat.training.module import QatModule
+from qat.training.liveness import LivenessProof
+from qat.training.loop import TrainingLoop
 from tests.conftest import GOLF, ROOT, result_of
 
 RUNS = Path("logs/runs")
@@ -33,14 +34,13 @@ def value(text: str, key: str) -> float:
 def last_seen(monkeypatch: pytest.MonkeyPatch) -> dict[str, torch.Tensor]:
     """What the modules of the training process held in the forward pass after the last update."""
     seen: dict[str, torch.Tensor] = {}
-    measure = QatModule._measure_liveness
+    measure = LivenessProof.at_qat_end
 
-    def spy(self: QatModule) -> None:
-        measure(self)
-        weights = self.switch.weights(self.masters)
-        seen.update(weights_seen(self.gpt, weights, self._last_batch[0][:1]))
+    def spy(self: LivenessProof, loop: TrainingLoop) -> None:
+        measure(self, loop)
+        seen.update(weights_seen(loop.model.model, loop.model.weights(), loop.last_batch[0][:1]))
 
-    monkeypatch.setattr(QatModule, "_measure_liveness", spy)
+    monkeypatch.setattr(LivenessProof, "at_qat_end", spy)
     return seen
 
 

@@ -26,9 +26,9 @@ if rank == 1:
     time.perf_counter = lambda: 2 * right()
 import train
 from qat.settings.command_line import main
-from qat.training.module import QatModule
+from qat.training.loop import TrainingLoop
 
-update, finish = QatModule._update, QatModule._finish_training
+update, finish = TrainingLoop._update, TrainingLoop._finish_training
 
 def slow(self):
     time.sleep(0.03 * rank)
@@ -42,7 +42,7 @@ def tell(self):
     with open(f"rank{rank}.json", "w") as file:
         json.dump(told, file)
 
-QatModule._update, QatModule._finish_training = slow, tell
+TrainingLoop._update, TrainingLoop._finish_training = slow, tell
 sys.exit(main(train.PROGRAM))
 """
 

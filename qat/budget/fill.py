@@ -136,7 +136,7 @@ def fill_budget(
     model: TrainedModel,
     batches: Sequence[Batch],
     precision: str,
-    artifact: ArtifactSettings,
+    coder: str,
     budget: Budget,
     meta: Mapping[str, Any],
     plot: Path,
@@ -149,7 +149,7 @@ def fill_budget(
     started = time.monotonic()
     try:
         solver = BudgetSolver(model, batches, precision, console)
-        filled, solution = solver.solve(budget, meta, artifact.coder)
+        filled, solution = solver.solve(budget, meta, coder)
     except ValueError as error:
         raise TrainingError(
             f"artifact.fill: {error}; if training diverged, lower the learning rates"

@@ -99,11 +99,15 @@ class PriceControl:
         own = {name: getattr(self, name) for name in STATE}
         return own | {name: getattr(self.estimate, name) for name in PULLS}
 
-    def resume(self, state: Mapping[str, Any], device: torch.device) -> None:
+    def load_state(self, state: Mapping[str, Any]) -> None:
         for name, value in state.items():
-            if isinstance(value, dict):
-                value = {key: tensor.to(device) for key, tensor in value.items()}
             setattr(self.estimate if name in PULLS else self, name, value)
+
+    def to(self, device: torch.device) -> None:
+        """Its tensors where the masters are."""
+        for holder, name in ((self, "squares"), *((self.estimate, name) for name in PULLS)):
+            found = getattr(holder, name)
+            setattr(holder, name, {key: tensor.to(device) for key, tensor in found.items()})
 
     @property
     def kept_seconds(self) -> float:

@@ -71,7 +71,7 @@ class QatSwitch(nn.Module):
         self.is_on = False
         self._fused = FusedSnap(plan) if fused and rule == "identity" else None
         self._seen: dict[str, Seen] = {}
-        self._scales_found = False
+        self.has_scales = False
         self._learned = nn.ParameterDict(
             {
                 _key(entry.name): nn.Parameter(torch.zeros(entry.scales_shape))
@@ -83,7 +83,7 @@ class QatSwitch(nn.Module):
     @property
     def learned_scales(self) -> dict[str, Tensor]:
         """Tensor name -> its learned scales (rows, groups); empty until QAT was switched on."""
-        if not self._scales_found:
+        if not self.has_scales:
             return {}
         return {name.replace("/", "."): scale for name, scale in self._learned.items()}
 
@@ -105,7 +105,7 @@ class QatSwitch(nn.Module):
         self._seen = {}
         if not is_on:
             return
-        if not self._scales_found:
+        if not self.has_scales:
             self._find_scales(masters)
         snapped = self._fused(masters) if self._fused is not None else {}
         for entry in self.plan:
@@ -128,7 +128,7 @@ class QatSwitch(nn.Module):
         return see(w, entry.grid, self.rule, scales, progress, generator)
 
     def _find_scales(self, masters: Mapping[str, Tensor]) -> None:
-        self._scales_found = True
+        self.has_scales = True
         for name, scales in self.learned_scales.items():
             grid = self.plan.entries[name].grid
             assert grid is not None
@@ -137,7 +137,7 @@ class QatSwitch(nn.Module):
     @torch.no_grad()
     def set_scales(self, scales: Mapping[str, Tensor]) -> None:
         """Take up learned scales; without any they are found anew at the next switch-on."""
-        self._scales_found = bool(scales)
+        self.has_scales = bool(scales)
         for name, found in scales.items():
             self._learned[_key(name)].copy_(found)
 

@@ -16,7 +16,7 @@ from qat.artifact.container import OVERSIZE_SUFFIX
 from qat.errors import UserError
 from qat.runs.result import Result
 from qat.runs.run_folder import EXPORTS
-from qat.runs.store_again import plan_in, store_again
+from qat.runs.store_again import FinishedRun
 from qat.runs.training_run import OVERSIZE_EXIT_CODE
 from qat.settings.schema import ArtifactSettings
 
@@ -29,8 +29,9 @@ def run(s: EvalTaskSettings, budget: Budget) -> int:
     assert s.run is not None  # asked for by the checks of the settings
     folder = Path(s.run)
     result = Result.read(folder)
-    if result is None or result.steps is None:
+    if result is None:
         raise UserError(f"run={folder}: the run did not finish")
+    finished = FinishedRun(folder, result, Console(stderr=True))
     out = Path(s.out or folder / EXPORTS / f"fill_{s.limit_bytes}.qat")
     for path in (out, Path(f"{out}{OVERSIZE_SUFFIX}")):
         if path.exists():
@@ -44,12 +45,7 @@ def run(s: EvalTaskSettings, budget: Budget) -> int:
     except OSError as error:
         raise UserError(f"out={out}: {error.strerror or error}") from None
     artifact = replace(ArtifactSettings(**result.settings["artifact"]), fill=True)
-    is_on_grid = result.qat_last_step == result.steps
-    plan = plan_in(result.settings, result.settings)
-    done, score = store_again(
-        folder, result.settings, plan, artifact, budget, True, is_on_grid, out,
-        Console(stderr=True),
-    )  # fmt: skip
+    done, score = finished.store(finished.plan, artifact, budget, out)
     print(f"artifact       {done.path}")
     print(f"val_bpb        {score.val_bpb:.10f}")
     print(f"val_loss       {score.val_loss:.10f}")

@@ -22,7 +22,7 @@ from qat.evaluation.score import Score, Scorer
 from qat.quantize.plan import Plan
 from qat.runs.result import Result
 from qat.runs.run_folder import CHECKPOINT, EXPORTS, write_atomically
-from qat.runs.storing import CalibrationText, Export, store
+from qat.runs.storing import CalibrationText, Export, Storage
 from qat.settings.options import read_grid
 from qat.settings.schema import (
     ArtifactSettings,
@@ -65,53 +65,59 @@ def plan_in(settings: dict[str, Any], storage: dict[str, Any]) -> Plan:
     )
 
 
-def store_again(
-    folder: Path,
-    settings: dict[str, Any],
-    plan: Plan,
-    artifact: ArtifactSettings,
-    budget: Budget,
-    is_own: bool,
-    is_on_grid: bool,
-    file: Path,
-    console: Console,
-) -> tuple[Export, Score]:
-    """Store the checkpoint of the run in ``folder`` by ``plan``, or filling the limit.
+class FinishedRun:
+    """A run to be stored in other ways than its own. UserError if it did not finish."""
 
-    ``is_own``: the run was trained for this plan; ``is_on_grid`` as in TrainedModel. UserError or
-    TrainingError if its checkpoint or its data cannot be read or stored.
-    """
-    shape = shape_of(ModelSettings(**settings["model"]))
-    data = DataSettings(**settings["data"])
-    reads_text = artifact.fill or artifact.method == "gptq"
-    if not reads_text:  # then no training shards are needed: they may be gone, or gigabytes
-        data = replace(data, train_files=None, train_shards=1)
-    source = from_settings(data, shape.vocab_size)
-    tokenizer = Tokenizer(source.tokenizer)
-    seq_len, precision = settings["seq_len"], settings["precision"]
-    meta = artifact_meta(shape, seq_len, tokenizer.sha256, source.identity)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    weights, scales = (
-        {name: tensor.to(device) for name, tensor in tensors.items()}
-        for tensors in stored_tensors(folder / CHECKPOINT)
-    )
-    model = TrainedModel(shape, weights, plan, scales if is_own else {}, is_on_grid)
-    text = None
-    if reads_text:
-        stream = TokenStream(source.train_files, "data.train_files")
-        text = CalibrationText(stream, settings["micro_batch_tokens"], seq_len, precision)
-    plot = file.with_suffix(".png")
-    done, _ = store(model, artifact, text, budget, meta, file, plot, console)
-    scorer = Scorer(
-        shape,
-        TokenStream(source.val_files, "data.val_files"),
-        tokenizer.byte_table,
-        seq_len,
-        EvalSettings(**settings["eval"]),
-        device,
-        console,
-    )
-    return done, scorer.score(done.artifact.weights, f"{folder.name} on {plan.label}")
+    def __init__(self, folder: Path, result: Result, console: Console) -> None:
+        if result.steps is None:
+            raise UserError(f"run={folder}: the run did not finish")
+        self.folder, self.result, self.console = folder, result, console
+        self.settings = result.settings
+        self.plan = plan_in(self.settings, self.settings)
+
+    def store(
+        self, plan: Plan, artifact: ArtifactSettings, budget: Budget, file: Path
+    ) -> tuple[Export, Score]:
+        """Its checkpoint by ``plan``, or filling the budget, read back and scored.
+
+        UserError or TrainingError if its checkpoint or its data cannot be read or stored.
+        """
+        settings = self.settings
+        shape = shape_of(ModelSettings(**settings["model"]))
+        data = DataSettings(**settings["data"])
+        reads_text = artifact.fill or artifact.method == "gptq"
+        if not reads_text:  # then no training shards are needed: they may be gone, or gigabytes
+            data = replace(data, train_files=None, train_shards=1)
+        source = from_settings(data, shape.vocab_size)
+        tokenizer = Tokenizer(source.tokenizer)
+        seq_len = settings["seq_len"]
+        text = None
+        if reads_text:
+            stream = TokenStream(source.train_files, "data.train_files")
+            how = settings["micro_batch_tokens"], seq_len, settings["precision"]
+            text = CalibrationText(stream, *how)
+        meta = artifact_meta(shape, seq_len, tokenizer.sha256, source.identity)
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        weights, scales = (
+            {name: tensor.to(device) for name, tensor in tensors.items()}
+            for tensors in stored_tensors(self.folder / CHECKPOINT)
+        )
+        # Learned scales and what training saw belong to the grid that was trained on.
+        is_own = plan == self.plan
+        is_on_grid = is_own and self.result.qat_last_step == self.result.steps
+        model = TrainedModel(shape, weights, plan, scales if is_own else {}, is_on_grid)
+        storage = Storage(artifact, budget, meta, text)
+        done, _ = storage.store(model, file, file.with_suffix(".png"), self.console)
+        scorer = Scorer(
+            shape,
+            TokenStream(source.val_files, "data.val_files"),
+            tokenizer.byte_table,
+            seq_len,
+            EvalSettings(**settings["eval"]),
+            device,
+            self.console,
+        )
+        return done, scorer.score(done.artifact.weights, f"{self.folder.name} on {plan.label}")
 
 
 def storage_of(
@@ -130,13 +136,10 @@ def export_again(
     folder: Path, result: Result, target: dict[str, Any], budget: Budget, console: Console
 ) -> dict[str, Any]:
     """Store a finished run as ``target`` says (settings: grid, plan, artifact); a finished export
-    is reused. What changes of the run's row. Errors of ``store_again``.
+    is reused. What changes of the run's row. Errors of ``FinishedRun.store``.
     """
     artifact = ArtifactSettings(**target["artifact"])
     plan = plan_in(result.settings, target)
-    # Learned scales and what training saw belong to the grid that was trained on.
-    is_own = plan == plan_in(result.settings, result.settings)
-    is_on_grid = is_own and result.qat_last_step == result.steps
     label = stored_label(plan, artifact)
     name = f"{label}_{artifact.coder}_{budget.limit_bytes}_{plan.digest[:8]}"
     known = folder / EXPORTS / f"{name}.json"
@@ -144,9 +147,7 @@ def export_again(
     if known.is_file() and (file.is_file() or Path(f"{file}{OVERSIZE_SUFFIX}").is_file()):
         return json.loads(known.read_text(encoding="utf-8"))
     known.parent.mkdir(exist_ok=True)
-    done, score = store_again(
-        folder, result.settings, plan, artifact, budget, is_own, is_on_grid, file, console
-    )
+    done, score = FinishedRun(folder, result, console).store(plan, artifact, budget, file)
     row = {
         "grid": label,
         "val_loss_artifact": score.val_loss,

@@ -54,8 +54,7 @@ def export(
     if not budget.holds(len(data)):
         path = path.with_name(path.name + OVERSIZE_SUFFIX)
     write_artifact(path, data)
-    artifact = read_artifact(path)
-    return Export(path, artifact, path.stat().st_size, budget)
+    return Export(path, read_artifact(path), path.stat().st_size, budget)
 
 
 class CalibrationText(NamedTuple):
@@ -67,67 +66,74 @@ class CalibrationText(NamedTuple):
     precision: str
 
 
-def store(
-    model: TrainedModel,
-    artifact: ArtifactSettings,
-    text: CalibrationText | None,
-    budget: Budget,
-    meta: Mapping[str, Any],
-    path: Path,
-    plot: Path,
-    console: Console,
-) -> tuple[Export, dict[str, Tensor]]:
-    """Write the file and read it back; beside it the weights that it should give, from memory.
+@dataclass(frozen=True)
+class Storage:
+    """How weights become a file, decided once and handed down.
 
-    ``text`` may be None if neither the solver nor GPTQ is asked for. ``plot`` is where the solver
-    draws its curve. TrainingError names a tensor that cannot be stored: its weights diverged, or
-    its step overflows.
+    ``meta``: what the header says beside the plan. ``text`` may be None if neither the solver nor
+    GPTQ is asked for.
     """
-    try:
-        if artifact.fill:
-            assert text is not None
-            batches = calibration_batches(
-                text.stream, artifact.sensitivity_tokens, text.micro_batch_tokens, text.seq_len
-            )
-            model = fill_budget(
-                model, batches, text.precision, artifact, budget, meta, plot, console
-            )
-        if artifact.method == "gptq":
-            assert text is not None
-            encoded = _by_gptq(model, text, artifact, budget, meta)
-            snapped = {item.entry.name: item.decode() for item in encoded}
-        else:
-            encoded = model.plan.encode(model.weights, model.scales)
-            snapped = model.plan.snap(model.weights, model.scales)
-    except ValueError as error:
-        raise TrainingError(
-            f"cannot store {path.name}: {error}; if training diverged, lower the learning rates"
-        ) from None
-    return export(encoded, meta, artifact.coder, path, budget), snapped
 
+    artifact: ArtifactSettings
+    budget: Budget
+    meta: Mapping[str, Any]
+    text: CalibrationText | None
 
-def _by_gptq(
-    model: TrainedModel,
-    text: CalibrationText,
-    artifact: ArtifactSettings,
-    budget: Budget,
-    meta: Mapping[str, Any],
-) -> list[Encoded]:
-    """What matrices read is measured with the weights that training saw: snapped ones after QAT."""
-    weights = dict(model.weights)
-    seen = model.plan.snap(weights, model.scales) if model.is_on_grid else weights
-    sequences = training_sequences(text.stream, min(text.seq_len, MAX_TOKENS))
-    method = gptq(read_inputs(model.shape, seen, sequences), bit_price=artifact.gptq_bit_price)
-    encoded = encoded_by(model.plan, weights, method, model.scales)
-    if not artifact.fill or not model.scales:
-        return encoded
+    def store(
+        self, model: TrainedModel, path: Path, plot: Path, console: Console
+    ) -> tuple[Export, dict[str, Tensor]]:
+        """Write the file and read it back; beside it the weights that it should give, from memory.
 
-    def trial_at(log2_zoom: float) -> Trial[list[Encoded]]:
-        found = encoded_by(model.plan, weights, method, _zoomed(model, 2.0**log2_zoom))
-        return Trial(log2_zoom, len(pack(found, model.plan, meta, artifact.coder)), found)
+        ``plot`` is where the solver draws its curve. TrainingError names a tensor that cannot be
+        stored: its weights diverged, or its scale overflows.
+        """
+        try:
+            if self.artifact.fill:
+                model = self._filled(model, plot, console)
+            if self.artifact.method == "gptq":
+                encoded = self._by_gptq(model)
+                snapped = {item.entry.name: item.decode() for item in encoded}
+            else:
+                encoded = model.plan.encode(model.weights, model.scales)
+                snapped = model.plan.snap(model.weights, model.scales)
+        except ValueError as error:
+            raise TrainingError(
+                f"cannot store {path.name}: {error}; if training diverged, lower the learning rates"
+            ) from None
+        return export(encoded, self.meta, self.artifact.coder, path, self.budget), snapped
 
-    num_weights = sum(model.plan.entries[name].num_elements for name in model.scales)
-    return fill(trial_at, trial_at(0.0), num_weights / 8, budget.artifact_bytes).made
+    def _filled(self, model: TrainedModel, plot: Path, console: Console) -> TrainedModel:
+        assert self.text is not None
+        batches = calibration_batches(
+            self.text.stream, self.artifact.sensitivity_tokens, self.text.micro_batch_tokens,
+            self.text.seq_len,
+        )  # fmt: skip
+        return fill_budget(
+            model, batches, self.text.precision, self.artifact.coder, self.budget, self.meta, plot,
+            console,
+        )  # fmt: skip
+
+    def _by_gptq(self, model: TrainedModel) -> list[Encoded]:
+        """What matrices read is measured with the weights that training saw: snapped ones after
+        QAT."""
+        assert self.text is not None
+        weights = dict(model.weights)
+        seen = model.plan.snap(weights, model.scales) if model.is_on_grid else weights
+        sequences = training_sequences(self.text.stream, min(self.text.seq_len, MAX_TOKENS))
+        inputs = read_inputs(model.shape, seen, sequences)
+        method = gptq(inputs, bit_price=self.artifact.gptq_bit_price)
+        encoded = encoded_by(model.plan, weights, method, model.scales)
+        if not self.artifact.fill or not model.scales:
+            return encoded
+
+        def trial_at(log2_zoom: float) -> Trial[list[Encoded]]:
+            found = encoded_by(model.plan, weights, method, _zoomed(model, 2.0**log2_zoom))
+            size = len(pack(found, model.plan, self.meta, self.artifact.coder))
+            return Trial(log2_zoom, size, found)
+
+        num_weights = sum(model.plan.entries[name].num_elements for name in model.scales)
+        most = self.budget.artifact_bytes
+        return fill(trial_at, trial_at(0.0), num_weights / 8, most).made
 
 
 def _zoomed(model: TrainedModel, zoom: float) -> dict[str, Tensor]:

@@ -23,7 +23,6 @@ from rich.text import Text
 from qat.budget.fill import stored_label
 from qat.errors import TrainingError, UserError
 from qat.evaluation.score import Score
-from qat.quantize.plan import Plan
 from qat.runs import provenance, run_folder
 from qat.runs.result import Result, row_of
 from qat.runs.run_folder import read_metrics, write_atomically
@@ -36,6 +35,7 @@ from qat.text.source import Source, absolute_paths
 from qat.text.tokenizer import Tokenizer
 from qat.training.build import plan_of, shape_of
 from qat.training.fit import Outcome
+from qat.training.liveness import LivenessProof
 
 if TYPE_CHECKING:
     from lightning.pytorch.loggers import Logger
@@ -99,6 +99,8 @@ class TrainingRun:
 
     def __init__(self, s: TrainSettings, job: Job) -> None:
         self.settings, self.job = s, job
+        self.shape = shape_of(s.model)
+        self.plan = plan_of(self.shape, s.grid, s.plan)
         self.speaks = machine.rank() == 0
         self.folder: Path | None = None
         self._lock: FileLock | None = None
@@ -117,7 +119,7 @@ class TrainingRun:
             seed=s.seed,
             profile=s.profile,
             qat=str(job.choices["qat"]),
-            grid=stored_label(plan_of(shape_of(s.model), s.grid, s.plan), s.artifact),
+            grid=stored_label(self.plan, s.artifact),
             hardware=provenance.hardware(machine.world_size()),
             commit=provenance.commit(),
             data=None,
@@ -144,7 +146,7 @@ class TrainingRun:
         self._handlers.append(run_folder.open_log(self.folder))
 
     def start(
-        self, source: Source, tokenizer: Tokenizer, train: TokenStream, val: TokenStream, plan: Plan
+        self, source: Source, tokenizer: Tokenizer, train: TokenStream, val: TokenStream
     ) -> None:
         """Called when settings and data are known to be good."""
         if not self.speaks:
@@ -170,7 +172,9 @@ class TrainingRun:
         if warning := tokenizer.warning:
             log.warning("warning: %s", warning)
         compiled = "compiled" if s.compile == "true" else "eager"
-        log.info("%s, %s; the plan (bits with steps):\n%s", s.precision, compiled, plan_table(plan))
+        log.info(
+            "%s, %s; the plan (bits with steps):\n%s", s.precision, compiled, plan_table(self.plan)
+        )
 
     @property
     def checkpoint(self) -> Path:
@@ -197,6 +201,7 @@ class TrainingRun:
     def finish(
         self,
         outcome: Outcome,
+        proof: LivenessProof,
         train_tokens: int,
         exported: Export,
         scores: dict[str, Score],
@@ -226,21 +231,22 @@ class TrainingRun:
         row.qat_first_step, row.qat_steps = outcome.qat_first_step, outcome.qat_steps
         row.qat_never_started = s.qat.enabled and outcome.qat_steps == 0
         row.qat_last_step = outcome.qat_last_step
-        row.on_grid_share = outcome.on_grid_share
-        row.nonzero_gradient_share = outcome.gradients.nonzero_share
-        row.movable_share = outcome.gradients.movable_share
+        assert proof.gradients is not None
+        row.on_grid_share = proof.on_grid_share
+        row.nonzero_gradient_share = proof.gradients.nonzero_share
+        row.movable_share = proof.gradients.movable_share
         log.info(
             "liveness: %.4f of planned weights on their grid, %.4f of their gradients not zero, "
             "%.4f of rows movable, %d QAT steps (%s to %s)",
-            outcome.on_grid_share,
-            outcome.gradients.nonzero_share,
-            outcome.gradients.movable_share,
+            proof.on_grid_share,
+            proof.gradients.nonzero_share,
+            proof.gradients.movable_share,
             outcome.qat_steps,
             outcome.qat_first_step,
             outcome.qat_last_step,
         )
-        if outcome.gradients.dead:
-            log.warning("NO GRADIENT REACHES %s", ", ".join(outcome.gradients.dead))
+        if proof.gradients.dead:
+            log.warning("NO GRADIENT REACHES %s", ", ".join(proof.gradients.dead))
         if row.qat_never_started:
             log.warning(
                 "QAT WAS ASKED FOR AND NEVER STARTED: the run ended after step %d", row.steps

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from qat.quantize.switch import QatSwitch
+from qat.training.loop import TrainingLoop, UpdateHook
 
 MEANS = ("weights", "learned_scales")
 
@@ -42,8 +43,10 @@ class Mean:
         self.count += 1
 
 
-class Averaging:
+class Averaging(UpdateHook):
     """``weights`` and ``learned_scales`` so far; no weights before the first ``add``."""
+
+    name = "averaging"
 
     def __init__(
         self,
@@ -57,10 +60,14 @@ class Averaging:
         self.start_fraction, self.every_steps = start_fraction, every_steps
         self.weights, self.learned_scales = (Mean(decay if kind == "ema" else None) for _ in "ws")
 
-    def is_due(self, step: int, progress: float) -> bool:
+    def is_due(self, step: int, done: float) -> bool:
         """After update number ``step``, with that share of the run over; always after the last."""
-        on_turn = progress >= self.start_fraction and step % self.every_steps == 0
-        return self.is_asked and (on_turn or progress >= 1.0)
+        on_turn = done >= self.start_fraction and step % self.every_steps == 0
+        return self.is_asked and (on_turn or done >= 1.0)
+
+    def after_update(self, loop: TrainingLoop) -> None:
+        if self.is_due(loop.progress.step, loop.done):
+            self.add(loop.masters, loop.switch)
 
     def add(self, masters: Mapping[str, Tensor], switch: QatSwitch) -> None:
         weights: Mapping[str, Tensor] = masters
@@ -73,6 +80,6 @@ class Averaging:
     def state(self) -> dict[str, Any]:
         return {name: vars(getattr(self, name)) for name in MEANS}
 
-    def resume(self, state: dict[str, Any]) -> None:
+    def load_state(self, state: Mapping[str, Any], loop: TrainingLoop) -> None:
         for name in MEANS:
             setattr(self, name, Mean(**state[name]))

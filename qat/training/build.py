@@ -12,13 +12,14 @@ from qat.model.gpt import GPT, GPTShape, tensor_shapes
 from qat.quantize.grid import Grid
 from qat.quantize.plan import Plan, build_plan
 from qat.quantize.switch import QatSwitch
+from qat.settings.schema import QatSettings
+from qat.training.schedule import Schedule
 
 if TYPE_CHECKING:
     from qat.settings.schema import (
         GridSettings,
         ModelSettings,
         PlanSettings,
-        QatSettings,
         TrainSettings,
     )
 
@@ -54,9 +55,10 @@ def plan_of(shape: GPTShape, grid: GridSettings, plan: PlanSettings) -> Plan:
         raise UserError(str(error)) from None
 
 
-def switch_of(plan: Plan, q: QatSettings, seed: int, fused: bool = False) -> QatSwitch:
+def check_gradient(plan: Plan, q: QatSettings) -> None:
+    """UserError for a gradient rule that does not suit the plan's grids."""
     try:
-        return QatSwitch(plan, q.gradient if q.enabled else "identity", seed, fused)
+        QatSwitch(plan, q.gradient if q.enabled else "identity")
     except ValueError as error:
         raise UserError(f"qat.{error}") from None
 
@@ -85,3 +87,22 @@ def build_gpt(m: ModelSettings, seed: int) -> GPT:
             f"model.init_from={m.init_from}: not weights of this model ({reason})"
         ) from None
     return gpt
+
+
+def build_schedule(s: TrainSettings) -> Schedule:
+    starts = s.qat if s.qat.enabled else QatSettings(enabled=False)
+    return Schedule(
+        budget_seconds=s.budget_seconds,
+        max_steps=s.max_steps,
+        warmdown_steps=s.schedule.warmdown_steps,
+        warmdown_fraction=s.schedule.warmdown_fraction,
+        floor=s.schedule.floor,
+        momentum_start=s.optimizer.momentum_start,
+        momentum_end=s.optimizer.momentum,
+        momentum_warmup_steps=s.optimizer.momentum_warmup_steps,
+        start_step=starts.start_step,
+        start_fraction=starts.start_fraction,
+        start_lr_scale=starts.start_lr_scale,
+        stop_step=s.qat.stop_step,
+        ramp_steps=s.qat.ramp_steps,
+    )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import logging
 import os
+from collections.abc import Callable
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -16,8 +17,43 @@ from typing import Any
 import torch
 
 from qat.errors import TrainingError
+from qat.training.loop import TrainingLoop, UpdateHook
 
 log = logging.getLogger("qat")
+
+
+class Checkpoints(UpdateHook):
+    """Calls ``write`` with the loop's state now and then, when it is asked to stop, and at the
+    end; off the clock. Rank 0's clock decides, so that all ranks agree."""
+
+    def __init__(
+        self,
+        write: Callable[[dict[str, Any]], None],
+        every_steps: int | None = None,
+        every_seconds: float | None = None,
+    ) -> None:
+        self.write, self.every_steps, self.every_seconds = write, every_steps, every_seconds
+        self.last_seconds = 0.0
+
+    def prime(self, loop: TrainingLoop) -> None:
+        self.last_seconds = loop.progress.elapsed_seconds
+
+    def is_due(self, step: int, elapsed_seconds: float) -> bool:
+        by_steps = self.every_steps is not None and step % self.every_steps == 0
+        passed = elapsed_seconds - self.last_seconds
+        return by_steps or (self.every_seconds is not None and passed >= self.every_seconds)
+
+    def before_next_update(self, loop: TrainingLoop) -> None:
+        p = loop.progress
+        if loop.clock.stop_agreed or self.is_due(p.step, p.elapsed_seconds):
+            loop.clock.pause()
+            loop.write_losses()
+            self.write(loop.state())
+            self.last_seconds = p.elapsed_seconds
+            loop.clock.start()
+
+    def after_training(self, loop: TrainingLoop) -> None:
+        self.write(loop.state())
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:

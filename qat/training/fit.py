@@ -1,4 +1,4 @@
-"""One training run: build the Trainer, fit until the clock says stop, say what happened."""
+"""Lightning around a training loop: its Trainer, its callbacks, and what came of it."""
 
 from __future__ import annotations
 
@@ -9,10 +9,9 @@ import signal
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from lightning import Callback, LightningModule, Trainer
@@ -23,21 +22,15 @@ from torch.utils.data import DataLoader
 from qat.budget.budget import Budget
 from qat.budget.price_control import File, PriceControl, Tensors
 from qat.errors import TrainingError
-from qat.model.gpt import GPT
+from qat.qat_model import QatModel
 from qat.quantize.plan import Plan
+from qat.settings.checks import micro_batches
+from qat.settings.schema import TrainSettings
 from qat.text.batches import BatchShape, TrainingBatches
 from qat.text.shards import TokenStream
-from qat.training.averaging import Averaging
-from qat.training.build import switch_of
-from qat.training.checkpoint import save_checkpoint
-from qat.training.liveness import GradientLiveness
-from qat.training.module import QatModule
-from qat.training.module_state import resume
-from qat.training.progress import Checkpointing
+from qat.training.build import build_gpt, build_schedule
+from qat.training.loop import Pace, TrainingLoop, UpdateHook
 from qat.training.schedule import Schedule
-
-if TYPE_CHECKING:
-    from qat.settings.schema import TrainSettings
 
 log = logging.getLogger("qat")
 
@@ -51,10 +44,7 @@ LIGHTNING_NOISE = (
 
 @dataclass(frozen=True)
 class Outcome:
-    """What training did; the last masters are in the model it was given.
-
-    ``average`` holds averaged weights and learned scales where averaging was asked for.
-    """
+    """What training did; the last masters are in the model it was given."""
 
     steps: int
     tokens: int
@@ -64,10 +54,6 @@ class Outcome:
     qat_first_step: int | None
     qat_last_step: int | None
     qat_steps: int
-    on_grid_share: float
-    gradients: GradientLiveness
-    learned_scales: dict[str, torch.Tensor]
-    average: tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]] | None
 
 
 def peak_memory_bytes() -> int:
@@ -93,7 +79,7 @@ class Forecast(Callback):
         batch: object,
         batch_idx: int,
     ) -> None:
-        assert isinstance(pl_module, QatModule)
+        assert isinstance(pl_module, TrainingLoop)
         p = pl_module.progress
         if pl_module.step_seconds is None and p.step >= 2:  # no priming steps were asked for
             pl_module.step_seconds = p.elapsed_seconds / p.step
@@ -132,24 +118,6 @@ def forecast(schedule: Schedule, step_seconds: float, plan: Plan, budget: Budget
         )
 
 
-def build_schedule(s: TrainSettings) -> Schedule:
-    return Schedule(
-        budget_seconds=s.budget_seconds,
-        max_steps=s.max_steps,
-        warmdown_steps=s.schedule.warmdown_steps,
-        warmdown_fraction=s.schedule.warmdown_fraction,
-        floor=s.schedule.floor,
-        momentum_start=s.optimizer.momentum_start,
-        momentum_end=s.optimizer.momentum,
-        momentum_warmup_steps=s.optimizer.momentum_warmup_steps,
-        start_step=s.qat.start_step if s.qat.enabled else None,
-        start_fraction=s.qat.start_fraction if s.qat.enabled else None,
-        start_lr_scale=s.qat.start_lr_scale if s.qat.enabled else None,
-        stop_step=s.qat.stop_step,
-        ramp_steps=s.qat.ramp_steps,
-    )
-
-
 def build_trainer(loggers: list[Logger], callbacks: list[Callback]) -> Trainer:
     """A Trainer on this process's device, one of several ranks if torchrun started them."""
     for message in LIGHTNING_NOISE:
@@ -180,7 +148,7 @@ class StopAtSigterm(Callback):
     """SIGTERM (a preempted job) lets the step end; then all ranks stop, with a checkpoint."""
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        assert isinstance(pl_module, QatModule)
+        assert isinstance(pl_module, TrainingLoop)
         clock = pl_module.clock
 
         def request_stop(signum: int, frame: object) -> None:
@@ -198,14 +166,25 @@ class StopAtSigterm(Callback):
             signal.signal(signal.SIGTERM, self._before)
 
 
-def _price_control(
+def build_loop(s: TrainSettings, plan: Plan, hooks: Sequence[UpdateHook]) -> TrainingLoop:
+    """The model of the settings, in a loop that trains it as they say."""
+    gradient = s.qat.gradient if s.qat.enabled else "identity"
+    is_compiled = s.compile == "true"
+    model = QatModel(build_gpt(s.model, s.seed), plan, gradient, s.seed, fused=is_compiled)
+    pace = Pace(
+        micro_batches(s), s.schedule.warmup_steps, s.precision, is_compiled, s.logger.every_steps
+    )
+    return TrainingLoop(model, build_schedule(s), s.optimizer, pace, hooks)
+
+
+def price_control(
     s: TrainSettings,
     plan: Plan,
     budget: Budget,
-    batch_tokens: int,
     file_bytes: Callable[[Tensors, Tensors], int],
     trainer: Trainer,
 ) -> PriceControl | None:
+    """Of a run that is trained to bytes; None for others. ``file_bytes`` encodes on rank 0."""
     if not (s.qat.enabled and s.qat.to_bytes) or s.qat.bit_price == 0.0:
         return None
 
@@ -219,62 +198,33 @@ def _price_control(
             ) from None
         return trainer.strategy.broadcast(File(num_bytes, time.perf_counter() - started))
 
-    return PriceControl(plan, budget, batch_tokens, encode_file, s.qat.bit_price)
+    return PriceControl(plan, budget, s.batch_tokens, encode_file, s.qat.bit_price)
 
 
 def fit(
-    s: TrainSettings,
-    gpt: GPT,
-    plan: Plan,
-    budget: Budget,
+    loop: TrainingLoop,
     stream: TokenStream,
     shape: BatchShape,
     trainer: Trainer,
-    checkpoint: Path,
-    state: dict[str, Any] | None,
-    file_bytes: Callable[[Tensors, Tensors], int],
+    state: Mapping[str, Any] | None,
 ) -> Outcome:
-    """Train ``gpt`` in place, from ``state`` if there is one, and say what happened.
+    """Train the loop's model in place, from ``state`` if there is one, and say what happened.
 
-    Rank 0 writes ``checkpoint`` now and then, and at the end. ``file_bytes`` encodes masters and
-    learned scales, for a run that is trained to a number of bytes. TrainingError if a loss is not
-    finite or the disk is full; PreemptedError after SIGTERM.
+    TrainingError if a loss is not finite or the disk is full; PreemptedError after SIGTERM.
     """
-
-    def write(state: dict[str, Any]) -> None:
-        if trainer.is_global_zero:
-            save_checkpoint(checkpoint, state)
-
-    module = QatModule(
-        gpt,
-        switch_of(plan, s.qat, s.seed, fused=s.compile == "true"),
-        build_schedule(s),
-        s.optimizer,
-        shape.micro_batches,
-        s.schedule.warmup_steps,
-        s.precision,
-        s.compile == "true",
-        s.logger.every_steps,
-        Checkpointing(write, s.checkpoint.every_steps, s.checkpoint.every_seconds),
-        Averaging(**vars(s.averaging)),
-        _price_control(s, plan, budget, shape.batch_tokens, file_bytes, trainer),
-    )
     if state is not None:
-        resume(module, state)
-        log.info("going on after step %d", module.progress.step)
-    if module.is_over:  # it was stopped after its last update; ranks still have to meet
+        loop.load_state(state)
+        log.info("going on after step %d", loop.progress.step)
+    if loop.is_over:  # it was stopped after its last update; ranks still have to meet
         trainer.strategy.setup_environment()
     else:
-        first_step = module.progress.step
         batches = TrainingBatches(
-            stream, shape, trainer.global_rank, s.schedule.warmup_steps, first_step
+            stream, shape, trainer.global_rank, loop.pace.warmup_steps, loop.progress.step
         )
         on_gpu = trainer.strategy.root_device.type == "cuda"  # a step must never wait for a disk
         loader = DataLoader(batches, batch_size=None, num_workers=int(on_gpu), pin_memory=on_gpu)
-        trainer.fit(module, loader)
-    p, mean = module.progress, module.averaging
-    learned_scales = {name: w.detach() for name, w in module.switch.learned_scales.items()}
-    assert module.gradients is not None
+        trainer.fit(loop, loader)
+    p = loop.progress
     return Outcome(
         steps=p.step,
         tokens=p.step * shape.batch_tokens,
@@ -284,10 +234,4 @@ def fit(
         qat_first_step=p.qat_first_step,
         qat_last_step=p.qat_last_step,
         qat_steps=p.qat_steps,
-        on_grid_share=module.on_grid_share,
-        gradients=module.gradients,
-        learned_scales=learned_scales,
-        average=(mean.weights.tensors, mean.learned_scales.tensors if learned_scales else {})
-        if mean.weights.count
-        else None,
     )

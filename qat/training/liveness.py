@@ -3,38 +3,63 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from qat.errors import TrainingError
+from qat.qat_model import weights_seen
 from qat.quantize.plan import Plan
 from qat.quantize.rounding import group_views
-from qat.quantize.switch import QatSwitch, on_grid_share
+from qat.quantize.switch import on_grid_share
+from qat.training.loop import Batch, TrainingLoop, UpdateHook
+
+PROBE_TOKENS = 8  # of the forward pass that checks which weights a model uses
 
 
-@torch.no_grad()
-def weights_seen(
-    model: nn.Module, weights: Mapping[str, Tensor], ids_BT: Tensor
-) -> dict[str, Tensor]:
-    """Run ``model`` with ``weights``; each parameter as its module held it when called."""
-    seen: dict[str, Tensor] = {}
+class GradientLiveness(NamedTuple):
+    """Which grid-planned masters a backward pass moves."""
 
-    def record(prefix: str):
-        def hook(module: nn.Module, _inputs: object) -> None:
-            for name, parameter in module.named_parameters(prefix, recurse=False):
-                seen[name] = parameter.detach()
+    nonzero_share: float  # of elements
+    movable_share: float  # of groups of weights: their largest one has a gradient, so can move
+    dead: list[str]  # tensors without any gradient
 
-        return hook
 
-    handles = [m.register_forward_pre_hook(record(name)) for name, m in model.named_modules()]
-    try:
-        torch.func.functional_call(model, dict(weights), (ids_BT,))
-    finally:
-        for handle in handles:
-            handle.remove()
-    return seen
+class LivenessProof(UpdateHook):
+    """Stops a run whose model does not compute with the weights handed to it; measures, in the
+    state of the last QAT update, what one more like it would see."""
+
+    name = "liveness"
+
+    def __init__(self) -> None:
+        self.on_grid_share = float("nan")
+        self.gradients: GradientLiveness | None = None
+
+    def prime(self, loop: TrainingLoop) -> None:
+        probe = torch.zeros(1, PROBE_TOKENS, dtype=torch.long, device=loop.device)
+        check_all_seen(loop.model.model, loop.switch.plan.snap(loop.masters), probe)
+
+    def first_batch(self, loop: TrainingLoop, batch: Batch) -> None:
+        weights = loop.model.weights()
+        check_graph_uses(loop.loss(weights, *batch), weights)
+
+    def at_qat_end(self, loop: TrainingLoop) -> None:
+        loop.refresh()
+        weights, switch = loop.model.weights(), loop.switch
+        seen = weights_seen(loop.model.model, weights, loop.last_batch[0][:1])
+        self.on_grid_share = on_grid_share(seen, loop.masters, switch.plan, switch.learned_scales)
+        loss = loop.loss(weights, *loop.last_batch)
+        self.gradients = measure_gradients(loss, loop.masters, switch.plan)
+
+    def state(self) -> dict[str, Any]:
+        gradients = None if self.gradients is None else self.gradients._asdict()
+        return {"on_grid_share": self.on_grid_share, "gradients": gradients}
+
+    def load_state(self, state: Mapping[str, Any], loop: TrainingLoop) -> None:
+        self.on_grid_share = state["on_grid_share"]
+        if state["gradients"] is not None:
+            self.gradients = GradientLiveness(**state["gradients"])
 
 
 def check_all_seen(model: nn.Module, weights: Mapping[str, Tensor], ids_BT: Tensor) -> None:
@@ -46,14 +71,6 @@ def check_all_seen(model: nn.Module, weights: Mapping[str, Tensor], ids_BT: Tens
                 f"{name}: the forward pass does not use this weight through the copy handed to it, "
                 "so quantizing it in training would have no effect"
             )
-
-
-class GradientLiveness(NamedTuple):
-    """Which grid-planned masters a backward pass moves."""
-
-    nonzero_share: float  # of elements
-    movable_share: float  # of groups of weights: their largest one has a gradient, so can move
-    dead: list[str]  # tensors without any gradient
 
 
 def check_graph_uses(loss: Tensor, weights: Mapping[str, Tensor]) -> None:
@@ -88,12 +105,3 @@ def measure_gradients(loss: Tensor, masters: Mapping[str, Tensor], plan: Plan) -
             movable += int(largest.count_nonzero())
             groups += largest.numel()
     return GradientLiveness(nonzero / elements, movable / groups, dead)
-
-
-def measure_on_grid_share(
-    model: nn.Module, weights: Mapping[str, Tensor], switch: QatSwitch, ids_BT: Tensor
-) -> float:
-    """Share of grid-planned elements that a forward pass saw on their grid; 1.0 while QAT is on."""
-    seen = weights_seen(model, weights, ids_BT)
-    masters = dict(model.named_parameters())
-    return on_grid_share(seen, masters, switch.plan, switch.learned_scales)

@@ -9,7 +9,7 @@ from lightning import Callback, LightningModule, Trainer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from qat.training.module import QatModule
+from qat.training.loop import TrainingLoop
 
 log = logging.getLogger("qat")
 
@@ -39,7 +39,7 @@ class ProgressBar(Callback):
             self._bar.start()
             self._task = self._bar.add_task("priming", total=1.0, state="")
 
-    def _state(self, module: QatModule) -> str:
+    def _state(self, module: TrainingLoop) -> str:
         p = module.progress
         bpb = p.train_loss * self._bits_per_nat_byte
         loss = "" if math.isnan(p.train_loss) else f" loss {p.train_loss:.4f} (~{bpb:.3f} bpb)"
@@ -54,12 +54,12 @@ class ProgressBar(Callback):
         batch: object,
         batch_idx: int,
     ) -> None:
-        assert isinstance(pl_module, QatModule)
+        assert isinstance(pl_module, TrainingLoop)
         p = pl_module.progress
         if self._task is None or p.step == self._shown_step:
             return
         self._shown_step = p.step
-        done = min(pl_module.schedule.progress(p.step, p.elapsed_seconds), 1.0)
+        done = min(pl_module.done, 1.0)
         if self._bar.disable:
             if done * LINES_PER_RUN >= self._next_line:
                 self._next_line = int(done * LINES_PER_RUN) + 1

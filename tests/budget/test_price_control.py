@@ -101,7 +101,7 @@ def test_it_goes_on_with_the_same_bits(
     program: Callable[..., Done],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """QAT is on since scale 33, and half-way from there a file is encoded."""
+    """QAT is on since step 33, and half-way from there a file is encoded."""
     given = ("qat=rd", f"limit_bytes={limit(3)}", "max_steps=40", "checkpoint.every_steps=19")
     assert train(*given, "run_name=whole").code == 0
     save = checkpoint.save_checkpoint
@@ -113,9 +113,9 @@ def test_it_goes_on_with_the_same_bits(
         if 19 * len(writes) == at:
             raise TrainingError("killed here")
 
-    monkeypatch.setattr("qat.training.fit.save_checkpoint", save_then_die)
+    monkeypatch.setattr("qat.training.checkpoint.save_checkpoint", save_then_die)
     assert train(*given, "run_name=killed").code == 1
-    monkeypatch.setattr("qat.training.fit.save_checkpoint", save)
+    monkeypatch.setattr("qat.training.checkpoint.save_checkpoint", save)
     assert program("train.py", f"resume={RUNS / 'killed'}").code == 0
     whole, killed = ((RUNS / n / "artifact.qat").read_bytes() for n in ("whole", "killed"))
     assert whole == killed

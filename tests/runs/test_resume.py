@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from qat.training.checkpoint import load_checkpoint
-from qat.training.module import QatModule
+from qat.training.loop import TrainingLoop
 from tests.conftest import ROOT, result_of
 
 RUNS = Path("logs/runs")
@@ -39,10 +39,10 @@ class Crash(BaseException):
 
 def crash_in(monkeypatch: pytest.MonkeyPatch, step: int, what=None) -> None:
     """The update after ``step`` finished ones never ends (the first time)."""
-    update = QatModule._update
+    update = TrainingLoop._update
     done = []
 
-    def dies(self: QatModule) -> None:
+    def dies(self: TrainingLoop) -> None:
         if not self.is_priming and self.progress.step == step and not done:
             done.append(step)
             if what is None:
@@ -50,7 +50,7 @@ def crash_in(monkeypatch: pytest.MonkeyPatch, step: int, what=None) -> None:
             what()
         update(self)
 
-    monkeypatch.setattr(QatModule, "_update", dies)
+    monkeypatch.setattr(TrainingLoop, "_update", dies)
 
 
 def crashed(train, *overrides: str) -> None:
@@ -175,9 +175,9 @@ def test_weights_that_are_not_finite_are_never_saved(
 
 def _poison(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     """The update number ``step`` leaves one weight that is not a number."""
-    update = QatModule._update
+    update = TrainingLoop._update
 
-    def poisoned(self: QatModule) -> None:
+    def poisoned(self: TrainingLoop) -> None:
         if not self.is_priming and self.progress.step == step - 1:
             with torch.no_grad():
                 for optimizer in self.trainer.optimizers:
@@ -185,7 +185,7 @@ def _poison(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
                         p.grad[0] = float("nan")
         update(self)
 
-    monkeypatch.setattr(QatModule, "_update", poisoned)
+    monkeypatch.setattr(TrainingLoop, "_update", poisoned)
 
 
 def test_a_run_folder_that_goes_away(train, monkeypatch: pytest.MonkeyPatch) -> None:

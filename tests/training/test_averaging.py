@@ -14,7 +14,7 @@ from qat.quantize.plan import build_plan
 from qat.quantize.switch import QatSwitch
 from qat.training.averaging import Averaging, Mean
 from qat.training.checkpoint import load_checkpoint
-from qat.training.module import QatModule
+from qat.training.loop import TrainingLoop
 from tests.conftest import result_of
 
 RUNS = Path("logs/runs")
@@ -84,15 +84,15 @@ def test_the_average_is_what_is_stored(of: str, qat: str, train, program) -> Non
 def test_an_average_survives_a_crash(train, program, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = ["qat=lsq4", "averaging=ema", "checkpoint.every_steps=4", "max_steps=16"]
     assert train(*asked, "run_name=whole").code == 0
-    update, crashed = QatModule._update, []
+    update, crashed = TrainingLoop._update, []
 
-    def dies(self: QatModule) -> None:
+    def dies(self: TrainingLoop) -> None:
         if self.progress.step == 13 and not crashed:
             crashed.append(True)
             raise KeyboardInterrupt
         update(self)
 
-    monkeypatch.setattr(QatModule, "_update", dies)
+    monkeypatch.setattr(TrainingLoop, "_update", dies)
     assert train(*asked, "run_name=torn").code == 130
     assert program("train.py", "resume=torn").code == 0
     whole, torn = ((RUNS / name / "artifact.qat").read_bytes() for name in ("whole", "torn"))

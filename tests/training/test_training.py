@@ -14,21 +14,19 @@ from torch._dynamo.utils import counters
 from qat.artifact.container import read_artifact
 from qat.errors import TrainingError
 from qat.model.gpt import GPT, GPTShape
+from qat.qat_model import QatModel, weights_seen
 from qat.quantize.gradients import Seen
 from qat.quantize.grid import Grid
 from qat.quantize.plan import build_plan
 from qat.quantize.rounding import encode, snap
-from qat.quantize.switch import QatSwitch
 from qat.runs.store_again import stored_tensors
 from qat.settings.schema import OptimizerSettings
 from qat.text.batches import BatchShape, TrainingBatches
 from qat.text.shards import TokenStream
-from qat.training.averaging import Averaging
 from qat.training.clock import TrainingClock
 from qat.training.fit import build_trainer
-from qat.training.liveness import weights_seen
-from qat.training.module import QatModule
-from qat.training.progress import Checkpointing
+from qat.training.liveness import LivenessProof
+from qat.training.loop import Pace, TrainingLoop
 from qat.training.schedule import Schedule
 from tests.conftest import GOLF, Done, result_of
 
@@ -181,28 +179,24 @@ def test_weights_that_diverged_are_not_the_users_mistake(train) -> None:
 
 def module(
     compile_model: bool, start_step: int | None, max_steps: int, grid: Grid = INT4
-) -> QatModule:
+) -> TrainingLoop:
     torch.manual_seed(0)
     gpt = GPT(GPTShape(512, 2, 32, 4, 2, 2, True))
     shapes = {name: tuple(p.shape) for name, p in gpt.named_parameters()}
     plan = build_plan(shapes, {"grid": grid}, {"*.weight": "grid", "*": "fp16"})
     schedule = Schedule(None, max_steps, 2, 0.85, 0.95, 500, start_step)
-    return QatModule(
-        gpt,
-        QatSwitch(plan, fused=compile_model),
-        schedule,
-        OptimizerSettings(),
-        1,
-        1,
-        "fp32",
-        compile_model,
-        1,
-        Checkpointing(lambda state: None),
-        Averaging("none"),
-    )
+    pace = Pace(compile=compile_model, log_every_steps=1)
+    model = QatModel(gpt, plan, fused=compile_model)
+    return TrainingLoop(model, schedule, OptimizerSettings(), pace, [LivenessProof()])
 
 
-def fit(module: QatModule) -> None:
+def proof_of(loop: TrainingLoop) -> LivenessProof:
+    (proof,) = loop.hooks
+    assert isinstance(proof, LivenessProof)
+    return proof
+
+
+def fit(module: TrainingLoop) -> None:
     stream = TokenStream([GOLF / "fineweb_train_000000.bin"], "data.train_files")
     batches = TrainingBatches(stream, BatchShape(256, 32), 0, 1)
     loader = torch.utils.data.DataLoader(batches, batch_size=None)
@@ -219,7 +213,7 @@ def test_one_model_graph_before_and_after_the_switch() -> None:
         fit(under_test)
     assert under_test.progress.qat_steps == 3
     assert counters["stats"]["unique_graphs"] == 3  # the model, and the two passes of the snap
-    assert under_test.on_grid_share == 1.0
+    assert proof_of(under_test).on_grid_share == 1.0
     torch._dynamo.reset()
 
 
@@ -227,13 +221,13 @@ def test_masters_stay_off_the_grid_while_the_model_sees_it() -> None:
     under_test = module(compile_model=False, start_step=0, max_steps=4)
     fit(under_test)
     ids = torch.zeros(1, 8, dtype=torch.long)
-    seen = weights_seen(under_test.gpt, under_test.switch.weights(under_test.masters), ids)
+    seen = weights_seen(under_test.model.model, under_test.switch.weights(under_test.masters), ids)
     assert set(seen) == set(under_test.masters)
     stored = under_test.switch.plan.snap(under_test.masters)
     for name, w in seen.items():
         assert torch.equal(w, stored[name]), name
     assert not torch.equal(under_test.masters["tok_emb.weight"], stored["tok_emb.weight"])
-    assert under_test.on_grid_share == 1.0
+    assert proof_of(under_test).on_grid_share == 1.0
 
 
 def test_liveness_sees_a_snapped_copy_that_is_not_used() -> None:
@@ -243,7 +237,7 @@ def test_liveness_sees_a_snapped_copy_that_is_not_used() -> None:
     name = "blocks.1.mlp.fc.weight"
     under_test.switch.weights = lambda masters: weights(masters) | {name: masters[name]}  # type: ignore[method-assign]
     fit(under_test)
-    assert under_test.on_grid_share < 0.95
+    assert proof_of(under_test).on_grid_share < 0.95
 
 
 def test_the_clock_stands_still_while_paused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -278,7 +272,7 @@ def test_initial_weights_from_a_file(train, tmp_path: Path) -> None:
 def test_a_weight_that_bypasses_its_snapped_copy_is_an_error() -> None:
     """The planted fault: a bank that the forward pass reads from elsewhere."""
     under_test = module(compile_model=False, start_step=0, max_steps=2)
-    mlp = under_test.gpt.blocks[0].mlp
+    mlp = under_test.model.model.blocks[0].mlp
     bank = mlp.fc.weight.detach().clone()
     mlp.forward = lambda x: mlp.proj(torch.relu(x @ bank.T).square())  # type: ignore[method-assign]
     with pytest.raises(TrainingError, match=r"blocks\.0\.mlp\.fc\.weight"):
@@ -303,7 +297,7 @@ def test_liveness_sees_weights_that_are_not_the_files(fault: str) -> None:
 
     under_test.switch.weights = faulty  # type: ignore[method-assign]
     fit(under_test)
-    assert under_test.on_grid_share < 0.95
+    assert proof_of(under_test).on_grid_share < 0.95
 
 
 def test_liveness_sees_a_scale_frozen_at_the_first_forward() -> None:
@@ -318,7 +312,7 @@ def test_liveness_sees_a_scale_frozen_at_the_first_forward() -> None:
 
     under_test.switch._see = frozen  # type: ignore[method-assign]
     fit(under_test)
-    assert under_test.on_grid_share < 0.95
+    assert proof_of(under_test).on_grid_share < 0.95
 
 
 def test_a_graph_that_folded_its_first_weights_is_an_error() -> None:
@@ -329,7 +323,7 @@ def test_a_graph_that_folded_its_first_weights_is_an_error() -> None:
         fit(under_test)
 
 
-def with_slope(under_test: QatModule, slope_of) -> QatModule:
+def with_slope(under_test: TrainingLoop, slope_of) -> TrainingLoop:
     """The module with gradients to its grid-planned masters multiplied by slope_of(master)."""
     see = under_test.switch._see
 
@@ -347,11 +341,11 @@ def test_liveness_sees_gradients_that_are_all_zero() -> None:
     dead = with_slope(module(compile_model=False, start_step=0, max_steps=3), torch.zeros_like)
     for under_test in (healthy, dead):
         fit(under_test)
-    assert healthy.gradients.nonzero_share > 0.9
-    assert healthy.gradients.movable_share > 0.9
-    assert healthy.gradients.dead == []
-    assert dead.gradients.nonzero_share == 0.0
-    assert len(dead.gradients.dead) == len(dead.switch.plan.on_grid)
+    assert proof_of(healthy).gradients.nonzero_share > 0.9
+    assert proof_of(healthy).gradients.movable_share > 0.9
+    assert proof_of(healthy).gradients.dead == []
+    assert proof_of(dead).gradients.nonzero_share == 0.0
+    assert len(proof_of(dead).gradients.dead) == len(dead.switch.plan.on_grid)
     assert healthy.progress.qat_last_step == 3
 
 
@@ -362,8 +356,8 @@ def test_liveness_sees_rows_whose_largest_weight_can_never_move() -> None:
         lambda w: ((w == 0) | (w.abs() < w.abs().amax(1, keepdim=True))).float(),
     )
     fit(stuck)
-    assert stuck.gradients.nonzero_share > 0.8
-    assert stuck.gradients.movable_share < 0.1
+    assert proof_of(stuck).gradients.nonzero_share > 0.8
+    assert proof_of(stuck).gradients.movable_share < 0.1
 
 
 def test_stop_step_ends_qat(train) -> None:
@@ -406,15 +400,15 @@ def test_a_cold_step_does_not_foretell_the_others(train, warmup_steps: int, monk
     monkeypatch.setattr(
         "qat.training.fit.forecast", lambda s, seconds, *_: estimates.append(seconds)
     )
-    original = QatModule._update
+    original = TrainingLoop._update
 
-    def slow_at_first(self: QatModule) -> None:
+    def slow_at_first(self: TrainingLoop) -> None:
         if not hasattr(self, "_was_slow"):
             self._was_slow = True
             time.sleep(1.0)
         original(self)
 
-    monkeypatch.setattr(QatModule, "_update", slow_at_first)
+    monkeypatch.setattr(TrainingLoop, "_update", slow_at_first)
     assert train(f"schedule.warmup_steps={warmup_steps}", "run_name=s").code == 0
     assert len(estimates) == 1
     assert estimates[0] < 1.0 or warmup_steps == 0
@@ -429,7 +423,7 @@ def test_learned_scales_learn_and_stay_out_of_muon() -> None:
     fresh = under_test.switch.plan.encode(under_test.masters)
     found = {item.entry.name: item.floats.float() for item in fresh if item.coded is not None}
     assert any(not torch.equal(steps[name].half().float(), found[name]) for name in steps)
-    assert under_test.on_grid_share == 1.0
+    assert proof_of(under_test).on_grid_share == 1.0
 
 
 @pytest.mark.parametrize("rule", ["clipped", "soft_round", "noise"])

@@ -1,0 +1,406 @@
+"""The LightningModule: a step is forward and backward passes, an update, a look at the clock.
+
+The model takes its weights as inputs of one (compiled) function, so the QAT switch changes data and
+never the graph. Lightning's batches are micro-batches; steps are counted here, because
+``trainer.global_step`` counts every optimizer of a step.
+
+What else happens around updates (averaging, training to bytes, liveness, checkpoints) is hooks,
+called in the order in which they are given. Lightning's own callbacks know batches, not updates.
+
+The first ``warmup_steps`` steps prime caches and compilers: they are not timed, and weights,
+optimizers, random state and data position are restored after them.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from lightning import LightningModule
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from qat.errors import PreemptedError, TrainingError
+from qat.model.gpt import GPT
+from qat.qat_model import QatModel
+from qat.settings.schema import OptimizerSettings
+from qat.training.clock import TrainingClock
+from qat.training.optimizers import build_optimizers, set_rates
+from qat.training.schedule import Schedule
+
+log = logging.getLogger("qat")
+Batch = tuple[Tensor, Tensor]  # ids and targets (B, T)
+
+
+@dataclass
+class Progress:
+    """Where a run is. ``qat_first_step`` is the number (from 1) of the first update with QAT on."""
+
+    step: int = 0
+    elapsed_seconds: float = 0.0
+    train_loss: float = float("nan")
+    qat_first_step: int | None = None
+    qat_last_step: int | None = None
+    qat_steps: int = 0
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How the loop takes its updates, whatever it trains."""
+
+    micro_batches: int = 1  # forward passes of an update, on each rank
+    warmup_steps: int = 1
+    precision: str = "fp32"  # or bf16: autocast over float32 masters
+    compile: bool = False
+    log_every_steps: int = 10
+
+
+class UpdateHook:
+    """Something that happens around updates. What is not said stays undone.
+
+    ``state`` is saved with checkpoints under ``name``; ``load_state`` takes it up before ``prime``.
+    """
+
+    name = ""
+
+    def prime(self, loop: TrainingLoop) -> None:
+        """Before the first update, off the clock, on the device of the training."""
+
+    def first_batch(self, loop: TrainingLoop, batch: Batch) -> None:
+        """Before the first forward pass, off the clock."""
+
+    def before_update(self, loop: TrainingLoop) -> None:
+        """The gradients of the loss are in place."""
+
+    def after_update(self, loop: TrainingLoop) -> None:
+        """The masters have moved; ``loop.progress`` counts the update."""
+
+    def before_next_update(self, loop: TrainingLoop) -> None:
+        """There will be another update; the losses that are due are written."""
+
+    def at_switch(self, loop: TrainingLoop) -> None:
+        """The next update is the first with QAT on."""
+
+    def at_qat_end(self, loop: TrainingLoop) -> None:
+        """Off the clock, after the last update with QAT on; of a run without one, after its last.
+
+        The switch still says what that update saw."""
+
+    def after_last_update(self, loop: TrainingLoop) -> None:
+        """On the clock."""
+
+    def after_training(self, loop: TrainingLoop) -> None:
+        """Off the clock: all is done and measured."""
+
+    def state(self) -> dict[str, Any] | None:
+        """Plain values and tensors, not copied."""
+        return None
+
+    def load_state(self, state: Mapping[str, Any], loop: TrainingLoop) -> None:
+        """The inverse of ``state``; the loop's own state is loaded already."""
+
+
+class _Snapshot:
+    """All that priming disturbs: weights, optimizers, learned scales and random state."""
+
+    def __init__(self, loop: TrainingLoop) -> None:
+        self._loop = loop
+        self._weights = {name: p.detach().clone() for name, p in loop.masters.items()}
+        self._states = [copy.deepcopy(o.state_dict()) for o in loop.trainer.optimizers]
+        self._scales = {n: s.detach().clone() for n, s in loop.switch.learned_scales.items()}
+        self._random = torch.get_rng_state()
+        self._cuda_random = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        for name, parameter in self._loop.masters.items():
+            parameter.copy_(self._weights[name])
+        for optimizer, state in zip(self._loop.trainer.optimizers, self._states, strict=True):
+            optimizer.load_state_dict(state)
+        self._loop.switch.set_scales(self._scales)
+        torch.set_rng_state(self._random)
+        if self._cuda_random:
+            torch.cuda.set_rng_state_all(self._cuda_random)
+
+
+class _Losses:
+    """Losses of the last steps, on the device until it is time: reading one waits for the GPU."""
+
+    def __init__(self) -> None:
+        self._rows: list[tuple[int, dict[str, float]]] = []
+        self._losses: list[Tensor] = []
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def add(self, step: int, loss: Tensor, values: dict[str, float]) -> None:
+        self._rows.append((step, values))
+        self._losses.append(loss)
+
+    def write(self, loggers: Sequence[Any]) -> float:
+        """Give all to Lightning's loggers, averaged over ranks (a collective call); the last loss.
+
+        TrainingError names the first step whose loss is not finite.
+        """
+        losses = torch.stack(self._losses).double()
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            dist.all_reduce(losses)
+            losses /= dist.get_world_size()
+        values = losses.tolist()
+        for (step, row), loss in zip(self._rows, values, strict=True):
+            for logger in loggers:
+                logger.log_metrics({"train_loss": loss} | row, step=step)
+            if not math.isfinite(loss):
+                raise TrainingError(
+                    f"train loss is {loss} at step {step}; try lower learning rates"
+                )
+        self._rows.clear()
+        self._losses.clear()
+        return values[-1]
+
+
+class TrainingLoop(LightningModule):
+    """Trains ``model`` until ``schedule`` says stop."""
+
+    def __init__(
+        self,
+        model: QatModel,
+        schedule: Schedule,
+        optimizer_settings: OptimizerSettings,
+        pace: Pace,
+        hooks: Sequence[UpdateHook] = (),
+    ) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.model, self.schedule, self.pace, self.hooks = model, schedule, pace, list(hooks)
+        self.switch, self.masters = model.switch, model.masters
+        self.clock = TrainingClock()
+        self.progress = Progress()
+        self.step_seconds: float | None = None  # estimated after priming
+        self.switched_at: float | None = None  # progress of the run at the switch
+        self._optimizer_settings = optimizer_settings
+        self._priming_left = pace.warmup_steps
+        self._priming_seconds: list[float] = []
+        self._micro_losses: list[Tensor] = []
+        self._losses = _Losses()
+        self._resumed_optimizers: list[dict] = []
+        self._micro = 0
+        self._is_first_batch = True
+        if pace.compile:
+            torch.compiler.reset()  # graphs of earlier runs of a sweep count against a limit
+        self.loss = torch.compile(self._loss, fullgraph=True) if pace.compile else self._loss
+
+    def _loss(self, weights: dict[str, Tensor], ids_BT: Tensor, targets_BT: Tensor) -> Tensor:
+        enabled = self.pace.precision == "bf16"
+        with torch.autocast(ids_BT.device.type, torch.bfloat16, enabled=enabled):
+            return torch.func.functional_call(self.model.model, weights, (ids_BT, targets_BT))
+
+    @property
+    def is_over(self) -> bool:
+        return self.done >= 1.0
+
+    @property
+    def done(self) -> float:
+        """Share of the run that is over."""
+        return self.schedule.progress(self.progress.step, self.progress.elapsed_seconds)
+
+    @property
+    def done_since_switch(self) -> float:
+        """Share of the time from the switch to the end."""
+        start = self.switched_at
+        return (self.done - start) / (1.0 - start) if start is not None and start < 1.0 else 1.0
+
+    @property
+    def is_priming(self) -> bool:
+        return self._priming_left > 0
+
+    def configure_optimizers(self) -> list[torch.optim.Optimizer]:
+        learned_scales = list(self.switch.parameters())
+        gpt = cast(GPT, self.model.model)
+        return build_optimizers(gpt, self._optimizer_settings, learned_scales)
+
+    def on_train_start(self) -> None:
+        optimizers = self.trainer.optimizers
+        for optimizer, state in zip(optimizers, self._resumed_optimizers, strict=False):
+            optimizer.load_state_dict(state)
+        for hook in self.hooks:
+            hook.prime(self)
+        if self.is_priming:
+            self._before_priming = _Snapshot(self)
+            if self.schedule.asks_for_qat:
+                self.model.qat(True).refresh()  # primes the snapping
+        else:
+            self._start_timing()
+        self._step_started_at = time.perf_counter()
+
+    def on_train_batch_start(self, batch: object, batch_idx: int) -> None:
+        """Only the last backward pass of a step exchanges gradients between ranks."""
+        if isinstance(self.trainer.model, DistributedDataParallel):
+            last = self._micro == self.pace.micro_batches - 1
+            self.trainer.model.require_backward_grad_sync = last
+
+    def training_step(self, batch: Batch, batch_idx: int) -> None:
+        self.last_batch = batch
+        if self._is_first_batch:
+            self._is_first_batch = False
+            self.clock.pause()
+            for hook in self.hooks:
+                hook.first_batch(self, batch)
+            if not self.is_priming:
+                self.clock.start()
+        loss = self.loss(self.model.weights(), *batch)
+        self.manual_backward(loss / self.pace.micro_batches)
+        self._micro_losses.append(loss.detach())
+        self._micro += 1
+        if self._micro == self.pace.micro_batches:
+            self._update()
+            self._micro = 0
+
+    def _update(self) -> None:
+        p = self.progress
+        rate = self.schedule.rate(p.step, p.elapsed_seconds)
+        optimizers = self.trainer.optimizers
+        set_rates(optimizers, rate, self.schedule.momentum(p.step))
+        if not self.is_priming:
+            for hook in self.hooks:
+                hook.before_update(self)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        loss = torch.stack(self._micro_losses).mean()
+        self._micro_losses.clear()
+        if self.is_priming:
+            self._finish_priming_step()
+        else:
+            self._finish_step(rate, loss)
+
+    def _finish_priming_step(self) -> None:
+        self._wait_for_device()
+        now = time.perf_counter()
+        self._priming_seconds.append(now - self._step_started_at)
+        self._step_started_at = now
+        self._priming_left -= 1
+        if not self.is_priming:
+            self._before_priming.restore()
+            del self._before_priming
+            if warm := self._priming_seconds[1:]:  # the first pays for compilation, cold caches
+                self.step_seconds = statistics.median(warm)
+            self._start_timing()
+
+    def _wait_for_device(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def _start_timing(self) -> None:
+        self._wait_for_device()
+        self._switch_for_next_step()
+        self.clock.start()
+        self.progress.elapsed_seconds = self.clock.agree()
+
+    def _switch_for_next_step(self) -> None:
+        """Snap for the next update if QAT is on by then, and still on."""
+        p, s = self.progress, self.schedule
+        if self.switched_at is None and s.qat_starts(p.step, p.elapsed_seconds):
+            self.switched_at = self.done
+            for hook in self.hooks:
+                hook.at_switch(self)
+        self.model.qat(self.switched_at is not None and not s.qat_stopped(p.step))
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Snap as the next update would see it."""
+        p = self.progress
+        self.model.refresh(p.step, self.done_since_switch, self.schedule.blend(p.qat_steps))
+
+    def _finish_step(self, rate: float, loss: Tensor) -> None:
+        p = self.progress
+        p.step += 1
+        if self.model.is_on:
+            p.qat_steps += 1
+            p.qat_last_step = p.step
+            if p.qat_first_step is None:
+                p.qat_first_step = p.step
+                log.info("QAT on since step %d (%.1f s)", p.step, p.elapsed_seconds)
+        self._wait_for_previous_step()
+        p.elapsed_seconds = self.clock.agree()
+        qat_on = int(self.model.is_on)
+        values = {"elapsed_seconds": p.elapsed_seconds, "rate": rate, "qat_on": qat_on}
+        self._losses.add(p.step, loss, values)
+        for hook in self.hooks:
+            hook.after_update(self)
+        if self.is_over:
+            self._finish_training()
+            return
+        if self.model.is_on and self.schedule.qat_stopped(p.step):
+            self.clock.pause()
+            for hook in self.hooks:
+                hook.at_qat_end(self)
+            self.switch.set_scales({})  # the weights move on without them
+            self.clock.start()
+        if len(self._losses) >= self.pace.log_every_steps:
+            self.write_losses()
+        for hook in self.hooks:
+            hook.before_next_update(self)
+        if self.clock.stop_agreed:
+            raise PreemptedError(f"stopped after step {p.step}")
+        self._switch_for_next_step()
+
+    def write_losses(self) -> None:
+        if len(self._losses):
+            self.progress.train_loss = self._losses.write(self.loggers)
+
+    def _wait_for_previous_step(self) -> None:
+        """Keep the host at most one step ahead of a GPU, so the clock sees what was really done."""
+        if self.device.type != "cuda":
+            return
+        if previous := getattr(self, "_step_done", None):
+            previous.synchronize()
+        self._step_done = torch.cuda.Event()
+        self._step_done.record()
+
+    def _finish_training(self) -> None:
+        self._wait_for_device()
+        for hook in self.hooks:
+            hook.after_last_update(self)
+        p = self.progress
+        p.elapsed_seconds = self.clock.agree()
+        self.clock.pause()
+        self.write_losses()
+        if self.model.is_on or not p.qat_steps:
+            for hook in self.hooks:
+                hook.at_qat_end(self)
+        for hook in self.hooks:
+            hook.after_training(self)
+        self.trainer.should_stop = True
+
+    def state(self) -> dict[str, Any]:
+        """What another process needs to go on with the same bits; tensors are not copied."""
+        return {
+            "weights": {name: p.detach() for name, p in self.masters.items()},
+            "optimizers": [optimizer.state_dict() for optimizer in self.trainer.optimizers],
+            "learned_scales": {n: s.detach() for n, s in self.switch.learned_scales.items()},
+            "progress": asdict(self.progress),
+            "switched_at": self.switched_at,
+        } | {hook.name: hook.state() for hook in self.hooks if hook.name}
+
+    @torch.no_grad()
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Go on from ``state`` at the next ``fit``; optimizers take theirs up when it starts."""
+        for name, parameter in self.masters.items():
+            parameter.copy_(state["weights"][name])
+        self._resumed_optimizers = state["optimizers"]
+        self.switch.set_scales(state["learned_scales"])
+        self.progress = Progress(**state["progress"])
+        self.clock = TrainingClock(self.progress.elapsed_seconds)
+        self.switched_at = state["switched_at"]
+        for hook in self.hooks:
+            if state.get(hook.name) is not None:
+                hook.load_state(state[hook.name], self)
