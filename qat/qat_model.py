@@ -100,7 +100,9 @@ class QatModel(nn.Module):
         ``blend`` mixes masters (0) and snapped weights (1).
         """
         seed = self._num_snaps if step is None else step
-        self.switch.refresh(self.masters, self._is_on, seed, progress, blend)
+        device = next(self.parameters()).device
+        with torch.autocast(device.type, enabled=False):  # a forward pass under it may call this
+            self.switch.refresh(self.masters, self._is_on, seed, progress, blend)
         if self._is_on:
             self._num_snaps += 1
             self._snapped = self._versions()
