@@ -100,8 +100,7 @@ class QatModel(nn.Module):
         ``blend`` mixes masters (0) and snapped weights (1).
         """
         seed = self._num_snaps if step is None else step
-        device = next(self.parameters()).device
-        with torch.autocast(device.type, enabled=False):  # a forward pass under it may call this
+        with self._exact():
             self.switch.refresh(self.masters, self._is_on, seed, progress, blend)
         if self._is_on:
             self._num_snaps += 1
@@ -129,7 +128,12 @@ class QatModel(nn.Module):
 
     def snapped(self) -> dict[str, Tensor]:
         """Name -> the weight that a file written now gives back, QAT on or off."""
-        return self.plan.snap(self.masters, self.switch.learned_scales)
+        with self._exact():
+            return self.plan.snap(self.masters, self.switch.learned_scales)
+
+    def _exact(self) -> torch.autocast:
+        """Weights are snapped in float32, also inside somebody's autocast."""
+        return torch.autocast(next(self.parameters()).device.type, enabled=False)
 
     def liveness(self, *args: Any, **kwargs: Any) -> Liveness:
         """What the next forward pass sees; given inputs, one is made, and modules are watched."""
