@@ -17,8 +17,8 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor
 
-from qat.quantize.grid import DTYPES, Grid
-from qat.quantize.rounding import Codes, check_finite, decode, encode, snap
+from qat.quantize.grid import Grid
+from qat.quantize.rounding import DTYPES, Codes, check_finite, decode, encode, snap
 
 Scales = Mapping[str, Tensor]  # learned scales (rows, groups) by tensor name
 
@@ -62,7 +62,9 @@ class Entry:
         if self.grid is None:
             return self.num_elements * DTYPES[self.dtype].itemsize
         scale_bytes = math.prod(self.scales_shape) * DTYPES[self.grid.scale_dtype].itemsize
-        return math.ceil(self.num_elements * self.grid.code_bits / 8) + scale_bytes + self.num_zeros
+        return (
+            math.ceil(self.num_elements * self.grid.table.bits / 8) + scale_bytes + self.num_zeros
+        )
 
     def snap(self, w: Tensor, scales: Tensor | None = None) -> Tensor:
         """``w`` as a file would give it back."""

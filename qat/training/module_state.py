@@ -22,6 +22,7 @@ def state_of(module: QatModule) -> dict[str, Any]:
         "weights": {name: p.detach() for name, p in module.masters.items()},
         "optimizers": [optimizer.state_dict() for optimizer in module.trainer.optimizers],
         "learned_scales": {n: s.detach() for n, s in module.switch.learned_scales.items()},
+        "gradient_rule": module.switch.gradient.state(),
         "averaging": module.averaging.state(),
         "price_control": None if control is None else control.state(),
         "progress": asdict(module.progress),
@@ -38,6 +39,7 @@ def resume(module: QatModule, state: dict[str, Any]) -> None:
         parameter.copy_(state["weights"][name])
     module.resumed_optimizers = state["optimizers"]
     module.switch.set_scales(state["learned_scales"])
+    module.switch.gradient.load_state(state["gradient_rule"])
     module.averaging.resume(state["averaging"])
     module.progress = Progress(**state["progress"])
     module.clock = TrainingClock(module.progress.elapsed_seconds)

@@ -13,7 +13,7 @@ from qat.quantize.switch import QatSwitch
 
 
 class Snapshot:
-    """Weights, optimizers, learned scales and random state at the time it is made."""
+    """Weights, optimizers, gradient rule, scales and random state at the time it is made."""
 
     def __init__(
         self, masters: Mapping[str, Tensor], optimizers: Sequence[Any], switch: QatSwitch
@@ -22,6 +22,7 @@ class Snapshot:
         self._weights = {name: p.detach().clone() for name, p in masters.items()}
         self._states = [copy.deepcopy(optimizer.state_dict()) for optimizer in optimizers]
         self._scales = {name: s.detach().clone() for name, s in switch.learned_scales.items()}
+        self._of_rule = copy.deepcopy(switch.gradient.state())
         self._random = torch.get_rng_state()
         self._cuda_random = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
 
@@ -32,6 +33,7 @@ class Snapshot:
         for optimizer, state in zip(self._optimizers, self._states, strict=True):
             optimizer.load_state_dict(state)
         self._switch.set_scales(self._scales)
+        self._switch.gradient.load_state(self._of_rule)
         torch.set_rng_state(self._random)
         if self._cuda_random:
             torch.cuda.set_rng_state_all(self._cuda_random)
