@@ -118,6 +118,16 @@ def test_zero_rows_pass_gradients(rule: str) -> None:
     assert (grad != 0).all()
 
 
+def test_what_a_rule_does_not_support_is_refused() -> None:
+    relaxed = {name for name, kind in rule_kinds().items() if not kind().supports(Grid("nf4"))}
+    assert relaxed == {"clipped", "learned", "noise", "soft_round"}
+    plan = build_plan({"w": (6, 25)}, {"grid": Grid("nf4")}, {"*": "grid"})
+    with pytest.raises(ValueError, match="gradient = soft_round: not for nf4"):
+        QatSwitch(plan, "soft_round")
+    with pytest.raises(ValueError, match="gradient = straight: choose from clipped, identity"):
+        QatSwitch(plan, "straight")
+
+
 def test_ramp_blends_masters_and_snapped(w: torch.Tensor) -> None:
     plan = build_plan({"w": (6, 25)}, {"grid": GRID}, {"*": "grid"})
     switch, masters = QatSwitch(plan), {"w": torch.nn.Parameter(w)}
