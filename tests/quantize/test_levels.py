@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 from qat.artifact.sections import matrix_of
+from qat.quantize import levels
 from qat.quantize.grid import Grid
 from qat.quantize.levels import all_levels
 from qat.quantize.plan import Entry
 from qat.quantize.rounding import encode, snap
+from tests.conftest import code_in, result_of
 
 
 def of_bytes(dtype: torch.dtype) -> list[float]:
@@ -96,6 +100,21 @@ def test_nf4_is_that_of_bitsandbytes() -> None:
     same = (ours - theirs).abs() <= 1e-6 * w.abs().max()  # they multiply by 1 / scale: other ties
     assert same.float().mean() > 0.9999
     assert (ours - w).abs().sum() <= (theirs - w).abs().sum() * (1 + 1e-6)
+
+
+def test_the_format_of_the_docs_is_one_file_and_one_option(train, plug_in) -> None:
+    code, option = code_in("add_a_format.md")
+    plug_in(levels, all_levels, "pow2", code)
+    values = [-1, -0.5, -0.25, -0.125, 0, 0.125, 0.25, 0.5, 1]
+    test_codes_are_bytes_that_give_their_levels_back(Grid("pow2"), values, 3)
+    fields = [f"grid.{key}={value}" for key, value in yaml.safe_load(option).items()]
+    asked = ("qat.enabled=true", "qat.start_step=5", "grid.bits=null", *fields, "run_name=pow2")
+    done = train(*asked)
+    assert done.code == 0, done.err
+    row = result_of(Path("logs/runs/pow2"))
+    assert row["grid"] == "pow2_g64"
+    assert row["on_grid_share"] == 1.0
+    assert row["val_bpb_artifact"] == row["val_bpb_snapped"]
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ import torch
 from qat.quantize import gradients
 from qat.training.checkpoint import load_checkpoint
 from qat.training.module import QatModule
-from tests.conftest import ROOT, result_of
+from tests.conftest import ROOT, code_in, result_of
 
 RUNS = Path("logs/runs")
 LONG = ["max_steps=20", "schedule.warmdown_steps=8", "logger.every_steps=3"]
@@ -103,54 +103,17 @@ def test_resumed_runs_end_in_the_same_bits(
     same("whole", "torn")
 
 
-RULE = """
-from qat.quantize.gradients import GradientRule, Seen
-from qat.quantize.rounding import snap
-
-
-class Late(GradientRule):  # sees the grid's weights as they were an update ago
-    is_on_grid = False
-
-    def __init__(self):
-        self.last = {}
-
-    def supports(self, grid):
-        return True
-
-    def see(self, w, grid, *, name="", **_):
-        snapped = snap(w, grid)
-        seen = self.last.get(name, snapped)
-        self.last[name] = snapped
-        return Seen(seen)
-
-    def state(self):
-        return self.last
-
-    def load_state(self, state):
-        self.last = dict(state)
-
-
-RULE = Late
-"""
-
-
-def test_a_gradient_rule_is_one_file_and_its_state_survives(
-    train, program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_the_gradient_rule_of_the_docs_is_one_file_and_its_state_survives(
+    train, program, plug_in, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "rules").mkdir()
-    (tmp_path / "rules" / "late.py").write_text(RULE)
-    monkeypatch.setattr(gradients, "__path__", [*gradients.__path__, str(tmp_path / "rules")])
-    gradients.rule_kinds.cache_clear()
-    try:
-        asked = [*LONG, "qat=int4", "qat.start_step=3", "checkpoint.every_steps=4"]
-        assert train(*asked, "run_name=identity").code == 0
-        asked.append("qat.gradient=late")
-        assert train(*asked, "run_name=whole").code == 0
-        crash_in(monkeypatch, 13)
-        crashed(train, *asked, "run_name=torn")
-        assert program("train.py", "resume=torn").code == 0
-    finally:
-        gradients.rule_kinds.cache_clear()
+    plug_in(gradients, gradients.rule_kinds, "freeze", code_in("add_a_gradient.md")[0])
+    asked = [*LONG, "qat=int4", "qat.start_step=3", "checkpoint.every_steps=4"]
+    assert train(*asked, "run_name=identity").code == 0
+    asked.append("qat.gradient=freeze")
+    assert train(*asked, "run_name=whole").code == 0
+    crash_in(monkeypatch, 13)
+    crashed(train, *asked, "run_name=torn")
+    assert program("train.py", "resume=torn").code == 0
     same("whole", "torn")
     losses = {n: result_of(RUNS / n)["train_loss"] for n in ("identity", "whole")}
     assert losses["identity"] != losses["whole"]
