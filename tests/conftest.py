@@ -6,10 +6,13 @@ import contextlib
 import io
 import json
 import random
+import re
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -105,6 +108,30 @@ def finished(tiny: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
         done = _call("train.py", [*tiny, "qat=int6", "qat.start_step=5", "run_name=shared"])
     assert done.code == 0, done.err
     return parent / "logs" / "runs" / "shared"
+
+
+@pytest.fixture
+def plug_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
+    """plug_in(package, its cached finder, name, code): as if NAME.py lay in that package."""
+    finders = []
+
+    def put(package: ModuleType, finder: Any, name: str, code: str) -> None:
+        folder = tmp_path / "plugged"
+        folder.mkdir(exist_ok=True)
+        (folder / f"{name}.py").write_text(code)
+        monkeypatch.setattr(package, "__path__", [*package.__path__, str(folder)])
+        monkeypatch.delitem(sys.modules, f"{package.__name__}.{name}", raising=False)
+        finders.append(finder)
+        finder.cache_clear()
+
+    yield put
+    for finder in finders:
+        finder.cache_clear()
+
+
+def code_in(page: str) -> list[str]:
+    """The blocks of code of a page in docs/, in their order."""
+    return re.findall(r"```\w+\n(.*?)```", (ROOT / "docs" / page).read_text(), re.DOTALL)
 
 
 def result_of(folder: Path) -> dict:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -180,7 +182,8 @@ def test_no_room_is_too_large() -> None:
 
 def test_quantize_imports_torch_alone() -> None:
     standard = {
-        "__future__", "collections", "dataclasses", "fnmatch", "hashlib", "json", "math", "zlib",
+        "__future__", "collections", "dataclasses", "fnmatch", "functools", "hashlib", "importlib",
+        "itertools", "json", "math", "pkgutil", "zlib",
     }  # fmt: skip
     for path in (ROOT / "qat" / "quantize").rglob("*.py"):
         outside = {name.split(".")[0] for name in imports(path)} - {"qat", "torch"}
@@ -190,14 +193,36 @@ def test_quantize_imports_torch_alone() -> None:
     assert [p.name for p in lazily] == ["fused.py"]  # inside a function, on CUDA only
 
 
+ROUNDING = ("round", "round_", "fake_quantize_per_tensor_affine", "bucketize")
+
+
+def methods_called(path: Path) -> set[str]:
+    calls = (n.func for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Call))
+    return {function.attr for function in calls if isinstance(function, ast.Attribute)}
+
+
 def test_weights_are_rounded_in_one_place_only() -> None:
-    """Promise 1: ``round`` on tensors exists in rounding.py and nowhere else."""
+    """Promise 1: ``round`` on tensors exists in rounding.py and in the number formats, and these
+    are asked by rounding.py alone."""
+    quantize = ROOT / "qat" / "quantize"
     for path in files():
-        calls = [
-            node
-            for node in ast.walk(ast.parse(path.read_text()))
-            if isinstance(node, ast.Call)
-            and isinstance(node.func, ast.Attribute)
-            and node.func.attr in ("round", "round_", "fake_quantize_per_tensor_affine")
-        ]
-        assert not calls or path.name == "rounding.py", path
+        is_format = path.parent == quantize / "levels"
+        called = methods_called(path)
+        assert not called & set(ROUNDING) or is_format or path == quantize / "rounding.py", path
+        asks = [node for node in ast.walk(ast.parse(path.read_text())) if _is_asked(node)]
+        assert not asks or path == quantize / "rounding.py", path
+
+
+def _is_asked(node: ast.AST) -> bool:
+    """``grid.table.nearest(x)``"""
+    return isinstance(node, ast.Attribute) and ast.unparse(node).endswith("table.nearest")
+
+
+def test_settings_and_grids_load_without_torch() -> None:
+    """Help, completion and a rejected typo answer at once."""
+    line = (
+        "import sys, qat, qat.settings.checks; from qat.quantize.grid import Grid; "
+        "from qat.quantize.levels import all_levels; Grid(bits=4); all_levels(); "
+        "sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", line], cwd=ROOT).returncode == 0

@@ -39,9 +39,8 @@ from torch import Tensor
 from qat.artifact.coder import CODERS, encode_section
 from qat.artifact.sections import Section, matrices_of, section_sizes
 from qat.errors import UserError
-from qat.quantize.grid import DTYPES, FP8
 from qat.quantize.plan import Encoded, Entry, Plan
-from qat.quantize.rounding import Codes
+from qat.quantize.rounding import DTYPES, Codes
 
 ARTIFACT = "artifact.qat"  # the name of a run's file
 OVERSIZE_SUFFIX = ".oversize"
@@ -308,9 +307,8 @@ def _split(plan: Plan, raws: Mapping[str, Buffer]) -> list[Encoded]:
     def take_codes(entry: Entry, shape: tuple[int, ...]) -> Tensor:
         assert entry.grid is not None
         codes = take("codes", torch.int8, shape)
-        low, high = entry.grid.code_limits
-        is_int = entry.grid.levels not in FP8
-        if is_int and codes.numel() and not low <= codes.min() <= codes.max() <= high:
+        low, high = entry.grid.table.codes
+        if codes.numel() and not low <= codes.min() <= codes.max() <= high:
             raise ValueError(f"tensor {entry.name} has a code outside its grid")
         return codes
 

@@ -12,8 +12,8 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from qat.quantize.grid import DTYPES, FP8
 from qat.quantize.plan import Entry, Plan
+from qat.quantize.rounding import DTYPES
 
 
 class Matrix(NamedTuple):
@@ -22,7 +22,7 @@ class Matrix(NamedTuple):
     rows: int
     columns: int
     bits: int  # of the largest magnitude
-    is_sign_magnitude: bool  # fp8: the top bit is the sign, of zeros too
+    is_sign_magnitude: bool  # the top bit is the sign, of zeros too
     role: str  # its name without layer numbers
 
 
@@ -34,11 +34,12 @@ Coded = bytes | bytearray | memoryview
 def matrix_of(entry: Entry) -> Matrix:
     """The codes of a tensor on a grid, as a coder sees them."""
     assert entry.grid is not None
-    is_fp8 = entry.grid.levels in FP8
-    largest = 127 if is_fp8 else max(abs(int(limit)) for limit in entry.grid.code_limits)
+    has_sign = entry.grid.table.zero_has_sign
+    low, high = entry.grid.table.codes
+    largest = high if has_sign else max(-low, high)
     role = re.sub(r"\d+", "*", entry.name)
     columns = entry.num_elements // max(entry.num_rows, 1)
-    return Matrix(entry.num_rows, columns, largest.bit_length(), is_fp8, role)
+    return Matrix(entry.num_rows, columns, largest.bit_length(), has_sign, role)
 
 
 def matrices_of(plan: Plan, section: str) -> list[Matrix]:

@@ -17,10 +17,9 @@ from qat.artifact.bit_cost import (
     slopes,
 )
 from qat.budget.priced_scales import widen_rows
-from qat.quantize.gradients import sum_per_scale
-from qat.quantize.grid import DTYPES
+from qat.quantize.gradients.learned import sum_per_scale
 from qat.quantize.plan import Entry, Plan
-from qat.quantize.rounding import products_in_scale_units, round_to_codes
+from qat.quantize.rounding import DTYPES, products_in_scale_units, round_to_levels
 
 Tensors = Mapping[str, Tensor]
 
@@ -45,7 +44,7 @@ class BitEstimate:
     def __init__(self, plan: Plan) -> None:
         self.entries: list[Entry] = plan.on_grid
         self.plain: list[Entry] = [entry for entry in plan if entry.grid is None]
-        packed_codes = sum(e.num_elements * e.grid.code_bits for e in self.entries if e.grid)
+        packed_codes = sum(e.num_elements * e.grid.table.bits for e in self.entries if e.grid)
         self.scale_bits = 8 * sum(entry.packed_bytes for entry in self.entries) - packed_codes
         self.pulls: dict[str, Tensor] = {}
         self.scale_pulls: dict[str, Tensor] = {}
@@ -81,7 +80,7 @@ class BitEstimate:
         widen_rows(entry, w, own)
         stored = own.detach().to(DTYPES[entry.grid.scale_dtype]).float()
         x = products_in_scale_units(w, stored)
-        codes = round_to_codes(x, entry.grid).to(torch.int8)
+        codes = round_to_levels(x, entry.grid).to(torch.int8)
         return Look(x, codes, classes_of(codes), stored)
 
 

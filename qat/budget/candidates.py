@@ -24,7 +24,8 @@ from torch import Tensor
 
 from qat.artifact.bit_cost import bits_of_codes, bits_of_floats
 from qat.budget.priced_scales import least_row_scales, sensitivity_factors
-from qat.quantize.grid import MAX_BITS, MIN_BITS, Grid
+from qat.quantize.grid import Grid
+from qat.quantize.levels.int import MAX_BITS, MIN_BITS
 from qat.quantize.plan import Encoded, Entry, Plan
 from qat.quantize.rounding import group_views
 

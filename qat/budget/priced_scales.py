@@ -21,7 +21,7 @@ from torch import Tensor
 
 from qat.artifact.bit_cost import classes_of, count_codes
 from qat.quantize.plan import Entry
-from qat.quantize.rounding import products_in_scale_units, round_to_codes
+from qat.quantize.rounding import products_in_scale_units, round_to_levels
 
 SENSITIVITY_FLOOR = 0.01  # of the tensor's mean: few batches prove nothing to be without effect
 
@@ -72,7 +72,7 @@ def sampled_counts(price: float, entry: Entry, w: Tensor, at_price_one: Tensor) 
     scales = scales_at(price, entry, w, at_price_one)
     some = torch.cat([scales[:num_rows:SAMPLE], scales[num_rows:]])
     matrix = w.reshape(num_rows, -1)[::SAMPLE]
-    codes = round_to_codes(products_in_scale_units(matrix, some), entry.grid).to(torch.int8)
+    codes = round_to_levels(products_in_scale_units(matrix, some), entry.grid).to(torch.int8)
     return count_codes(codes, classes_of(codes)) * (num_rows / len(matrix))
 
 
@@ -91,7 +91,7 @@ def widen_rows(entry: Entry, w: Tensor, scales: Tensor) -> None:
     """In place, rows whose largest weight has no code."""
     assert entry.grid is not None
     matrix = w.detach().reshape(entry.num_rows, -1)
-    most = HEADROOM * entry.grid.code_limits[1]
+    most = HEADROOM * entry.grid.table.limits[1]
     rows = scales[: entry.num_rows]
     rows.copy_(rows.maximum(least_row_scales(matrix, scales[entry.num_rows :].T, most)))
 
@@ -103,4 +103,4 @@ def _widen_columns(entry: Entry, w: Tensor, scales: Tensor) -> None:
     sizes = (w.detach().reshape(entry.num_rows, -1)[some] / scales[some]).abs()
     place = max(math.ceil(COLUMN_SHARE * len(sizes)), 1)
     largest = sizes.kthvalue(place, 0).values[:, None]
-    columns.copy_(columns.maximum(largest / (HEADROOM * entry.grid.code_limits[1])))
+    columns.copy_(columns.maximum(largest / (HEADROOM * entry.grid.table.limits[1])))

@@ -41,9 +41,9 @@ import torch
 from torch import Tensor
 
 from qat.errors import UserError
-from qat.quantize.grid import DTYPES, Grid
+from qat.quantize.grid import Grid
 from qat.quantize.plan import Encoded, Entry, Plan
-from qat.quantize.rounding import Codes
+from qat.quantize.rounding import DTYPES, Codes
 
 MAX_PICKLE_BYTES = 1 << 20  # the reference's own has some 100 a tensor
 # Kinds of values on the stack. A flat tuple holds text, names and numbers alone.

@@ -26,8 +26,8 @@ import torch
 from torch import Tensor
 
 from qat.ptq.gptq import row_output_errors
-from qat.quantize.grid import DTYPES, Grid
-from qat.quantize.rounding import Codes, decode, encode, in_scale_units
+from qat.quantize.grid import Grid
+from qat.quantize.rounding import DTYPES, Codes, decode, encode, in_scale_units
 
 ALPHAS = tuple(k / 20 for k in range(21))
 

@@ -34,7 +34,6 @@ from qat.quantize.grid import Grid
 from qat.quantize.rounding import (
     Codes,
     Coding,
-    as_stored,
     decode,
     decode_view,
     encode,
@@ -172,7 +171,7 @@ class GptqFactor:
                 torch.sub(trained[k], levels.weights(codes[k], order[k]), out=errors[k])
         in_place = torch.empty_like(w)
         in_place[:, self._order] = codes.T
-        return as_stored(in_place, grid)
+        return grid.table.to_codes(in_place)
 
 
 class _ColumnLevels:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from qat.quantize.grid import Grid
-from qat.quantize.rounding import group_views, in_scale_units, join_groups, round_to_codes
+from qat.quantize.rounding import group_views, in_scale_units, join_groups, round_to_levels
 
 NORM = 0.7  # p
 FIRST_BETA, BETA_GROWTH = 10.0, 1.01
@@ -50,7 +50,7 @@ def hqq(w: Tensor, bits: int, group_size: int) -> RealZeros:
 def _solve(view: Tensor, grid: Grid) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Codes, scales, zeros, weights of groups (rows, groups, columns)."""
     lowest, highest = view.amin(-1), view.amax(-1)
-    low_code, high_code = grid.code_limits
+    low_code, high_code = grid.table.limits
     scale = in_scale_units(highest - lowest, torch.full_like(lowest, high_code - low_code))
     # A group of nearly equal weights has a zero point far off: it has to fit fp16 too.
     smallest = torch.maximum(view.abs().amax(-1) / LARGEST_ZERO, torch.full_like(scale, TINY))
@@ -62,7 +62,7 @@ def _solve(view: Tensor, grid: Grid) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     for _ in range(MAX_ROUNDS):
         kept_zero = zero.half().float()
         scaled = in_scale_units(view, scale[..., None])
-        code = round_to_codes(scaled + kept_zero[..., None], grid)
+        code = round_to_levels(scaled + kept_zero[..., None], grid)
         weight = (code - kept_zero[..., None]) * scale[..., None]
         error = view - weight
         norm = error.abs().pow(NORM).sum(-1)

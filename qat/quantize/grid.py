@@ -1,20 +1,19 @@
 """THE grid: which values a weight may take, said once for training, post-training and export.
 
-Levels (``weight = (code - zero) * scale`` in float32; an fp8 code is a float of that format):
-
-    int, symmetric      codes in [-qmax, qmax], qmax = 2^(bits-1) - 1;  scale = clip / qmax
-    int, full           codes in [-qmax-1, qmax], as in torchao;        scale = clip / (qmax + 1/2)
-    int, asymmetric     the same codes, a zero point per group;         scale = (max - min) / levels
-    ternary, binary     -1, 0, 1 (arXiv 2402.17764) and -1, 1;          scale = mean|w|
-    fp8_e4m3, fp8_e5m2  the values of the format;                       scale = clip / largest
-
-``clip`` is found per row, per group of ``group_size`` columns (the last may be shorter) or per
-tensor:
+``weight = level * scale`` in float32. Levels are a number format, a file of qat/quantize/levels;
+``bits`` and ``range`` are of int levels (asymmetric: a zero point per group, and a scale of
+(max - min) / (highest - lowest)). A scale is found per row, per group of ``group_size`` columns
+(the last may be shorter) or per tensor. These rules find a clip, and the scale is the clip by half
+of what lies between the lowest and the highest level:
 
     amax     max|w|               percentile  quantile of |w|
     sigma    sigma * std(w)       mse         the share of max|w| with the least square error
-    fixed    scale = fixed_scale    learned     a parameter (LSQ, arXiv 1902.08153); mse without one
-    given    scales come with the weights, from whoever chose the grid (the budget solver)
+
+and these the scale itself:
+
+    absmean  mean|w|              fixed       ``fixed_scale``
+    learned  a parameter (LSQ, arXiv 1902.08153); without one as mse
+    given    comes with the weights, from whoever chose the grid (the budget solver)
 
 With ``column_scales`` there is a step per column beside that per row, and they multiply:
 ``weight = code * row scale * column scale``. A weight matters by what its column reads and what its
@@ -33,17 +32,13 @@ as if max|w| >= 1, so one with max|w| = 0.2 keeps 51 levels of 255. SDClip: PR 1
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import FrozenInstanceError, dataclass, fields
+from functools import cached_property
 from typing import Any, get_args, get_type_hints
 
-import torch
+from qat.quantize.levels import SCALE_RULES, Levels, all_levels
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-FP8 = {"fp8_e4m3": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
-LEVELS = ("int", "ternary", "binary", *FP8)
-RANGES = ("symmetric", "full", "asymmetric")
-SCALE_RULES = ("amax", "percentile", "sigma", "mse", "fixed", "absmean", "learned", "given")
-MIN_BITS, MAX_BITS = 2, 8
+SCALE_DTYPES = ("fp32", "bf16", "fp16")
 # What a field means that a file does not name. It stays, whatever a grid's defaults become, so that
 # no file ever changes its meaning; a new field joins with the value that says what was done before.
 STORED_DEFAULTS: dict[str, Any] = {
@@ -54,24 +49,27 @@ STORED_DEFAULTS: dict[str, Any] = {
 }  # fmt: skip
 
 
-@dataclass(frozen=True)
+@dataclass(unsafe_hash=True)
 class Grid:
-    """One grid; every field is described in the module's text. ValueError for what cannot be."""
+    """One grid, and the settings ``grid.*``. ValueError for what cannot be, naming the field.
 
-    levels: str = "int"
-    bits: int | None = None  # of int levels
-    range: str = "symmetric"
-    group_size: int | None = None  # None: one scale per row
+    As good as frozen: OmegaConf takes ``frozen=True`` for settings that nobody may set.
+    """
+
+    levels: str = "int"  # a name in qat/quantize/levels
+    bits: int | None = None  # of int levels, 2 to 8
+    range: str = "symmetric"  # symmetric | full | asymmetric, of int levels
+    group_size: int | None = None  # columns per scale; null = one scale per row
     per_tensor: bool = False
-    scale_rule: str = "amax"
-    percentile: float = 0.9999984  # a fraction in (0, 1]
-    sigma: float = 12.85
-    fixed_scale: float | None = None
+    scale_rule: str = "amax"  # amax | percentile | sigma | mse | fixed | absmean | learned
+    percentile: float = 0.9999984  # a fraction in (0, 1], used by scale_rule=percentile
+    sigma: float = 12.85  # clip in standard deviations, used by scale_rule=sigma
+    fixed_scale: float | None = None  # used by scale_rule=fixed
     scale_floor: float = 0.0
-    scale_dtype: str = "fp16"
-    code_scale_dtype: str | None = None
-    refit: bool = False
-    column_scales: bool = False
+    scale_dtype: str = "fp16"  # fp32 | bf16 | fp16, as stored
+    code_scale_dtype: str | None = None  # null = scale_dtype
+    refit: bool = False  # ternary: undo the shrinkage of mean|w|
+    column_scales: bool = False  # learned scales per row and per column, multiplied
 
     def __post_init__(self) -> None:
         def require(condition: bool, field: str, remedy: str) -> None:
@@ -81,20 +79,14 @@ class Grid:
         def one_of(field: str, options: tuple[str, ...]) -> None:
             require(getattr(self, field) in options, field, f"choose from {', '.join(options)}")
 
-        one_of("levels", LEVELS)
-        one_of("range", RANGES)
+        one_of("levels", tuple(all_levels()))
         one_of("scale_rule", SCALE_RULES)
-        one_of("scale_dtype", tuple(DTYPES))
+        one_of("scale_dtype", SCALE_DTYPES)
         if self.code_scale_dtype is not None:
-            one_of("code_scale_dtype", tuple(DTYPES))
-        is_int = self.levels == "int"
-        given = self.bits is not None and MIN_BITS <= self.bits <= MAX_BITS
-        require(
-            given if is_int else self.bits is None,
-            "bits",
-            f"give {MIN_BITS} to {MAX_BITS}" if is_int else f"{self.levels} has its own levels",
-        )
-        require(is_int or self.range == "symmetric", "range", f"{self.levels} levels are symmetric")
+            one_of("code_scale_dtype", SCALE_DTYPES)
+        table, is_learned = self.table, self.scale_rule == "learned"
+        taken = f"{self.levels} levels take {', '.join(table.scale_rules)}"
+        require(self.scale_rule in table.scale_rules, "scale_rule", taken)
         require(
             self.range != "asymmetric" or self.scale_rule == "amax",
             "scale_rule",
@@ -120,25 +112,30 @@ class Grid:
         )
         require(0.0 <= self.scale_floor < math.inf, "scale_floor", "give 0 or more")
         require(
-            self.scale_rule != "learned" or self.levels in ("int", "ternary"),
-            "scale_rule",
-            f"{self.levels} scales cannot be learned",
-        )
-        require(
-            self.scale_rule != "learned" or self.code_scale_dtype is None,
+            not is_learned or self.code_scale_dtype is None,
             "code_scale_dtype",
             "a learned scale codes and decodes; leave it null",
         )
-        require(not (self.refit and self.scale_rule == "learned"), "refit", "not of learned scales")
-        require(not self.refit or self.levels == "ternary", "refit", "is for ternary levels")
-        has_scales = self.scale_rule in ("given", "learned")
-        plain = is_int and self.range == "symmetric" and has_scales
+        require(not (self.refit and is_learned), "refit", "not of learned scales")
+        require(not self.refit or "refit" in table.takes, "refit", "is for ternary levels")
+        plain = self.range == "symmetric" and self.scale_rule in ("given", "learned")
         one_group = self.group_size is None and not self.per_tensor
+        multiplies = "column_scales" in table.takes and plain and one_group
         require(
-            not self.column_scales or (plain and one_group and self.code_scale_dtype is None),
+            not self.column_scales or (multiplies and self.code_scale_dtype is None),
             "column_scales",
             "goes with symmetric int levels and given or learned scales, one per row",
         )
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if "table" in vars(self):  # it was checked, and hashed
+            raise FrozenInstanceError(f"cannot assign to {name}; make another grid")
+        super().__setattr__(name, value)
+
+    @cached_property
+    def table(self) -> Levels:
+        """The levels themselves."""
+        return all_levels()[self.levels].of(self.bits, self.range)
 
     @staticmethod
     def from_json(data: dict) -> Grid:
@@ -155,26 +152,9 @@ class Grid:
         return Grid(**data)
 
     @property
-    def code_limits(self) -> tuple[float, float]:
-        """Lowest and highest code, as numbers (fp8: of the format)."""
-        if self.levels in FP8:
-            largest = torch.finfo(FP8[self.levels]).max
-            return -largest, largest
-        if self.bits is None:
-            return -1, 1
-        half = 2 ** (self.bits - 1)
-        return (1 - half if self.range == "symmetric" else -half), half - 1
-
-    @property
-    def code_bits(self) -> float:
-        """Bits of one code when packed as tightly as its number of levels allows."""
-        levels = {"ternary": 3, "binary": 2, "fp8_e4m3": 256, "fp8_e5m2": 256}
-        return float(self.bits) if self.bits is not None else math.log2(levels[self.levels])
-
-    @property
     def label(self) -> str:
         """Short name that says every field that differs from a plain per-row grid."""
-        parts = [f"int{self.bits}" if self.levels == "int" else self.levels]
+        parts = [self.table.label]
         parts += [] if self.range == "symmetric" else [self.range]
         parts += [f"g{self.group_size}"] if self.group_size is not None else []
         parts += ["tensor"] if self.per_tensor else []
@@ -196,7 +176,8 @@ class Grid:
 
     def as_json(self) -> dict[str, object]:
         """The fields that are not those of ``STORED_DEFAULTS``: bytes of every header."""
-        return {name: v for name, v in vars(self).items() if v != STORED_DEFAULTS[name]}
+        said = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: v for name, v in said.items() if v != STORED_DEFAULTS[name]}
 
     def scales_shape(self, shape: tuple[int, ...]) -> tuple[int, int]:
         """(rows, groups) of a tensor of this shape; (rows + columns, 1) with ``column_scales``."""

@@ -42,7 +42,7 @@ def _shapes_of_views(entry: Entry) -> list[Tensor]:
 
 
 def is_fusable(entry: Entry) -> bool:
-    if entry.grid is None or entry.grid.levels not in ("int", "ternary") or entry.grid.refit:
+    if entry.grid is None or not entry.grid.table.is_even or entry.grid.refit:
         return False
     grid = entry.grid
     return all(order_statistics(view, grid) for view in _shapes_of_views(entry))

@@ -10,19 +10,20 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from qat.quantize.grid import DTYPES, Grid
-from qat.quantize.rounding import Codes, check_finite, decode, encode, snap
+from qat.quantize.grid import Grid
+from qat.quantize.rounding import DTYPES, Codes, check_finite, decode, encode, snap
 
 Scales = Mapping[str, Tensor]  # learned scales (rows, groups) by tensor name
 
 NONE_LEARNED: Scales = {}
+NO_RULES: Mapping[str, Grid] = {}
 MAX_DIMENSIONS = 8
 
 
@@ -62,7 +63,9 @@ class Entry:
         if self.grid is None:
             return self.num_elements * DTYPES[self.dtype].itemsize
         scale_bytes = math.prod(self.scales_shape) * DTYPES[self.grid.scale_dtype].itemsize
-        return math.ceil(self.num_elements * self.grid.code_bits / 8) + scale_bytes + self.num_zeros
+        return (
+            math.ceil(self.num_elements * self.grid.table.bits / 8) + scale_bytes + self.num_zeros
+        )
 
     def snap(self, w: Tensor, scales: Tensor | None = None) -> Tensor:
         """``w`` as a file would give it back."""
@@ -99,6 +102,64 @@ class Plan:
 
     def __init__(self, entries: list[Entry]) -> None:
         self.entries = {entry.name: entry for entry in entries}
+
+    @staticmethod
+    def for_model(
+        module: nn.Module,
+        grid: Grid,
+        keep: Collection[str] = (),
+        rules: Mapping[str, Grid] = NO_RULES,
+        dtype: str = "fp32",
+    ) -> Plan:
+        """Matrices of Linear and Embedding layers on ``grid``, all else as floats of ``dtype``.
+
+        ``rules`` (glob -> grid, the first that matches counts) reach other layers' matrices too;
+        what a glob of ``keep`` matches stays float whatever the rules say. Norms, vectors and
+        biases always do. A glob matches a parameter's name or that of a module it is in; a tied
+        parameter, planned once, has every name it goes by. ValueError: a glob that matches nothing
+        (of ``rules``: no matrix), an unknown dtype, or nothing on any grid.
+        """
+        if dtype not in DTYPES:
+            raise ValueError(f"dtype = {dtype}: choose from {', '.join(DTYPES)}")
+        names: dict[nn.Parameter, list[str]] = {}  # its own, and those of the modules it is in
+        layers: dict[nn.Parameter, list[nn.Module]] = {}
+        modules = dict(module.named_modules(remove_duplicate=False))
+        for name, parameter in module.named_parameters(remove_duplicate=False):
+            parts = name.split(".")
+            inside = [".".join(parts[:depth]) for depth in range(1, len(parts) + 1)]
+            names.setdefault(parameter, []).extend(inside)
+            layers.setdefault(parameter, []).append(modules[".".join(parts[:-1])])
+        matrices = {
+            parameter
+            for parameter, found in layers.items()
+            if parameter.dim() > 1 and not any("norm" in type(m).__name__.lower() for m in found)
+        }
+
+        def matched(setting: str, glob: str, among: Collection[nn.Parameter]) -> set[nn.Parameter]:
+            found = {p for p in among if any(fnmatchcase(n, glob) for n in names[p])}
+            if not found:
+                what = "parameter or module" if setting == "keep" else "matrix"
+                raise ValueError(f"{setting}: {glob!r} matches no {what} of the model")
+            return found
+
+        kept = {parameter for glob in keep for parameter in matched("keep", glob, names)}
+        chosen = {
+            parameter: grid
+            for parameter in matrices
+            if any(isinstance(layer, nn.Linear | nn.Embedding) for layer in layers[parameter])
+        }
+        for glob in reversed(list(rules)):  # the first rule has the last word
+            chosen |= dict.fromkeys(matched("rules", glob, matrices), rules[glob])
+        entries = [
+            Entry(name, tuple(parameter.shape), chosen[parameter])
+            if parameter in chosen and parameter not in kept
+            else Entry(name, tuple(parameter.shape), None, dtype)
+            for name, parameter in module.named_parameters()
+        ]
+        plan = Plan(entries)
+        if not plan.on_grid:
+            raise ValueError("nothing of the model lives on a grid; give rules for its matrices")
+        return plan
 
     def __iter__(self) -> Iterator[Entry]:
         return iter(self.entries.values())

@@ -16,13 +16,16 @@ are sorted.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from qat.quantize.grid import DTYPES, FP8, Grid
+from qat.quantize.grid import Grid
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # of storage
 
 
 @torch.compiler.assume_constant_result
@@ -99,14 +102,18 @@ def split_scales(scales: Tensor, views: list[Tensor]) -> list[Tensor]:
     return [s[..., None] for s in scales.split([view.size(1) for view in views], dim=1)]
 
 
-def round_to_codes(x: Tensor, grid: Grid) -> Tensor:
-    """Weights in units of their scale -> codes as float32 numbers."""
-    low, high = grid.code_limits
-    if grid.levels in FP8:
-        return x.clamp(low, high).to(FP8[grid.levels]).float()
-    if grid.levels == "binary":
-        return torch.where(x < 0, -1.0, 1.0)
-    return x.round().clamp_(low, high)
+def by_group(
+    function: Callable[[Tensor, Tensor], tuple[Tensor, ...]], w: Tensor, scales: Tensor, grid: Grid
+) -> list[Tensor]:
+    """What ``function`` makes of every view of ``w`` and its scales, in ``w``'s shape."""
+    views = group_views(w, grid)
+    made = [function(*pair) for pair in zip(views, split_scales(scales, views), strict=True)]
+    return [join_groups(list(parts), w.shape) for parts in zip(*made, strict=True)]
+
+
+def round_to_levels(x: Tensor, grid: Grid) -> Tensor:
+    """Weights in units of their scale -> the nearest levels, float32."""
+    return grid.table.nearest(x)
 
 
 def in_scale_units(view: Tensor, scale: Tensor) -> Tensor:
@@ -115,8 +122,13 @@ def in_scale_units(view: Tensor, scale: Tensor) -> Tensor:
 
 
 def _clip_to_scale(clip: Tensor, grid: Grid) -> Tensor:
-    low, high = grid.code_limits
+    low, high = grid.table.limits
     return (clip / ((high - low) / 2)).clamp_min(grid.scale_floor)
+
+
+def stored_scales(scales: Tensor, grid: Grid) -> Tensor:
+    """Scales as a file stores them."""
+    return scales.to(DTYPES[grid.scale_dtype])
 
 
 class Coding(NamedTuple):
@@ -134,7 +146,7 @@ class Coding(NamedTuple):
 
 
 def _coding(scale: Tensor, grid: Grid, clip: Tensor | None = None) -> Coding:
-    stored = scale.to(DTYPES[grid.scale_dtype])
+    stored = stored_scales(scale, grid)
     code_dtype = DTYPES[grid.code_scale_dtype or grid.scale_dtype]
     return Coding(stored, scale.to(code_dtype).float(), clip=clip)
 
@@ -144,7 +156,7 @@ def order_statistics(view: Tensor, grid: Grid) -> tuple[Tensor, ...]:
 
     Maxima and minima are exact in whatever order they are found, so a fused pass may find them.
     """
-    if grid.levels == "binary" or grid.scale_rule not in ("amax", "percentile"):
+    if grid.scale_rule not in ("amax", "percentile"):
         return ()
     if grid.range == "asymmetric":
         return view.amin(-1), view.amax(-1)
@@ -158,7 +170,7 @@ def order_statistics(view: Tensor, grid: Grid) -> tuple[Tensor, ...]:
 def coding_from(found: tuple[Tensor, ...], grid: Grid, columns: int) -> Coding:
     """The scale of groups of ``columns`` weights from their order statistics."""
     if grid.range == "asymmetric":
-        low, high = grid.code_limits
+        low, high = grid.table.limits
         lowest, highest = found[0].clamp_max(0.0), found[1].clamp_min(0.0)
         coding = _coding(((highest - lowest) / (high - low)).clamp_min(grid.scale_floor), grid)
         zero = (low - in_scale_units(lowest, coding.stored_scale.float())).round().clamp(low, high)
@@ -182,7 +194,7 @@ def _find_coding(view: Tensor, grid: Grid) -> Coding:
         raise ValueError("scale_rule = given: the scales have to be handed in")
     if grid.scale_rule == "fixed":
         return _coding(torch.full_like(view[..., 0], grid.fixed_scale or 0.0), grid)
-    if grid.scale_rule == "absmean" or grid.levels == "binary":
+    if grid.scale_rule == "absmean":
         return _coding(view.abs().mean(-1).clamp_min(grid.scale_floor), grid)
     if grid.scale_rule == "percentile":
         return _clipped_coding(row_quantile(view.abs(), grid.percentile), grid)
@@ -196,8 +208,8 @@ def _least_square_clip(view: Tensor, grid: Grid, importance: Tensor | None = Non
     best_clip, least = amax, torch.full_like(amax, torch.inf)
     for share in MSE_SHARES:
         clip = amax * share
-        scale = _clip_to_scale(clip, grid).to(DTYPES[grid.scale_dtype]).float()[..., None]
-        square = round_to_codes(in_scale_units(view, scale), grid).mul_(scale).sub_(view).square_()
+        scale = stored_scales(_clip_to_scale(clip, grid), grid).float()[..., None]
+        square = round_to_levels(in_scale_units(view, scale), grid).mul_(scale).sub_(view).square_()
         error = (square if importance is None else square.mul_(importance)).sum(-1)
         best_clip = torch.where(error < least, clip, best_clip)
         least = torch.minimum(error, least)
@@ -210,8 +222,6 @@ def weighted_scales(w: Tensor, grid: Grid, importance: Tensor) -> Tensor:
     ``importance`` (columns,) is the diagonal of the hessian: the mean square of each input. Returns
     scales (rows, groups) to hand to ``encode``, float32. ValueError for a grid without an mse rule.
     """
-    if grid.levels == "binary":
-        raise ValueError("scale_rule = mse: binary levels take absmean")
     rule = replace(grid, scale_rule="mse", fixed_scale=None)
     views = zip(group_views(w, rule), group_views(importance.expand_as(w), rule), strict=True)
     clips = [_least_square_clip(view, rule, counts) for view, counts in views]
@@ -219,28 +229,21 @@ def weighted_scales(w: Tensor, grid: Grid, importance: Tensor) -> Tensor:
 
 
 def encode_view(view: Tensor, grid: Grid, coding: Coding) -> Tensor:
-    """Codes of one view as float32 numbers."""
+    """Levels of one view, with zero points: codes of it, as float32 numbers."""
     if coding.clip is not None:
         view = view.clamp(-coding.clip[..., None], coding.clip[..., None])
     x = in_scale_units(view, coding.code_scale[..., None])
     if coding.zero is not None:
-        return x.round().add_(coding.zero[..., None]).clamp_(*grid.code_limits)
-    code = round_to_codes(x, grid)
-    return code * (coding.code_scale > 0)[..., None] if grid.levels == "binary" else code
+        return x.round().add_(coding.zero[..., None]).clamp_(*grid.table.limits)
+    level = round_to_levels(x, grid)
+    return level if grid.table.has_zero else level * (coding.code_scale > 0)[..., None]
 
 
 def decode_view(code: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
-    """Weights of one view from its codes as float32 numbers; ``code`` is overwritten."""
+    """Weights of one view from what ``encode_view`` makes of it; ``code`` is overwritten."""
     if zero is not None:
         code.sub_(zero[..., None])
     return code.mul_(scale[..., None]).add_(0.0)  # -0 becomes +0: equal weights are equal bits
-
-
-def as_stored(codes: Tensor, grid: Grid) -> Tensor:
-    """Codes as float32 numbers -> int8; those of fp8 are the bits of the format."""
-    return (
-        codes.to(FP8[grid.levels]).view(torch.int8) if grid.levels in FP8 else codes.to(torch.int8)
-    )
 
 
 def _refitted(code: Tensor, coding: Coding) -> Tensor:
@@ -278,7 +281,7 @@ def encode(w: Tensor, grid: Grid, scales: Tensor | None = None) -> Codes:
         if scales is None:
             scales = _product_scales(w, grid)
         rows, by_row = _rows(w), replace(grid, column_scales=False)
-        columns = scales[rows:].to(DTYPES[grid.scale_dtype])
+        columns = stored_scales(scales[rows:], grid)
         scaled = in_scale_units(w.reshape(rows, len(columns)), columns.float().T).view_as(w)
         inner = encode(scaled, by_row, scales[:rows])
         return inner._replace(scales=torch.cat([inner.scales, columns]))
@@ -296,7 +299,7 @@ def encode(w: Tensor, grid: Grid, scales: Tensor | None = None) -> Codes:
     codes = join_groups(coded, w.shape)
     zeros = [coding.zero.to(torch.int8) for coding in codings if coding.zero is not None]
     return Codes(
-        as_stored(codes, grid),
+        grid.table.to_codes(codes),
         torch.cat(stored, dim=1),
         torch.cat(zeros, dim=1) if zeros else None,
     )
@@ -309,16 +312,14 @@ def decode(coded: Codes, grid: Grid) -> Tensor:
         w = decode(Codes(coded.codes, coded.scales[:rows]), by_row)
         w.view(rows, coded.scales.size(0) - rows).mul_(coded.scales[rows:].float().T).add_(0.0)
         return w
-    codes = coded.codes.view(FP8[grid.levels]) if grid.levels in FP8 else coded.codes
-    weights = codes.to(torch.float32, memory_format=torch.contiguous_format)
+    weights = grid.table.from_codes(coded.codes.contiguous())
     views = group_views(weights, grid)
     counts = [view.size(1) for view in views]
     scales = coded.scales.float().split(counts, dim=1)
     zeros = [None] * len(views) if coded.zeros is None else coded.zeros.float().split(counts, dim=1)
     for view, scale, zero in zip(views, scales, zeros, strict=True):
-        decode_view(
-            view, scale, zero
-        )  # in place: a second copy would double the memory of a reader
+        # In place: a second copy would double the memory of a reader.
+        decode_view(view, scale, zero)
     return weights
 
 

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from qat.quantize.fused import FusedSnap
-from qat.quantize.gradients import RULES, Seen, see, sum_per_scale, supports
+from qat.quantize.gradients import Seen, make_rule
+from qat.quantize.gradients.learned import Learned, sum_per_scale
 from qat.quantize.grid import Grid
 from qat.quantize.plan import Entry, Plan
 from qat.quantize.rounding import encode
@@ -61,15 +62,14 @@ class QatSwitch(nn.Module):
         self, plan: Plan, rule: str = "identity", seed: int = 0, fused: bool = False
     ) -> None:
         super().__init__()
-        if rule not in RULES:
-            raise ValueError(f"gradient = {rule}: choose from {', '.join(RULES)}")
+        self.gradient = make_rule(rule)
         for entry in plan.on_grid:
             assert entry.grid is not None
-            if not supports(rule, entry.grid):
+            if not self.gradient.supports(entry.grid):
                 raise ValueError(f"gradient = {rule}: not for {entry.grid.label}")
-        self.plan, self.rule, self.seed = plan, rule, seed
+        self.plan, self.seed = plan, seed
         self.is_on = False
-        self._fused = FusedSnap(plan) if fused and rule == "identity" else None
+        self._fused = FusedSnap(plan) if fused and self.gradient.snaps_only else None
         self._seen: dict[str, Seen] = {}
         self.has_scales = False
         self._learned = nn.ParameterDict(
@@ -121,11 +121,14 @@ class QatSwitch(nn.Module):
         if entry.grid is None:
             return Seen(entry.snap(w))
         generator = None
-        if self.rule == "noise":  # equal on every rank, other for every tensor and step
+        if self.gradient.draws:  # equal on every rank, other for every tensor and step
             generator = torch.Generator(w.device)
             generator.manual_seed(zlib.crc32(f"{self.seed} {step} {entry.name}".encode()))
         scales = self.learned_scales.get(entry.name)
-        return see(w, entry.grid, self.rule, scales, progress, generator)
+        rule = self.gradient if scales is None else Learned()
+        return rule.see(
+            w, entry.grid, name=entry.name, scales=scales, progress=progress, generator=generator
+        )
 
     def _find_scales(self, masters: Mapping[str, Tensor]) -> None:
         self.has_scales = True

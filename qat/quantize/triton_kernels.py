@@ -145,7 +145,7 @@ class TritonPasses:
         for batch, coding, (tensor_of, offset_of) in zip(
             batches, codings, self._tables, strict=True
         ):
-            low, high = batch.grid.code_limits
+            low, high = batch.grid.table.limits
             scale = coding.stored_scale.float()
             _write_kernel[(len(tensor_of),)](
                 pointers, into_pointers, tensor_of, offset_of, scale, coding.code_scale,

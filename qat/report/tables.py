@@ -7,13 +7,12 @@ from dataclasses import dataclass
 from statistics import mean
 from typing import Any
 
+from qat.quantize.gradients import rule_kinds
 from qat.report import number_text as text
 from qat.study.findings import Comparison, Findings, Ledger, Treatment
 from qat.study.significance import BAR_NATS, MAX_SEEDS, Interval, holm
 
 Row = dict[str, Any]
-
-OFF_GRID_BY_NATURE = ("soft_round", "noise")  # gradients that show the model weights beside it
 
 
 @dataclass(frozen=True)
@@ -191,6 +190,12 @@ def _qat_steps(row: Row) -> str:
     return text.NOTHING if first is None else f"{first:,}..{text.count(last)}"
 
 
+def _off_grid_by_nature(row: Row) -> bool:
+    """Its gradient rule shows the model weights beside the grid."""
+    rule = rule_kinds().get(row.get("gradient", ""))
+    return rule is not None and not rule.is_on_grid
+
+
 def faults(row: Row) -> list[str]:
     """What makes a run doubtful, in words."""
     found = []
@@ -199,7 +204,7 @@ def faults(row: Row) -> list[str]:
     if row.get("qat_never_started"):
         found.append("QAT NEVER STARTED")
     share = row.get("on_grid_share")
-    if share is not None and share < 1 and row.get("gradient") not in OFF_GRID_BY_NATURE:
+    if share is not None and share < 1 and not _off_grid_by_nature(row):
         found.append(f"OFF THE GRID: {1 - share:.1e} of the weights")
     over, step = row.get("overshoot_seconds"), row.get("ms_per_step")
     if over is not None and step is not None and over > step / 1000:

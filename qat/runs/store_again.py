@@ -19,6 +19,7 @@ from qat.budget.fill import TrainedModel, stored_label
 from qat.errors import UserError
 from qat.evaluation.open_model import artifact_meta
 from qat.evaluation.score import Score, Scorer
+from qat.quantize.grid import Grid
 from qat.quantize.plan import Plan
 from qat.runs.result import Result
 from qat.runs.run_folder import CHECKPOINT, EXPORTS, write_atomically
@@ -28,7 +29,6 @@ from qat.settings.schema import (
     ArtifactSettings,
     DataSettings,
     EvalSettings,
-    GridSettings,
     ModelSettings,
     PlanSettings,
     StoreSettings,
@@ -57,10 +57,10 @@ def stored_tensors(path: Path) -> tuple[Tensors, Tensors]:
 def plan_in(settings: dict[str, Any], storage: dict[str, Any]) -> Plan:
     """The plan of one run's model on the grid and plan of another's settings (or its own)."""
     wanted = storage["plan"]
-    grids = {name: GridSettings(**grid) for name, grid in wanted["grids"].items()}
+    grids = {name: Grid(**grid) for name, grid in wanted["grids"].items()}
     return plan_of(
         shape_of(ModelSettings(**settings["model"])),
-        GridSettings(**storage["grid"]),
+        Grid(**storage["grid"]),
         PlanSettings(**wanted | {"grids": grids}),
     )
 

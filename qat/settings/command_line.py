@@ -26,7 +26,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from qat.errors import TrainingError, UserError
@@ -45,6 +45,7 @@ from qat.settings.arguments import (
 )
 from qat.settings.arms import ARM, with_arms
 from qat.settings.options import CONF
+from qat.settings.schema import as_settings
 
 INTERRUPTED = 130  # as shells say it
 SWEEP_FLAGS = ("-m", "--multirun")
@@ -148,7 +149,7 @@ def _main(program: Program) -> int:
         )
         # Nothing but an interrupt may leave: Hydra would add lines of its own.
         try:
-            settings = OmegaConf.to_object(config)
+            settings = as_settings(config)
             put_verbatim(settings, verbatim)
             exit_codes.append(program.run(program.resolve(settings, job.choices), job))
         except (UserError, TrainingError) as error:
@@ -200,7 +201,7 @@ def _check_sweep(program: Program, arguments: list[str]) -> Sweep:
             runtime_choices = dict(config.hydra.runtime.choices)
             folders.append(Path(config.hydra.sweep.dir))
             del config.hydra
-            settings = program.resolve(OmegaConf.to_object(config), runtime_choices)
+            settings = program.resolve(as_settings(config), runtime_choices)
             names.append(getattr(settings, "run_name", None))
             checked.append((settings, runtime_choices))
     shared = {name for name in names if name is not None and names.count(name) > 1}

@@ -8,21 +8,19 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from qat.errors import UserError
-from qat.settings.schema import GridSettings, StudySettings
+from qat.quantize.grid import Grid
+from qat.settings.schema import StudySettings, as_settings
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 
 
-def read_grid(option: str) -> GridSettings:
+def read_grid(option: str) -> Grid:
     """UserError if conf/grid/ has no such option."""
     path = CONF / "grid" / f"{option}.yaml"
     if not path.is_file():
         known = ", ".join(sorted(p.stem for p in path.parent.glob("*.yaml")))
         raise UserError(f"grid={option}: no such option; choose from {known}")
-    grid = OmegaConf.merge(OmegaConf.structured(GridSettings), OmegaConf.load(path))
-    found = OmegaConf.to_object(grid)
-    assert isinstance(found, GridSettings)
-    return found
+    return as_settings(OmegaConf.merge(OmegaConf.structured(Grid), OmegaConf.load(path)), "grid.")
 
 
 def read_study(experiment: str) -> StudySettings | None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from omegaconf import MISSING, OmegaConf
+from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from qat.errors import UserError
+from qat.quantize.grid import Grid
 
 
 @dataclass
@@ -78,28 +79,10 @@ class DataSettings:
 
 
 @dataclass
-class GridSettings:  # meanings: qat/quantize/grid.py
-    levels: str = "int"  # int | ternary | binary | fp8_e4m3 | fp8_e5m2
-    bits: int | None = None  # of int levels, 2 to 8
-    range: str = "symmetric"  # symmetric | full | asymmetric
-    group_size: int | None = None  # columns per scale; null = one scale per row
-    per_tensor: bool = False
-    scale_rule: str = "amax"  # amax | percentile | sigma | mse | fixed | absmean | learned
-    percentile: float = 0.9999984  # a fraction, used by scale_rule=percentile
-    sigma: float = 12.85  # clip in standard deviations, used by scale_rule=sigma
-    fixed_scale: float | None = None  # used by scale_rule=fixed
-    scale_floor: float = 0.0
-    scale_dtype: str = "fp16"  # fp32 | bf16 | fp16, as stored
-    code_scale_dtype: str | None = None  # null = scale_dtype
-    refit: bool = False  # ternary: undo the shrinkage of mean|w|
-    column_scales: bool = False  # learned scales per row and per column, multiplied
-
-
-@dataclass
 class PlanSettings:
     # glob over parameter names -> grid, a name in ``grids``, fp16, bf16 or fp32
     rules: dict[str, str] = MISSING
-    grids: dict[str, GridSettings] = field(default_factory=dict)  # beside the one named grid
+    grids: dict[str, Grid] = field(default_factory=dict)  # beside the one named grid
     grid_min_elements: int = 0  # smaller tensors that a rule puts on the grid stay fp16
 
 
@@ -108,7 +91,7 @@ class QatSettings:
     enabled: bool = MISSING
     grid: str | None = None  # the grid= and plan= options that this arm stands for
     plan: str | None = None
-    gradient: str = "identity"  # identity | clipped | soft_round | noise
+    gradient: str = "identity"  # a file in qat/quantize/gradients
     start_step: int | None = None  # so many updates use float weights first
     start_fraction: float | None = None  # of the clock, or of max_steps
     start_lr_scale: float | None = None  # once the rate has fallen to this share of its peak
@@ -217,7 +200,7 @@ class TrainSettings:
     schedule: ScheduleSettings = field(default_factory=ScheduleSettings)
     averaging: AveragingSettings = field(default_factory=AveragingSettings)
     data: DataSettings = field(default_factory=DataSettings)
-    grid: GridSettings = field(default_factory=GridSettings)
+    grid: Grid = MISSING
     plan: PlanSettings = field(default_factory=PlanSettings)
     qat: QatSettings = field(default_factory=QatSettings)
     artifact: ArtifactSettings = field(default_factory=ArtifactSettings)
@@ -279,11 +262,28 @@ class EvalTaskSettings:
     eval: FullEvalSettings = field(default_factory=FullEvalSettings)
 
 
+def as_settings(node: DictConfig | ListConfig, path: str = "") -> Any:
+    """The object that a node of settings describes; UserError for what the object itself refuses.
+
+    ``path`` goes before the names of its settings.
+    """
+    try:
+        return OmegaConf.to_object(node)
+    except OmegaConfBaseException:
+        raise
+    except ValueError as error:
+        for key in node:  # who refused is the innermost that still does
+            part = node._get_node(key)  # type: ignore[arg-type]
+            if isinstance(part, DictConfig) and not part._is_none():
+                as_settings(part, f"{path}{key!s}.")
+        raise UserError(f"{path}{error}") from None
+
+
 def from_yaml(text: str, typed: str) -> TrainSettings:
     """The inverse of ``as_yaml``. UserError naming ``typed`` if it was saved by another version."""
     try:
         saved = OmegaConf.merge(OmegaConf.structured(TrainSettings), OmegaConf.create(text))
-        settings = OmegaConf.to_object(saved)
+        settings = as_settings(saved)
     except (OmegaConfBaseException, YAMLError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{typed}: saved by another version ({reason})") from None

@@ -16,12 +16,7 @@ from qat.settings.schema import QatSettings
 from qat.training.schedule import Schedule
 
 if TYPE_CHECKING:
-    from qat.settings.schema import (
-        GridSettings,
-        ModelSettings,
-        PlanSettings,
-        TrainSettings,
-    )
+    from qat.settings.schema import ModelSettings, PlanSettings, TrainSettings
 
 GRID = "grid"  # the name in plan.rules of the grid that grid= chooses
 
@@ -32,25 +27,18 @@ def shape_of(m: ModelSettings) -> GPTShape:
     )
 
 
-def _grid_of(setting: str, g: GridSettings) -> Grid:
-    if g.scale_rule == "given":
-        raise UserError(f"{setting}.scale_rule = given: only artifact.fill gives scales")
-    try:
-        return Grid(**vars(g))
-    except ValueError as error:
-        raise UserError(f"{setting}.{error}") from None
-
-
-def plan_of(shape: GPTShape, grid: GridSettings, plan: PlanSettings) -> Plan:
+def plan_of(shape: GPTShape, grid: Grid, plan: PlanSettings) -> Plan:
     """The plan of a model of this shape; nothing is allocated."""
-    grids = {GRID: _grid_of("grid", grid)}
-    grids |= {name: _grid_of(f"plan.grids.{name}", g) for name, g in plan.grids.items()}
+    named = {"grid": grid} | {f"plan.grids.{name}": g for name, g in plan.grids.items()}
+    for setting, asked in named.items():
+        if asked.scale_rule == "given":
+            raise UserError(f"{setting}.scale_rule = given: only artifact.fill gives scales")
     try:
         shapes = tensor_shapes(shape)
     except (RuntimeError, OverflowError):
         raise UserError(f"model = {shape.as_dict()}: no computer holds such tensors") from None
     try:
-        return build_plan(shapes, grids, plan.rules, plan.grid_min_elements)
+        return build_plan(shapes, {GRID: grid} | plan.grids, plan.rules, plan.grid_min_elements)
     except ValueError as error:
         raise UserError(str(error)) from None
 

@@ -109,13 +109,14 @@ class UpdateHook:
 
 
 class _Snapshot:
-    """All that priming disturbs: weights, optimizers, learned scales and random state."""
+    """All that priming disturbs: weights, optimizers, gradient rule, scales, random state."""
 
     def __init__(self, loop: TrainingLoop) -> None:
         self._loop = loop
         self._weights = {name: p.detach().clone() for name, p in loop.masters.items()}
         self._states = [copy.deepcopy(o.state_dict()) for o in loop.trainer.optimizers]
         self._scales = {n: s.detach().clone() for n, s in loop.switch.learned_scales.items()}
+        self._of_rule = copy.deepcopy(loop.switch.gradient.state())
         self._random = torch.get_rng_state()
         self._cuda_random = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
 
@@ -126,6 +127,7 @@ class _Snapshot:
         for optimizer, state in zip(self._loop.trainer.optimizers, self._states, strict=True):
             optimizer.load_state_dict(state)
         self._loop.switch.set_scales(self._scales)
+        self._loop.switch.gradient.load_state(self._of_rule)
         torch.set_rng_state(self._random)
         if self._cuda_random:
             torch.cuda.set_rng_state_all(self._cuda_random)
@@ -387,6 +389,7 @@ class TrainingLoop(LightningModule):
             "weights": {name: p.detach() for name, p in self.masters.items()},
             "optimizers": [optimizer.state_dict() for optimizer in self.trainer.optimizers],
             "learned_scales": {n: s.detach() for n, s in self.switch.learned_scales.items()},
+            "gradient_rule": self.switch.gradient.state(),
             "progress": asdict(self.progress),
             "switched_at": self.switched_at,
         } | {hook.name: hook.state() for hook in self.hooks if hook.name}
@@ -398,6 +401,7 @@ class TrainingLoop(LightningModule):
             parameter.copy_(state["weights"][name])
         self._resumed_optimizers = state["optimizers"]
         self.switch.set_scales(state["learned_scales"])
+        self.switch.gradient.load_state(state["gradient_rule"])
         self.progress = Progress(**state["progress"])
         self.clock = TrainingClock(self.progress.elapsed_seconds)
         self.switched_at = state["switched_at"]

@@ -38,6 +38,8 @@ OTHERS = [
         ("binary", "absmean", False),
         ("fp8_e4m3", "amax", False),
         ("fp8_e5m2", "percentile", False),
+        ("nf4", "amax", False),
+        ("nf4", "mse", False),
     )
     for group_size in (None, 20)
     for dtype in ("fp16", "bf16", "fp32")

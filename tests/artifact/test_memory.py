@@ -13,9 +13,9 @@ import torch
 from qat.artifact import coder
 from qat.artifact.coder import CODERS, GENERAL
 from qat.artifact.container import declared_bytes, pack
-from qat.quantize.grid import DTYPES, FP8, Grid
+from qat.quantize.grid import Grid
 from qat.quantize.plan import Encoded, Entry, Plan
-from qat.quantize.rounding import Codes
+from qat.quantize.rounding import DTYPES, Codes
 from tests.conftest import ROOT
 
 PROCESS = 64_000_000  # what a reader may take beside: threads, dictionaries, parts
@@ -55,7 +55,7 @@ def write(path: Path, storage: Grid | str, shapes: dict, name: str) -> int:
             continue
         entry = Entry(tensor, shape, storage)
         codes = torch.randn(shape).mul_(2).clamp_(-7, 7).to(torch.int8)
-        codes = codes.abs() if storage.levels in FP8 else codes  # -1 is one of its NaNs
+        codes = codes.abs() if storage.table.zero_has_sign else codes  # -1 is one of its NaNs
         scales = torch.ones(entry.scales_shape, dtype=DTYPES[storage.scale_dtype])
         zeros = torch.ones(entry.scales_shape, dtype=torch.int8) if entry.num_zeros else None
         encoded.append(Encoded(entry, Codes(codes, scales, zeros)))

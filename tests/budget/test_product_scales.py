@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from qat.quantize.gradients import see, sum_per_scale
+from qat.quantize.gradients.learned import Learned, sum_per_scale
 from qat.quantize.grid import Grid
 from qat.quantize.rounding import encode, snap
 
@@ -23,7 +23,7 @@ def products(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 def test_what_is_seen_is_what_is_stored() -> None:
     w, scales = products(0)
-    assert torch.equal(see(w, GRID, "identity", scales).weight, snap(w, GRID, scales))
+    assert torch.equal(Learned().see(w, GRID, scales=scales).weight, snap(w, GRID, scales))
 
 
 def test_without_scales_columns_have_1() -> None:
@@ -39,7 +39,7 @@ def test_gradients_are_those_of_rounding_seen_straight_through() -> None:
     w, scales = products(2)
     generator = torch.Generator().manual_seed(9)
     upstream = torch.randn(w.shape, generator=generator)
-    seen = see(w, GRID, "identity", scales)
+    seen = Learned().see(w, GRID, scales=scales)
     assert seen.slope is not None
     assert seen.scale_slope is not None
     ours = sum_per_scale(upstream * seen.scale_slope, GRID, scales)

@@ -53,6 +53,13 @@ def test_its_size_is_the_count_whatever_the_settings(file: Path) -> None:
         bundle([longest + "x"])
 
 
+def test_files_that_are_found_by_looking_are_in_it() -> None:
+    for folder in ("levels", "gradients"):
+        files = set((ROOT / "qat/quantize" / folder).glob("*.py"))
+        assert len(files) > 5
+        assert files <= set(code_files())
+
+
 def test_unpacked_it_is_the_project_and_makes_itself_again(file: Path) -> None:
     done = call(file, "--unpack", "sources")
     assert done.returncode == 0, done.stderr

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from qat.ptq import gptq
 from qat.ptq.gptq import BitPrices, GptqFactor
-from qat.quantize.grid import DTYPES, Grid
-from qat.quantize.rounding import Codes, decode, encode, snap
+from qat.quantize.grid import Grid
+from qat.quantize.rounding import DTYPES, Codes, decode, encode, snap
 from tests.quantize.test_grid import given_scales, grids
 
 
@@ -45,7 +45,7 @@ def dense_brain_surgeon(
     ``coded`` brings the levels. (rows, columns) float64 weights, the better of these and nearest.
     """
     rows, columns = w.shape
-    low, high = grid.code_limits
+    low, high = grid.table.limits
     size = grid.group_size or columns
     damped = hessian.double() + damping * hessian.diagonal().mean() * torch.eye(columns)
     remaining = list(range(columns))

@@ -7,7 +7,8 @@ import math
 import pytest
 import torch
 
-from qat.quantize.gradients import RULES, see, temperature
+from qat.quantize.gradients import make_rule, rule_kinds
+from qat.quantize.gradients.soft_round import temperature
 from qat.quantize.grid import Grid
 from qat.quantize.plan import build_plan
 from qat.quantize.rounding import encode, snap
@@ -72,7 +73,7 @@ def test_soft_round_slope_is_its_derivative(w: torch.Tensor) -> None:
 
 def test_soft_round_hardens(w: torch.Tensor) -> None:
     error = [
-        (see(w, GRID, "soft_round", progress=p).weight - snap(w, GRID)).abs().mean()
+        (make_rule("soft_round").see(w, GRID, progress=p).weight - snap(w, GRID)).abs().mean()
         for p in (0.0, 0.5, 1.0)
     ]
     assert error[0] > error[1] > error[2]
@@ -108,13 +109,23 @@ def test_learned_scale_has_the_lsq_gradient(w: torch.Tensor) -> None:
         assert torch.allclose(scales.grad[:, group], expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", sorted(set(rule_kinds()) - {"learned"}))
 def test_zero_rows_pass_gradients(rule: str) -> None:
     """Zero-initialised projections must be able to leave zero."""
     w = torch.zeros(3, 25)
     seen, grad, _, _ = gradient(w, rule, Grid(bits=4, group_size=10))
     assert not seen.any()
     assert (grad != 0).all()
+
+
+def test_what_a_rule_does_not_support_is_refused() -> None:
+    relaxed = {name for name, kind in rule_kinds().items() if not kind().supports(Grid("nf4"))}
+    assert relaxed == {"clipped", "learned", "noise", "soft_round"}
+    plan = build_plan({"w": (6, 25)}, {"grid": Grid("nf4")}, {"*": "grid"})
+    with pytest.raises(ValueError, match="gradient = soft_round: not for nf4"):
+        QatSwitch(plan, "soft_round")
+    with pytest.raises(ValueError, match="gradient = straight: choose from clipped, identity"):
+        QatSwitch(plan, "straight")
 
 
 def test_ramp_blends_masters_and_snapped(w: torch.Tensor) -> None:

@@ -9,15 +9,17 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from qat.quantize.grid import DTYPES, FP8, LEVELS, RANGES, SCALE_RULES, Grid
-from qat.quantize.rounding import Codes, check_finite, decode, encode, row_quantile, snap
+from qat.quantize.grid import Grid
+from qat.quantize.levels import all_levels
+from qat.quantize.levels.int import RANGES
+from qat.quantize.rounding import DTYPES, Codes, check_finite, decode, encode, row_quantile, snap
 
 
 @st.composite
 def grids(draw: st.DrawFn) -> Grid:
     """Any grid that is allowed."""
-    levels = draw(st.sampled_from(LEVELS))
-    rule = draw(st.sampled_from(SCALE_RULES))
+    levels = draw(st.sampled_from(tuple(all_levels())))
+    rule = draw(st.sampled_from(all_levels()[levels].scale_rules))
     fields = {
         "levels": levels,
         "bits": draw(st.integers(2, 8)) if levels == "int" else None,
@@ -81,9 +83,11 @@ def test_snap_is_decode_of_encode(w: torch.Tensor, grid: Grid) -> None:
     assert coded.scales.dtype == DTYPES[grid.scale_dtype]
     assert tuple(coded.scales.shape) == grid.scales_shape(tuple(w.shape))
     assert (coded.zeros is None) == (grid.range != "asymmetric")
-    low, high = grid.code_limits
-    numbers = coded.codes.view(FP8[grid.levels]) if grid.levels in FP8 else coded.codes
-    assert low <= float(numbers.float().min()) <= float(numbers.float().max()) <= high
+    low, high = grid.table.limits
+    numbers = grid.table.from_codes(coded.codes)
+    assert low <= float(numbers.min()) <= float(numbers.max()) <= high
+    lowest, highest = grid.table.codes
+    assert lowest <= int(coded.codes.min()) <= int(coded.codes.max()) <= highest
     snapped = snap(w, grid, scales)
     assert torch.isfinite(snapped).all()
     assert same_bits(snapped, decode(coded, grid))

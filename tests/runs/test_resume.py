@@ -16,9 +16,10 @@ import filelock
 import pytest
 import torch
 
+from qat.quantize import gradients
 from qat.training.checkpoint import load_checkpoint
 from qat.training.loop import TrainingLoop
-from tests.conftest import ROOT, result_of
+from tests.conftest import ROOT, code_in, result_of
 
 RUNS = Path("logs/runs")
 LONG = ["max_steps=20", "schedule.warmdown_steps=8", "logger.every_steps=3"]
@@ -100,6 +101,22 @@ def test_resumed_runs_end_in_the_same_bits(
     last = step // 4 * 4
     assert (f"going on after step {last}" in done.err) == (last > 0)
     same("whole", "torn")
+
+
+def test_the_gradient_rule_of_the_docs_is_one_file_and_its_state_survives(
+    train, program, plug_in, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plug_in(gradients, gradients.rule_kinds, "freeze", code_in("add_a_gradient.md")[0])
+    asked = [*LONG, "qat=int4", "qat.start_step=3", "checkpoint.every_steps=4"]
+    assert train(*asked, "run_name=identity").code == 0
+    asked.append("qat.gradient=freeze")
+    assert train(*asked, "run_name=whole").code == 0
+    crash_in(monkeypatch, 13)
+    crashed(train, *asked, "run_name=torn")
+    assert program("train.py", "resume=torn").code == 0
+    same("whole", "torn")
+    losses = {n: result_of(RUNS / n)["train_loss"] for n in ("identity", "whole")}
+    assert losses["identity"] != losses["whole"]
 
 
 def test_a_run_that_died_in_its_export_does_not_train_again(

@@ -1,0 +1,77 @@
+"""Gradient rules: what the model sees of a master weight, and how gradients get back to it.
+
+A rule is a file of this folder that says ``RULE``, a subclass of ``GradientRule``. Files are found
+by looking, and a file's name is the value of ``qat.gradient``: docs/add_a_gradient.md. None of it
+runs inside the model's graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cache
+from importlib import import_module
+from pkgutil import iter_modules
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from qat.quantize.grid import Grid
+
+
+class Seen(NamedTuple):
+    """The weight seen; d seen / d master (None: 1) and, per weight, d seen / d scale (or None)."""
+
+    weight: Tensor
+    slope: Tensor | None = None
+    scale_slope: Tensor | None = None
+
+
+class GradientRule:
+    """One rule at work in one run: an object of its own, so it may keep state."""
+
+    is_on_grid = True  # the weights seen are those of the grid, while QAT is on
+    snaps_only = False  # seen is ``snap(w, grid)`` and nothing else, which a fused pass does sooner
+    draws = False  # asks for a generator
+
+    def supports(self, grid: Grid) -> bool:
+        """The relaxations need levels 1 apart, and one scale for coding and decoding."""
+        plain = grid.code_scale_dtype is None and not grid.refit
+        return grid.table.is_even and grid.range != "asymmetric" and plain
+
+    def see(
+        self,
+        w: Tensor,
+        grid: Grid,
+        *,
+        name: str = "",
+        scales: Tensor | None = None,
+        progress: float = 0.0,
+        generator: torch.Generator | None = None,
+    ) -> Seen:
+        """Once per update and tensor, without autograd. ``w`` is float32, ``name`` the parameter's;
+        ``scales`` are learned ones (rows, groups); ``progress`` runs from 0 at the switch to 1;
+        ``generator`` is the same on every rank, another for every tensor and update.
+        """
+        raise NotImplementedError
+
+    def state(self) -> dict[str, Tensor]:
+        """What ``see`` remembers from one update to the next; saved with every checkpoint."""
+        return {}
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from a saved state, whose tensors are on any device."""
+
+
+@cache
+def rule_kinds() -> dict[str, type[GradientRule]]:
+    """Every rule of this folder by the name of its file."""
+    names = sorted(found.name for found in iter_modules(__path__))
+    return {name: import_module(f"{__name__}.{name}").RULE for name in names}
+
+
+def make_rule(name: str) -> GradientRule:
+    """A rule of its own for one run. ValueError if there is no such file."""
+    if name not in rule_kinds():
+        raise ValueError(f"gradient = {name}: choose from {', '.join(rule_kinds())}")
+    return rule_kinds()[name]()

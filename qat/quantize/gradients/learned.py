@@ -1,0 +1,77 @@
+"""Learned scales (LSQ, arXiv 1902.08153): clipped, and scales have a gradient of their own,
+
+    dL/dseen * (code - w/scale inside, code at the clamps) / sqrt(N * highest code),
+
+N weights a scale. Tensors on a grid of scale_rule=learned follow it whatever ``qat.gradient`` says.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qat.quantize.gradients import GradientRule, Seen
+from qat.quantize.grid import Grid
+from qat.quantize.rounding import (
+    Codes,
+    by_group,
+    decode,
+    encode,
+    group_views,
+    in_scale_units,
+    products_in_scale_units,
+    round_to_levels,
+    stored_scales,
+)
+
+
+class Learned(GradientRule):
+    def supports(self, grid: Grid) -> bool:
+        return grid.scale_rule == "learned"
+
+    def see(self, w: Tensor, grid: Grid, *, scales: Tensor | None = None, **_: Any) -> Seen:
+        """``scale_slope`` is d seen / d scale; of products of scales in units of the product."""
+        assert scales is not None
+        if grid.column_scales:
+            return self._see_products(w, grid, scales)
+        low, high = grid.table.limits
+
+        def of_group(view: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            x = in_scale_units(view, scale)
+            code = round_to_levels(x, grid)
+            inside = (x > low) & (x < high)
+            slope = (code - x * inside) / math.sqrt(view.size(-1) * high)
+            return code * scale + 0.0, inside.float(), slope
+
+        return Seen(*by_group(of_group, w, encode(w, grid, scales).scales, grid))
+
+    def _see_products(self, w: Tensor, grid: Grid, scales: Tensor) -> Seen:
+        stored = stored_scales(scales, grid)
+        x = products_in_scale_units(w, stored)
+        codes = round_to_levels(x, grid)
+        inside = x.abs() < grid.table.limits[1]
+        slope = codes - x * inside
+        seen = decode(Codes(grid.table.to_codes(codes).view_as(w), stored), grid)
+        return Seen(seen, inside.float().view_as(w), slope.view_as(w))
+
+
+def sum_per_scale(x: Tensor, grid: Grid, scales: Tensor) -> Tensor:
+    """Sum over the weights that share a scale; weight's shape -> (rows, groups) as ``scales``.
+
+    Of products ``x`` is in units of the product: a row's sum goes over its columns' scales, and the
+    other way, each over the root of the weights times the highest code (LSQ).
+    """
+    if grid.column_scales:
+        rows = x.size(0) if x.dim() > 1 else 1
+        of_rows, of_columns = scales[:rows], scales[rows:]
+        matrix, high = x.reshape(rows, -1), grid.table.limits[1]
+        by_row = (matrix @ of_columns) / math.sqrt(len(of_columns) * high)
+        by_column = (matrix.T @ of_rows) / math.sqrt(rows * high)
+        return torch.cat([by_row, by_column])
+    return torch.cat([view.sum(-1) for view in group_views(x, grid)], dim=1)
+
+
+RULE = Learned

@@ -1,0 +1,102 @@
+"""Number formats: the levels that a weight may take, in units of its scale.
+
+A format is a file of this folder that says ``LEVELS``, a tuple of ``Levels``. Files are found by
+looking, and the names of their levels are the values of ``grid.levels``: docs/add_a_format.md.
+
+No file here imports torch outside its functions: settings and ``--help`` ask for names and limits.
+Functions take and give tensors of any shape, element by element, on any device.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import cache
+from importlib import import_module
+from itertools import pairwise
+from pkgutil import iter_modules
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+CLIP_RULES = ("amax", "percentile", "sigma", "mse")  # find a clip: the place of the highest level
+SCALE_RULES = (*CLIP_RULES, "fixed", "absmean", "learned", "given")
+CHUNK = 1 << 22  # codes looked up at once: an index takes four bytes
+
+
+class Levels:
+    """One format. Here is what holds for levels that are small integers, stored as they are."""
+
+    name: str
+    limits: tuple[float, float]  # the lowest and the highest level
+    codes: tuple[int, int]  # the lowest and the highest of the bytes that stand for them
+    bits: float  # of a code, packed as tightly as the number of levels allows
+    scale_rules: tuple[str, ...] = tuple(rule for rule in SCALE_RULES if rule != "learned")
+    takes: tuple[str, ...] = ()  # of Grid's fields ``refit`` and ``column_scales``
+    # Neighbours are 1 apart, between limits: relaxed gradients, learned scales and fused passes,
+    # which round without asking ``nearest``, need that.
+    is_even = False
+    has_zero = True  # without: where a scale is 0, the code is 0 all the same
+    zero_has_sign = False  # a code is a sign bit and a magnitude of seven
+
+    @property
+    def label(self) -> str:
+        return self.name
+
+    def of(self, bits: int | None, range: str) -> Levels:
+        """The levels for these fields of a grid. ValueError naming the field that has no place."""
+        if bits is not None:
+            raise ValueError(f"bits = {bits}: {self.name} has its own levels")
+        if range != "symmetric":
+            raise ValueError(f"range = {range}: {self.name} levels are symmetric")
+        return self
+
+    def nearest(self, x: Tensor) -> Tensor:
+        """Weights in units of their scale -> levels, a new tensor. Both float32."""
+        raise NotImplementedError
+
+    def to_codes(self, levels: Tensor) -> Tensor:
+        """Levels, float32 -> int8."""
+        return levels.char()
+
+    def from_codes(self, codes: Tensor) -> Tensor:
+        """Contiguous int8 -> levels, a new float32 tensor."""
+        return codes.float()
+
+
+class ListedLevels(Levels):
+    """Any ascending values, stored by their place, counted from that of 0; a tie goes down."""
+
+    def __init__(self, name: str, values: tuple[float, ...], scale_rules: tuple[str, ...]) -> None:
+        self.name, self.values, self.scale_rules = name, values, scale_rules
+        self.limits = values[0], values[-1]
+        self.codes = -values.index(0.0), len(values) - 1 - values.index(0.0)
+        self.bits = math.log2(len(values))
+        self.between = [(low + high) / 2 for low, high in pairwise(values)]
+
+    def nearest(self, x: Tensor) -> Tensor:
+        return self.from_codes(self.to_codes(x))
+
+    def to_codes(self, levels: Tensor) -> Tensor:
+        import torch
+
+        between = torch.tensor(self.between, device=levels.device)
+        places = torch.bucketize(levels.contiguous(), between, out_int32=True)
+        return places.add_(self.codes[0]).char()
+
+    def from_codes(self, codes: Tensor) -> Tensor:
+        import torch
+
+        values = torch.tensor(self.values, device=codes.device)
+        found = torch.empty(codes.shape, device=codes.device)
+        parts = (t.view(-1).split(CHUNK) for t in (codes, found))
+        for part, into in zip(*parts, strict=True):
+            torch.index_select(values, 0, part.int().sub_(self.codes[0]), out=into)
+        return found
+
+
+@cache
+def all_levels() -> dict[str, Levels]:
+    """Every format of this folder by its name."""
+    modules = [import_module(f"{__name__}.{found.name}") for found in iter_modules(__path__)]
+    return {levels.name: levels for module in modules for levels in module.LEVELS}

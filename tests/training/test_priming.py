@@ -1,0 +1,28 @@
+"""What priming disturbs is as it was before it."""
+
+from __future__ import annotations
+
+import torch
+from qat.training.priming import Snapshot
+
+from qat.quantize import gradients
+from qat.quantize.grid import Grid
+from qat.quantize.plan import build_plan
+from qat.quantize.switch import QatSwitch
+from tests.conftest import code_in
+
+
+def test_a_gradient_rule_forgets_the_priming_steps(plug_in) -> None:
+    plug_in(gradients, gradients.rule_kinds, "freeze", code_in("add_a_gradient.md")[0])
+    masters = {"w": torch.randn(4, 8)}
+    switch = QatSwitch(build_plan({"w": (4, 8)}, {"grid": Grid(bits=4)}, {"*": "grid"}), "freeze")
+    switch.refresh(masters, True)
+    before = {name: tensor.clone() for name, tensor in switch.gradient.state().items()}
+    assert set(before) == {"codes w", "flips w"}
+    snapshot = Snapshot(masters, [], switch)
+    masters["w"].neg_()
+    switch.refresh(masters, True)
+    assert switch.gradient.state()["flips w"].any()
+    snapshot.restore()
+    after = switch.gradient.state()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
