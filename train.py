@@ -31,10 +31,10 @@ def resolve(settings: TrainSettings, choices) -> TrainSettings:
 
         settings, choices = saved_settings(settings)
     settings = checks.resolve_train(settings, choices)
-    from qat.training.build import check_coder, plan_of, shape_of, switch_of
+    from qat.training.build import check_coder, plan_of, spec_of, switch_of
 
     check_coder(settings)
-    plan = plan_of(shape_of(settings.model), settings.grid, settings.plan)
+    plan = plan_of(spec_of(settings.model), settings.grid, settings.plan)
     switch_of(plan, settings.qat, settings.seed)
     return settings
 
@@ -90,7 +90,7 @@ def train(s: TrainSettings, training_run) -> int:
     from qat.text.shards import TokenStream
     from qat.text.source import from_settings
     from qat.text.tokenizer import Tokenizer
-    from qat.training.build import build_gpt, plan_of
+    from qat.training.build import build_model, plan_of, spec_of
     from qat.training.checkpoint import load_checkpoint
     from qat.training.fit import Forecast, StopAtSigterm, build_trainer, fit
     from qat.training.progress_bar import ProgressBar
@@ -105,11 +105,11 @@ def train(s: TrainSettings, training_run) -> int:
             stream.check_ids(s.model.vocab_size)
         tokenizer.check_unknown(val_stream)
     budget = Budget(s.limit_bytes, count_code_bytes())
-    gpt = build_gpt(s.model, s.seed)
-    plan = plan_of(gpt.shape, s.grid, s.plan)
+    gpt, spec = build_model(s.model, s.seed), spec_of(s.model)
+    plan = plan_of(spec, s.grid, s.plan)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     scorer = Scorer(
-        gpt.shape, val_stream, tokenizer.byte_table, s.seq_len, s.eval, device,
+        spec, val_stream, tokenizer.byte_table, s.seq_len, s.eval, device,
         training_run.console,
     )  # fmt: skip
     training_run.start(source, tokenizer, train_stream, val_stream, plan)
@@ -123,7 +123,7 @@ def train(s: TrainSettings, training_run) -> int:
     first_step = state["progress"]["step"] if state is not None else 0
     trainer = build_trainer(training_run.loggers(first_step), callbacks)
     shape = BatchShape(s.batch_tokens, s.seq_len, machine.world_size(), checks.micro_batches(s))
-    meta = artifact_meta(gpt.shape, s.seq_len, tokenizer.sha256, source.identity)
+    meta = artifact_meta(spec, s.seq_len, tokenizer.sha256, source.identity)
 
     def file_bytes(masters, scales) -> int:
         return len(pack(plan.encode(masters, scales), plan, meta, s.artifact.coder))
@@ -148,7 +148,7 @@ def train(s: TrainSettings, training_run) -> int:
     weights, scales = last, last_scales
     if outcome.average is not None:
         weights, scales = (placed(tensors) for tensors in outcome.average)
-    model = TrainedModel(gpt.shape, weights, plan, scales, outcome.qat_last_step == outcome.steps)
+    model = TrainedModel(spec, weights, plan, scales, outcome.qat_last_step == outcome.steps)
     text = CalibrationText(train_stream, s.micro_batch_tokens, s.seq_len, s.precision)
     done = trainer.strategy.broadcast(
         store(

@@ -37,7 +37,7 @@ from qat.settings.schema import (
 from qat.text.shards import TokenStream
 from qat.text.source import from_settings
 from qat.text.tokenizer import Tokenizer
-from qat.training.build import plan_of, shape_of
+from qat.training.build import plan_of, spec_of
 from qat.training.checkpoint import load_checkpoint
 
 Tensors = dict[str, torch.Tensor]
@@ -59,7 +59,7 @@ def plan_in(settings: dict[str, Any], storage: dict[str, Any]) -> Plan:
     wanted = storage["plan"]
     grids = {name: GridSettings(**grid) for name, grid in wanted["grids"].items()}
     return plan_of(
-        shape_of(ModelSettings(**settings["model"])),
+        spec_of(ModelSettings(**settings["model"])),
         GridSettings(**storage["grid"]),
         PlanSettings(**wanted | {"grids": grids}),
     )
@@ -81,21 +81,21 @@ def store_again(
     ``is_own``: the run was trained for this plan; ``is_on_grid`` as in TrainedModel. UserError or
     TrainingError if its checkpoint or its data cannot be read or stored.
     """
-    shape = shape_of(ModelSettings(**settings["model"]))
+    spec = spec_of(ModelSettings(**settings["model"]))
     data = DataSettings(**settings["data"])
     reads_text = artifact.fill or artifact.method == "gptq"
     if not reads_text:  # then no training shards are needed: they may be gone, or gigabytes
         data = replace(data, train_files=None, train_shards=1)
-    source = from_settings(data, shape.vocab_size)
+    source = from_settings(data, spec.vocab_size)
     tokenizer = Tokenizer(source.tokenizer)
     seq_len, precision = settings["seq_len"], settings["precision"]
-    meta = artifact_meta(shape, seq_len, tokenizer.sha256, source.identity)
+    meta = artifact_meta(spec, seq_len, tokenizer.sha256, source.identity)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     weights, scales = (
         {name: tensor.to(device) for name, tensor in tensors.items()}
         for tensors in stored_tensors(folder / CHECKPOINT)
     )
-    model = TrainedModel(shape, weights, plan, scales if is_own else {}, is_on_grid)
+    model = TrainedModel(spec, weights, plan, scales if is_own else {}, is_on_grid)
     text = None
     if reads_text:
         stream = TokenStream(source.train_files, "data.train_files")
@@ -103,7 +103,7 @@ def store_again(
     plot = file.with_suffix(".png")
     done, _ = store(model, artifact, text, budget, meta, file, plot, console)
     scorer = Scorer(
-        shape,
+        spec,
         TokenStream(source.val_files, "data.val_files"),
         tokenizer.byte_table,
         seq_len,

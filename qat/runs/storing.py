@@ -117,7 +117,7 @@ def _by_gptq(
     weights = dict(model.weights)
     seen = model.plan.snap(weights, model.scales) if model.is_on_grid else weights
     sequences = training_sequences(text.stream, min(text.seq_len, MAX_TOKENS))
-    method = gptq(read_inputs(model.shape, seen, sequences), bit_price=artifact.gptq_bit_price)
+    method = gptq(read_inputs(model.spec, seen, sequences), bit_price=artifact.gptq_bit_price)
     encoded = encoded_by(model.plan, weights, method, model.scales)
     if not artifact.fill or not model.scales:
         return encoded

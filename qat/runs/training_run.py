@@ -34,7 +34,7 @@ from qat.settings.schema import TrainSettings, as_yaml
 from qat.text.shards import TokenStream
 from qat.text.source import Source, absolute_paths
 from qat.text.tokenizer import Tokenizer
-from qat.training.build import plan_of, shape_of
+from qat.training.build import plan_of, spec_of
 from qat.training.fit import Outcome
 
 if TYPE_CHECKING:
@@ -117,7 +117,7 @@ class TrainingRun:
             seed=s.seed,
             profile=s.profile,
             qat=str(job.choices["qat"]),
-            grid=stored_label(plan_of(shape_of(s.model), s.grid, s.plan), s.artifact),
+            grid=stored_label(plan_of(spec_of(s.model), s.grid, s.plan), s.artifact),
             hardware=provenance.hardware(machine.world_size()),
             commit=provenance.commit(),
             data=None,

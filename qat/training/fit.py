@@ -18,12 +18,12 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins.environments import LightningEnvironment, TorchElasticEnvironment
+from torch import nn
 from torch.utils.data import DataLoader
 
 from qat.budget.budget import Budget
 from qat.budget.price_control import File, PriceControl, Tensors
 from qat.errors import TrainingError
-from qat.model.gpt import GPT
 from qat.quantize.plan import Plan
 from qat.text.batches import BatchShape, TrainingBatches
 from qat.text.shards import TokenStream
@@ -224,7 +224,7 @@ def _price_control(
 
 def fit(
     s: TrainSettings,
-    gpt: GPT,
+    gpt: nn.Module,
     plan: Plan,
     budget: Budget,
     stream: TokenStream,

@@ -16,12 +16,11 @@ import time
 
 import torch
 from lightning import LightningModule
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from qat.budget.price_control import PriceControl
 from qat.errors import PreemptedError
-from qat.model.gpt import GPT
 from qat.quantize.switch import QatSwitch
 from qat.training.averaging import Averaging
 from qat.training.clock import TrainingClock
@@ -49,7 +48,7 @@ class QatModule(LightningModule):
 
     def __init__(
         self,
-        gpt: GPT,
+        gpt: nn.Module,
         switch: QatSwitch,
         schedule: Schedule,
         optimizer_settings,

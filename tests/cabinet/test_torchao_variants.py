@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from importlib.machinery import ModuleSpec
 
 import pytest
@@ -11,7 +12,7 @@ from torch import Tensor
 from qat.cabinet import torchao_variants as rows
 from qat.cabinet.torchao_variants import torchao_variants
 from qat.cabinet.variant import float_gpt
-from qat.model.gpt import GPTShape
+from qat.model.spec import ModelSpec
 from tests.cabinet.conftest import (
     CPU,
     SHAPE,
@@ -69,7 +70,7 @@ def test_rows_compute_with_the_weights_they_hold(name: str, weights: dict[str, T
 @pytest.mark.parametrize("name", [*WEIGHT_ONLY, DYNAMIC])
 @pytest.mark.parametrize("is_tied", [True, False])
 def test_memory_is_what_the_formats_say(name: str, is_tied: bool) -> None:
-    shape = GPTShape(**SHAPE.as_dict() | {"tie_embeddings": is_tied})
+    shape = replace(SHAPE, tie_embeddings=is_tied)
     weights = random_weights(shape)
     kept = named(torchao_variants(shape, weights, CPU), f"torchao {name}").make()
     matrices = block_matrices(weights)
@@ -129,7 +130,7 @@ def test_reasons_are_one_line(weights: dict[str, Tensor], monkeypatch: pytest.Mo
 
 
 def test_a_shape_that_torchao_refuses_is_a_reason_in_one_line() -> None:
-    shape = GPTShape(96, 2, 48, 4, 2, 2, True)
+    shape = ModelSpec(96, 2, 48, 4, 2, 2, True)
     variants = torchao_variants(shape, random_weights(shape), CPU)
     reason = named(variants, "torchao IntxWeightOnly int4 g32").missing()
     assert reason is not None
