@@ -193,7 +193,7 @@ def build_plan(
 
     A rule is the name of a grid in ``grids``, or fp16, bf16 or fp32. Of what a rule puts on a grid
     vectors stay fp32, and tensors of fewer than ``grid_min_elements`` elements fp16, as in the
-    challenge's export. ValueError: a tensor without a rule, an unknown rule, or nothing on any grid.
+    challenge's export. ValueError: a tensor without a rule, an unknown rule, nothing on any grid.
     """
     if taken := sorted(set(grids) & set(DTYPES)):
         raise ValueError(f"plan.grids.{taken[0]}: the name of a dtype; give another")
