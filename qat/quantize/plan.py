@@ -197,14 +197,15 @@ def build_plan(
     """
     if taken := sorted(set(grids) & set(DTYPES)):
         raise ValueError(f"plan.grids.{taken[0]}: the name of a dtype; give another")
+    for glob, rule in rules.items():
+        if rule not in grids and rule not in DTYPES:
+            options = ", ".join([*grids, *DTYPES])
+            raise ValueError(f"plan.rules: {rule!r} for {glob}: choose from {options}")
     entries = []
     for name, shape in shapes.items():
         rule = next((rule for glob, rule in rules.items() if fnmatchcase(name, glob)), None)
         if rule is None:
             raise ValueError(f"plan.rules: no pattern matches {name}; end the rules with '*'")
-        if rule not in grids and rule not in DTYPES:
-            options = ", ".join([*grids, *DTYPES])
-            raise ValueError(f"plan.rules: {rule!r} for {name}: choose from {options}")
         if rule in grids and len(shape) < 2:
             entries.append(Entry(name, tuple(shape)))
         elif rule in DTYPES:

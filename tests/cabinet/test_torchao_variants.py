@@ -11,7 +11,7 @@ from torch import Tensor
 
 from qat.cabinet import torchao_variants as rows
 from qat.cabinet.torchao_variants import torchao_variants
-from qat.cabinet.variant import float_gpt
+from qat.cabinet.variant import float_model
 from qat.model.spec import ModelSpec
 from tests.cabinet.conftest import (
     CPU,
@@ -107,7 +107,7 @@ def test_needs_are_those_of_the_machine(
 ) -> None:
     """What a machine with CUDA would be told, before torchao is asked."""
     cuda = torch.device("cuda")
-    monkeypatch.setattr(rows, "float_gpt", lambda *_: None)
+    monkeypatch.setattr(rows, "float_model", lambda *_: None)
     monkeypatch.setattr(rows, "_failure", lambda *_: "asked torchao")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 6))
     reasons = {v.name: v.missing() for v in torchao_variants(SHAPE, weights, cuda)}
@@ -153,8 +153,8 @@ def test_rows_for_cuda_compute_in_bfloat16(weights: dict[str, Tensor]) -> None:
     """Their casts, around a configuration that a CPU has too."""
     row = rows.Row(rows.ROWS["Float8WeightOnly"].config, capability=(0, 0))
     parameters = {key: torch.nn.Parameter(w) for key, w in weights.items()}
-    gpt = float_gpt(SHAPE, parameters, CPU)
-    rows._convert(gpt, row, CPU)
+    gpt = float_model(SHAPE, parameters, CPU)
+    rows._convert(gpt, SHAPE, row, CPU)
     assert parameters["blocks.0.mlp.fc.weight"].dtype == torch.float32  # the caller's own
     layer = gpt.blocks[0].mlp.fc
     assert layer.weight.dtype == torch.bfloat16
