@@ -197,10 +197,10 @@ def build_plan(
     """
     if taken := sorted(set(grids) & set(DTYPES)):
         raise ValueError(f"plan.grids.{taken[0]}: the name of a dtype; give another")
-    for glob, rule in rules.items():
-        if rule not in grids and rule not in DTYPES:
+    for glob, asked in rules.items():
+        if asked not in grids and asked not in DTYPES:
             options = ", ".join([*grids, *DTYPES])
-            raise ValueError(f"plan.rules: {rule!r} for {glob}: choose from {options}")
+            raise ValueError(f"plan.rules: {asked!r} for {glob}: choose from {options}")
     entries = []
     for name, shape in shapes.items():
         rule = next((rule for glob, rule in rules.items() if fnmatchcase(name, glob)), None)
