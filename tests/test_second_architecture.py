@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from qat.artifact.container import read_artifact
 from qat.golf.bundle import code_files
-from tests.conftest import result_of
+from tests.conftest import ROOT, result_of
 
 LLAMA = ("model=llama_4x288", "model.num_layers=2", "model.dim=64", "model.num_heads=4",
          "model.num_kv_heads=2", "max_steps=6", "schedule.warmdown_steps=2")  # fmt: skip
@@ -115,3 +119,33 @@ def test_a_mistake_is_one_line(override: str, message: str, llama) -> None:
     done = llama(override)
     assert (done.code, len(done.err.splitlines())) == (2, 1), done.err
     assert message in done.err
+
+
+@pytest.mark.slow
+def test_the_documented_model_is_two_files(tiny: list[str], tmp_path: Path) -> None:
+    """docs/add_a_model.md, followed to the letter in a copy of the project."""
+    page = (ROOT / "docs" / "add_a_model.md").read_text("utf-8")
+    for name in ("qat", "conf"):
+        shutil.copytree(ROOT / name, tmp_path / name)
+    for name in ("train.py", "eval.py", "pyproject.toml"):
+        shutil.copy(ROOT / name, tmp_path)
+    for kind, place in (("python", "qat/model/mean_mix.py"), ("yaml", "conf/model/mean_mix.yaml")):
+        assert f"`{place}`" in page
+        (tmp_path / place).write_text(re.findall(rf"```{kind}\n(.*?)```", page, re.DOTALL)[0])
+    commands = (
+        ["train.py", "model=mean_mix", "qat=int6", *tiny, "qat.start_step=4", "run_name=r",
+         "artifact.method=gptq"],
+        ["eval.py", "eval=full", "run=r", "eval.resamples=20", "eval.repeats=1",
+         "eval.layers_tokens=256", *(setting for setting in tiny if "data." in setting)],
+        ["eval.py", "task=submission", "run=r", "out=handed_in"],
+    )  # fmt: skip
+    for command in commands:
+        done = subprocess.run(
+            [sys.executable, *command], cwd=tmp_path, capture_output=True, text=True,
+            env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        )  # fmt: skip
+        assert done.returncode == 0, (command, done.stderr)
+    row = result_of(tmp_path / RUNS / "r")
+    assert (row["on_grid_share"], row["status"]) == (1.0, "finished")
+    model = read_artifact(tmp_path / RUNS / "r" / "artifact.qat").meta["model"]
+    assert (model["name"], model["more"]) == ("mean_mix", {"power": 1.0})
