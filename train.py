@@ -31,10 +31,10 @@ def resolve(settings: TrainSettings, choices) -> TrainSettings:
 
         settings, choices = saved_settings(settings)
     settings = checks.resolve_train(settings, choices)
-    from qat.training.build import check_coder, check_gradient, plan_of, shape_of
+    from qat.training.build import check_coder, check_gradient, plan_of, spec_of
 
     check_coder(settings)
-    plan = plan_of(shape_of(settings.model), settings.grid, settings.plan)
+    plan = plan_of(spec_of(settings.model), settings.grid, settings.plan)
     check_gradient(plan, settings.qat)
     return settings
 
@@ -114,16 +114,16 @@ def train(s: TrainSettings, training_run) -> int:
         for stream in (train_stream, val_stream):
             stream.check_ids(s.model.vocab_size)
         tokenizer.check_unknown(val_stream)
-    plan, shape = training_run.plan, training_run.shape
+    plan, spec = training_run.plan, training_run.spec
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     scorer = Scorer(
-        shape, val_stream, tokenizer.byte_table, s.seq_len, s.eval, device, training_run.console
+        spec, val_stream, tokenizer.byte_table, s.seq_len, s.eval, device, training_run.console
     )
     training_run.start(source, tokenizer, train_stream, val_stream)
 
     # How the weights will be stored.
     budget = Budget(s.limit_bytes, count_code_bytes())
-    meta = artifact_meta(shape, s.seq_len, tokenizer.sha256, source.identity)
+    meta = artifact_meta(spec, s.seq_len, tokenizer.sha256, source.identity)
     text = CalibrationText(train_stream, s.micro_batch_tokens, s.seq_len, s.precision)
     storage = Storage(s.artifact, budget, meta, text)
 
@@ -167,7 +167,7 @@ def train(s: TrainSettings, training_run) -> int:
     if averaging.weights.count:
         weights = placed(averaging.weights.tensors)
         scales = placed(averaging.learned_scales.tensors) if last_scales else {}
-    model = TrainedModel(shape, weights, plan, scales, outcome.qat_last_step == outcome.steps)
+    model = TrainedModel(spec, weights, plan, scales, outcome.qat_last_step == outcome.steps)
     path, plot = training_run.path(ARTIFACT), training_run.path(PLOT)
     is_writer = machine.rank() == 0
     done = storage.store(model, path, plot, training_run.console) if is_writer else None

@@ -31,7 +31,8 @@ from qat.artifact.sections import (  # noqa: E402
     matrix_of,
 )
 from qat.evaluation.inspect_task import order0_bits  # noqa: E402
-from qat.model.gpt import GPT, GPTShape  # noqa: E402
+from qat.model.gpt import GPT  # noqa: E402
+from qat.model.spec import ModelSpec  # noqa: E402
 from qat.quantize.grid import Grid  # noqa: E402
 from qat.quantize.plan import build_plan  # noqa: E402
 from qat.training.checkpoint import load_checkpoint  # noqa: E402
@@ -48,7 +49,7 @@ GRIDS = {
 def golf_weights() -> dict[str, torch.Tensor]:
     """Gaussian, with scales of their own in rows and columns."""
     torch.manual_seed(0)
-    shapes = GPT(GPTShape(1024, 9, 512, 8, 4, 2, True)).state_dict()
+    shapes = GPT(ModelSpec(1024, 9, 512, 8, 4, 2, True)).state_dict()
     weights = {}
     for name, like in shapes.items():
         if name.endswith("weight"):

@@ -35,7 +35,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from qat.evaluation.score import Scorer  # noqa: E402
-from qat.model.gpt import GPT, Attention, GPTShape  # noqa: E402
+from qat.model.gpt import GPT, Attention  # noqa: E402
+from qat.model.spec import ModelSpec  # noqa: E402
 from qat.settings.schema import EvalSettings  # noqa: E402
 from qat.text.audit import audit  # noqa: E402
 from qat.text.byte_table import ByteTable  # noqa: E402
@@ -106,7 +107,7 @@ def _torchs_attention(q_BHTD: Tensor, k_BGTD: Tensor, v_BGTD: Tensor) -> Tensor:
 def _naive_sliding(scorer: Scorer, weights: dict[str, torch.Tensor], rows: int) -> float:
     """Mean loss in nats; all logits of ``rows`` windows at a time, the scored ones used."""
     with torch.device("meta"):
-        gpt = GPT(scorer.shape)
+        gpt = GPT(scorer.spec)
     windows, total = scorer.windows, 0.0
     for first in range(0, len(windows.starts), rows):
         starts, tails = (found[first : first + rows] for found in (windows.starts, windows.tails))
@@ -122,7 +123,7 @@ def _naive_sliding(scorer: Scorer, weights: dict[str, torch.Tensor], rows: int) 
 @torch.inference_mode()
 def bench_sliding() -> None:
     torch.manual_seed(0)
-    shape = GPTShape(VOCAB_SIZE, 4, 288, 6, 3, 2, True)
+    shape = ModelSpec(VOCAB_SIZE, 4, 288, 6, 3, 2, True)
     weights = {name: torch.randn_like(p) * 0.05 for name, p in GPT(shape).named_parameters()}
     table = ByteTable(
         torch.full((VOCAB_SIZE,), 3), torch.zeros(VOCAB_SIZE, dtype=torch.bool),

@@ -26,7 +26,8 @@ from qat.budget.budget import Budget  # noqa: E402
 from qat.budget.fill import BudgetSolver, TrainedModel  # noqa: E402
 from qat.evaluation.score import Scorer  # noqa: E402
 from qat.golf.bundle import count_code_bytes  # noqa: E402
-from qat.model.gpt import GPT, GPTShape  # noqa: E402
+from qat.model.gpt import GPT  # noqa: E402
+from qat.model.spec import ModelSpec  # noqa: E402
 from qat.ptq.calibration import calibration_batches  # noqa: E402
 from qat.quantize.grid import Grid  # noqa: E402
 from qat.quantize.plan import build_plan  # noqa: E402
@@ -36,7 +37,7 @@ from qat.settings.schema import DataSettings, EvalSettings, ModelSettings  # noq
 from qat.text.shards import TokenStream  # noqa: E402
 from qat.text.source import from_settings  # noqa: E402
 from qat.text.tokenizer import Tokenizer  # noqa: E402
-from qat.training.build import shape_of  # noqa: E402
+from qat.training.build import spec_of  # noqa: E402
 
 GRIDS = {
     "int6": Grid(bits=6),
@@ -48,10 +49,10 @@ GRIDS = {
     "ternary": Grid(levels="ternary", scale_rule="absmean", refit=True),
 }
 RULES = {"*.weight": "grid", "*": "fp32"}
-GOLF = GPTShape(1024, 9, 512, 8, 4, 2, True)
+GOLF = ModelSpec(1024, 9, 512, 8, 4, 2, True)
 
 
-def solver_for(shape: GPTShape, weights, stream: TokenStream, seq_len: int, precision: str):
+def solver_for(shape: ModelSpec, weights, stream: TokenStream, seq_len: int, precision: str):
     batches = calibration_batches(stream, 32_768, 4096, seq_len)
     shapes = {name: tuple(w.shape) for name, w in weights.items()}
     plan = build_plan(shapes, {"grid": GRIDS["int6"]}, RULES)
@@ -63,7 +64,7 @@ def against_grids(folder: Path) -> list[dict]:
     result = Result.read(folder)
     assert result is not None, f"{folder} has no result.json"
     s = result.settings
-    shape = shape_of(ModelSettings(**s["model"]))
+    shape = spec_of(ModelSettings(**s["model"]))
     source = from_settings(DataSettings(**s["data"]), shape.vocab_size)
     weights, _ = stored_tensors(folder / "checkpoint.ckpt")
     weights = {name: w.float() for name, w in weights.items()}

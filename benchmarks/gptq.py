@@ -28,7 +28,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from qat.cabinet.grid_variants import plan_for  # noqa: E402
-from qat.model.gpt import GPT, GPTShape  # noqa: E402
+from qat.model.gpt import GPT  # noqa: E402
+from qat.model.spec import ModelSpec  # noqa: E402
 from qat.ptq.awq import awq  # noqa: E402
 from qat.ptq.calibration import MAX_TOKENS, random_sequences, read_inputs  # noqa: E402
 from qat.ptq.gptq import (  # noqa: E402
@@ -113,7 +114,7 @@ ARMS = {
 
 def whole_model() -> dict[str, float]:
     """Seconds of calibration and of GPTQ."""
-    shape = GPTShape(1024, LAYERS, 512, 8, 4, 2, True)
+    shape = ModelSpec(1024, LAYERS, 512, 8, 4, 2, True)
     weights = {name: torch.randn_like(p) * 0.02 for name, p in GPT(shape).named_parameters()}
     device = "cuda" if torch.cuda.is_available() else "cpu"
     weights = {name: w.detach().to(device) for name, w in weights.items()}

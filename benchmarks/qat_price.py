@@ -36,7 +36,8 @@ sys.path.insert(0, str(ROOT))
 
 from qat.budget.budget import Budget  # noqa: E402
 from qat.budget.price_control import File, PriceControl  # noqa: E402
-from qat.model.gpt import GPT, GPTShape  # noqa: E402
+from qat.model.gpt import GPT  # noqa: E402
+from qat.model.spec import ModelSpec  # noqa: E402
 from qat.quantize.grid import Grid  # noqa: E402
 from qat.quantize.plan import build_plan  # noqa: E402
 from qat.quantize.switch import QatSwitch  # noqa: E402
@@ -44,9 +45,9 @@ from qat.settings.schema import OptimizerSettings  # noqa: E402
 from qat.training.optimizers import build_optimizers  # noqa: E402
 
 PROFILES = {
-    "tiny": (GPTShape(64, 1, 16, 1, 1, 1, True), 1, 16),
-    "laptop": (GPTShape(1024, 4, 288, 6, 3, 2, True), 16, 256),  # shape, sequences, length
-    "golf": (GPTShape(1024, 9, 512, 8, 4, 2, True), 64, 1024),
+    "tiny": (ModelSpec(64, 1, 16, 1, 1, 1, True), 1, 16),
+    "laptop": (ModelSpec(1024, 4, 288, 6, 3, 2, True), 16, 256),  # shape, sequences, length
+    "golf": (ModelSpec(1024, 9, 512, 8, 4, 2, True), 64, 1024),
 }
 GRIDS = {
     "int8 percentile": Grid(bits=8, scale_rule="percentile"),
@@ -64,7 +65,7 @@ PROBE_TOKENS = 256  # of the gradients that the first steps come from
 class Arm:
     """One model in training; ``step`` takes one step and returns its seconds."""
 
-    def __init__(self, shape: GPTShape, device: torch.device, compiled: bool) -> None:
+    def __init__(self, shape: ModelSpec, device: torch.device, compiled: bool) -> None:
         torch.manual_seed(0)
         self.gpt = GPT(shape).to(device)
         self.device = device
@@ -105,7 +106,7 @@ class Arm:
 
 class Ours(Arm):
     def __init__(
-        self, shape: GPTShape, device: torch.device, compiled: bool, grid: Grid | None
+        self, shape: ModelSpec, device: torch.device, compiled: bool, grid: Grid | None
     ) -> None:
         super().__init__(shape, device, compiled)
         shapes = {name: tuple(p.shape) for name, p in self.masters.items()}
@@ -127,7 +128,7 @@ class Rated(Ours):
     """``qat=rd`` as QatModule runs it, at the price of ``BITS_PER_WEIGHT``; no file is made."""
 
     def __init__(
-        self, shape: GPTShape, device: torch.device, compiled: bool, measures: bool
+        self, shape: ModelSpec, device: torch.device, compiled: bool, measures: bool
     ) -> None:
         grid = Grid(bits=8, scale_rule="learned", scale_dtype="bf16", column_scales=True)
         super().__init__(shape, device, compiled, grid)
@@ -158,7 +159,7 @@ class Rated(Ours):
 class Torchao(Arm):
     """Fake quantizers as parametrisations of the model, as torchao's own layers apply them."""
 
-    def __init__(self, shape: GPTShape, device: torch.device, compiled: bool) -> None:
+    def __init__(self, shape: ModelSpec, device: torch.device, compiled: bool) -> None:
         super().__init__(shape, device, compiled=False)
         from torchao.quantization.qat import IntxFakeQuantizeConfig
         from torchao.quantization.qat.fake_quantizer import IntxFakeQuantizer
@@ -182,7 +183,7 @@ class Torchao(Arm):
         return self._loss({**weights, **quantized}, ids, targets)
 
 
-def build_arms(shape: GPTShape, device: torch.device, compiled: bool) -> dict[str, Arm]:
+def build_arms(shape: ModelSpec, device: torch.device, compiled: bool) -> dict[str, Arm]:
     arms: dict[str, Arm] = {"off": Ours(shape, device, compiled, None)}
     arms |= {name: Ours(shape, device, compiled, grid) for name, grid in GRIDS.items()}
     arms["rd"] = Rated(shape, device, compiled, measures=False)

@@ -26,13 +26,14 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from qat.model.gpt import GPT, GPTShape  # noqa: E402
+from qat.model.gpt import GPT  # noqa: E402
+from qat.model.spec import ModelSpec  # noqa: E402
 from qat.quantize.fused import FusedSnap  # noqa: E402
 from qat.quantize.grid import Grid  # noqa: E402
 from qat.quantize.plan import build_plan  # noqa: E402
 
 REPEATS = 15
-GOLF = GPTShape(1024, 9, 512, 8, 4, 2, True)
+GOLF = ModelSpec(1024, 9, 512, 8, 4, 2, True)
 OURS = {
     "int8 percentile": Grid(bits=8, scale_rule="percentile"),
     "int8 amax": Grid(bits=8),

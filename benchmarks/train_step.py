@@ -32,9 +32,12 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
+from qat.training.module import QatModule  # noqa: E402
+from qat.training.progress import Checkpointing  # noqa: E402
 from qat_price import PROFILES  # noqa: E402
 
-from qat.model.gpt import GPT, Attention, GPTShape  # noqa: E402
+from qat.model.gpt import GPT, Attention  # noqa: E402
+from qat.model.spec import ModelSpec  # noqa: E402
 from qat.quantize.grid import Grid  # noqa: E402
 from qat.quantize.plan import build_plan  # noqa: E402
 from qat.quantize.switch import QatSwitch  # noqa: E402
@@ -43,16 +46,14 @@ from qat.text.batches import BatchShape, TrainingBatches, micro_batch  # noqa: E
 from qat.text.shards import ShardWriter, TokenStream  # noqa: E402
 from qat.training.averaging import Averaging  # noqa: E402
 from qat.training.fit import build_trainer  # noqa: E402
-from qat.training.module import QatModule  # noqa: E402
 from qat.training.optimizers import build_optimizers  # noqa: E402
-from qat.training.progress import Checkpointing  # noqa: E402
 from qat.training.schedule import Schedule  # noqa: E402
 
 PRIMING_STEPS = 2
 Turn = Callable[[int], float]  # number of steps -> seconds a step
 
 
-def engine(shape: GPTShape, stream: TokenStream, batch: BatchShape, compiled: bool) -> Turn:
+def engine(shape: ModelSpec, stream: TokenStream, batch: BatchShape, compiled: bool) -> Turn:
     torch.manual_seed(0)
     gpt = GPT(shape)
     shapes = {name: tuple(p.shape) for name, p in gpt.named_parameters()}
@@ -83,7 +84,7 @@ class PlainAttention(Attention):
 class PlainGPT(GPT):
     """The same weights and sums, written with torch's own operations."""
 
-    def __init__(self, shape: GPTShape) -> None:
+    def __init__(self, shape: ModelSpec) -> None:
         super().__init__(shape)
         for block in self.blocks:
             block.attn.__class__ = PlainAttention
@@ -96,7 +97,7 @@ class PlainGPT(GPT):
 
 
 def plain(
-    shape: GPTShape, stream: TokenStream, batch: BatchShape, compiled: bool, ours: bool
+    shape: ModelSpec, stream: TokenStream, batch: BatchShape, compiled: bool, ours: bool
 ) -> Turn:
     torch.manual_seed(0)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

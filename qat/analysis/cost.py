@@ -57,7 +57,7 @@ def measure_cost(scorer: Scorer, weights: Mapping[str, Tensor], repeats: int) ->
         for _ in range(WARM_UP + repeats):
             started = time.perf_counter()
             with torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
-                torch.func.functional_call(scorer.gpt, placed, (ids_BT,))
+                torch.func.functional_call(scorer.model, placed, (ids_BT,))
             if device.type == "cuda":
                 torch.cuda.synchronize()
             times.append(time.perf_counter() - started)

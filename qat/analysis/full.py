@@ -88,7 +88,7 @@ def evaluate(subject: Subject, settings: FullEvalSettings, seed: int) -> dict[st
         elif subject.training is None:
             left_out[part] = "the training text is not at hand; give data.train_files=GLOB"
         else:
-            vocab_size = subject.scorer.shape.vocab_size
+            vocab_size = subject.scorer.spec.vocab_size
             tiers = tier_by_token(count_tokens(subject.training, vocab_size, TRAINING_TOKENS))
             found["damage"] = damage_by_tier(
                 text,

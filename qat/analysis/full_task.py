@@ -57,21 +57,21 @@ def _subject(path: Path, s: EvalTaskSettings, device: torch.device) -> Subject:
     if path.suffix == SUFFIX:
         reference: FloatModel | None = open_float(path, f"artifact={path}")
         assert reference is not None
-        shape, seq_len = reference.shape, reference.settings.seq_len
+        spec, seq_len = reference.spec, reference.settings.seq_len
         source, tokenizer = reference.open_text(s.data)
     else:
         model = open_model(path, s)
-        shape, seq_len = model.shape, model.seq_len
+        spec, seq_len = model.spec, model.seq_len
         source, tokenizer = open_validation(model, s.data)
         reference = _reference(path, s)
-        if reference is not None and reference.shape != shape:
+        if reference is not None and reference.spec != spec:
             raise UserError(f"artifact={path}: another model than the checkpoint of its run")
     if reference is not None:
         models[FLOAT] = reference.weights
     if path.suffix != SUFFIX:
         models[ARTIFACT] = model.artifact.weights
         on_grid = [entry.name for entry in model.artifact.plan.on_grid]
-    scorer = open_scorer(shape, seq_len, source, tokenizer, s.eval, device)
+    scorer = open_scorer(spec, seq_len, source, tokenizer, s.eval, device)
     training = TokenStream(source.train_files, "data.train_files") if source.train_files else None
     return Subject(models, on_grid, scorer, tokenizer, training)
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from qat.evaluation.score import Scorer
 from qat.evaluation.windows import read_batches
-from qat.ptq.layer_inputs import EMBEDDING, LayerInputs
+from qat.ptq.layer_inputs import LayerInputs
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,7 @@ class LayerDamage:
     """Of one tensor, all others left float.
 
     ``output_error``: root mean square of the error of its output over that of its output. The
-    output of a tied embedding is the logits (before the softcap), of an untied one the vectors
+    output of a tied embedding is the logits (before a softcap), of an untied one the vectors
     looked up.
     """
 
@@ -29,12 +29,11 @@ class LayerDamage:
 
 def output_error(inputs: LayerInputs, name: str, w: Tensor, stored: Tensor) -> float:
     """Relative error of what the tensor computes, as LayerDamage says it."""
-    is_lookup = name == EMBEDDING and not inputs.shape.tie_embeddings
 
     def power(matrix: Tensor) -> float:
         rows = matrix.double()
-        if is_lookup:
-            return float((inputs.token_counts.double()[:, None] * rows.square()).sum())
+        if name not in inputs.of:  # a lookup
+            return float((inputs.row_counts[name].double()[:, None] * rows.square()).sum())
         return float(((rows @ inputs.hessian(name).double()) * rows).sum())
 
     whole = power(w)
@@ -55,7 +54,7 @@ def layer_damage(
     plain = replace(scorer.settings, stride=None, by_document=False)
     limited = replace(scorer, settings=plain, max_targets=max_targets)
     placed = {name: w.to(scorer.device) for name, w in weights.items()}
-    inputs = LayerInputs(scorer.shape, placed, scorer.settings.precision)
+    inputs = LayerInputs(scorer.spec, placed, scorer.settings.precision)
     # Little enough for every rank to see all of it; none of these windows is padded.
     for batch in read_batches(scorer.stream, limited.windows.batches(plain.batch_tokens)):
         inputs.update(batch.ids.to(scorer.device))

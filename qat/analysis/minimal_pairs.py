@@ -153,7 +153,7 @@ def sentence_nats(
         ids = ids.to(scorer.device)
         bf16 = scorer.settings.precision == "bf16"
         with torch.autocast(scorer.device.type, torch.bfloat16, enabled=bf16):
-            logits_BTV = torch.func.functional_call(scorer.gpt, placed, (ids[:, :-1],))
+            logits_BTV = torch.func.functional_call(scorer.model, placed, (ids[:, :-1],))
         nats_BT = F.cross_entropy(logits_BTV.mT, ids[:, 1:], reduction="none").double()
         is_target = torch.arange(1, ids.shape[1]) < lengths[:, None]
         nats_BT[~is_target.to(scorer.device)] = 0.0

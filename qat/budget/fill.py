@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from rich import box
 from rich.console import Console
 from rich.progress import track
@@ -21,7 +20,8 @@ from qat.budget.budget import Budget
 from qat.budget.candidates import Source, Stored
 from qat.budget.solver import Solution, Solver
 from qat.errors import TrainingError
-from qat.model.gpt import GPT, GPTShape
+from qat.model.registry import empty_model
+from qat.model.spec import ModelSpec
 from qat.ptq.calibration import Batch
 from qat.ptq.sensitivity import fisher_diagonal, mean_loss
 from qat.quantize.plan import Plan, Scales
@@ -42,7 +42,7 @@ class TrainedModel:
     ``is_on_grid``: the last training steps saw the snapped weights, not the masters.
     """
 
-    shape: GPTShape
+    spec: ModelSpec
     weights: Mapping[str, Tensor]
     plan: Plan
     scales: Scales
@@ -60,14 +60,13 @@ class BudgetSolver:
         console: Console,
     ) -> None:
         self.model, self.batches, self.precision, self.console = model, batches, precision, console
-        with torch.device("meta"):
-            self.gpt = GPT(model.shape)
+        self.empty = empty_model(model.spec)
         self.masters = {name: w.detach() for name, w in model.weights.items()}
         self.reference = self.masters
         if model.is_on_grid:
             self.reference = model.plan.snap(self.masters, model.scales)
         shown = self._track(batches, "sensitivities")
-        sensitivity = fisher_diagonal(self.gpt, self.reference, shown, precision)
+        sensitivity = fisher_diagonal(self.empty, self.reference, shown, precision)
         sources = [
             Source(
                 entry,
@@ -118,7 +117,7 @@ class BudgetSolver:
         snapped = filled.plan.snap(filled.weights, filled.scales)
         stored = {n: w.to(device) for n, w in snapped.items()}
         before, after = (
-            mean_loss(self.gpt, weights, self.batches, self.precision)
+            mean_loss(self.empty, weights, self.batches, self.precision)
             for weights in (self.reference, stored)
         )
         return after - before

@@ -29,12 +29,14 @@ from qat.cabinet.variant import (
     EMBEDDING,
     Kept,
     Variant,
-    block_linears,
     coded_bytes,
-    float_gpt,
+    float_model,
     inner_bytes,
+    inner_linears,
 )
-from qat.model.gpt import GPTShape
+from qat.model.registry import tensor_shapes
+from qat.model.spec import ModelSpec
+from qat.model.wiring import wiring_of
 
 OUTLIER_THRESHOLD = 6.0
 BLOCK_SIZES = (64, 32)
@@ -44,20 +46,20 @@ Replace = Callable[[nn.Linear], tuple[nn.Linear, list[Tensor]]]
 
 
 def bitsandbytes_variants(
-    shape: GPTShape, weights: dict[str, Tensor], device: torch.device
+    spec: ModelSpec, weights: dict[str, Tensor], device: torch.device
 ) -> list[Variant]:
     """LLM.int8, NF4, NF4 with double quantization, FP4; ``weights``: name -> float32 tensor."""
 
     def make(replace: Replace) -> Kept:
-        gpt = float_gpt(shape, weights, device)
-        matrices = block_linears(gpt)
+        model = float_model(spec, weights, device)
+        matrices = inner_linears(model, spec)
         replaced = {f"{name}.weight" for name in matrices}
-        held = [p.data for name, p in gpt.named_parameters() if name not in replaced]
+        held = [p.data for name, p in model.named_parameters() if name not in replaced]
         for name, layer in matrices.items():
             theirs, tensors = replace(layer)
-            gpt.set_submodule(name, theirs.eval())
+            model.set_submodule(name, theirs.eval())
             held += tensors
-        return Kept({}, coded_bytes(held), inner_bytes(held), EMBEDDING, gpt)
+        return Kept({}, coded_bytes(held), inner_bytes(held), EMBEDDING, model)
 
     rows: dict[str, Replace] = {
         "LLM.int8": _int8,
@@ -67,16 +69,17 @@ def bitsandbytes_variants(
     }
     return [
         Variant(
-            f"bitsandbytes {name}", "bitsandbytes", partial(make, replace), partial(_missing, shape)
+            f"bitsandbytes {name}", "bitsandbytes", partial(make, replace), partial(_missing, spec)
         )
         for name, replace in rows.items()
     ]
 
 
-def _missing(shape: GPTShape) -> str | None:
+def _missing(spec: ModelSpec) -> str | None:
     if find_spec("bitsandbytes") is None:
         return "needs bitsandbytes: pip install -e '.[cabinet]'"
-    if shape.dim % BLOCK_SIZES[-1]:
+    shapes = tensor_shapes(spec)
+    if any(shapes[name][1] % BLOCK_SIZES[-1] for name in wiring_of(spec).matrices):
         return f"needs rows of a multiple of {BLOCK_SIZES[-1]} weights"
     return None
 

@@ -83,9 +83,9 @@ def _bench(
     source, tokenizer = model.open_text(s.data)
     if not source.train_files:
         raise UserError("data.train_files = null: variants are calibrated on it; give a glob")
-    scorer = open_scorer(model.shape, model.settings.seq_len, source, tokenizer, s.eval, device)
+    scorer = open_scorer(model.spec, model.settings.seq_len, source, tokenizer, s.eval, device)
     training = TokenStream(source.train_files, "data.train_files")
-    counts = count_tokens(training, model.shape.vocab_size, TRAINING_TOKENS)
+    counts = count_tokens(training, model.spec.vocab_size, TRAINING_TOKENS)
     sentences = encode_pairs(tokenizer, pairs_of(s.eval))
     text = ScoredText.of(scorer)
     return Bench(scorer, text, sentences, tier_by_token(counts), s.eval, s.seed), training
@@ -135,13 +135,13 @@ def _variants(
     seq_len = min(model.settings.seq_len, MAX_TOKENS)
     texts = {
         "train": lambda: training_sequences(training, seq_len),
-        "self": lambda: written_sequences(model.shape, weights, s.seed),
-        "random": lambda: random_sequences(model.shape, seq_len, s.seed),
+        "self": lambda: written_sequences(model.spec, weights, s.seed),
+        "random": lambda: random_sequences(model.spec, seq_len, s.seed),
     }
-    rows = grid_variants(Frozen(model.shape, weights, texts))
-    rows += torchao_variants(model.shape, weights, device)
-    rows += bitsandbytes_variants(model.shape, weights, device)
-    rows += gguf_variants(model.shape, weights, folder)
+    rows = grid_variants(Frozen(model.spec, weights, texts))
+    rows += torchao_variants(model.spec, weights, device)
+    rows += bitsandbytes_variants(model.spec, weights, device)
+    rows += gguf_variants(model.spec, weights, folder)
     if artifact.is_file():
         rows.append(_own_variant(artifact))
     if s.variants is None:
@@ -156,12 +156,14 @@ def _variants(
 def _own_variant(path: Path) -> Variant:
     """The file that the run itself wrote, a row with the reason if it cannot be read."""
     try:
-        artifact = open_artifact(path).artifact
+        opened = open_artifact(path)
     except UserError as error:
         return unmade("own_artifact", "qat", str(error))
 
     def make() -> Kept:
-        return replace(kept(artifact.encoded), disk_bytes=artifact.num_bytes)
+        return replace(
+            kept(opened.artifact.encoded, opened.spec), disk_bytes=opened.artifact.num_bytes
+        )
 
     return Variant("own_artifact", "qat", make)
 

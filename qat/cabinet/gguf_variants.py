@@ -24,14 +24,15 @@ from torch import Tensor
 
 from qat.cabinet.variant import Kept, Variant
 from qat.errors import UserError
-from qat.model.gpt import GPTShape
+from qat.model.spec import ModelSpec
+from qat.model.wiring import wiring_of
 
 FORMATS = ("Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0")
 BLOCK_SIZE = 32
 ARCHITECTURE = "qat"  # general.architecture, which every file names
 
 
-def gguf_variants(shape: GPTShape, weights: dict[str, Tensor], folder: Path) -> list[Variant]:
+def gguf_variants(spec: ModelSpec, weights: dict[str, Tensor], folder: Path) -> list[Variant]:
     """One variant per format; ``weights``: name -> float32 tensor.
 
     Making one writes ``folder``/FORMAT.gguf. UserError if that cannot be written.
@@ -41,14 +42,14 @@ def gguf_variants(shape: GPTShape, weights: dict[str, Tensor], folder: Path) -> 
         path = folder / f"{name}.gguf"
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            _write(path, name, weights)
+            _write(path, name, weights, spec)
         except OSError as error:
             raise UserError(f"{path}: {error.strerror or error}") from None
         decoded, num_bytes = _read(path)
         on_device = {key: w.to(weights[key].device) for key, w in decoded.items()}
         embedding = name
-        if shape.dim % BLOCK_SIZE:
-            embedding = f"F16 (rows of {shape.dim} are no multiple of {BLOCK_SIZE})"
+        if spec.dim % BLOCK_SIZE:
+            embedding = f"F16 (rows of {spec.dim} are no multiple of {BLOCK_SIZE})"
         return Kept(on_device, path.stat().st_size, num_bytes, embedding)
 
     return [Variant(f"gguf {name}", "gguf", partial(make, name), _missing) for name in FORMATS]
@@ -58,13 +59,14 @@ def _missing() -> str | None:
     return None if find_spec("gguf") else "needs gguf: pip install -e '.[cabinet]'"
 
 
-def _write(path: Path, name: str, weights: dict[str, Tensor]) -> None:
+def _write(path: Path, name: str, weights: dict[str, Tensor], spec: ModelSpec) -> None:
     from gguf import GGMLQuantizationType, GGUFWriter, quants
 
+    wiring = wiring_of(spec)
     writer = GGUFWriter(path, ARCHITECTURE)
     for key, weight in weights.items():
         kind = "F32"
-        if key.endswith(".weight"):
+        if key in wiring.matrices or key in wiring.ends:
             kind = "F16" if weight.size(-1) % BLOCK_SIZE else name
         dtype = GGMLQuantizationType[kind]
         blocks = quants.quantize(weight.detach().cpu().numpy().astype(np.float32), dtype)

@@ -18,12 +18,16 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils.flop_counter import FlopCounterMode
 
-from qat.model.gpt import GPTShape
+from qat.model.registry import architecture_of, empty_model
+from qat.model.spec import ModelSpec
 
 COPY_BYTES = 2**28  # read, and as many written
 MATRIX_SIZE = {"cpu": 1024, "cuda": 8192}
@@ -85,30 +89,36 @@ def _median_seconds(work: Callable[[], Tensor], device: torch.device) -> float:
     return statistics.median(times)
 
 
-def traffic(shape: GPTShape, seq_len: int, *, batch: int = 1) -> Traffic:
-    """Of ``batch`` sequences of ``seq_len`` tokens through ``qat/model/gpt.py``, logits of all
-    positions, activations in float32.
+class _MatrixTraffic(TorchFunctionMode):
+    """Counts the numbers that lookups, products and attention read and write."""
 
-    Attention counts every pair of positions, as counters of operations do; a kernel that skips the
-    future does about half of that, and it keeps its scores to itself.
+    numbers = 0
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func is F.scaled_dot_product_attention:
+            self.numbers += sum(tensor.numel() for tensor in args[:3]) + result.numel()
+        elif func in (F.linear, F.embedding):  # the weight is no activation, nor are ids
+            self.numbers += result.numel()
+            self.numbers += args[0].numel() if func is F.linear else result.numel()
+        return result
+
+
+@torch.no_grad()
+def traffic(spec: ModelSpec, seq_len: int, *, batch: int = 1) -> Traffic:
+    """Of ``batch`` sequences of ``seq_len`` tokens, logits of all positions, activations in
+    float32; nothing is computed.
+
+    Attention counts every pair of positions; a kernel that skips the future does about half of
+    that, and it keeps its scores to itself. Where the architecture does not say what its other
+    operations move (``numbers_moved``), they count as fused into their neighbours.
     """
-    dim, mlp_dim, vocab_size = shape.dim, shape.mlp_mult * shape.dim, shape.vocab_size
-    kv_dim = shape.num_kv_heads * (dim // shape.num_heads)
-    matrices = dim * (2 * dim + 2 * kv_dim + 2 * mlp_dim)  # weights of a block
-    scores = 2 * seq_len * dim  # a query against all keys, shares times all values
-    products = shape.num_layers * (matrices + scores) + dim * vocab_size
-    # Numbers read and written per token.
-    norm, add = 2 * dim, 3 * dim
-    attention = (
-        (3 * dim + dim + 2 * kv_dim)  # to queries, keys and values
-        + 2 * 2 * (dim + kv_dim)  # norm and rotation of queries and keys
-        + 2 * dim  # gain of the queries
-        + (2 * dim + 2 * kv_dim)  # attention itself
-        + 2 * dim  # projection
-    )
-    mlp = (dim + mlp_dim) + 2 * mlp_dim + (mlp_dim + dim)  # up, ReLU^2, down
-    block = add + norm + attention + add + norm + mlp + add
-    ends = 2 * dim + norm + norm + (dim + vocab_size) + 2 * vocab_size  # embedding, head, softcap
-    moved = shape.num_layers * block + shape.num_layers // 2 * add + ends
-    tokens = batch * seq_len
-    return Traffic(2 * tokens * products, ACTIVATION_BYTES * tokens * moved)
+    ids_BT = torch.zeros(batch, seq_len, dtype=torch.long, device="meta")
+    counted = _MatrixTraffic()
+    with FlopCounterMode(display=False) as counter, counted:
+        empty_model(spec)(ids_BT)
+    numbers_moved = getattr(architecture_of(spec), "numbers_moved", None)
+    numbers = numbers_moved(spec) * ids_BT.numel() if numbers_moved else counted.numbers
+    return Traffic(counter.get_total_flops(), ACTIVATION_BYTES * numbers)

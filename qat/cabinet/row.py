@@ -76,7 +76,7 @@ class Bench:
         seq_len = s.seq_len or scorer.seq_len
         held = kept.weights.values() if kept.module is None else _tensors(kept.module)
         weight_bytes = inner_bytes(held)
-        flops, activation_bytes = traffic(scorer.shape, seq_len)
+        flops, activation_bytes = traffic(scorer.spec, seq_len)
         return reading.metrics | {
             "gap_bpb": reading.metrics["val_bpb"] - reference.val_bpb,
             "disk_bytes": kept.disk_bytes,  # of a file, entropy-coded

@@ -1,4 +1,4 @@
-"""torchao's post-training configurations, as it applies them to the blocks of the model.
+"""torchao's post-training configurations, as it applies them to the matrices but the head.
 
 The weights become torchao's tensors, which bring their own products. Its inductor settings are
 left alone: they are global, and would change how every other variant is computed.
@@ -28,12 +28,12 @@ from qat.cabinet.variant import (
     EMBEDDING,
     Kept,
     Variant,
-    block_linears,
     coded_bytes,
-    float_gpt,
+    float_model,
     inner_bytes,
+    inner_linears,
 )
-from qat.model.gpt import GPT, GPTShape
+from qat.model.spec import ModelSpec
 
 PROBE_TOKENS = 32
 
@@ -92,18 +92,20 @@ ROWS = {
 
 
 def torchao_variants(
-    shape: GPTShape, weights: dict[str, Tensor], device: torch.device
+    spec: ModelSpec, weights: dict[str, Tensor], device: torch.device
 ) -> list[Variant]:
     """One variant per configuration; ``weights``: name -> float32 tensor of the whole model."""
 
     def make(row: Row) -> Kept:
-        gpt = float_gpt(shape, weights, device)
-        _convert(gpt, row, device)
-        held = list(gpt.parameters())
-        return Kept({}, coded_bytes(held), inner_bytes(held), EMBEDDING, gpt)
+        model = float_model(spec, weights, device)
+        _convert(model, spec, row, device)
+        held = list(model.parameters())
+        return Kept({}, coded_bytes(held), inner_bytes(held), EMBEDDING, model)
 
     def missing(row: Row) -> str | None:
-        return _unmet(row, device) or _failure(row, float_gpt(shape, weights, device), device)
+        return _unmet(row, device) or _failure(
+            row, float_model(spec, weights, device), spec, device
+        )
 
     return [
         Variant(f"torchao {name}", "torchao", partial(make, row), partial(missing, row))
@@ -111,16 +113,16 @@ def torchao_variants(
     ]
 
 
-def _convert(gpt: GPT, row: Row, device: torch.device) -> None:
+def _convert(model: nn.Module, spec: ModelSpec, row: Row, device: torch.device) -> None:
     import torchao
 
-    layers = block_linears(gpt)
+    layers = inner_linears(model, spec)
     if row.capability is not None:
         for layer in layers.values():
             _compute_in_bfloat16(layer)
     chosen = set(layers.values())
     torchao.quantization.quantize_(
-        gpt, row.config(torchao, device), filter_fn=lambda module, _: module in chosen
+        model, row.config(torchao, device), filter_fn=lambda module, _: module in chosen
     )
     for name, layer in layers.items():
         if not hasattr(layer.weight, "__tensor_flatten__"):  # torchao only logs what it skips
@@ -143,16 +145,16 @@ def _unmet(row: Row, device: torch.device) -> str | None:
     return None
 
 
-def _failure(row: Row, gpt: GPT, device: torch.device) -> str | None:
+def _failure(row: Row, model: nn.Module, spec: ModelSpec, device: torch.device) -> str | None:
     """Why torchao cannot convert this model or compute with it: what it raises, in one line.
 
     Which shapes and machines its kernels take is known to the kernels alone, hence the attempt.
     """
     ids_BT = torch.zeros(1, PROBE_TOKENS, dtype=torch.long, device=device)
     try:
-        _convert(gpt, row, device)
+        _convert(model, spec, row, device)
         with torch.inference_mode():
-            gpt(ids_BT)
+            model(ids_BT)
     except Exception as error:
         return f"{type(error).__name__}: {error}".splitlines()[0]
     return None

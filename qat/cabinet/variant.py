@@ -1,7 +1,7 @@
 """What a variant is: one way to store a trained model, its bytes, and what it computes with.
 
-Libraries that replace layers get the matrices of the blocks. The token embedding, which is the head
-too where it is tied, stays float32, as do an untied head, gains and skip weights: libraries
+Libraries that replace layers get the matrices but the head. The token embedding, which is the head
+too where it is tied, stays float32, as do an untied head and all vectors: libraries
 quantize ``nn.Linear`` only.
 """
 
@@ -14,7 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from qat.artifact.coder import encode_section
-from qat.model.gpt import GPT, GPTShape
+from qat.model.registry import empty_model
+from qat.model.spec import ModelSpec
+from qat.model.wiring import wiring_of
 
 
 @dataclass(frozen=True)
@@ -22,7 +24,7 @@ class Kept:
     """What a variant makes of a model.
 
     ``weights``: name -> what the forward pass computes with, float32 or a library's own tensor.
-    ``module``: what computes in place of the plain GPT, if the library has layers of its own (its
+    ``module``: what computes in place of the plain model, if the library has layers of its own (its
     parameters are then in it, and ``weights`` are those that it does not hold).
     ``disk_bytes``: of a file, packed and entropy-coded, scales and zero points included.
     ``memory_bytes``: of all tensors as they are held to compute with them (``inner_bytes``).
@@ -85,17 +87,20 @@ def coded_bytes(tensors: Iterable[Tensor]) -> int:
 EMBEDDING = "float32"  # how tables call what these libraries make of it
 
 
-def float_gpt(shape: GPTShape, weights: dict[str, Tensor], device: torch.device) -> GPT:
+def float_model(spec: ModelSpec, weights: dict[str, Tensor], device: torch.device) -> nn.Module:
     """A model in evaluation mode. It shares the storage of what is on the device already, but
     never a parameter: libraries change those in place."""
-    with torch.device("meta"):
-        gpt = GPT(shape)
+    model = empty_model(spec)
     placed = {name: w.detach().to(device) for name, w in weights.items()}
-    gpt.load_state_dict(placed, assign=True)
-    return gpt.requires_grad_(False).eval()
+    model.load_state_dict(placed, assign=True)
+    return model.requires_grad_(False).eval()
 
 
-def block_linears(gpt: GPT) -> dict[str, nn.Linear]:
-    """Name -> layer, of all matrices of the blocks."""
-    named = gpt.blocks.named_modules(prefix="blocks")
-    return {name: layer for name, layer in named if isinstance(layer, nn.Linear)}
+def inner_linears(model: nn.Module, spec: ModelSpec) -> dict[str, nn.Linear]:
+    """Name -> layer, of all matrices but the head."""
+    matrices = wiring_of(spec).matrices
+    return {
+        name: layer
+        for name, layer in model.named_modules()
+        if isinstance(layer, nn.Linear) and f"{name}.weight" in matrices
+    }

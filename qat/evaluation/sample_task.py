@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from qat.evaluation.open_model import artifact_path, open_model, open_validation
-from qat.model.gpt import GPT, GPTShape
+from qat.model.registry import empty_model
+from qat.model.spec import ModelSpec
 from qat.text.tokenizer import BOS_ID
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 @torch.inference_mode()
 def sample(
-    shape: GPTShape,
+    spec: ModelSpec,
     weights: Mapping[str, Tensor],
     prompt_ids: list[int],
     max_tokens: int,
@@ -31,13 +32,12 @@ def sample(
 
     ``temperature`` 0 takes the likeliest token. Only the last ``seq_len`` tokens are looked at.
     """
-    with torch.device("meta"):
-        gpt = GPT(shape)
+    model = empty_model(spec)
     generator = torch.Generator().manual_seed(seed)
     ids = list(prompt_ids)
     for _ in range(max_tokens):
         window = torch.tensor([ids[-seq_len:]])
-        logits_V = torch.func.functional_call(gpt, dict(weights), (window,))[0, -1]
+        logits_V = torch.func.functional_call(model, dict(weights), (window,))[0, -1]
         if temperature == 0.0:
             token = int(logits_V.argmax())
         else:
@@ -53,7 +53,7 @@ def run(s: EvalTaskSettings, budget: Budget) -> int:
     model = open_model(artifact_path(s), s)
     _, tokenizer = open_validation(model, s.data)
     ids = sample(
-        model.shape,
+        model.spec,
         model.artifact.weights,
         tokenizer.encode_document(s.prompt),
         s.sample.max_tokens,

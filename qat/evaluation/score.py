@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from qat.errors import UserError
 from qat.evaluation.ranks import add_over_ranks, rank_and_ranks
 from qat.evaluation.windows import Batch, Windows, document_windows, read_batches, stream_windows
-from qat.model.gpt import GPT, GPTShape
+from qat.model.registry import empty_model, last_logits
+from qat.model.spec import ModelSpec
 from qat.settings.ranges import check_eval
 from qat.text.byte_table import ByteTable, bits_per_byte
 from qat.text.shards import TokenStream
@@ -45,13 +46,13 @@ class Score:
 
 @dataclass(frozen=True)
 class Scorer:
-    """Scores any weights of one model shape on one validation stream.
+    """Scores any weights of one model on one validation stream.
 
     ``seq_len`` is that of training; ``settings`` may name another. Under torchrun whole batches
     are dealt out to the ranks, so sums differ by their order only; they are added up in float64.
     """
 
-    shape: GPTShape
+    spec: ModelSpec
     stream: TokenStream
     byte_table: ByteTable
     seq_len: int
@@ -83,10 +84,9 @@ class Scorer:
         return windows if self.max_targets is None else windows.spread(self.max_targets)
 
     @cached_property
-    def gpt(self) -> nn.Module:
-        """Token ids -> logits with weights that are handed in, as ``GPT`` (which holds none)."""
-        with torch.device("meta"):
-            return self.module or GPT(self.shape)
+    def model(self) -> nn.Module:
+        """Token ids -> logits, with weights that are handed in."""
+        return self.module or empty_model(self.spec)
 
     @cached_property
     def document_starts(self) -> np.ndarray:
@@ -116,14 +116,11 @@ class Scorer:
 
         To be read inside ``torch.inference_mode``.
         """
-        gpt = self.gpt
         placed = {name: w.to(self.device) for name, w in weights.items()}
         bf16 = self.settings.precision == "bf16"
         for batch in self.batches(f"scoring {title}", needed):
             with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
-                logits_BTV = torch.func.functional_call(
-                    gpt, placed, (batch.ids,), {"tail": batch.tail}
-                )
+                logits_BTV = last_logits(self.model, placed, batch.ids, batch.tail)
             if logits_BTV.shape[:2].numel() == len(batch.rows):  # no padding: nothing to pick
                 yield batch, logits_BTV.flatten(0, 1)
             else:

@@ -25,7 +25,7 @@ def score_artifact(path: Path, s: EvalTaskSettings, device: torch.device) -> Sco
     """Read the file, find its validation text, score it."""
     model = open_model(path, s)
     source, tokenizer = open_validation(model, s.data)
-    scorer = open_scorer(model.shape, model.seq_len, source, tokenizer, s.eval, device)
+    scorer = open_scorer(model.spec, model.seq_len, source, tokenizer, s.eval, device)
     return scorer.score(model.artifact.weights, path.name)
 
 

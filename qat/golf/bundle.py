@@ -18,12 +18,16 @@ from functools import cache
 from pathlib import Path
 
 from qat.errors import UserError
+from qat.model.spec import architectures
 
 ROOT = Path(__file__).resolve().parents[2]
 HEAD = Path(__file__).with_name("bundle_head.py")
 NAME = "train_gpt.py"
-# Programs, and the task that eval.py imports by name.
-ENTRY_MODULES = ("train", "eval", "qat.evaluation.score_task")
+# Programs, and what they import by name: the task of eval.py, architectures (all of them, so that
+# the size is the same for all runs).
+ENTRY_MODULES = (
+    "train", "eval", "qat.evaluation.score_task", *(f"qat.model.{n}" for n in architectures()),
+)  # fmt: skip
 SLOT_CHARS = 2_048  # for the run's settings, as a Python list padded with spaces
 LINE_CHARS = 100
 # The dictionary of preset 9 (64 MiB) would be memory for nothing; pb=0 is for text.

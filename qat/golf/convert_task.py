@@ -15,6 +15,7 @@ from qat.artifact.container import Artifact, write_artifact
 from qat.errors import UserError
 from qat.evaluation.open_model import artifact_path, open_artifact
 from qat.golf.ptz_file import GOLF_GRID, pack_golf, unpack_golf
+from qat.model.spec import BASELINE
 
 if TYPE_CHECKING:
     from qat.budget.budget import Budget
@@ -37,8 +38,14 @@ def run(s: EvalTaskSettings, budget: Budget) -> int:
     path, out = artifact_path(s), Path(s.out)
     if out.exists():
         raise UserError(f"out={out}: it is there already; give another name")
+    opened = open_artifact(path)
+    if opened.spec.name != BASELINE:
+        raise UserError(
+            f"artifact={path}: its model is a {opened.spec.name}; the challenge's file is read as "
+            f"its own baseline, model.name={BASELINE}"
+        )
     try:
-        data = as_golf_file(open_artifact(path).artifact)
+        data = as_golf_file(opened.artifact)
     except ValueError as error:
         raise UserError(f"artifact={path}: cannot become a .ptz file: {error}") from None
     try:

@@ -15,7 +15,8 @@ from qat.artifact.container import Artifact
 from qat.errors import UserError
 from qat.evaluation.open_model import OpenedModel, artifact_meta
 from qat.golf.ptz_file import read_golf_file
-from qat.model.gpt import GPTShape, tensor_shapes
+from qat.model.registry import tensor_shapes
+from qat.model.spec import ModelSpec
 from qat.quantize.plan import Plan
 from qat.text.tokenizer import Tokenizer
 
@@ -29,23 +30,23 @@ def open_golf(path: Path, s: EvalTaskSettings) -> OpenedModel:
     """Read a .ptz file and find out its model. UserError if it is no model of the challenge, or if
     ``data.tokenizer`` has another vocabulary."""
     file = read_golf_file(path)
-    shape = shape_from(file.plan, path)
+    spec = spec_from(file.plan, path)
     assert s.eval.seq_len is not None  # asked for by the checks of the settings
     assert s.data.tokenizer is not None
     tokenizer = Tokenizer(Path(s.data.tokenizer))
-    if tokenizer.vocab_size != shape.vocab_size:
+    if tokenizer.vocab_size != spec.vocab_size:
         raise UserError(
             f"data.tokenizer={s.data.tokenizer}: it has {tokenizer.vocab_size} pieces, the model "
-            f"in {path} {shape.vocab_size} embeddings; give the tokenizer it was trained with"
+            f"in {path} {spec.vocab_size} embeddings; give the tokenizer it was trained with"
         )
     # What the header of an artifact of this project says, from the settings.
-    meta = artifact_meta(shape, s.eval.seq_len, tokenizer.sha256, {"name": "shards"})
+    meta = artifact_meta(spec, s.eval.seq_len, tokenizer.sha256, {"name": "shards"})
     # Its codes and sections are not those of an artifact; scoring needs neither.
     artifact = Artifact(meta, file.plan, file.weights, [], [], file.num_bytes)
-    return OpenedModel(artifact, shape, s.eval.seq_len)
+    return OpenedModel(artifact, spec, s.eval.seq_len)
 
 
-def shape_from(plan: Plan, path: Path) -> GPTShape:
+def spec_from(plan: Plan, path: Path) -> ModelSpec:
     """The model whose tensors these are: ``q_gain`` has an entry per head, ``c_k`` a row per
     dimension of the key/value heads, ``mlp.fc`` a row per hidden unit. UserError if none fits."""
     found = {entry.name: entry.shape for entry in plan}
@@ -61,7 +62,7 @@ def shape_from(plan: Plan, path: Path) -> GPTShape:
             raise ValueError(f"{kv_dim} key rows are no heads of {head_dim} for {num_heads} heads")
         if hidden % dim:
             raise ValueError(f"an MLP of {hidden} is no multiple of the width {dim}")
-        shape = GPTShape(
+        spec = ModelSpec(
             vocab_size=vocab_size,
             num_layers=sum(QUERY_GAIN.fullmatch(name) is not None for name in found),
             dim=dim,
@@ -70,7 +71,7 @@ def shape_from(plan: Plan, path: Path) -> GPTShape:
             mlp_mult=hidden // dim,
             tie_embeddings="lm_head.weight" not in found,
         )
-        expected = tensor_shapes(shape)
+        expected = tensor_shapes(spec)
     except KeyError as error:
         raise UserError(f"artifact={path}: not a model of the challenge: no {error}") from None
     except (ValueError, RuntimeError) as error:
@@ -80,6 +81,6 @@ def shape_from(plan: Plan, path: Path) -> GPTShape:
         odd = min(name for name in {*found, *expected} if found.get(name) != expected.get(name))
         raise UserError(
             f"artifact={path}: not a model of the challenge: tensor {odd[:80]!r} is missing, too "
-            f"many or of the wrong shape for {shape.num_layers} layers of width {dim}"
+            f"many or of the wrong shape for {spec.num_layers} layers of width {dim}"
         )
-    return shape
+    return spec

@@ -10,7 +10,7 @@ Left out: dropout, biases, KV cache (samples here are short).
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
@@ -18,27 +18,12 @@ from torch import Tensor, nn
 
 from qat.model.attention import causal_attention
 from qat.model.losses import softcap, softcap_cross_entropy
+from qat.model.spec import ModelSpec
 
 OUTPUT_STD_TIED = 0.005
 ROPE_BASE = 10_000.0
 QUERY_GAIN = 1.5
 LOGIT_SOFTCAP = 30.0
-
-
-@dataclass(frozen=True)
-class GPTShape:
-    """Everything that fixes the tensors of a model; stored in every artifact."""
-
-    vocab_size: int
-    num_layers: int
-    dim: int
-    num_heads: int
-    num_kv_heads: int
-    mlp_mult: int
-    tie_embeddings: bool
-
-    def as_dict(self) -> dict[str, int | bool]:
-        return asdict(self)
 
 
 def rms_norm(x: Tensor) -> Tensor:
@@ -103,13 +88,13 @@ class Block(nn.Module):
     With ``tail`` only the last positions are computed (keys and values are of all of them).
     """
 
-    def __init__(self, shape: GPTShape) -> None:
+    def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
-        self.attn = Attention(shape.dim, shape.num_heads, shape.num_kv_heads)
-        self.mlp = MLP(shape.dim, shape.mlp_mult)
-        self.attn_scale = nn.Parameter(torch.ones(shape.dim))
-        self.mlp_scale = nn.Parameter(torch.ones(shape.dim))
-        self.resid_mix = nn.Parameter(torch.stack((torch.ones(shape.dim), torch.zeros(shape.dim))))
+        self.attn = Attention(spec.dim, spec.num_heads, spec.num_kv_heads)
+        self.mlp = MLP(spec.dim, spec.mlp_mult)
+        self.attn_scale = nn.Parameter(torch.ones(spec.dim))
+        self.mlp_scale = nn.Parameter(torch.ones(spec.dim))
+        self.resid_mix = nn.Parameter(torch.stack((torch.ones(spec.dim), torch.zeros(spec.dim))))
 
     def forward(self, x_BTC: Tensor, first_BTC: Tensor, tail: int | None = None) -> Tensor:
         keep, again = self.resid_mix.to(x_BTC.dtype)
@@ -128,15 +113,15 @@ class GPT(nn.Module):
     channel by ``skip_weights``.
     """
 
-    def __init__(self, shape: GPTShape) -> None:
+    def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
-        self.shape = shape
-        self.tok_emb = nn.Embedding(shape.vocab_size, shape.dim)
-        self.num_pushing = shape.num_layers // 2
-        self.skip_weights = nn.Parameter(torch.ones(self.num_pushing, shape.dim))
-        self.blocks = nn.ModuleList(Block(shape) for _ in range(shape.num_layers))
+        spec.own()
+        self.tok_emb = nn.Embedding(spec.vocab_size, spec.dim)
+        self.num_pushing = spec.num_layers // 2
+        self.skip_weights = nn.Parameter(torch.ones(self.num_pushing, spec.dim))
+        self.blocks = nn.ModuleList(Block(spec) for _ in range(spec.num_layers))
         self.lm_head = (
-            None if shape.tie_embeddings else nn.Linear(shape.dim, shape.vocab_size, bias=False)
+            None if spec.tie_embeddings else nn.Linear(spec.dim, spec.vocab_size, bias=False)
         )
         self._initialise()
 
@@ -179,8 +164,36 @@ class GPT(nn.Module):
         hidden_NC, targets_N = hidden_BTC.flatten(0, 1), targets_BT.flatten()
         return softcap_cross_entropy(hidden_NC, head_VC, targets_N, LOGIT_SOFTCAP)
 
+    @staticmethod
+    def folded(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Weights that compute the same, the channel scales of each block's outputs taken into the
+        rows of the matrices before them."""
+        changed = dict(weights)
+        for name, scale in weights.items():
+            for kind in ("attn", "mlp"):
+                if name.endswith(f".{kind}_scale"):
+                    matrix = name.removesuffix(f"{kind}_scale") + f"{kind}.proj.weight"
+                    changed[matrix] = changed[matrix] * scale[:, None]
+                    changed[name] = torch.ones_like(scale)
+        return changed
 
-def tensor_shapes(shape: GPTShape) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of a model's tensors; nothing is allocated."""
-    with torch.device("meta"):
-        return {name: tuple(p.shape) for name, p in GPT(shape).named_parameters()}
+    @staticmethod
+    def numbers_moved(spec: ModelSpec) -> int:
+        """Activations read and written per token, every operation its inputs and outputs once."""
+        dim, mlp_dim, vocab_size = spec.dim, spec.mlp_mult * spec.dim, spec.vocab_size
+        kv_dim = spec.num_kv_heads * (dim // spec.num_heads)
+        norm, add = 2 * dim, 3 * dim
+        attention = (
+            (3 * dim + dim + 2 * kv_dim)  # to queries, keys and values
+            + 2 * 2 * (dim + kv_dim)  # norm and rotation of queries and keys
+            + 2 * dim  # gain of the queries
+            + (2 * dim + 2 * kv_dim)  # attention itself
+            + 2 * dim  # projection
+        )
+        mlp = (dim + mlp_dim) + 2 * mlp_dim + (mlp_dim + dim)  # up, ReLU^2, down
+        block = add + norm + attention + add + norm + mlp + add
+        ends = 2 * dim + norm + norm + (dim + vocab_size) + 2 * vocab_size  # embedding to softcap
+        return spec.num_layers * block + spec.num_layers // 2 * add + ends
+
+
+ARCHITECTURE = GPT

@@ -11,7 +11,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from qat.model.gpt import GPT, GPTShape
+from qat.model.registry import empty_model, last_logits
+from qat.model.spec import ModelSpec
 from qat.ptq.layer_inputs import LayerInputs
 from qat.text.batches import BatchShape, micro_batch
 from qat.text.shards import TokenStream
@@ -41,31 +42,30 @@ def training_sequences(stream: TokenStream, seq_len: int) -> Tensor:
     return torch.stack([torch.from_numpy(stream.take(start, seq_len)) for start in starts])
 
 
-def random_sequences(shape: GPTShape, seq_len: int, seed: int) -> Tensor:
+def random_sequences(spec: ModelSpec, seq_len: int, seed: int) -> Tensor:
     """(SEQUENCES, seq_len) ids, each as likely as the others."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.randint(shape.vocab_size, (SEQUENCES, seq_len), generator=generator)
+    return torch.randint(spec.vocab_size, (SEQUENCES, seq_len), generator=generator)
 
 
 @torch.inference_mode()
-def written_sequences(shape: GPTShape, weights: Mapping[str, Tensor], seed: int) -> Tensor:
+def written_sequences(spec: ModelSpec, weights: Mapping[str, Tensor], seed: int) -> Tensor:
     """(SEQUENCES, SELF_TOKENS) ids that the model draws from its own predictions, from BOS on."""
-    with torch.device("meta"):
-        gpt = GPT(shape)
+    model = empty_model(spec)
     device = next(iter(weights.values())).device
     generator = torch.Generator(device).manual_seed(seed)
     ids = torch.full((SEQUENCES, 1), BOS_ID, device=device)
     while ids.size(1) < SELF_TOKENS:
-        logits_BTV = torch.func.functional_call(gpt, dict(weights), (ids,), {"tail": 1})
-        drawn = torch.multinomial(logits_BTV[:, -1].softmax(-1), 1, generator=generator)
+        logits_BV = last_logits(model, weights, ids, 1)[:, -1]
+        drawn = torch.multinomial(logits_BV.softmax(-1), 1, generator=generator)
         ids = torch.cat((ids, drawn), dim=1)
     return ids.cpu()
 
 
-def read_inputs(shape: GPTShape, weights: Mapping[str, Tensor], sequences: Tensor) -> LayerInputs:
+def read_inputs(spec: ModelSpec, weights: Mapping[str, Tensor], sequences: Tensor) -> LayerInputs:
     """What every matrix of the float model reads of these (S, T) ids."""
     device = next(iter(weights.values())).device
-    inputs = LayerInputs(shape, weights, "fp32")
+    inputs = LayerInputs(spec, weights, "fp32")
     for ids_BT in sequences.split(BATCH_SEQUENCES):
         inputs.update(ids_BT.to(device))
     return inputs

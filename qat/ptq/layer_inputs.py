@@ -10,11 +10,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from qat.model.gpt import GPT, GPTShape
-
-EMBEDDING, HEAD = "tok_emb.weight", "lm_head.weight"
+from qat.model.registry import empty_model
+from qat.model.spec import ModelSpec
+from qat.model.wiring import Watch, wiring_of
 
 
 @dataclass
@@ -26,38 +26,30 @@ class Inputs:
     largest: Tensor
 
 
-class _HiddenStates(nn.Module):
-    def __init__(self, shape: GPTShape) -> None:
-        super().__init__()
-        with torch.device("meta"):
-            self.gpt = GPT(shape)
-
-    def forward(self, ids_BT: Tensor) -> Tensor:
-        return self.gpt.hidden(ids_BT)
-
-
 class LayerInputs:
-    """``of``: parameter name -> Inputs of each matrix; ``token_counts`` (V,) of the lookups.
+    """``of``: parameter name -> Inputs of each matrix, a tied head's what it reads as head;
+    ``row_counts``: name -> (rows,) how often each row of a lookup was taken.
 
-    The head's are under ``lm_head.weight``, tied or not. Queries, keys and values read the same
-    input: its sums are computed once and shared.
+    Queries, keys and values read the same input: its sums are computed once and shared.
     """
 
-    def __init__(self, shape: GPTShape, weights: Mapping[str, Tensor], precision: str) -> None:
-        self.shape, self.precision = shape, precision
-        self.model = _HiddenStates(shape)
-        self.weights = {f"gpt.{name}": w for name, w in weights.items()}
+    def __init__(self, spec: ModelSpec, weights: Mapping[str, Tensor], precision: str) -> None:
+        self.wiring = wiring_of(spec)
+        self.precision, self.weights = precision, dict(weights)
+        self.model = empty_model(spec)
         self.of: dict[str, Inputs] = {}
-        self.token_counts = torch.zeros(shape.vocab_size, device=weights[EMBEDDING].device)
+        self.row_counts = {
+            name: torch.zeros(len(weights[name]), device=weights[name].device)
+            for name in self.wiring.lookups
+        }
         self.num_tokens = 0
         self._last: tuple[Tensor, str] | None = None  # kept alive: its memory is not used again
-        for name, module in self.model.gpt.named_modules():
-            if isinstance(module, nn.Linear) and name != "lm_head":
-                module.register_forward_pre_hook(
-                    lambda _, inputs, name=name: self._see(f"{name}.weight", inputs[0])
-                )
 
-    def _see(self, name: str, x: Tensor) -> None:
+    def _see(self, name: str, x: Tensor, is_lookup: bool) -> None:
+        if is_lookup:
+            counts = self.row_counts[name]
+            counts += torch.bincount(x.flatten(), minlength=len(counts))
+            return
         if self._last is not None:
             last, of_name = self._last
             if (last.data_ptr(), last.shape) == (x.data_ptr(), x.shape):
@@ -65,7 +57,8 @@ class LayerInputs:
                 return
         self._last = (x, name)
         flat = x.flatten(0, 1).float()
-        products, sizes = flat.mT @ flat, flat.abs()
+        with torch.autocast(x.device.type, enabled=False):
+            products, sizes = flat.mT @ flat, flat.abs()
         if (seen := self.of.get(name)) is None:
             self.of[name] = Inputs(products, sizes.sum(0), sizes.amax(0))
         else:
@@ -77,21 +70,15 @@ class LayerInputs:
     def update(self, ids_BT: Tensor) -> None:
         """See the inputs (B, T) of a batch."""
         bf16 = self.precision == "bf16"
-        with torch.autocast(ids_BT.device.type, torch.bfloat16, enabled=bf16):
-            hidden_BTC = torch.func.functional_call(self.model, self.weights, (ids_BT,))
-        self._see(HEAD, hidden_BTC)
+        with (
+            torch.autocast(ids_BT.device.type, torch.bfloat16, enabled=bf16),
+            Watch(self.weights, self._see),
+        ):
+            torch.func.functional_call(self.model, self.weights, (ids_BT,))
         self._last = None
-        self.token_counts += torch.bincount(ids_BT.flatten(), minlength=self.shape.vocab_size)
         self.num_tokens += ids_BT.numel()
 
-    def read_by(self, name: str) -> Inputs:
-        """What a matrix reads; of a tied embedding, what it reads as head.
-
-        KeyError for a tensor that reads nothing: an untied embedding, a vector.
-        """
-        is_tied = name == EMBEDDING and self.shape.tie_embeddings
-        return self.of[HEAD if is_tied else name]
-
     def hessian(self, name: str) -> Tensor:
-        """Mean of x x^T (C, C) of what ``read_by`` gives."""
-        return self.read_by(name).products / self.num_tokens
+        """Mean of x x^T (C, C) of what a matrix reads. KeyError for what reads nothing: a lookup
+        that is no head, a vector."""
+        return self.of[name].products / self.num_tokens

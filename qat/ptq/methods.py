@@ -17,7 +17,7 @@ from torch import Tensor
 from qat.artifact.bit_cost import classes_of, costs_by_class, count_codes
 from qat.ptq.awq import awq
 from qat.ptq.gptq import BitPrices, GptqFactor
-from qat.ptq.layer_inputs import EMBEDDING, HEAD, LayerInputs
+from qat.ptq.layer_inputs import LayerInputs
 from qat.quantize.grid import Grid
 from qat.quantize.plan import NONE_LEARNED, Encoded, Entry, Plan, Scales
 from qat.quantize.rounding import Codes, decode, encode, weighted_scales
@@ -71,16 +71,16 @@ def gptq(
     bit_price: float = 0.0,
 ) -> Method:
     """Full-Hessian GPTQ; with ``by_inputs`` scales that are not given minimise the error weighted
-    by the inputs' mean squares. ``bit_price``: of what a row's scales say that a bit is worth. An
-    untied embedding, which multiplies nothing, is rounded to nearest."""
+    by the inputs' mean squares. ``bit_price``: of what a row's scales say that a bit is worth. What
+    multiplies nothing, as an untied embedding, is rounded to nearest."""
     factors: dict[int, GptqFactor] = {}  # by the sums that matrices share
 
     def method(entry: Entry, w: Tensor, scales: Tensor | None) -> tuple[Entry, Codes]:
         assert entry.grid is not None
-        if entry.name == EMBEDDING and not inputs.shape.tie_embeddings:
+        if entry.name not in inputs.of:
             return nearest(entry, w, scales)
         hessian = inputs.hessian(entry.name)
-        key = id(inputs.read_by(entry.name).products)
+        key = id(inputs.of[entry.name].products)
         if key not in factors:
             factors[key] = GptqFactor(hessian, act_order=act_order)
         if (
@@ -115,7 +115,7 @@ def scaled(inputs: LayerInputs) -> Method:
 
     def method(entry: Entry, w: Tensor, _: Tensor | None) -> tuple[Entry, Codes]:
         assert entry.grid is not None
-        if entry.name in (EMBEDDING, HEAD):
+        if entry.name not in inputs.wiring.matrices:
             return nearest(entry, w, None)
         magnitude = inputs.of[entry.name].magnitudes / inputs.num_tokens
         found = awq(w, inputs.hessian(entry.name), magnitude, entry.grid)

@@ -14,14 +14,13 @@ from collections.abc import Iterable, Mapping
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from qat.model.gpt import GPT
 from qat.ptq.calibration import Batch
 
 
 def fisher_diagonal(
-    gpt: GPT, weights: Mapping[str, Tensor], batches: Iterable[Batch], precision: str
+    model: nn.Module, weights: Mapping[str, Tensor], batches: Iterable[Batch], precision: str
 ) -> dict[str, Tensor]:
     """Name -> float32 tensor of the weight's shape: nats per token per squared unit of weight.
 
@@ -34,7 +33,7 @@ def fisher_diagonal(
     count = 0
     for ids, _ in batches:
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-            logits_BTV = torch.func.functional_call(gpt, placed, (ids.to(device),))
+            logits_BTV = torch.func.functional_call(model, placed, (ids.to(device),))
         logits_NV = logits_BTV.float().flatten(0, 1)
         drawn = torch.multinomial(logits_NV.detach().softmax(-1), 1, generator=generator)[:, 0]
         loss = F.cross_entropy(logits_NV, drawn)
@@ -47,7 +46,7 @@ def fisher_diagonal(
 
 @torch.inference_mode()
 def mean_loss(
-    gpt: GPT, weights: Mapping[str, Tensor], batches: Iterable[Batch], precision: str
+    model: nn.Module, weights: Mapping[str, Tensor], batches: Iterable[Batch], precision: str
 ) -> float:
     """Nats per token over the batches, their own labels."""
     device = next(iter(weights.values())).device
@@ -55,5 +54,5 @@ def mean_loss(
     for ids, targets in batches:
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
             inputs = (ids.to(device), targets.to(device))
-            losses.append(float(torch.func.functional_call(gpt, dict(weights), inputs)))
+            losses.append(float(torch.func.functional_call(model, dict(weights), inputs)))
     return sum(losses) / len(losses)

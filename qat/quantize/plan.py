@@ -252,21 +252,24 @@ def build_plan(
 ) -> Plan:
     """Give each tensor the storage of the first glob in ``rules`` that matches its name.
 
-    A rule is the name of a grid in ``grids``, or fp16, bf16 or fp32. Tensors that a rule puts on a
-    grid but that have fewer than ``grid_min_elements`` elements stay fp16, as in the challenge's
-    export. ValueError: a tensor without a rule, an unknown rule, or nothing on any grid.
+    A rule is the name of a grid in ``grids``, or fp16, bf16 or fp32. Of what a rule puts on a grid
+    vectors stay fp32, and tensors of fewer than ``grid_min_elements`` elements fp16, as in the
+    challenge's export. ValueError: a tensor without a rule, an unknown rule, nothing on any grid.
     """
     if taken := sorted(set(grids) & set(DTYPES)):
         raise ValueError(f"plan.grids.{taken[0]}: the name of a dtype; give another")
+    for glob, asked in rules.items():
+        if asked not in grids and asked not in DTYPES:
+            options = ", ".join([*grids, *DTYPES])
+            raise ValueError(f"plan.rules: {asked!r} for {glob}: choose from {options}")
     entries = []
     for name, shape in shapes.items():
         rule = next((rule for glob, rule in rules.items() if fnmatchcase(name, glob)), None)
         if rule is None:
             raise ValueError(f"plan.rules: no pattern matches {name}; end the rules with '*'")
-        if rule not in grids and rule not in DTYPES:
-            options = ", ".join([*grids, *DTYPES])
-            raise ValueError(f"plan.rules: {rule!r} for {name}: choose from {options}")
-        if rule in DTYPES:
+        if rule in grids and len(shape) < 2:
+            entries.append(Entry(name, tuple(shape)))
+        elif rule in DTYPES:
             entries.append(Entry(name, tuple(shape), None, rule))
         elif math.prod(shape) < grid_min_elements:
             entries.append(Entry(name, tuple(shape), None, "fp16"))

@@ -37,7 +37,7 @@ from qat.settings.schema import (
 from qat.text.shards import TokenStream
 from qat.text.source import from_settings
 from qat.text.tokenizer import Tokenizer
-from qat.training.build import plan_of, shape_of
+from qat.training.build import plan_of, spec_of
 from qat.training.checkpoint import load_checkpoint
 
 Tensors = dict[str, torch.Tensor]
@@ -59,7 +59,7 @@ def plan_in(settings: dict[str, Any], storage: dict[str, Any]) -> Plan:
     wanted = storage["plan"]
     grids = {name: Grid(**grid) for name, grid in wanted["grids"].items()}
     return plan_of(
-        shape_of(ModelSettings(**settings["model"])),
+        spec_of(ModelSettings(**settings["model"])),
         Grid(**storage["grid"]),
         PlanSettings(**wanted | {"grids": grids}),
     )
@@ -83,12 +83,12 @@ class FinishedRun:
         UserError or TrainingError if its checkpoint or its data cannot be read or stored.
         """
         settings = self.settings
-        shape = shape_of(ModelSettings(**settings["model"]))
+        spec = spec_of(ModelSettings(**settings["model"]))
         data = DataSettings(**settings["data"])
         reads_text = artifact.fill or artifact.method == "gptq"
         if not reads_text:  # then no training shards are needed: they may be gone, or gigabytes
             data = replace(data, train_files=None, train_shards=1)
-        source = from_settings(data, shape.vocab_size)
+        source = from_settings(data, spec.vocab_size)
         tokenizer = Tokenizer(source.tokenizer)
         seq_len = settings["seq_len"]
         text = None
@@ -96,7 +96,7 @@ class FinishedRun:
             stream = TokenStream(source.train_files, "data.train_files")
             how = settings["micro_batch_tokens"], seq_len, settings["precision"]
             text = CalibrationText(stream, *how)
-        meta = artifact_meta(shape, seq_len, tokenizer.sha256, source.identity)
+        meta = artifact_meta(spec, seq_len, tokenizer.sha256, source.identity)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         weights, scales = (
             {name: tensor.to(device) for name, tensor in tensors.items()}
@@ -105,11 +105,11 @@ class FinishedRun:
         # Learned scales and what training saw belong to the grid that was trained on.
         is_own = plan == self.plan
         is_on_grid = is_own and self.result.qat_last_step == self.result.steps
-        model = TrainedModel(shape, weights, plan, scales if is_own else {}, is_on_grid)
+        model = TrainedModel(spec, weights, plan, scales if is_own else {}, is_on_grid)
         storage = Storage(artifact, budget, meta, text)
         done, _ = storage.store(model, file, file.with_suffix(".png"), self.console)
         scorer = Scorer(
-            shape,
+            spec,
             TokenStream(source.val_files, "data.val_files"),
             tokenizer.byte_table,
             seq_len,

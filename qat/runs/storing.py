@@ -120,7 +120,7 @@ class Storage:
         weights = dict(model.weights)
         seen = model.plan.snap(weights, model.scales) if model.is_on_grid else weights
         sequences = training_sequences(self.text.stream, min(self.text.seq_len, MAX_TOKENS))
-        inputs = read_inputs(model.shape, seen, sequences)
+        inputs = read_inputs(model.spec, seen, sequences)
         method = gptq(inputs, bit_price=self.artifact.gptq_bit_price)
         encoded = encoded_by(model.plan, weights, method, model.scales)
         if not self.artifact.fill or not model.scales:

@@ -33,7 +33,7 @@ from qat.settings.schema import TrainSettings, as_yaml
 from qat.text.shards import TokenStream
 from qat.text.source import Source, absolute_paths
 from qat.text.tokenizer import Tokenizer
-from qat.training.build import plan_of, shape_of
+from qat.training.build import plan_of, spec_of
 from qat.training.fit import Outcome
 from qat.training.liveness import LivenessProof
 
@@ -99,8 +99,8 @@ class TrainingRun:
 
     def __init__(self, s: TrainSettings, job: Job) -> None:
         self.settings, self.job = s, job
-        self.shape = shape_of(s.model)
-        self.plan = plan_of(self.shape, s.grid, s.plan)
+        self.spec = spec_of(s.model)
+        self.plan = plan_of(self.spec, s.grid, s.plan)
         self.speaks = machine.rank() == 0
         self.folder: Path | None = None
         self._lock: FileLock | None = None

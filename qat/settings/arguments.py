@@ -7,7 +7,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from functools import reduce
-from typing import Any, get_type_hints
+from typing import Any, get_origin, get_type_hints
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import ChoiceSweep
@@ -74,11 +74,13 @@ def with_profile(arguments: list[str]) -> list[str]:
 
 
 def known_keys(schema: type, prefix: str = "") -> set[str]:
-    """All dotted setting names of a schema."""
+    """All dotted setting names of a schema; one that takes any names below it ends in a dot too."""
     keys: set[str] = set()
     for field in fields(schema):
         kind = get_type_hints(schema)[field.name]
         keys.add(prefix + field.name)
+        if get_origin(kind) is dict:
+            keys.add(f"{prefix}{field.name}.")
         if isinstance(kind, type) and is_dataclass(kind):
             keys |= known_keys(kind, f"{prefix}{field.name}.")
     return keys
@@ -105,7 +107,9 @@ def check_options(arguments: list[str], config_name: str) -> None:
 
 
 def unknown(key: str, config_name: str) -> str:
-    known = sorted(known_keys(SCHEMAS[config_name]) | groups(config_name))
+    known = sorted(
+        k for k in known_keys(SCHEMAS[config_name]) | groups(config_name) if k[-1] != "."
+    )
     close = difflib.get_close_matches(key, known, n=1)
     hint = f"did you mean {close[0]}?" if close else f"see `python {config_name}.py --cfg job`"
     return f"unknown setting; {hint}"
@@ -119,7 +123,8 @@ def refuse_unknown_additions(arguments: list[str], config_name: str) -> None:
         key = argument.lstrip("+~").partition("=")[0]
         if key.startswith("hydra"):
             continue
-        if key not in known_keys(SCHEMAS[config_name]) | groups(config_name):
+        known = known_keys(SCHEMAS[config_name]) | groups(config_name)
+        if key not in known and key[: key.rfind(".") + 1] not in known:
             raise UserError(f"{argument}: {unknown(key, config_name)}")
         if argument.startswith("~"):
             raise UserError(f"{argument}: settings cannot be removed; give another value")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from qat.errors import UserError
+from qat.model.spec import architectures
 from qat.settings.schema import (
     ArtifactSettings,
     AveragingSettings,
@@ -157,6 +158,7 @@ def check_constraints(c: ConstraintSettings) -> None:
 
 
 def check_model(m: ModelSettings) -> None:
+    one_of("model.name", m.name, architectures())
     for name in ("num_layers", "dim", "num_heads", "num_kv_heads", "mlp_mult"):
         at_least(f"model.{name}", getattr(m, name), 1)
     require(

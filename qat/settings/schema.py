@@ -10,18 +10,12 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from qat.errors import UserError
+from qat.model.spec import ModelSpec
 from qat.quantize.grid import Grid
 
 
 @dataclass
-class ModelSettings:
-    num_layers: int = MISSING
-    dim: int = MISSING
-    num_heads: int = MISSING
-    num_kv_heads: int = MISSING
-    mlp_mult: int = MISSING
-    vocab_size: int = MISSING
-    tie_embeddings: bool = True
+class ModelSettings(ModelSpec):  # sizes and architecture: qat/model/spec.py
     init_from: str | None = None  # a torch file of initial weights (read with weights_only)
 
 
@@ -195,7 +189,7 @@ class TrainSettings:
     # estimate: from the baseline's loss curve.
     ledger: str = "estimate"
     study: StudySettings = field(default_factory=StudySettings)
-    model: ModelSettings = field(default_factory=ModelSettings)
+    model: ModelSettings = MISSING
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     schedule: ScheduleSettings = field(default_factory=ScheduleSettings)
     averaging: AveragingSettings = field(default_factory=AveragingSettings)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 
 from qat.artifact.coder import AUTO, CODERS
 from qat.errors import UserError
-from qat.model.gpt import GPT, GPTShape, tensor_shapes
+from qat.model.registry import model_of, tensor_shapes
+from qat.model.spec import ModelSpec
 from qat.quantize.grid import Grid
 from qat.quantize.plan import Plan, build_plan
 from qat.quantize.switch import QatSwitch
@@ -21,22 +24,22 @@ if TYPE_CHECKING:
 GRID = "grid"  # the name in plan.rules of the grid that grid= chooses
 
 
-def shape_of(m: ModelSettings) -> GPTShape:
-    return GPTShape(
-        m.vocab_size, m.num_layers, m.dim, m.num_heads, m.num_kv_heads, m.mlp_mult, m.tie_embeddings
-    )
+def spec_of(m: ModelSettings) -> ModelSpec:
+    return ModelSpec(**{f.name: getattr(m, f.name) for f in fields(ModelSpec)})
 
 
-def plan_of(shape: GPTShape, grid: Grid, plan: PlanSettings) -> Plan:
-    """The plan of a model of this shape; nothing is allocated."""
+def plan_of(spec: ModelSpec, grid: Grid, plan: PlanSettings) -> Plan:
+    """The plan of a model of this spec; nothing is allocated."""
     named = {"grid": grid} | {f"plan.grids.{name}": g for name, g in plan.grids.items()}
     for setting, asked in named.items():
         if asked.scale_rule == "given":
             raise UserError(f"{setting}.scale_rule = given: only artifact.fill gives scales")
     try:
-        shapes = tensor_shapes(shape)
+        shapes = tensor_shapes(spec)
     except (RuntimeError, OverflowError):
-        raise UserError(f"model = {shape.as_dict()}: no computer holds such tensors") from None
+        raise UserError(f"model = {spec.as_json()}: no computer holds such tensors") from None
+    except ValueError as error:
+        raise UserError(f"model.{error}") from None
     try:
         return build_plan(shapes, {GRID: grid} | plan.grids, plan.rules, plan.grid_min_elements)
     except ValueError as error:
@@ -57,24 +60,24 @@ def check_coder(s: TrainSettings) -> None:
         raise UserError(f"artifact.coder = {s.artifact.coder}: choose from {', '.join(coders)}")
 
 
-def build_gpt(m: ModelSettings, seed: int) -> GPT:
+def build_model(m: ModelSettings, seed: int) -> nn.Module:
     """A model initialised from its seed, or from the weights of ``model.init_from``."""
     torch.manual_seed(seed)
     try:
-        gpt = GPT(shape_of(m))
+        model = model_of(spec_of(m))
     except RuntimeError as error:
         raise UserError(f"model.dim = {m.dim}: no memory for this model ({error})") from None
     if m.init_from is None:
-        return gpt
+        return model
     try:
         weights = torch.load(m.init_from, map_location="cpu", weights_only=True)
-        gpt.load_state_dict(weights)
+        model.load_state_dict(weights)
     except Exception as error:  # torch raises many kinds for a file that is not weights
         reason = str(error).strip().split("\n")[0][:120]
         raise UserError(
             f"model.init_from={m.init_from}: not weights of this model ({reason})"
         ) from None
-    return gpt
+    return model
 
 
 def build_schedule(s: TrainSettings) -> Schedule:

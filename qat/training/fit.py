@@ -28,7 +28,7 @@ from qat.settings.checks import micro_batches
 from qat.settings.schema import TrainSettings
 from qat.text.batches import BatchShape, TrainingBatches
 from qat.text.shards import TokenStream
-from qat.training.build import build_gpt, build_schedule
+from qat.training.build import build_model, build_schedule
 from qat.training.loop import Pace, TrainingLoop, UpdateHook
 from qat.training.schedule import Schedule
 
@@ -170,7 +170,7 @@ def build_loop(s: TrainSettings, plan: Plan, hooks: Sequence[UpdateHook]) -> Tra
     """The model of the settings, in a loop that trains it as they say."""
     gradient = s.qat.gradient if s.qat.enabled else "identity"
     is_compiled = s.compile == "true"
-    model = QatModel(build_gpt(s.model, s.seed), plan, gradient, s.seed, fused=is_compiled)
+    model = QatModel(build_model(s.model, s.seed), plan, gradient, s.seed, fused=is_compiled)
     pace = Pace(
         micro_batches(s), s.schedule.warmup_steps, s.precision, is_compiled, s.logger.every_steps
     )

@@ -20,7 +20,7 @@ import statistics
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -29,7 +29,6 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from qat.errors import PreemptedError, TrainingError
-from qat.model.gpt import GPT
 from qat.qat_model import QatModel
 from qat.settings.schema import OptimizerSettings
 from qat.training.clock import TrainingClock
@@ -226,8 +225,7 @@ class TrainingLoop(LightningModule):
 
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
         learned_scales = list(self.switch.parameters())
-        gpt = cast(GPT, self.model.model)
-        return build_optimizers(gpt, self._optimizer_settings, learned_scales)
+        return build_optimizers(self.model.model, self._optimizer_settings, learned_scales)
 
     def on_train_start(self) -> None:
         optimizers = self.trainer.optimizers

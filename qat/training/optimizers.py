@@ -1,4 +1,4 @@
-"""Muon (or NorMuon, or AdamW) for the matrices of the blocks, Adam for everything else.
+"""Muon (or NorMuon, or AdamW) for the matrices but the head, Adam for everything else.
 
 ``base_lr`` is kept in each parameter group; the schedule multiplies it.
 """
@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from qat.model.gpt import GPT
+from qat.model.wiring import wiring_in
 from qat.training.muon import Muon
 
 if TYPE_CHECKING:
@@ -22,26 +22,24 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def build_optimizers(
-    gpt: GPT, settings: OptimizerSettings, learned_scales: list[nn.Parameter]
+    model: nn.Module, settings: OptimizerSettings, learned_scales: list[nn.Parameter]
 ) -> list[Optimizer]:
     """[Muon, Adam], or [Adam]; every parameter in exactly one group, learned scales in Adam's."""
-    embedding = gpt.tok_emb.weight
-    heads = [] if gpt.lm_head is None else [gpt.lm_head.weight]
-    taken = {id(p) for p in (embedding, *heads)}
-    linear = (module for module in gpt.blocks.modules() if isinstance(module, nn.Linear))
-    matrices = [module.weight for module in linear]
-    taken |= {id(p) for p in matrices}
-    scalars = [p for p in gpt.parameters() if id(p) not in taken]
-    tied = gpt.lm_head is None
+    wiring, weights = wiring_in(model), dict(model.named_parameters())
+    embeddings = [weights[name] for name in wiring.lookups]
+    # In the model's order, not that of execution: saved optimizers tell parameters by their place.
+    matrices = [weights[name] for name in weights if name in wiring.matrices]
+    taken = {*wiring.lookups, *wiring.matrices, wiring.head}
+    scalars = [p for name, p in weights.items() if name not in taken]
     groups = [
         {
-            "params": [embedding],
-            "lr": settings.tied_embedding_lr if tied else settings.embedding_lr,
+            "params": embeddings,
+            "lr": settings.tied_embedding_lr if wiring.is_tied else settings.embedding_lr,
         },
         {"params": scalars, "lr": settings.scalar_lr},
     ]
-    if heads:
-        groups.append({"params": heads, "lr": settings.head_lr})
+    if not wiring.is_tied:
+        groups.append({"params": [weights[wiring.head]], "lr": settings.head_lr})
     if learned_scales:
         groups.append({"params": learned_scales, "lr": settings.learned_scale_lr})
     decay = settings.weight_decay

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from qat.analysis.minimal_pairs import sentence_nats
 from qat.analysis.reliability import TemperatureSearch
 from qat.analysis.token_scores import ScoredText, scores_at, token_scores
 from qat.evaluation.score import Scorer
-from qat.model.gpt import GPT, GPTShape
+from qat.model.gpt import GPT
 from qat.settings.schema import EvalSettings
 from qat.text.shards import ShardWriter, TokenStream
 from qat.text.tokenizer import BOS_ID
@@ -97,7 +98,7 @@ def test_one_document_is_halved_by_windows(stream: TokenStream) -> None:
 @pytest.mark.parametrize("tied", [True, False])
 def test_output_errors_are_those_of_the_outputs(tied: bool, stream: TokenStream) -> None:
     """Against the outputs themselves, caught in the float model."""
-    shape = GPTShape(**SHAPE.as_dict() | {"tie_embeddings": tied})
+    shape = replace(SHAPE, tie_embeddings=tied)
     torch.manual_seed(3)
     gpt = GPT(shape)
     weights = {name: torch.randn_like(p) * 0.3 for name, p in gpt.named_parameters()}

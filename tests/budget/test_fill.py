@@ -15,7 +15,8 @@ from qat.budget.budget import Budget
 from qat.budget.fill import BudgetSolver, TrainedModel
 from qat.budget.search import WINDOW
 from qat.golf.bundle import count_code_bytes
-from qat.model.gpt import GPT, GPTShape
+from qat.model.gpt import GPT
+from qat.model.spec import ModelSpec
 from qat.ptq.calibration import calibration_batches
 from qat.quantize.grid import Grid
 from qat.quantize.plan import build_plan
@@ -125,7 +126,7 @@ def test_a_run_without_checkpoint_is_refused(program, finished: Path, tmp_path: 
     assert "checkpoint" in done.err
 
 
-LAPTOP = GPTShape(1024, 4, 288, 6, 3, 2, True)
+LAPTOP = ModelSpec(1024, 4, 288, 6, 3, 2, True)
 
 
 @pytest.mark.slow

@@ -16,7 +16,8 @@ from qat.artifact.container import pack
 from qat.budget.budget import Budget
 from qat.budget.price_control import EVERY, File, PriceControl
 from qat.budget.priced_scales import HEADROOM, scales_at, scales_at_price_one, zoom_rows
-from qat.model.gpt import GPT, GPTShape
+from qat.model.gpt import GPT
+from qat.model.spec import ModelSpec
 from qat.quantize.grid import Grid
 from qat.quantize.plan import Entry, Plan, build_plan
 from qat.training.checkpoint import load_checkpoint
@@ -24,7 +25,7 @@ from tests.artifact.test_bit_cost import bits_between_codes, to_codes
 from tests.conftest import Done, _call
 
 RD = Grid(bits=8, scale_rule="learned", column_scales=True, scale_dtype="bf16")
-LAPTOP = GPTShape(1024, 4, 288, 6, 3, 2, True)
+LAPTOP = ModelSpec(1024, 4, 288, 6, 3, 2, True)
 
 
 def made(rows: int, columns: int, seed: int, width: float) -> tuple[Entry, Tensor, Tensor]:

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from qat.cabinet.variant import Kept, Variant
-from qat.model.gpt import GPT, GPTShape
+from qat.model.gpt import GPT
+from qat.model.spec import ModelSpec
 
-SHAPE = GPTShape(96, 2, 64, 4, 2, 2, True)
+SHAPE = ModelSpec(96, 2, 64, 4, 2, 2, True)
 CPU = torch.device("cpu")
 
 
@@ -29,7 +30,7 @@ def weights() -> dict[str, Tensor]:
     return random_weights(SHAPE)
 
 
-def random_weights(shape: GPTShape) -> dict[str, Tensor]:
+def random_weights(shape: ModelSpec) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(1)
     named = GPT(shape).named_parameters()
     return {name: torch.randn(p.shape, generator=generator) * 0.1 for name, p in named}

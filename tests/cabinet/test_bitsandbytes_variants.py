@@ -13,7 +13,8 @@ from torch import Tensor
 
 from qat.cabinet import bitsandbytes_variants as rows
 from qat.cabinet.bitsandbytes_variants import bitsandbytes_variants
-from qat.model.gpt import GPT, GPTShape
+from qat.model.gpt import GPT
+from qat.model.spec import ModelSpec
 from tests.cabinet.conftest import CPU, SHAPE, block_matrices, logits_of, named, plain_logits
 
 FOUR_BIT = ("NF4", "NF4 double", "FP4")
@@ -67,14 +68,14 @@ def test_four_bits_compute_with_the_weights_they_hold(
 @pytest.mark.parametrize("name", FOUR_BIT)
 def test_rows_of_any_length_are_near_the_trained_weights(name: str) -> None:
     """Version 0.50 decodes wrongly, on a CPU, where a block of 64 goes on in the next row."""
-    shape = GPTShape(48, 2, 96, 4, 2, 2, True)
+    shape = ModelSpec(48, 2, 96, 4, 2, 2, True)
     torch.manual_seed(0)
     weights = {n: torch.randn_like(p) * 0.1 for n, p in GPT(shape).named_parameters()}
     kept = named(bitsandbytes_variants(shape, weights, CPU), f"bitsandbytes {name}").make()
     for key, found in dequantized(kept, weights).items():
         if key in block_matrices(weights):
             assert (found - weights[key]).norm() < 0.15 * weights[key].norm(), key
-    odd = GPTShape(48, 2, 24, 4, 2, 2, True)
+    odd = ModelSpec(48, 2, 24, 4, 2, 2, True)
     variant = named(bitsandbytes_variants(odd, weights, CPU), f"bitsandbytes {name}")
     assert variant.missing() == "needs rows of a multiple of 32 weights"
 

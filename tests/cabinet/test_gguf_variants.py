@@ -14,7 +14,7 @@ from torch import Tensor
 from qat.cabinet import gguf_variants as rows
 from qat.cabinet.gguf_variants import FORMATS, gguf_variants
 from qat.errors import UserError
-from qat.model.gpt import GPTShape
+from qat.model.spec import ModelSpec
 from tests.cabinet.conftest import SHAPE, logits_of, named, plain_logits, random_weights
 
 BLOCK_BYTES = {"Q8_0": 34, "Q5_1": 24, "Q5_0": 22, "Q4_1": 20, "Q4_0": 18}
@@ -101,7 +101,7 @@ def test_no_weight_is_off_by_more_than_a_scale(
 def test_rows_that_are_no_multiple_of_a_block_stay_float16(tmp_path: Path) -> None:
     from gguf import GGMLQuantizationType, GGUFReader
 
-    shape = GPTShape(96, 2, 48, 4, 2, 2, True)
+    shape = ModelSpec(96, 2, 48, 4, 2, 2, True)
     weights = random_weights(shape)
     kept = named(gguf_variants(shape, weights, tmp_path), "gguf Q4_0").make()
     assert kept.embedding == "F16 (rows of 48 are no multiple of 32)"

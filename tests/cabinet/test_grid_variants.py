@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,8 @@ from qat.artifact.container import pack, read_artifact
 from qat.cabinet import grid_variants as grid_variants_file
 from qat.cabinet.grid_variants import GRIDS, RANK, Frozen, grid_variants, kept, plan_for
 from qat.cabinet.variant import Kept, inner_bytes
-from qat.model.gpt import GPT, GPTShape
+from qat.model.gpt import GPT
+from qat.model.spec import ModelSpec
 from qat.ptq.calibration import SELF_TOKENS, SEQUENCES, random_sequences, written_sequences
 from qat.ptq.gptq import row_output_errors
 from qat.ptq.methods import Method, encoded_by, gptq, lite, nearest
@@ -20,10 +22,10 @@ from qat.quantize.grid import Grid
 from qat.quantize.plan import Encoded, Plan
 from qat.quantize.rounding import decode, encode
 
-SHAPE = GPTShape(48, 2, 64, 4, 2, 2, True)
+SHAPE = ModelSpec(48, 2, 64, 4, 2, 2, True)
 
 
-def frozen(shape: GPTShape = SHAPE) -> Frozen:
+def frozen(shape: ModelSpec = SHAPE) -> Frozen:
     """Weights with rows and columns of their own scales, and inputs that are correlated."""
     torch.manual_seed(0)
     weights = {}
@@ -65,7 +67,7 @@ def test_weights_are_those_of_a_file(model: Frozen, tmp_path: Path) -> None:
     plan = plan_for(SHAPE, GRIDS["int4_g64"], GRIDS["int8"])
     for method in (nearest, gptq(model.inputs("train"))):
         encoded = encoded_by(plan, model.weights, method)
-        found = kept(encoded)
+        found = kept(encoded, SHAPE)
         data = pack(encoded, plan, {}, "mix")
         (tmp_path / "a.qat").write_bytes(data)
         assert found.disk_bytes == len(data)
@@ -178,7 +180,7 @@ def test_smoothquant_reads_int8_activations(model: Frozen, made: dict[str, Kept]
 
 
 def test_an_untied_embedding_is_rounded_and_its_head_is_not() -> None:
-    shape = GPTShape(**SHAPE.as_dict() | {"tie_embeddings": False})
+    shape = replace(SHAPE, tie_embeddings=False)
     untied = frozen(shape)
     made = {v.name: v.make() for v in grid_variants(untied) if v.name in ("rtn_int4", "gptq_int4")}
     rounded, better = made["rtn_int4"].weights, made["gptq_int4"].weights

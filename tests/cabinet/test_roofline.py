@@ -11,20 +11,21 @@ from torch.utils.flop_counter import FlopCounterMode
 from qat.cabinet import roofline
 from qat.cabinet.roofline import measure_ceilings, traffic
 from qat.model import attention
-from qat.model.gpt import GPT, GPTShape
+from qat.model.gpt import GPT
+from qat.model.spec import ModelSpec
 
 SHAPES = [
-    GPTShape(320, 1, 64, 4, 2, 2, True),
-    GPTShape(1024, 5, 96, 6, 3, 2, False),
-    GPTShape(512, 4, 128, 4, 4, 3, True),
-    GPTShape(100, 2, 64, 8, 1, 4, False),
+    ModelSpec(320, 1, 64, 4, 2, 2, True),
+    ModelSpec(1024, 5, 96, 6, 3, 2, False),
+    ModelSpec(512, 4, 128, 4, 4, 3, True),
+    ModelSpec(100, 2, 64, 8, 1, 4, False),
 ]
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize(("seq_len", "batch"), [(16, 1), (128, 3), (256, 1)])
 def test_flops_are_those_that_torch_counts(
-    shape: GPTShape, seq_len: int, batch: int, monkeypatch: pytest.MonkeyPatch
+    shape: ModelSpec, seq_len: int, batch: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # With gradients attention is matrix products, which the counter knows; one block: all pairs.
     monkeypatch.setattr(attention, "QUERY_BLOCK", seq_len)
@@ -46,9 +47,9 @@ def test_activation_bytes_of_one_block_by_hand() -> None:
         "head": (8, 10), "softcap": (10, 10),
     }  # fmt: skip
     per_token = sum(read + written for read, written in moved.values())
-    shape = GPTShape(10, 1, 8, 4, 2, 2, True)
+    shape = ModelSpec(10, 1, 8, 4, 2, 2, True)
     assert traffic(shape, 3).activation_bytes == 4 * 3 * per_token
-    two, three = (traffic(GPTShape(10, n, 8, 4, 2, 2, True), 3) for n in (2, 3))
+    two, three = (traffic(ModelSpec(10, n, 8, 4, 2, 2, True), 3) for n in (2, 3))
     block = 4 * 3 * (per_token - 8 * 2 - 16 - 16 - 18 - 20)
     skip = 4 * 3 * 3 * 8
     assert two.activation_bytes == traffic(shape, 3).activation_bytes + block + skip

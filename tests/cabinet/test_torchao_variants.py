@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from importlib.machinery import ModuleSpec
 
 import pytest
@@ -10,8 +11,8 @@ from torch import Tensor
 
 from qat.cabinet import torchao_variants as rows
 from qat.cabinet.torchao_variants import torchao_variants
-from qat.cabinet.variant import float_gpt
-from qat.model.gpt import GPTShape
+from qat.cabinet.variant import float_model
+from qat.model.spec import ModelSpec
 from tests.cabinet.conftest import (
     CPU,
     SHAPE,
@@ -69,7 +70,7 @@ def test_rows_compute_with_the_weights_they_hold(name: str, weights: dict[str, T
 @pytest.mark.parametrize("name", [*WEIGHT_ONLY, DYNAMIC])
 @pytest.mark.parametrize("is_tied", [True, False])
 def test_memory_is_what_the_formats_say(name: str, is_tied: bool) -> None:
-    shape = GPTShape(**SHAPE.as_dict() | {"tie_embeddings": is_tied})
+    shape = replace(SHAPE, tie_embeddings=is_tied)
     weights = random_weights(shape)
     kept = named(torchao_variants(shape, weights, CPU), f"torchao {name}").make()
     matrices = block_matrices(weights)
@@ -106,7 +107,7 @@ def test_needs_are_those_of_the_machine(
 ) -> None:
     """What a machine with CUDA would be told, before torchao is asked."""
     cuda = torch.device("cuda")
-    monkeypatch.setattr(rows, "float_gpt", lambda *_: None)
+    monkeypatch.setattr(rows, "float_model", lambda *_: None)
     monkeypatch.setattr(rows, "_failure", lambda *_: "asked torchao")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 6))
     reasons = {v.name: v.missing() for v in torchao_variants(SHAPE, weights, cuda)}
@@ -129,7 +130,7 @@ def test_reasons_are_one_line(weights: dict[str, Tensor], monkeypatch: pytest.Mo
 
 
 def test_a_shape_that_torchao_refuses_is_a_reason_in_one_line() -> None:
-    shape = GPTShape(96, 2, 48, 4, 2, 2, True)
+    shape = ModelSpec(96, 2, 48, 4, 2, 2, True)
     variants = torchao_variants(shape, random_weights(shape), CPU)
     reason = named(variants, "torchao IntxWeightOnly int4 g32").missing()
     assert reason is not None
@@ -152,8 +153,8 @@ def test_rows_for_cuda_compute_in_bfloat16(weights: dict[str, Tensor]) -> None:
     """Their casts, around a configuration that a CPU has too."""
     row = rows.Row(rows.ROWS["Float8WeightOnly"].config, capability=(0, 0))
     parameters = {key: torch.nn.Parameter(w) for key, w in weights.items()}
-    gpt = float_gpt(SHAPE, parameters, CPU)
-    rows._convert(gpt, row, CPU)
+    gpt = float_model(SHAPE, parameters, CPU)
+    rows._convert(gpt, SHAPE, row, CPU)
     assert parameters["blocks.0.mlp.fc.weight"].dtype == torch.float32  # the caller's own
     layer = gpt.blocks[0].mlp.fc
     assert layer.weight.dtype == torch.bfloat16

@@ -16,7 +16,8 @@ from rich.console import Console
 from qat.errors import UserError
 from qat.evaluation.score import Scorer
 from qat.evaluation.windows import Windows, document_windows, stream_windows
-from qat.model.gpt import GPT, GPTShape
+from qat.model.gpt import GPT
+from qat.model.spec import ModelSpec
 from qat.settings.schema import EvalSettings
 from qat.text.byte_table import ByteTable
 from qat.text.shards import ShardWriter, TokenStream
@@ -24,7 +25,7 @@ from qat.text.tokenizer import BOS_ID
 from tests.conftest import result_of
 from tests.test_torchrun import torchrun
 
-SHAPE = GPTShape(24, 3, 16, 4, 2, 2, True)
+SHAPE = ModelSpec(24, 3, 16, 4, 2, 2, True)
 NUM_TOKENS = 203
 
 

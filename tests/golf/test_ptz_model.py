@@ -17,8 +17,9 @@ from qat.artifact.container import pack, read_artifact, write_artifact
 from qat.evaluation.open_model import artifact_meta
 from qat.golf.bundle import ROOT, count_code_bytes
 from qat.golf.ptz_file import GOLF_GRID, pack_golf, read_golf_file
-from qat.golf.ptz_model import shape_from
-from qat.model.gpt import GPTShape, tensor_shapes
+from qat.golf.ptz_model import spec_from
+from qat.model.registry import tensor_shapes
+from qat.model.spec import ModelSpec
 from qat.quantize.grid import Grid
 from qat.quantize.plan import Encoded, Entry, Plan, build_plan
 from tests.conftest import GOLF, result_of
@@ -26,7 +27,7 @@ from tests.golf.test_ptz_file import minimal_reader
 
 FIXTURE = GOLF / "final_model.int8.ptz"
 TEXT = (f"data.val_files={GOLF}/fineweb_val_*.bin", f"data.tokenizer={GOLF}/tokenizer.model")
-GOLF_SHAPE = GPTShape(512, 3, 320, 5, 1, 3, False)
+GOLF_SHAPE = ModelSpec(512, 3, 320, 5, 1, 3, False)
 RULES = yaml.safe_load((ROOT / "conf/plan/matrices.yaml").read_text())["rules"]
 MIN_ELEMENTS = yaml.safe_load((ROOT / "conf/plan/golf.yaml").read_text())["grid_min_elements"]
 
@@ -37,11 +38,11 @@ def value(text: str, key: str) -> float:
     return float(match[1])
 
 
-def plan_of(shape: GPTShape, grid: Grid = GOLF_GRID, min_elements: int = MIN_ELEMENTS) -> Plan:
+def plan_of(shape: ModelSpec, grid: Grid = GOLF_GRID, min_elements: int = MIN_ELEMENTS) -> Plan:
     return build_plan(tensor_shapes(shape), {"grid": grid}, RULES, min_elements)
 
 
-def random_weights(shape: GPTShape) -> dict[str, torch.Tensor]:
+def random_weights(shape: ModelSpec) -> dict[str, torch.Tensor]:
     """Rows of many sizes: the step's floor binds in some and not in others, one is all zero."""
     generator = torch.Generator().manual_seed(5)
     weights = {}
@@ -54,7 +55,7 @@ def random_weights(shape: GPTShape) -> dict[str, torch.Tensor]:
     return weights
 
 
-def write_qat(path: Path, shape: GPTShape, encoded: list[Encoded], plan: Plan) -> None:
+def write_qat(path: Path, shape: ModelSpec, encoded: list[Encoded], plan: Plan) -> None:
     meta = artifact_meta(shape, 128, "0" * 64, {"name": "shards"})
     write_artifact(path, pack(encoded, plan, meta, "zstd"))
 
@@ -91,7 +92,7 @@ def test_the_reference_trainers_file_scores_as_the_reference_says(program) -> No
     model = expected["model"]
     seq_len = model.pop("seq_len")
     assert seq_len == 128
-    assert shape_from(read_golf_file(FIXTURE).plan, FIXTURE).as_dict() == model
+    assert spec_from(read_golf_file(FIXTURE).plan, FIXTURE).as_json() == model
 
 
 def test_sample_from_it(program) -> None:
@@ -104,19 +105,19 @@ def test_sample_from_it(program) -> None:
 @pytest.mark.parametrize(
     "shape",
     [
-        GPTShape(512, 3, 320, 5, 1, 3, False),
-        pytest.param(GPTShape(1024, 9, 512, 8, 4, 2, True), marks=pytest.mark.slow),
-        GPTShape(300, 1, 64, 4, 4, 1, True),
-        GPTShape(260, 2, 96, 6, 3, 4, False),
-        GPTShape(64, 11, 32, 1, 1, 5, True),
+        ModelSpec(512, 3, 320, 5, 1, 3, False),
+        pytest.param(ModelSpec(1024, 9, 512, 8, 4, 2, True), marks=pytest.mark.slow),
+        ModelSpec(300, 1, 64, 4, 4, 1, True),
+        ModelSpec(260, 2, 96, 6, 3, 4, False),
+        ModelSpec(64, 11, 32, 1, 1, 5, True),
     ],
     ids=str,
 )
-def test_any_model_is_read_off_its_tensors(shape: GPTShape, tmp_path: Path) -> None:
+def test_any_model_is_read_off_its_tensors(shape: ModelSpec, tmp_path: Path) -> None:
     plan = plan_of(shape, min_elements=1000)
     (tmp_path / "m.ptz").write_bytes(pack_golf(plan.encode(random_weights(shape))))
     file = read_golf_file(tmp_path / "m.ptz")
-    assert shape_from(file.plan, tmp_path / "m.ptz") == shape
+    assert spec_from(file.plan, tmp_path / "m.ptz") == shape
 
 
 @pytest.mark.parametrize(
@@ -141,7 +142,7 @@ def test_any_model_is_read_off_its_tensors(shape: GPTShape, tmp_path: Path) -> N
     ids=str,
 )
 def test_what_is_no_model_is_refused(changes: dict, reason: str, program, tmp_path: Path) -> None:
-    shapes = tensor_shapes(GPTShape(300, 2, 64, 4, 2, 2, True)) | changes
+    shapes = tensor_shapes(ModelSpec(300, 2, 64, 4, 2, 2, True)) | changes
     plan = Plan([Entry(name, size) for name, size in shapes.items() if size is not None])
     data = pack_golf(plan.encode({entry.name: torch.ones(entry.shape) for entry in plan}))
     (tmp_path / "m.ptz").write_bytes(data)
@@ -259,7 +260,7 @@ def test_another_grid_is_refused(finished: Path, program, tmp_path: Path) -> Non
 
 
 def test_types_that_the_reference_never_writes_are_refused(program, tmp_path: Path) -> None:
-    shape = GPTShape(300, 1, 64, 4, 2, 2, True)
+    shape = ModelSpec(300, 1, 64, 4, 2, 2, True)
     weights = random_weights(shape)
     bf16 = build_plan(tensor_shapes(shape), {"grid": GOLF_GRID}, {"*scale": "bf16"} | RULES)
     write_qat(tmp_path / "bf16.qat", shape, bf16.encode(weights), bf16)
@@ -270,7 +271,7 @@ def test_types_that_the_reference_never_writes_are_refused(program, tmp_path: Pa
 
 
 def test_no_file_is_overwritten_and_none_left_behind(program, tmp_path: Path) -> None:
-    shape = GPTShape(300, 1, 64, 4, 2, 2, True)
+    shape = ModelSpec(300, 1, 64, 4, 2, 2, True)
     plan = plan_of(shape, min_elements=1000)
     write_qat(tmp_path / "a.qat", shape, plan.encode(random_weights(shape)), plan)
     (tmp_path / "there.ptz").write_bytes(b"precious")

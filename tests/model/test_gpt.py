@@ -7,9 +7,10 @@ import hashlib
 import pytest
 import torch
 
-from qat.model.gpt import GPT, GPTShape, rotate
+from qat.model.gpt import GPT, rotate
+from qat.model.spec import ModelSpec
 
-GOLF_SHAPE = GPTShape(512, 3, 320, 5, 1, 3, False)
+GOLF_SHAPE = ModelSpec(512, 3, 320, 5, 1, 3, False)
 # Of the baseline trainer's own initial weights for this shape and seed 1337.
 GOLF_INITIAL_SHA256 = "6c7948a99a35d37d17d1b3f3b07505d607066deb7bed7d700d9f5e70206941ee"
 
@@ -24,7 +25,7 @@ def test_initial_weights_are_the_baselines() -> None:
 
 
 def test_parameter_names_are_the_fields() -> None:
-    names = set(GPT(GPTShape(64, 2, 32, 4, 2, 2, True)).state_dict())
+    names = set(GPT(ModelSpec(64, 2, 32, 4, 2, 2, True)).state_dict())
     block = ("attn.c_q.weight", "attn.c_k.weight", "attn.c_v.weight", "attn.proj.weight",
              "attn.q_gain", "mlp.fc.weight", "mlp.proj.weight", "attn_scale", "mlp_scale",
              "resid_mix")  # fmt: skip
@@ -35,7 +36,7 @@ def test_parameter_names_are_the_fields() -> None:
 @pytest.mark.parametrize("num_layers", [1, 2, 3, 4])
 def test_causal_and_starts_as_a_uniform_guess(num_layers: int) -> None:
     torch.manual_seed(0)
-    model = GPT(GPTShape(64, num_layers, 32, 4, 2, 2, False))
+    model = GPT(ModelSpec(64, num_layers, 32, 4, 2, 2, False))
     ids = torch.randint(0, 64, (2, 20))
     assert model(ids, ids).item() == pytest.approx(float(torch.tensor(64.0).log()), abs=1e-6)
     with torch.no_grad():

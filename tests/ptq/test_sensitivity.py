@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from qat.model.gpt import GPT, GPTShape
+from qat.model.gpt import GPT
+from qat.model.spec import ModelSpec
 from qat.ptq.sensitivity import fisher_diagonal
 
-SHAPE = GPTShape(vocab_size=40, num_layers=2, dim=16, num_heads=2, num_kv_heads=1, mlp_mult=2,
+SHAPE = ModelSpec(vocab_size=40, num_layers=2, dim=16, num_heads=2, num_kv_heads=1, mlp_mult=2,
                  tie_embeddings=True)  # fmt: skip
 
 

@@ -10,12 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from qat.model.gpt import GPT, GPTShape
+from qat.model.gpt import GPT
+from qat.model.spec import ModelSpec
 from qat.quantize.grid import Grid
 from qat.quantize.plan import Plan, build_plan
 
 RULES = {"*_scale": "fp32", "*.resid_mix": "fp16", "*.weight": "grid", "*": "fp32"}
-SHAPE = GPTShape(320, 3, 64, 4, 2, 2, True)
+SHAPE = ModelSpec(320, 3, 64, 4, 2, 2, True)
 
 
 def shapes_of(model: torch.nn.Module) -> dict[str, tuple[int, ...]]:

@@ -8,12 +8,13 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from qat.model.gpt import GPT, GPTShape
+from qat.model.gpt import GPT
+from qat.model.spec import ModelSpec
 from qat.quantize.grid import Grid
 from qat.quantize.plan import Plan, build_plan
 from qat.quantize.switch import QatSwitch, on_grid_share
 
-SHAPE = GPTShape(128, 2, 32, 4, 2, 2, True)
+SHAPE = ModelSpec(128, 2, 32, 4, 2, 2, True)
 RULES = {"*.weight": "grid", "*": "fp16"}
 
 

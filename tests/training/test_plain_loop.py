@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qat.model.gpt import GPT, GPTShape
+from qat.model.gpt import GPT
+from qat.model.spec import ModelSpec
 from qat.text.batches import BatchShape, micro_batch
 from qat.text.shards import TokenStream
 from tests.conftest import GOLF
@@ -39,7 +40,7 @@ def orthogonalized(matrix: Tensor) -> Tensor:
 
 def plain_losses() -> list[float]:
     torch.manual_seed(1337)
-    gpt = PlainGPT(GPTShape(512, 2, 64, 4, 2, 2, True))
+    gpt = PlainGPT(ModelSpec(512, 2, 64, 4, 2, 2, True))
     for block in gpt.blocks:
         block.attn.attend = torchs_attention
     matrices = [p for name, p in gpt.named_parameters() if "blocks" in name and "weight" in name]

@@ -13,7 +13,8 @@ from torch._dynamo.utils import counters
 
 from qat.artifact.container import read_artifact
 from qat.errors import TrainingError
-from qat.model.gpt import GPT, GPTShape
+from qat.model.gpt import GPT
+from qat.model.spec import ModelSpec
 from qat.qat_model import QatModel, weights_seen
 from qat.quantize.gradients import Seen
 from qat.quantize.grid import Grid
@@ -82,7 +83,7 @@ def test_weight_decay_is_decoupled_and_only_of_the_matrices(train) -> None:
             path = RUNS / f"{name}{decay}" / "checkpoint.ckpt"
             masters[name, decay] = stored_tensors(path)[0]
     torch.manual_seed(1337)
-    start = dict(GPT(GPTShape(320, 2, 64, 4, 2, 2, True)).named_parameters())
+    start = dict(GPT(ModelSpec(320, 2, 64, 4, 2, 2, True)).named_parameters())
     for name in ("muon", "adamw"):
         for key, w in masters[name, 0.0].items():
             shrunk = 0.25 * start[key].detach() if "weight" in key and "blocks" in key else 0.0
@@ -181,7 +182,7 @@ def module(
     compile_model: bool, start_step: int | None, max_steps: int, grid: Grid = INT4
 ) -> TrainingLoop:
     torch.manual_seed(0)
-    gpt = GPT(GPTShape(512, 2, 32, 4, 2, 2, True))
+    gpt = GPT(ModelSpec(512, 2, 32, 4, 2, 2, True))
     shapes = {name: tuple(p.shape) for name, p in gpt.named_parameters()}
     plan = build_plan(shapes, {"grid": grid}, {"*.weight": "grid", "*": "fp16"})
     schedule = Schedule(None, max_steps, 2, 0.85, 0.95, 500, start_step)
@@ -257,7 +258,7 @@ def test_the_clock_stands_still_while_paused(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_initial_weights_from_a_file(train, tmp_path: Path) -> None:
     torch.manual_seed(7)
-    gpt = GPT(GPTShape(320, 2, 64, 4, 2, 2, True))
+    gpt = GPT(ModelSpec(320, 2, 64, 4, 2, 2, True))
     torch.save(gpt.state_dict(), tmp_path / "init.pt")
     assert train("model.init_from=init.pt", "max_steps=1", "run_name=from").code == 0
     assert train("seed=7", "max_steps=1", "run_name=seed").code == 0
