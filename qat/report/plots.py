@@ -24,7 +24,7 @@ from qat.report.picture import (
     in_style,
     wrapped,
 )
-from qat.study.findings import Comparison, Curve, Findings, Ledger
+from qat.study.findings import Contrast, Curve, Findings, Ledger
 from qat.study.significance import BAR_NATS
 
 PANELS_ABREAST = 3
@@ -286,7 +286,7 @@ def _seeds(findings: Findings) -> Picture | None:
     )
 
 
-def _draw_seeds(axes: Any, comparison: Comparison, mark: str, colour: str, y: float) -> None:
+def _draw_seeds(axes: Any, comparison: Contrast, mark: str, colour: str, y: float) -> None:
     v = comparison.verdict
     if v.low is not None and v.high is not None:
         axes.plot([1000 * v.low, 1000 * v.high], [y, y], color=colour, linewidth=2)

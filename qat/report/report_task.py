@@ -14,9 +14,9 @@ from qat.errors import UserError
 from qat.report.page import write_report
 from qat.runs.run_folder import CONFIG, write_atomically
 from qat.runs.tables import as_markdown, print_table
-from qat.study.find_out import find_out
-from qat.study.pairing import build_rows
-from qat.study.significance import verdict_lines
+from qat.study.find_out import find_out, find_out_runs
+from qat.study.findings import Findings
+from qat.study.significance import as_line
 from qat.study.study import Study, studies_in, study_file
 
 if TYPE_CHECKING:
@@ -43,11 +43,25 @@ def find_run_folders(pattern: str) -> list[Path]:
     return found
 
 
+def verdict_lines(findings: Findings) -> list[str]:
+    """One for each treatment that has a baseline with two seeds or more; failed seeds are named."""
+    lines = []
+    for treatment in findings.treatments:
+        alike = treatment.alike
+        if alike is None or alike.verdict.num_seeds < 2:
+            continue
+        seeds = f"seeds {', '.join(map(str, sorted(alike.by_seed)))}"
+        if failed := sorted(treatment.missing_seeds.keys() - treatment.val_bpb.keys()):
+            seeds += f"; failed: {', '.join(map(str, failed))}"
+        lines.append(f"{treatment.name} ({seeds}): {as_line(alike.verdict)}")
+    return lines
+
+
 def report(folders: list[Path], into: Path) -> list[dict[str, Any]]:
     """Print the table, write it ``into`` a folder as Markdown and JSON, return the rows."""
-    rows = build_rows(folders, Console(stderr=True))
+    findings = find_out_runs(folders, Console(stderr=True))
+    rows, lines = findings.rows, verdict_lines(findings)
     print_table(rows)
-    lines = verdict_lines(rows)
     for line in lines:
         print(line)
     into.mkdir(parents=True, exist_ok=True)

@@ -8,8 +8,8 @@ from statistics import mean
 from typing import Any
 
 from qat.report import number_text as text
-from qat.study.findings import Comparison, Findings, Ledger, Treatment
-from qat.study.significance import BAR_NATS, MAX_SEEDS, Interval, holm
+from qat.study.findings import Contrast, Findings, Ledger, Treatment
+from qat.study.significance import BAR_NATS, MAX_SEEDS, Effect, holm
 
 Row = dict[str, Any]
 
@@ -42,7 +42,7 @@ def equal_bytes_table(findings: Findings) -> Table:
     )
 
 
-def _verdicts(caption: str, compared: Sequence[tuple[Treatment, Comparison | None]]) -> Table:
+def _verdicts(caption: str, compared: Sequence[tuple[Treatment, Contrast | None]]) -> Table:
     p_values = [c.verdict.p_value for _, c in compared if c]
     adjusted = iter(holm([p for p in p_values if p is not None]))
     rows = []
@@ -79,7 +79,7 @@ def _verdicts(caption: str, compared: Sequence[tuple[Treatment, Comparison | Non
     return Table(caption, columns, rows)
 
 
-def _seeds_needed(comparison: Comparison) -> str:
+def _seeds_needed(comparison: Contrast) -> str:
     v = comparison.verdict
     if v.seeds_needed is None and v.num_seeds > 1:
         return f"> {MAX_SEEDS:,}"
@@ -113,7 +113,7 @@ def ledger_table(findings: Findings) -> Table:
     return Table("In mbpb (0.001 bits per byte), with 95 % intervals", columns, rows)
 
 
-def _bounds_mbpb(part: Interval) -> str:
+def _bounds_mbpb(part: Effect) -> str:
     if part.low is None or part.high is None:
         return ""
     return text.bounds(1000 * part.low, 1000 * part.high, 2)

@@ -20,11 +20,11 @@ import wandb
 from qat.report import wandb_view
 from qat.runs.wandb_log import mode, refusals_named
 from qat.settings.schema import LoggerSettings
-from qat.study.findings import Comparison, Findings, Treatment
-from qat.study.significance import Interval
+from qat.study.findings import Contrast, Findings, Treatment
+from qat.study.significance import Effect
 
 
-def _differences(name: str, comparison: Comparison | None) -> dict[str, float | None]:
+def _differences(name: str, comparison: Contrast | None) -> dict[str, float | None]:
     verdict = comparison.verdict if comparison else None
     return {
         name: verdict.mean if verdict else None,
@@ -45,7 +45,7 @@ def _numbers(treatment: Treatment) -> dict[str, float | None]:
     }
 
 
-def _interval(name: str, interval: Interval) -> dict[str, float | None]:
+def _interval(name: str, interval: Effect) -> dict[str, float | None]:
     return {
         f"{name}_bpb": interval.mean, f"{name}_low": interval.low, f"{name}_high": interval.high
     }  # fmt: skip

@@ -1,4 +1,4 @@
-"""What a study found, as its report shows it: plain values, written to ``findings.json``.
+"""What runs say together, as their report shows it: plain values, written to ``findings.json``.
 
 A treatment is a way to train and a way to store: an arm, or an arm and one of the study's stores.
 All differences are in bits per byte, treatment - reference: below 0 the treatment is better.
@@ -9,11 +9,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from qat.study.significance import Interval, Verdict
+from qat.study.significance import Effect, Verdict
 
 
 @dataclass(frozen=True)
-class Comparison:
+class Contrast:
     """A treatment against a reference with the same seeds."""
 
     against: str  # the reference in words
@@ -33,8 +33,9 @@ class Treatment:
     val_bpb: dict[int, float]  # of the artifact, by seed
     total_bytes: dict[int, int]  # artifact and code
     missing_seeds: dict[int, str]  # started without an artifact, and why
-    alike: Comparison | None  # the baseline stored in the same way; None for the baseline itself
-    equal_bytes: Comparison | None  # the baseline stored by the solver in as many bytes
+    alike: Contrast | None  # the baseline stored in the same way; None for the baseline itself
+    equal_bytes: Contrast | None  # the baseline stored by the solver in as many bytes
+    notes: dict[int, str] = field(default_factory=dict)  # by seed: what a reader should know of it
 
 
 @dataclass(frozen=True)
@@ -46,11 +47,11 @@ class Ledger:
 
     name: str  # of the treatment
     is_measured: bool  # throughput from runs of equal steps; else estimated from the loss curve
-    throughput: Interval  # steps lost to overhead
-    training: Interval  # what fake quantization does to the float weights at equal steps
-    gap: Interval  # change of the quantization gap
-    total: Interval
-    at_equal_steps: Interval  # training + gap: the total if QAT took no time
+    throughput: Effect  # steps lost to overhead
+    training: Effect  # what fake quantization does to the float weights at equal steps
+    gap: Effect  # change of the quantization gap
+    total: Effect
+    at_equal_steps: Effect  # training + gap: the total if QAT took no time
     basis: str  # in words: how throughput was found
     against: str = "none"  # the arm that shares all but QAT with it
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from qat.study.findings import Comparison, Ledger, Treatment
-from qat.study.significance import Interval
+from qat.study.findings import Contrast, Ledger, Treatment
+from qat.study.significance import Effect
 
-Effects = Sequence[tuple[str, Interval]]
+Effects = Sequence[tuple[str, Effect]]
 
 
 def headline_of(treatments: Sequence[Treatment], ledgers: Sequence[Ledger]) -> str:
@@ -27,9 +27,9 @@ def headline_of(treatments: Sequence[Treatment], ledgers: Sequence[Ledger]) -> s
     return f"{sentence[0].upper()}{sentence[1:]}."
 
 
-def _interval(comparison: Comparison) -> Interval:
+def _interval(comparison: Contrast) -> Effect:
     v = comparison.verdict
-    return Interval(v.mean, v.low, v.high)
+    return Effect(v.mean, v.low, v.high)
 
 
 def _sorted_out(effects: Effects) -> str:

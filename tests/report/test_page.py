@@ -20,7 +20,7 @@ from qat.report.page import markdown, page, write_report
 from qat.report.picture import ARMS, DARK, LIGHT
 from qat.report.tables import audit_table, equal_bytes_table, faults, verdict_table
 from qat.study.findings import Findings, Ledger
-from qat.study.significance import Interval, holm
+from qat.study.significance import Effect, holm
 from tests.report.made_findings import make_findings, make_row
 
 EVIL = "<script>alert(1)</script> $x^2$ | \"&'\n"
@@ -201,7 +201,7 @@ def test_rounded_parts_add_up_and_are_near(parts: list[float]) -> None:
 
 
 def test_a_ledger_that_does_not_add_up_is_refused() -> None:
-    part = Interval(0.001, None, None)
+    part = Effect(0.001, None, None)
     with pytest.raises(ValueError, match="do not add up"):
         number_text.ledger_mbpb(Ledger("a", True, part, part, part, part, part, "b"))
 

@@ -218,7 +218,7 @@ def test_designs_share_the_arms_that_both_name(
     assert {t.name for t in bits.treatments} == {"none", "int3"}
     (int3,) = (t for t in bits.treatments if t.name == "int3")
     assert int3.equal_bytes is not None
-    assert int3.equal_bytes.against == "none fitted to int3's bytes"
+    assert int3.equal_bytes.against == "none filled to int3's bytes"
     assert 0.999 <= int3.equal_bytes.total_bytes[1] / int3.total_bytes[1] <= 1.0
 
 
