@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import mean
 from typing import Any
@@ -17,7 +17,7 @@ OFF_GRID_BY_NATURE = ("soft_round", "noise")  # gradients that show the model we
 
 
 @dataclass(frozen=True)
-class Table:
+class ReportTable:
     """The first cell of a row names it."""
 
     caption: str
@@ -26,7 +26,7 @@ class Table:
     bad_rows: frozenset[int] = frozenset()  # their second cell says in words what is wrong
 
 
-def verdict_table(findings: Findings) -> Table:
+def verdict_table(findings: Findings) -> ReportTable:
     """Every treatment, against the baseline stored in the same way where that is another one."""
     return _verdicts(
         "Stored alike: against the baseline stored in the same way",
@@ -34,7 +34,7 @@ def verdict_table(findings: Findings) -> Table:
     )
 
 
-def equal_bytes_table(findings: Findings) -> Table:
+def equal_bytes_table(findings: Findings) -> ReportTable:
     """Treatments that were compared with a baseline of as many bytes."""
     return _verdicts(
         "At equal bytes: against the baseline stored by the solver in as many bytes",
@@ -42,7 +42,7 @@ def equal_bytes_table(findings: Findings) -> Table:
     )
 
 
-def _verdicts(caption: str, compared: Sequence[tuple[Treatment, Contrast | None]]) -> Table:
+def _verdicts(caption: str, compared: Sequence[tuple[Treatment, Contrast | None]]) -> ReportTable:
     p_values = [c.verdict.p_value for _, c in compared if c]
     adjusted = iter(holm([p for p in p_values if p is not None]))
     rows = []
@@ -76,7 +76,7 @@ def _verdicts(caption: str, compared: Sequence[tuple[Treatment, Contrast | None]
         "p": True, "p (Holm)": True, f"p over {BAR_NATS} nats": True, "detectable, bpb": True,
         "seeds needed": True,
     }  # fmt: skip
-    return Table(caption, columns, rows)
+    return ReportTable(caption, columns, rows)
 
 
 def _seeds_needed(comparison: Contrast) -> str:
@@ -87,15 +87,24 @@ def _seeds_needed(comparison: Contrast) -> str:
 
 
 def missing_seeds(findings: Findings) -> list[str]:
-    """One line for each run that was started and gave no artifact, with the reason."""
+    """One line for each run that was started and is in no comparison, with the reason."""
+    return _by_seed((treatment.name, treatment.missing_seeds) for treatment in findings.treatments)
+
+
+def notes(findings: Findings) -> list[str]:
+    """What to know of pairs: those of other code, and means over several runs."""
+    return _by_seed((treatment.name, treatment.notes) for treatment in findings.treatments)
+
+
+def _by_seed(said: Iterable[tuple[str, dict[int, str]]]) -> list[str]:
     return [
-        f"{treatment.name}, seed {seed}: {reason}"
-        for treatment in findings.treatments
-        for seed, reason in sorted(treatment.missing_seeds.items())
+        f"{name}, seed {seed}: {words}"
+        for name, by_seed in said
+        for seed, words in sorted(by_seed.items())
     ]
 
 
-def ledger_table(findings: Findings) -> Table:
+def ledger_table(findings: Findings) -> ReportTable:
     rows = []
     for ledger in findings.ledgers:
         parts = (*text.ledger_parts(ledger), ledger.total)
@@ -110,7 +119,9 @@ def ledger_table(findings: Findings) -> Table:
         "treatment": False, "throughput": True, "training": True, "gap": True, "total": True,
         "training + gap": True, "against": False, "throughput is": False,
     }  # fmt: skip
-    return Table("In mbpb (0.001 bits per byte), with 95 % intervals", columns, rows)
+    return ReportTable(
+        "In mbpb (thousandths of a bit per byte), with 95 % intervals", columns, rows
+    )
 
 
 def _bounds_mbpb(part: Effect) -> str:
@@ -123,7 +134,7 @@ def _throughput_basis(ledger: Ledger) -> str:
     return f"{'measured' if ledger.is_measured else 'estimated'}: {ledger.basis}"
 
 
-def runs_table(rows: Sequence[Row]) -> Table:
+def runs_table(rows: Sequence[Row]) -> ReportTable:
     cells = [
         [
             row["run_name"],
@@ -147,10 +158,12 @@ def runs_table(rows: Sequence[Row]) -> Table:
         "with code": True, "steps": True, "ms/step": True,
     }  # fmt: skip
     bad = frozenset(at for at, row in enumerate(rows) if row["status"] != "finished")
-    return Table("Every run; a baseline stored again has a row for each store", columns, cells, bad)
+    return ReportTable(
+        "Every run; a baseline stored again has a row for each store", columns, cells, bad
+    )
 
 
-def audit_table(rows: Sequence[Row]) -> Table:
+def audit_table(rows: Sequence[Row]) -> ReportTable:
     """Did QAT happen, and did the clock hold? Runs that trained; exports of them are left out."""
     trained = [row for row in rows if not row["exported"]]
     found = [faults(row) for row in trained]
@@ -176,7 +189,7 @@ def audit_table(rows: Sequence[Row]) -> Table:
         "overshoot s": True, "status": False,
     }  # fmt: skip
     bad = frozenset(at for at, what in enumerate(found) if what)
-    return Table("Liveness of QAT and the training clock, run by run", columns, cells, bad)
+    return ReportTable("Liveness of QAT and the training clock, run by run", columns, cells, bad)
 
 
 def _share(value: float | None) -> str:

@@ -38,7 +38,7 @@ Row = dict[str, Any]
 
 
 @dataclass
-class Pair:
+class PairedRun:
     """A run's file beside those of its baselines."""
 
     run: ArmRun
@@ -53,10 +53,10 @@ class Pair:
         return mean_file([file for _, file in self.baselines]) if self.baselines else None
 
 
-def pair_of(files: StudyFiles, run: ArmRun, store: str | None) -> Pair:
+def pair_of(files: StudyFiles, run: ArmRun, store: str | None) -> PairedRun:
     """A scored run, stored in one way."""
     settings = files.study.settings
-    pair, target = Pair(run), files.target(run, settings.stores[store] if store else None)
+    pair, target = PairedRun(run), files.target(run, settings.stores[store] if store else None)
     try:
         pair.file = files.stored(run, Target(target))
         if store is None and files.is_baseline(run):
@@ -82,7 +82,7 @@ def pair_of(files: StudyFiles, run: ArmRun, store: str | None) -> Pair:
     return pair
 
 
-def _other_code(pair: Pair, base: ArmRun, file: StoredFile) -> list[str]:
+def _other_code(pair: PairedRun, base: ArmRun, file: StoredFile) -> list[str]:
     """What a reader should know if a run and its baseline were not made by the same code."""
     assert pair.file is not None
     ours, theirs, notes = pair.run.row.commit, base.row.commit, []
@@ -94,7 +94,7 @@ def _other_code(pair: Pair, base: ArmRun, file: StoredFile) -> list[str]:
 
 
 def treatment_of(
-    files: StudyFiles, arm: str, store: str | None, pairs: Sequence[Pair]
+    files: StudyFiles, arm: str, store: str | None, pairs: Sequence[PairedRun]
 ) -> Treatment | None:
     """An arm's runs, stored in one way; None if none of its runs has a score."""
     missing = {run.seed: run.problem or "no score" for run in files.runs
@@ -135,8 +135,10 @@ def _by_seed(found: Sequence[tuple[int, StoredFile | None]]) -> dict[int, Stored
     return {seed: mean_file(of_seed) for seed, of_seed in files.items()}
 
 
-def _contrast(pairs: Sequence[tuple[Pair, StoredFile | None]], against: str) -> Contrast | None:
-    """Files of runs with those of their references."""
+Referred = tuple[PairedRun, StoredFile | None]  # a run and what it is compared with
+
+
+def _contrast(pairs: Sequence[Referred], against: str) -> Contrast | None:
     paired = [(pair, reference) for pair, reference in pairs if reference is not None]
     ours = _by_seed([(pair.run.seed, pair.file) for pair, _ in paired])
     theirs = _by_seed([(pair.run.seed, reference) for pair, reference in paired])
@@ -169,7 +171,7 @@ def find_out_runs(folders: Sequence[Path], console: Console) -> Findings:
 def _findings(files: StudyFiles, commands: list[str]) -> Findings:
     study = files.study
     treatments, ledgers = [], []
-    pairs: dict[Path, Pair] = {}  # of runs as they stored themselves
+    pairs: dict[Path, PairedRun] = {}  # of runs as they stored themselves
     for arm in study.arms:
         stores = [name for name, s in study.settings.stores.items() if s.is_of(arm)]
         for store in (None, *stores):
@@ -217,7 +219,7 @@ def _twins(files: StudyFiles, arm: str) -> list[Twin]:
     return twins
 
 
-def _rows(files: StudyFiles, pairs: dict[Path, Pair]) -> list[Row]:
+def _rows(files: StudyFiles, pairs: dict[Path, PairedRun]) -> list[Row]:
     """One per run. Of runs outside a study also one per file made of a baseline, before the first
     run that needed it: no arm says how it is stored."""
     rows: list[Row] = []

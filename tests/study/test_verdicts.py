@@ -122,10 +122,10 @@ def test_failed_seeds_are_named(folder: Folder) -> None:
 def test_runs_of_other_code_are_pairs_with_a_note(folder: Folder) -> None:
     """And files that other code stored; what is not known is not said."""
     folder.pair(1, 1.2, -0.01, storing_code="a")
-    folder.pair(2, 1.2, -0.01, storing_code=None)
+    folder.pair(2, 1.21, -0.02, storing_code=None)
     assert [row["note"] for row in folder.found.rows] == [""] * 4
     folder.add("none", 3, 1.2, commit="0123456789abc", storing_code="a")
-    folder.add("int6", 3, 1.2, commit="fedcba9876543", storing_code="b")
+    folder.add("int6", 3, 1.23, commit="fedcba9876543", storing_code="b")
     notes = {row["seed"]: row["note"] for row in folder.found.rows if row["qat"] == "int6"}
     assert notes == {
         1: "", 2: "", 3: "trained by commit fedcba987, r04 by 012345678; its file and that of r04 "
