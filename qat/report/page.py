@@ -39,23 +39,13 @@ class Chapter:
     parts: list[Picture | ReportTable | Lines | str]  # str: a paragraph
 
 
-def page(findings: Findings) -> str:
-    """The report as HTML."""
-    return _page(findings, pictures(findings))
-
-
-def markdown(findings: Findings) -> str:
-    """The report as Markdown; its pictures are files beside it."""
-    return _markdown(findings, pictures(findings))
-
-
 def write_report(findings: Findings, folder: Path) -> list[str]:
     """REPORT.md, report.html, findings.json and the pictures into ``folder``, which exists; their
     names. UserError if a text cannot be written."""
     drawn = pictures(findings)
     texts = {
-        "REPORT.md": _markdown(findings, drawn),
-        "report.html": _page(findings, drawn),
+        "REPORT.md": markdown(findings, drawn),
+        "report.html": page(findings, drawn),
         "findings.json": json.dumps(asdict(findings), indent=1) + "\n",
     }
     for name, written in texts.items():
@@ -158,14 +148,16 @@ def _template() -> Any:
     return environment.get_template(TEMPLATE)
 
 
-def _page(findings: Findings, drawn: Sequence[Picture]) -> str:
+def page(findings: Findings, drawn: Sequence[Picture]) -> str:
+    """The report as HTML."""
     return _template().render(
         findings=findings, facts=_facts(findings), sections=_sections(findings, drawn),
         as_svg=as_svg, light=LIGHT, dark=DARK,
     )  # fmt: skip
 
 
-def _markdown(findings: Findings, drawn: Sequence[Picture]) -> str:
+def markdown(findings: Findings, drawn: Sequence[Picture]) -> str:
+    """The report as Markdown; its pictures are files beside it."""
     facts = [f"- {name}: {_escaped(value)}" for name, value in _facts(findings).items()]
     parts = [f"# {_escaped(findings.name)}", f"**{_escaped(findings.headline)}**", "\n".join(facts)]
     for section in _sections(findings, drawn):

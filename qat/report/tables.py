@@ -8,6 +8,7 @@ from statistics import mean
 from typing import Any
 
 from qat.report import number_text as text
+from qat.runs.tables import COLUMNS, TEXTS, cells
 from qat.study.findings import Contrast, Findings, Ledger, Treatment
 from qat.study.significance import BAR_NATS, MAX_SEEDS, Effect, holm
 
@@ -135,39 +136,23 @@ def _throughput_basis(ledger: Ledger) -> str:
 
 
 def runs_table(rows: Sequence[Row]) -> ReportTable:
-    cells = [
-        [
-            row["run_name"],
-            row.get("note") or "",
-            row["arm"],
-            text.count(row.get("seed")),
-            text.bpb(row.get("val_bpb_float")),
-            text.bpb(row.get("val_bpb_artifact")),
-            text.difference_bpb(row.get("quant_gap_bpb")),
-            text.difference_bpb(row.get("delta_bpb")),
-            text.count(row.get("artifact_bytes")),
-            text.count(row.get("total_bytes")),
-            text.count(row.get("steps")),
-            text.fixed(row.get("ms_per_step"), 1),
-        ]
-        for row in rows
+    """The columns that are printed too, without those of the audit."""
+    of_audit = ("train s", "limit", "QAT steps")
+    titles = [t for t in dict.fromkeys(("run", "note", *COLUMNS)) if t not in of_audit]
+    columns = {title: title not in TEXTS for title in titles}
+    shown = [
+        [found[t] or (text.NOTHING if columns[t] else "") for t in titles]
+        for found in map(cells, rows)
     ]
-    columns = {
-        "run": False, "note": False, "arm": False, "seed": True, "float bpb": True,
-        "artifact bpb": True, "gap": True, "vs baseline": True, "artifact bytes": True,
-        "with code": True, "steps": True, "ms/step": True,
-    }  # fmt: skip
     bad = frozenset(at for at, row in enumerate(rows) if row["status"] != "finished")
-    return ReportTable(
-        "Every run; a baseline stored again has a row for each store", columns, cells, bad
-    )
+    return ReportTable("Every run", columns, shown, bad)
 
 
 def audit_table(rows: Sequence[Row]) -> ReportTable:
     """Did QAT happen, and did the clock hold? Runs that trained; exports of them are left out."""
     trained = [row for row in rows if not row["exported"]]
     found = [faults(row) for row in trained]
-    cells = [
+    shown = [
         [
             row["run_name"],
             "; ".join(what) if what else "ok",
@@ -189,7 +174,7 @@ def audit_table(rows: Sequence[Row]) -> ReportTable:
         "overshoot s": True, "status": False,
     }  # fmt: skip
     bad = frozenset(at for at, what in enumerate(found) if what)
-    return ReportTable("Liveness of QAT and the training clock, run by run", columns, cells, bad)
+    return ReportTable("Liveness of QAT and the training clock, run by run", columns, shown, bad)
 
 
 def _share(value: float | None) -> str:

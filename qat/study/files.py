@@ -74,10 +74,8 @@ def beside(own: Settings, settings: Settings, storage: Settings) -> Target:
 def as_large(own: Settings, settings: Settings, storage: Settings, total_bytes: int) -> Target:
     """The baseline stored by the solver in as many bytes as the run's file, or to its limit."""
     rounded = {"fill": True, "method": "round", "gptq_bit_price": 0.0}
-    filled = own | {"artifact": own["artifact"] | rounded}
-    return Target(
-        filled, settings["limit_bytes"] if fills_limit(settings, storage) else total_bytes
-    )
+    limit = settings["limit_bytes"] if fills_limit(settings, storage) else total_bytes
+    return Target(own | {"artifact": own["artifact"] | rounded}, limit)
 
 
 def mean_file(files: Sequence[StoredFile]) -> StoredFile:
@@ -127,53 +125,51 @@ class ArmRun:
         return self.result is not None and not is_baseline(self.result)
 
 
-def find_runs(folder: Path, study: Study) -> list[ArmRun]:
-    """Every started run of the study's arms, by arm and seed."""
-    found = []
-    for arm in study.arms:
-        prefix = run_name(arm, 0).removesuffix("0")
-        for path in folder.glob(f"{prefix}*"):
-            seed = path.name.removeprefix(prefix)
-            if seed.isdigit() and read_config(path, "study")[1].get("arm") == arm:
-                found.append(ArmRun.read(path, arm, int(seed)))
-    return sorted(found, key=lambda run: (study.arms.index(run.arm), run.seed))
-
-
-def sort_out(folders: Iterable[Path]) -> tuple[list[ArmRun], Study]:
-    """Runs outside a study, by seed, those without QAT first and those without a row last; and the
-    study that they are. A failed run, which may not know its data, is of the first arm so named."""
-    runs = [ArmRun.read(folder) for folder in folders]
-    runs.sort(key=lambda run: (run.result is None, run.seed, run.is_qat, run.folder.name))
-    arms: dict[str, tuple[str, Result]] = {}  # name -> label and first run
-
-    def arm_of(run: ArmRun) -> str:
-        result = run.row
-        label = name = row_of(result)["arm"]
-        others = {
-            known: differing(first.conditions, result.conditions, ("seed",))
-            for known, (its_label, first) in arms.items()
-            if its_label == label
-        }
-        for known, names in others.items():
-            if not names or not run.is_scored:
-                return known
-        for names in list(others.values())[:1]:
-            name += "".join(f", {key} = {result.conditions.get(key)}" for key in names)
-        arms[name] = label, result
-        return name
-
-    with_row = sorted((run for run in runs if run.result), key=lambda run: not run.is_scored)
-    arm_by_folder = {run.folder: arm_of(run) for run in with_row}
-    runs = [replace(run, arm=arm_by_folder.get(run.folder, NO_ARM)) for run in runs]
-    return runs, Study("runs", StudySettings(), [*arms], [])
-
-
 class StudyFiles:
     """The runs, and the files that their study makes of them."""
 
     def __init__(self, runs: Iterable[ArmRun], study: Study, console: Console) -> None:
         self.runs = list(runs)
         self.study, self.console = study, console
+
+    @staticmethod
+    def of_study(folder: Path, study: Study, console: Console) -> StudyFiles:
+        """Every started run of the study's arms, by arm and seed."""
+        found = []
+        for arm in study.arms:
+            prefix = run_name(arm, 0).removesuffix("0")
+            for path in folder.glob(f"{prefix}*"):
+                seed = path.name.removeprefix(prefix)
+                if seed.isdigit() and read_config(path, "study")[1].get("arm") == arm:
+                    found.append(ArmRun.read(path, arm, int(seed)))
+        found.sort(key=lambda run: (study.arms.index(run.arm), run.seed))
+        return StudyFiles(found, study, console)
+
+    @staticmethod
+    def of_folders(folders: Iterable[Path], console: Console) -> StudyFiles:
+        """Runs outside a study, by seed, those without QAT first and those without a row last. What
+        differs in its seed alone is an arm; a failed run, which may not know its data, is of the
+        first arm of its label."""
+        runs = [ArmRun.read(folder) for folder in folders]
+        runs.sort(key=lambda run: (run.result is None, run.seed, run.is_qat, run.folder.name))
+        first: dict[str, tuple[str, ArmRun]] = {}  # of each arm its label and first run
+        arms: dict[ArmRun, str] = {}
+        for run in sorted(runs, key=lambda run: not run.is_scored):
+            if run.result is None:
+                continue
+            label = row_of(run.result)["arm"]
+            known = {
+                arm: _differing(other, run, ("seed",))
+                for arm, (its_label, other) in first.items()
+                if its_label == label
+            }
+            same = [arm for arm, names in known.items() if not names or not run.is_scored]
+            for names in list(known.values())[:1]:  # two arms of one label are told apart
+                label += "".join(f", {name} = {run.row.conditions.get(name)}" for name in names)
+            arms[run] = same[0] if same else label
+            first.setdefault(arms[run], (row_of(run.result)["arm"], run))
+        named = [replace(run, arm=arms.get(run, NO_ARM)) for run in runs]
+        return StudyFiles(named, Study("runs", StudySettings(), [*first], []), console)
 
     def of(self, arm: str) -> list[ArmRun]:
         """Those that have a score."""
@@ -206,12 +202,6 @@ class StudyFiles:
         what another store makes of it."""
         own = self.target(base)
         target = Target(own) if base is run else beside(own, run.row.settings, storage)
-        return self.stored(base, target)
-
-    def as_large(
-        self, base: ArmRun, run: ArmRun, storage: Settings, total_bytes: int
-    ) -> StoredFile:
-        target = as_large(self.target(base), run.row.settings, storage, total_bytes)
         return self.stored(base, target)
 
     def is_baseline(self, run: ArmRun) -> bool:

@@ -18,18 +18,8 @@ from rich.console import Console
 from qat.errors import TrainingError, UserError
 from qat.runs.result import Result, arm_label, row_of, row_without_result
 from qat.study.curves import curve_of
-from qat.study.files import (
-    NO_ARM,
-    ArmRun,
-    StoredFile,
-    StudyFiles,
-    Target,
-    find_runs,
-    mean_file,
-    sort_out,
-)
-from qat.study.findings import Contrast, Findings, Treatment
-from qat.study.headline import headline_of
+from qat.study.files import NO_ARM, ArmRun, StoredFile, StudyFiles, Target, as_large, mean_file
+from qat.study.findings import Contrast, Findings, Treatment, headline_of
 from qat.study.ledger import Twin, ledger_of
 from qat.study.significance import bar_in_bpb, verdict
 from qat.study.study import EQUAL_STEPS, Study
@@ -73,7 +63,9 @@ def pair_of(files: StudyFiles, run: ArmRun, store: str | None) -> PairedRun:
             pair.problem = "; ".join(pair.notes)
         elif settings.equal_bytes and run.is_qat:
             base = pair.baselines[0][0]
-            pair.as_large = files.as_large(base, run, target, pair.file.total_bytes)
+            total = pair.file.total_bytes
+            filled = as_large(files.target(base), run.row.settings, target, total)
+            pair.as_large = files.stored(base, filled)
     except (UserError, TrainingError) as error:
         pair.problem = str(error)
         pair.notes.append(pair.problem)
@@ -85,9 +77,10 @@ def pair_of(files: StudyFiles, run: ArmRun, store: str | None) -> PairedRun:
 def _other_code(pair: PairedRun, base: ArmRun, file: StoredFile) -> list[str]:
     """What a reader should know if a run and its baseline were not made by the same code."""
     assert pair.file is not None
-    ours, theirs, notes = pair.run.row.commit, base.row.commit, []
-    if ours != theirs:
-        notes.append(f"trained by commit {ours[:9]}, {base.folder.name} by {theirs[:9]}")
+    notes, commits = [], (pair.run.row.commit, base.row.commit)
+    if commits[0] != commits[1]:
+        ours, theirs = (commit[:9] + "-dirty" * commit.endswith("dirty") for commit in commits)
+        notes.append(f"trained by commit {ours}, {base.folder.name} by {theirs}")
     if None not in (makers := {pair.file.storing_code, file.storing_code}) and len(makers) > 1:
         notes.append(f"its file and that of {base.folder.name} were stored by different code")
     return notes
@@ -157,7 +150,7 @@ def _contrast(pairs: Sequence[Referred], against: str) -> Contrast | None:
 
 def find_out(folder: Path, study: Study, console: Console) -> Findings:
     """All that the study's runs say by now. UserError if no run of it is there."""
-    files = StudyFiles(find_runs(folder, study), study, console)
+    files = StudyFiles.of_study(folder, study, console)
     if not files.runs:
         raise UserError(f"study={folder}: none of its runs was started")
     return _findings(files, [*study.commands, f"python eval.py task=report study={folder.name}"])
@@ -165,7 +158,7 @@ def find_out(folder: Path, study: Study, console: Console) -> Findings:
 
 def find_out_runs(folders: Sequence[Path], console: Console) -> Findings:
     """The same of runs outside a study; no ledgers and no curves are made of them."""
-    return _findings(StudyFiles(*sort_out(folders), console), [])
+    return _findings(StudyFiles.of_folders(folders, console), [])
 
 
 def _findings(files: StudyFiles, commands: list[str]) -> Findings:

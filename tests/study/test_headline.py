@@ -6,8 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from qat.study.findings import Contrast, Ledger, Treatment
-from qat.study.headline import headline_of
+from qat.study.findings import Contrast, Ledger, Treatment, headline_of
 from qat.study.significance import Effect, verdict
 
 
