@@ -9,6 +9,7 @@ unpacked folder the file makes itself again.
 
 from __future__ import annotations
 
+import ast
 import base64
 import json
 import lzma
@@ -17,8 +18,8 @@ from functools import cache
 from pathlib import Path
 
 from qat.errors import UserError
-from qat.runs.provenance import ROOT, files_reached
 
+ROOT = Path(__file__).resolve().parents[2]
 HEAD = Path(__file__).with_name("bundle_head.py")
 NAME = "train_gpt.py"
 # Programs, and the task that eval.py imports by name.
@@ -31,9 +32,38 @@ FILTERS = [
 ]
 
 
+def _module_files(module: str) -> list[Path]:
+    """The files that importing ``module`` runs, packages' ``__init__.py`` included."""
+    parts = module.split(".")
+    files = []
+    for depth in range(1, len(parts) + 1):
+        base = ROOT.joinpath(*parts[:depth])
+        files += [
+            path for path in (base / "__init__.py", base.with_suffix(".py")) if path.is_file()
+        ]
+    return files
+
+
+def _imported_modules(file: Path) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(file.read_bytes())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return {name for name in names if name.split(".")[0] == "qat"}
+
+
 def code_files(modules: tuple[str, ...] = ENTRY_MODULES) -> list[Path]:
     """Project files reached from ``modules``, sorted."""
-    return files_reached(modules)
+    found: set[Path] = set()
+    waiting = [file for module in modules for file in _module_files(module)]
+    while waiting:
+        file = waiting.pop()
+        if file not in found:
+            found.add(file)
+            waiting += [f for module in _imported_modules(file) for f in _module_files(module)]
+    return sorted(found)
 
 
 @cache

@@ -22,6 +22,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 STORING_ROOMS = ("quantize", "model", "artifact", "ptq", "budget")
+CABINETS_METHODS = ("hqq", "lqer", "smoothquant")  # of ptq; no file of a run is made by them
 PACKAGES = ("torch", "lightning", "hydra-core", "torchao", "numpy", "sentencepiece", "zstandard")
 
 
@@ -46,40 +47,6 @@ def dirty_diff() -> str:
     return _git("diff", "HEAD") or ""
 
 
-def _module_files(module: str) -> list[Path]:
-    """The files that importing ``module`` runs, packages' ``__init__.py`` included."""
-    parts = module.split(".")
-    files = []
-    for depth in range(1, len(parts) + 1):
-        base = ROOT.joinpath(*parts[:depth])
-        files += [
-            path for path in (base / "__init__.py", base.with_suffix(".py")) if path.is_file()
-        ]
-    return files
-
-
-def _imported_modules(file: Path) -> set[str]:
-    names = set()
-    for node in ast.walk(ast.parse(file.read_bytes())):
-        if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
-    return {name for name in names if name.split(".")[0] == "qat"}
-
-
-def files_reached(modules: Iterable[str]) -> list[Path]:
-    """Project files that ``modules`` import, directly or not, and their own, sorted."""
-    found: set[Path] = set()
-    waiting = [file for module in modules for file in _module_files(module)]
-    while waiting:
-        file = waiting.pop()
-        if file not in found:
-            found.add(file)
-            waiting += [f for module in _imported_modules(file) for f in _module_files(module)]
-    return sorted(found)
-
-
 def hash_of_statements(files: Iterable[Path], root: Path) -> str:
     """SHA-256 of what the files do and where below ``root`` they are."""
     digest = hashlib.sha256()
@@ -98,12 +65,10 @@ def hash_of_statements(files: Iterable[Path], root: Path) -> str:
 @cache
 def storing_code(*more_rooms: str) -> str:
     """The same in the repository and in an unpacked ``train_gpt.py``. ``more_rooms``: whose files
-    count too, all of them."""
-    reached = files_reached(("qat.runs.storing",))
-    files = [file for file in reached if file.relative_to(ROOT).parts[1] in STORING_ROOMS]
-    for room in more_rooms:
-        files += sorted((ROOT / "qat" / room).rglob("*.py"))
-    return hash_of_statements(files, ROOT)
+    count too."""
+    rooms = (*STORING_ROOMS, *more_rooms)
+    files = [file for room in rooms for file in sorted((ROOT / "qat" / room).rglob("*.py"))]
+    return hash_of_statements([f for f in files if f.stem not in CABINETS_METHODS], ROOT)
 
 
 def hardware(world_size: int) -> str:

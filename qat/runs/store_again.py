@@ -131,7 +131,7 @@ def export_again(
     folder: Path, result: Result, target: dict[str, Any], budget: Budget, console: Console
 ) -> dict[str, Any]:
     """Store a finished run as ``target`` says (settings: grid, plan, artifact); a finished export
-    of the same code is reused. What changes of the run's row. Errors of ``store_again``.
+    is reused. What changes of the run's row. Errors of ``store_again``.
     """
     artifact = ArtifactSettings(**target["artifact"])
     plan = plan_in(result.settings, target)
