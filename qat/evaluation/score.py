@@ -22,13 +22,7 @@ from torch import Tensor, nn
 
 from qat.errors import UserError
 from qat.evaluation.ranks import add_over_ranks, rank_and_ranks
-from qat.evaluation.windows import (
-    WindowBatch,
-    Windows,
-    document_windows,
-    read_batches,
-    stream_windows,
-)
+from qat.evaluation.windows import Batch, Windows, document_windows, read_batches, stream_windows
 from qat.model.gpt import GPT, GPTShape
 from qat.settings.ranges import check_eval
 from qat.text.byte_table import ByteTable, bits_per_byte
@@ -100,7 +94,7 @@ class Scorer:
         starts = self.stream.find(BOS_ID)
         return starts if len(starts) and starts[0] == 0 else np.append(0, starts)
 
-    def batches(self, title: str, needed: np.ndarray | None = None) -> Iterator[WindowBatch]:
+    def batches(self, title: str, needed: np.ndarray | None = None) -> Iterator[Batch]:
         """This rank's batches, on the device; ``title`` is said on the progress bar.
 
         ``needed`` (by input position): leave out windows whose scored targets are none of these.
@@ -117,7 +111,7 @@ class Scorer:
 
     def forward(
         self, weights: Mapping[str, Tensor], title: str, needed: np.ndarray | None = None
-    ) -> Iterator[tuple[WindowBatch, Tensor]]:
+    ) -> Iterator[tuple[Batch, Tensor]]:
         """This rank's batches, with the logits (N, V) of their scored targets, on the device.
 
         To be read inside ``torch.inference_mode``.

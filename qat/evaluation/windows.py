@@ -70,7 +70,7 @@ class Windows:
 
 
 @dataclass(frozen=True)
-class WindowBatch:
+class Batch:
     """One forward pass: padded inputs ``ids`` (B, T), whose last ``tail`` columns are needed.
 
     ``targets`` and ``positions`` (input positions in the stream) are those scored, ``rows`` and
@@ -85,8 +85,8 @@ class WindowBatch:
     previous: Tensor
     targets: Tensor
 
-    def to(self, device: torch.device) -> WindowBatch:
-        return WindowBatch(
+    def to(self, device: torch.device) -> Batch:
+        return Batch(
             self.ids.to(device),
             self.tail,
             self.rows.to(device),
@@ -138,7 +138,7 @@ def _overlapping(starts: np.ndarray, num_targets: np.ndarray, seq_len: int, stri
     )
 
 
-def read_batches(stream: TokenStream, batches: list[Windows]) -> Iterator[WindowBatch]:
+def read_batches(stream: TokenStream, batches: list[Windows]) -> Iterator[Batch]:
     """The tokens of each batch."""
     for windows in batches:
         longest, tail = int(windows.lengths.max()), int(windows.tails.max())
@@ -149,7 +149,7 @@ def read_batches(stream: TokenStream, batches: list[Windows]) -> Iterator[Window
         lengths, tails = windows.lengths[:, None], windows.tails[:, None]
         rows, columns = np.nonzero((needed < lengths) & (needed >= lengths - tails))
         at = needed[columns]
-        yield WindowBatch(
+        yield Batch(
             torch.from_numpy(ids[:, :-1]),
             None if tail == longest else tail,
             *(
