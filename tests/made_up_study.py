@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from qat.study.findings import Comparison, Curve, Findings, Ledger, Treatment
-from qat.study.significance import Interval, verdict
+from qat.study.findings import Contrast, Curve, Findings, Ledger, Treatment
+from qat.study.significance import Effect, verdict
 
-NO_INTERVAL = Interval(0.0, None, None)
+NO_INTERVAL = Effect(0.0, None, None)
 
 
-def comparison(by_seed: dict[int, float]) -> Comparison:
+def comparison(by_seed: dict[int, float]) -> Contrast:
     found = verdict(list(by_seed.values()), [0.0] * len(by_seed), 3)
-    return Comparison("the same", dict.fromkeys(by_seed, 1.0), {1: 70}, by_seed, found)
+    return Contrast("the same", dict.fromkeys(by_seed, 1.0), {1: 70}, by_seed, found)
 
 
 def made_up(**changed: object) -> Findings:
@@ -24,8 +24,8 @@ def made_up(**changed: object) -> Findings:
                    alike=comparison({1: -0.125, 2: -0.25}),
                    equal_bytes=comparison({1: 0.5}))  # fmt: skip
     dead = replace(base, name="dead", val_bpb={}, total_bytes={}, missing_seeds={1: "diverged"})
-    ledger = Ledger("int4", True, Interval(0.01, 0.005, 0.015), Interval(0.02, None, None),
-                    Interval(-0.05, -0.06, -0.04), NO_INTERVAL, Interval(-0.03, -0.04, -0.02),
+    ledger = Ledger("int4", True, Effect(0.01, 0.005, 0.015), Effect(0.02, None, None),
+                    Effect(-0.05, -0.06, -0.04), NO_INTERVAL, Effect(-0.03, -0.04, -0.02),
                     "equal steps")  # fmt: skip
     rows = [
         {"run_name": "a", "qat": "int4", "val_bpb_artifact": 1.125, "data": {"val": "0"},

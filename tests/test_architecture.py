@@ -180,6 +180,16 @@ def test_no_room_is_too_large() -> None:
     assert {room for room, count in lines.items() if count > LARGEST_SHARE * total} == set()
 
 
+def test_a_class_name_occurs_once() -> None:
+    """And none is that of a class of rich that the house shows tables with."""
+    where: dict[str, list[str]] = {"Table": ["rich"], "Console": ["rich"]}
+    for path in files():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ClassDef):
+                where.setdefault(node.name, []).append(str(path.relative_to(ROOT)))
+    assert {name: paths for name, paths in where.items() if len(paths) > 1} == {}
+
+
 def test_quantize_imports_torch_alone() -> None:
     standard = {
         "__future__", "collections", "dataclasses", "fnmatch", "functools", "hashlib", "importlib",

@@ -31,7 +31,7 @@ class Spread:
 
 
 @dataclass(frozen=True)
-class Cost:
+class InferenceCost:
     """``latency_ms``: one sequence by itself. ``tokens_per_second``: batches of batch_tokens.
 
     ``peak_memory_bytes``: highest resident size of the process while timed, or memory allocated on
@@ -44,7 +44,7 @@ class Cost:
 
 
 @torch.inference_mode()
-def measure_cost(scorer: Scorer, weights: Mapping[str, Tensor], repeats: int) -> Cost:
+def measure_cost(scorer: Scorer, weights: Mapping[str, Tensor], repeats: int) -> InferenceCost:
     """Logits of all positions of sequences of ``eval.seq_len`` tokens, ``repeats`` times each."""
     device, settings = scorer.device, scorer.settings
     placed = {name: w.to(device) for name, w in weights.items()}
@@ -68,7 +68,7 @@ def measure_cost(scorer: Scorer, weights: Mapping[str, Tensor], repeats: int) ->
     latency_ms = [1000 * s for s in seconds(1)]
     tokens_per_second = [rows * seq_len / s for s in seconds(rows)]
     peak = _peak_bytes(device) if is_reset else None
-    return Cost(_spread(latency_ms), _spread(tokens_per_second), peak)
+    return InferenceCost(_spread(latency_ms), _spread(tokens_per_second), peak)
 
 
 def _spread(values: list[float]) -> Spread:

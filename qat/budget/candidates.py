@@ -82,7 +82,7 @@ class Cost(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Source:
+class TrainedTensor:
     """One tensor to store: as trained, and the weights that the model's loss was measured with.
 
     After QAT ``reference`` is the snapped tensor, else the same as ``trained``. ``sensitivity`` is

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from qat.artifact.container import pack
 from qat.budget.budget import Budget
-from qat.budget.candidates import Source, Stored
+from qat.budget.candidates import Stored, TrainedTensor
 from qat.budget.solver import Solution, Solver
 from qat.errors import TrainingError
 from qat.model.registry import empty_model
@@ -68,7 +68,7 @@ class BudgetSolver:
         shown = self._track(batches, "sensitivities")
         sensitivity = fisher_diagonal(self.empty, self.reference, shown, precision)
         sources = [
-            Source(
+            TrainedTensor(
                 entry,
                 self.masters[entry.name].cpu(),
                 self.reference[entry.name].cpu(),

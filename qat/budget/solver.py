@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from qat.budget.budget import Budget
-from qat.budget.candidates import Choice, Cost, Source, Stored
+from qat.budget.candidates import Choice, Cost, Stored, TrainedTensor
 from qat.budget.search import Trial, fill
 
 PRICE_RANGE = (1e-24, 1e2)  # nats per bit
@@ -51,7 +51,7 @@ class Solution:
 class Solver:
     """Candidates of all tensors, measured once; any number of budgets is solved with them."""
 
-    def __init__(self, sources: Sequence[Source], costs: Sequence[Sequence[Cost]]) -> None:
+    def __init__(self, sources: Sequence[TrainedTensor], costs: Sequence[Sequence[Cost]]) -> None:
         self.sources, self.costs = sources, costs
         self._loss = [np.array([cost.loss for cost in of_one]) for of_one in costs]
         self._bits = [np.array([cost.bits for cost in of_one]) for of_one in costs]

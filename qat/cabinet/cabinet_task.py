@@ -105,13 +105,17 @@ def _claim(
         "training_text": training.fingerprint,
         "seed": s.seed,
         "eval": asdict(s.eval),
+        "storing_code": provenance.storing_code("cabinet"),
     }
     path = folder / MANIFEST
     if path.is_file():
         found = json.loads(path.read_text("utf-8"))
         for key, value in same.items():
             if found.get(key) != value:
-                raise UserError(f"out={folder}: its variants were measured with another {key}")
+                raise UserError(
+                    f"out={folder}: its variants were measured with another {key}; "
+                    "give another out=FOLDER"
+                )
         return found
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -27,7 +27,7 @@ RESULTS = "results.json"
 KEYS = {"artifact_bytes": "disk_bytes"}  # a constraint's name -> the row's, where they differ
 
 
-class Choice(NamedTuple):
+class Chosen(NamedTuple):
     """What the constraints lead to, of all that were measured."""
 
     survivors: list[Row]  # meet every constraint
@@ -76,14 +76,14 @@ def failures(row: Row, constraints: Mapping[str, float]) -> list[str]:
     ]
 
 
-def choose(rows: Sequence[Row], constraints: Mapping[str, float]) -> Choice:
+def choose(rows: Sequence[Row], constraints: Mapping[str, float]) -> Chosen:
     """The unbeaten survivor of least val_bpb; of equals the one with fewer bytes."""
     survivors = [row for row in measured(rows) if not failures(row, constraints)]
     keys = sorted({KEYS.get(name, name) for name in constraints} | {"val_bpb", "disk_bytes"})
     beaten = dominated(survivors, keys)
     candidates = [row for row, out in zip(survivors, beaten, strict=True) if not out]
     best = min(candidates, key=lambda row: (row["val_bpb"], row["disk_bytes"]), default=None)
-    return Choice(survivors, candidates, best)
+    return Chosen(survivors, candidates, best)
 
 
 def least_move(rows: Sequence[Row], constraints: Mapping[str, float]) -> Move | None:
@@ -147,7 +147,7 @@ def _number(value: float) -> str:
     return f"{value:,.9g}"
 
 
-def _verdict(row: Row, found: Choice, constraints: Mapping[str, float]) -> str:
+def _verdict(row: Row, found: Chosen, constraints: Mapping[str, float]) -> str:
     if row is found.chosen:
         return "chosen"
     if row in found.candidates:

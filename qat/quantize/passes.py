@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 Found = tuple[Tensor, ...]  # order statistics of a batch, each (groups of the batch,)
 
 
-class Batch(NamedTuple):
+class GroupBatch(NamedTuple):
     """All groups of one length on one grid, tensor after tensor."""
 
     grid: Grid
@@ -48,17 +48,17 @@ def is_fusable(entry: Entry) -> bool:
     return all(order_statistics(view, grid) for view in _shapes_of_views(entry))
 
 
-def batches_of(entries: list[Entry]) -> list[Batch]:
-    batches: dict[tuple[Grid, int], Batch] = {}
+def batches_of(entries: list[Entry]) -> list[GroupBatch]:
+    batches: dict[tuple[Grid, int], GroupBatch] = {}
     for entry in entries:
         assert entry.grid is not None
         for index, view in enumerate(_shapes_of_views(entry)):
             key = entry.grid, view.size(-1)
-            batches.setdefault(key, Batch(*key, [])).views.append((entry.name, index))
+            batches.setdefault(key, GroupBatch(*key, [])).views.append((entry.name, index))
     return list(batches.values())
 
 
-def _look(weights: Mapping[str, Tensor], batches: list[Batch]) -> list[Found]:
+def _look(weights: Mapping[str, Tensor], batches: list[GroupBatch]) -> list[Found]:
     """Order statistics of every batch, tensor after tensor."""
     found = []
     for grid, _, views in batches:
@@ -70,7 +70,7 @@ def _look(weights: Mapping[str, Tensor], batches: list[Batch]) -> list[Found]:
 
 def _write(
     weights: Mapping[str, Tensor],
-    batches: list[Batch],
+    batches: list[GroupBatch],
     codings: list[Coding],
     into: Mapping[str, Tensor],
 ) -> None:

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qat.quantize.passes import Batch, Found
+from qat.quantize.passes import Found, GroupBatch
 from qat.quantize.rounding import Coding, group_views, order_statistics
 
 MAX_BLOCK = 1024
@@ -94,12 +94,12 @@ def _write_kernel(
 class TritonPasses:
     """``look`` and ``write`` of one plan; tables of addresses are made once."""
 
-    def __init__(self, weights: Mapping[str, Tensor], batches: list[Batch]) -> None:
+    def __init__(self, weights: Mapping[str, Tensor], batches: list[GroupBatch]) -> None:
         self._device = next(iter(weights.values())).device
         self._tables = [self._table(weights, batch) for batch in batches]
         self._pointers: dict[tuple[int, ...], Tensor] = {}
 
-    def _table(self, weights: Mapping[str, Tensor], batch: Batch) -> tuple[Tensor, Tensor]:
+    def _table(self, weights: Mapping[str, Tensor], batch: GroupBatch) -> tuple[Tensor, Tensor]:
         """Per group of the batch: which tensor, and where in it."""
         names = list(weights)
         tensors, offsets = [], []
@@ -116,7 +116,7 @@ class TritonPasses:
             self._pointers[addresses] = torch.tensor(addresses, device=self._device)
         return self._pointers[addresses]
 
-    def look(self, weights: Mapping[str, Tensor], batches: list[Batch]) -> list[Found]:
+    def look(self, weights: Mapping[str, Tensor], batches: list[GroupBatch]) -> list[Found]:
         """As ``fused._look``."""
         found: list[Found] = []
         pointers = self._addresses(weights)
@@ -136,7 +136,7 @@ class TritonPasses:
     def write(
         self,
         weights: Mapping[str, Tensor],
-        batches: list[Batch],
+        batches: list[GroupBatch],
         codings: list[Coding],
         into: Mapping[str, Tensor],
     ) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from statistics import mean, stdev
 
 from qat.study.findings import Ledger
-from qat.study.significance import Interval
+from qat.study.significance import Effect
 
 NOTHING = "–"
 LEAST_P = 1e-4  # a t over a few seeds is not that sure of its tail
@@ -72,7 +72,7 @@ def rounded_parts(parts: Sequence[float], total: float) -> list[int]:
     return below
 
 
-def ledger_parts(ledger: Ledger) -> tuple[Interval, ...]:
+def ledger_parts(ledger: Ledger) -> tuple[Effect, ...]:
     return ledger.throughput, ledger.training, ledger.gap
 
 

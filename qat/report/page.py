@@ -17,7 +17,7 @@ from typing import Any
 from qat.report import tables as tables
 from qat.report.picture import DARK, LIGHT, Picture, as_svg, save_png
 from qat.report.plots import pictures
-from qat.report.tables import Table
+from qat.report.tables import ReportTable
 from qat.runs.run_folder import write_atomically
 from qat.study.findings import Findings
 from qat.study.significance import BAR_NATS
@@ -33,20 +33,10 @@ class Lines:
 
 
 @dataclass(frozen=True)
-class Section:
+class Chapter:
     anchor: str
     title: str
-    parts: list[Picture | Table | Lines | str]  # str: a paragraph
-
-
-def page(findings: Findings) -> str:
-    """The report as HTML."""
-    return _page(findings, pictures(findings))
-
-
-def markdown(findings: Findings) -> str:
-    """The report as Markdown; its pictures are files beside it."""
-    return _markdown(findings, pictures(findings))
+    parts: list[Picture | ReportTable | Lines | str]  # str: a paragraph
 
 
 def write_report(findings: Findings, folder: Path) -> list[str]:
@@ -54,8 +44,8 @@ def write_report(findings: Findings, folder: Path) -> list[str]:
     names. UserError if a text cannot be written."""
     drawn = pictures(findings)
     texts = {
-        "REPORT.md": _markdown(findings, drawn),
-        "report.html": _page(findings, drawn),
+        "REPORT.md": markdown(findings, drawn),
+        "report.html": page(findings, drawn),
         "findings.json": json.dumps(asdict(findings), indent=1) + "\n",
     }
     for name, written in texts.items():
@@ -77,33 +67,36 @@ def _facts(findings: Findings) -> dict[str, str]:
     }
 
 
-def _sections(findings: Findings, drawn: Sequence[Picture]) -> list[Section]:
+def _sections(findings: Findings, drawn: Sequence[Picture]) -> list[Chapter]:
     by_name = {picture.name: picture for picture in drawn}
     verdicts: list[Any] = [tables.verdict_table(findings)]
     if any(treatment.equal_bytes for treatment in findings.treatments):
         verdicts.append(tables.equal_bytes_table(findings))
     if missing := tables.missing_seeds(findings):
         verdicts.append(Lines("Started, and not in the table", missing))
+    if noted := tables.notes(findings):
+        verdicts.append(Lines("To know of pairs in the table", noted))
     verdicts.append(
         "Differences are treatment less reference: below 0 the treatment is better. p: paired t "
         "over seeds, two-sided; (Holm): adjusted for all comparisons of the table; over "
         f"{BAR_NATS} nats: one-sided, that the treatment is better by more than {BAR_NATS} nats "
         "per token. Detectable: the least difference that so many seeds find in 8 of 10 studies; "
-        "seeds needed: how many would find the one measured."
+        "seeds needed: how many would find the one measured. 1 mbpb is a thousandth of a bit per "
+        "byte."
     )
     ledger: list[Any] = [by_name.get("waterfall", "No ledger was made: nothing to take apart.")]
     if findings.ledgers:
         ledger.append(tables.ledger_table(findings))
     return [
-        Section("verdict", "Verdict", verdicts),
-        Section("ledger", "What the difference is made of", ledger),
-        Section("curves", "Training", [by_name.get("curves", "No training curve was recorded.")]),
-        Section("pareto", "Bytes", [by_name.get("pareto", "No treatment has an artifact.")]),
-        Section("seeds", "Seed by seed", [by_name.get("seeds", "No treatment was compared.")]),
-        Section("runs", "Every run", [tables.runs_table(findings.rows)]),
-        Section("audit", "Liveness and clock", _audit(findings)),
-        Section("again", "Run it again", [Lines("In a shell", findings.commands, is_code=True)]),
-        Section("reading", "How to read this", [_how_to_read(findings)]),
+        Chapter("verdict", "Verdict", verdicts),
+        Chapter("ledger", "What the difference is made of", ledger),
+        Chapter("curves", "Training", [by_name.get("curves", "No training curve was recorded.")]),
+        Chapter("pareto", "Bytes", [by_name.get("pareto", "No treatment has an artifact.")]),
+        Chapter("seeds", "Seed by seed", [by_name.get("seeds", "No treatment was compared.")]),
+        Chapter("runs", "Every run", [tables.runs_table(findings.rows)]),
+        Chapter("audit", "Liveness and clock", _audit(findings)),
+        Chapter("again", "Run it again", [Lines("In a shell", findings.commands, is_code=True)]),
+        Chapter("reading", "How to read this", [_how_to_read(findings)]),
     ]
 
 
@@ -155,14 +148,16 @@ def _template() -> Any:
     return environment.get_template(TEMPLATE)
 
 
-def _page(findings: Findings, drawn: Sequence[Picture]) -> str:
+def page(findings: Findings, drawn: Sequence[Picture]) -> str:
+    """The report as HTML."""
     return _template().render(
         findings=findings, facts=_facts(findings), sections=_sections(findings, drawn),
         as_svg=as_svg, light=LIGHT, dark=DARK,
     )  # fmt: skip
 
 
-def _markdown(findings: Findings, drawn: Sequence[Picture]) -> str:
+def markdown(findings: Findings, drawn: Sequence[Picture]) -> str:
+    """The report as Markdown; its pictures are files beside it."""
     facts = [f"- {name}: {_escaped(value)}" for name, value in _facts(findings).items()]
     parts = [f"# {_escaped(findings.name)}", f"**{_escaped(findings.headline)}**", "\n".join(facts)]
     for section in _sections(findings, drawn):
@@ -170,10 +165,10 @@ def _markdown(findings: Findings, drawn: Sequence[Picture]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _part_as_markdown(part: Picture | Table | Lines | str) -> str:
+def _part_as_markdown(part: Picture | ReportTable | Lines | str) -> str:
     if isinstance(part, Picture):
         return f"![{_escaped(part.in_words)}]({part.name}.png)\n\n{part.how_to_read}"
-    if isinstance(part, Table):
+    if isinstance(part, ReportTable):
         return _table_as_markdown(part)
     if isinstance(part, Lines):
         if part.is_code:
@@ -182,7 +177,7 @@ def _part_as_markdown(part: Picture | Table | Lines | str) -> str:
     return _escaped(part)
 
 
-def _table_as_markdown(table: Table) -> str:
+def _table_as_markdown(table: ReportTable) -> str:
     lines = [
         f"{table.caption}:",
         "",

@@ -24,7 +24,7 @@ from qat.report.picture import (
     in_style,
     wrapped,
 )
-from qat.study.findings import Comparison, Curve, Findings, Ledger
+from qat.study.findings import Contrast, Curve, Findings, Ledger
 from qat.study.significance import BAR_NATS
 
 PANELS_ABREAST = 3
@@ -61,7 +61,7 @@ def _waterfall(findings: Findings) -> Picture | None:
         "Each bar begins where the one before ended, so the first three add up to the total. Blue "
         "goes down (better), orange goes up (worse); whiskers are 95 % intervals over seeds. "
         "A hollow throughput bar is estimated from the loss curve, a full one measured by runs of "
-        "equal steps. Each panel has its own scale.",
+        "equal steps. Each panel has its own scale. mbpb: thousandths of a bit per byte.",
         "Waterfall of throughput, training and gap. " + "; ".join(totals),
         figure,
     )
@@ -280,13 +280,13 @@ def _seeds(findings: Findings) -> Picture | None:
         "seeds",
         "Each hollow mark is one seed's difference, the full mark their mean and its line the 95 % "
         "interval. An interval that crosses the line at 0 tells no difference; one that lies left "
-        "of the dotted line is better by more than the bar.",
+        "of the dotted line is better by more than the bar. mbpb: thousandths of a bit per byte.",
         "Differences by seed. Means: " + "; ".join(means),
         figure,
     )
 
 
-def _draw_seeds(axes: Any, comparison: Comparison, mark: str, colour: str, y: float) -> None:
+def _draw_seeds(axes: Any, comparison: Contrast, mark: str, colour: str, y: float) -> None:
     v = comparison.verdict
     if v.low is not None and v.high is not None:
         axes.plot([1000 * v.low, 1000 * v.high], [y, y], color=colour, linewidth=2)

@@ -5,24 +5,27 @@ from __future__ import annotations
 import glob
 import json
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
 from qat.errors import UserError
-from qat.report.page import write_report
 from qat.runs.run_folder import CONFIG, write_atomically
 from qat.runs.tables import as_markdown, print_table
-from qat.study.find_out import find_out
-from qat.study.pairing import build_rows
-from qat.study.significance import verdict_lines
+from qat.study.find_out import find_out, find_out_runs
+from qat.study.findings import Findings
+from qat.study.significance import as_line
 from qat.study.study import Study, studies_in, study_file
 
 if TYPE_CHECKING:
     from qat.budget.budget import Budget
     from qat.settings.command_line import Sweep
     from qat.settings.schema import EvalTaskSettings, LoggerSettings
+
+# Imported by name: what only a study needs is no part of train_gpt.py.
+PAGE, COMPARISON = "qat.report.page", "qat.report.wandb_comparison"
 
 
 def folders_in(parent: Path) -> list[Path]:
@@ -43,11 +46,25 @@ def find_run_folders(pattern: str) -> list[Path]:
     return found
 
 
+def verdict_lines(findings: Findings) -> list[str]:
+    """One for each treatment that has a baseline with two seeds or more; failed seeds are named."""
+    lines = []
+    for treatment in findings.treatments:
+        alike = treatment.alike
+        if alike is None or alike.verdict.num_seeds < 2:
+            continue
+        seeds = f"seeds {', '.join(map(str, sorted(alike.by_seed)))}"
+        if failed := sorted(treatment.missing_seeds.keys() - treatment.val_bpb.keys()):
+            seeds += f"; failed: {', '.join(map(str, failed))}"
+        lines.append(f"{treatment.name} ({seeds}): {as_line(alike.verdict)}")
+    return lines
+
+
 def report(folders: list[Path], into: Path) -> list[dict[str, Any]]:
     """Print the table, write it ``into`` a folder as Markdown and JSON, return the rows."""
-    rows = build_rows(folders, Console(stderr=True))
+    findings = find_out_runs(folders, Console(stderr=True))
+    rows, lines = findings.rows, verdict_lines(findings)
     print_table(rows)
-    lines = verdict_lines(rows)
     for line in lines:
         print(line)
     into.mkdir(parents=True, exist_ok=True)
@@ -66,37 +83,29 @@ def report_study(sweep: Path, study: Study, logger: LoggerSettings) -> list[dict
     findings = find_out(sweep, study, Console(stderr=True))
     folder = sweep / study.name
     folder.mkdir(exist_ok=True)
-    written = write_report(findings, folder)
+    written = import_module(PAGE).write_report(findings, folder)
     print_table(findings.rows)
     print(findings.headline)
     print(f"written: {folder}/{', '.join(written)}")
     if logger.name == "wandb":
-        from qat.report.wandb_comparison import log_comparison
-
-        print(log_comparison(findings, folder, replace(logger, group=logger.group or sweep.name)))
+        logger = replace(logger, group=logger.group or sweep.name)
+        print(import_module(COMPARISON).log_comparison(findings, folder, logger))
     return findings.rows
 
 
 def report_sweep(sweep: Sweep) -> list[dict[str, Any]]:
     """``report_study`` of what was just run; the rows of all its runs."""
     assert sweep.study is not None
-    settings, _ = sweep.jobs[0]
-    return report_study(
-        sweep.folder, Study.read(study_file(sweep.folder, sweep.study)), settings.logger
-    )
-
-
-def report_studies(sweep: Path, logger: LoggerSettings) -> None:
-    """UserError if there is no study in the folder."""
-    for study in studies_in(sweep):
-        report_study(sweep, study, logger)
+    study = Study.read(study_file(sweep.folder, sweep.study))
+    return report_study(sweep.folder, study, sweep.jobs[0][0].logger)
 
 
 def run(s: EvalTaskSettings, budget: Budget) -> int:
     """Of studies into their folder; of other runs beside them if they share one, else into
-    runs_dir."""
+    runs_dir. UserError if there are none."""
     if s.study:
-        report_studies(Path(s.study), s.logger)
+        for study in studies_in(Path(s.study)):
+            report_study(Path(s.study), study, s.logger)
         return 0
     assert s.runs
     folders = find_run_folders(s.runs)

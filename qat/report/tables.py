@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import mean
 from typing import Any
 
 from qat.quantize.gradients import rule_kinds
 from qat.report import number_text as text
-from qat.study.findings import Comparison, Findings, Ledger, Treatment
-from qat.study.significance import BAR_NATS, MAX_SEEDS, Interval, holm
+from qat.runs.tables import COLUMNS, TEXTS, cells
+from qat.study.findings import Contrast, Findings, Ledger, Treatment
+from qat.study.significance import BAR_NATS, MAX_SEEDS, Effect, holm
 
 Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Table:
+class ReportTable:
     """The first cell of a row names it."""
 
     caption: str
@@ -25,7 +26,7 @@ class Table:
     bad_rows: frozenset[int] = frozenset()  # their second cell says in words what is wrong
 
 
-def verdict_table(findings: Findings) -> Table:
+def verdict_table(findings: Findings) -> ReportTable:
     """Every treatment, against the baseline stored in the same way where that is another one."""
     return _verdicts(
         "Stored alike: against the baseline stored in the same way",
@@ -33,7 +34,7 @@ def verdict_table(findings: Findings) -> Table:
     )
 
 
-def equal_bytes_table(findings: Findings) -> Table:
+def equal_bytes_table(findings: Findings) -> ReportTable:
     """Treatments that were compared with a baseline of as many bytes."""
     return _verdicts(
         "At equal bytes: against the baseline stored by the solver in as many bytes",
@@ -41,7 +42,7 @@ def equal_bytes_table(findings: Findings) -> Table:
     )
 
 
-def _verdicts(caption: str, compared: Sequence[tuple[Treatment, Comparison | None]]) -> Table:
+def _verdicts(caption: str, compared: Sequence[tuple[Treatment, Contrast | None]]) -> ReportTable:
     p_values = [c.verdict.p_value for _, c in compared if c]
     adjusted = iter(holm([p for p in p_values if p is not None]))
     rows = []
@@ -75,10 +76,10 @@ def _verdicts(caption: str, compared: Sequence[tuple[Treatment, Comparison | Non
         "p": True, "p (Holm)": True, f"p over {BAR_NATS} nats": True, "detectable, bpb": True,
         "seeds needed": True,
     }  # fmt: skip
-    return Table(caption, columns, rows)
+    return ReportTable(caption, columns, rows)
 
 
-def _seeds_needed(comparison: Comparison) -> str:
+def _seeds_needed(comparison: Contrast) -> str:
     v = comparison.verdict
     if v.seeds_needed is None and v.num_seeds > 1:
         return f"> {MAX_SEEDS:,}"
@@ -86,15 +87,24 @@ def _seeds_needed(comparison: Comparison) -> str:
 
 
 def missing_seeds(findings: Findings) -> list[str]:
-    """One line for each run that was started and gave no artifact, with the reason."""
+    """One line for each run that was started and is in no comparison, with the reason."""
+    return _by_seed((treatment.name, treatment.missing_seeds) for treatment in findings.treatments)
+
+
+def notes(findings: Findings) -> list[str]:
+    """What to know of pairs: those of other code, and means over several runs."""
+    return _by_seed((treatment.name, treatment.notes) for treatment in findings.treatments)
+
+
+def _by_seed(said: Iterable[tuple[str, dict[int, str]]]) -> list[str]:
     return [
-        f"{treatment.name}, seed {seed}: {reason}"
-        for treatment in findings.treatments
-        for seed, reason in sorted(treatment.missing_seeds.items())
+        f"{name}, seed {seed}: {words}"
+        for name, by_seed in said
+        for seed, words in sorted(by_seed.items())
     ]
 
 
-def ledger_table(findings: Findings) -> Table:
+def ledger_table(findings: Findings) -> ReportTable:
     rows = []
     for ledger in findings.ledgers:
         parts = (*text.ledger_parts(ledger), ledger.total)
@@ -109,10 +119,12 @@ def ledger_table(findings: Findings) -> Table:
         "treatment": False, "throughput": True, "training": True, "gap": True, "total": True,
         "training + gap": True, "against": False, "throughput is": False,
     }  # fmt: skip
-    return Table("In mbpb (0.001 bits per byte), with 95 % intervals", columns, rows)
+    return ReportTable(
+        "In mbpb (thousandths of a bit per byte), with 95 % intervals", columns, rows
+    )
 
 
-def _bounds_mbpb(part: Interval) -> str:
+def _bounds_mbpb(part: Effect) -> str:
     if part.low is None or part.high is None:
         return ""
     return text.bounds(1000 * part.low, 1000 * part.high, 2)
@@ -122,38 +134,24 @@ def _throughput_basis(ledger: Ledger) -> str:
     return f"{'measured' if ledger.is_measured else 'estimated'}: {ledger.basis}"
 
 
-def runs_table(rows: Sequence[Row]) -> Table:
-    cells = [
-        [
-            row["run_name"],
-            row.get("note") or "",
-            row["arm"],
-            text.count(row.get("seed")),
-            text.bpb(row.get("val_bpb_float")),
-            text.bpb(row.get("val_bpb_artifact")),
-            text.difference_bpb(row.get("quant_gap_bpb")),
-            text.difference_bpb(row.get("delta_bpb")),
-            text.count(row.get("artifact_bytes")),
-            text.count(row.get("total_bytes")),
-            text.count(row.get("steps")),
-            text.fixed(row.get("ms_per_step"), 1),
-        ]
-        for row in rows
+def runs_table(rows: Sequence[Row]) -> ReportTable:
+    """The columns that are printed too, without those of the audit."""
+    of_audit = ("train s", "limit", "QAT steps")
+    titles = [t for t in dict.fromkeys(("run", "note", *COLUMNS)) if t not in of_audit]
+    columns = {title: title not in TEXTS for title in titles}
+    shown = [
+        [found[t] or (text.NOTHING if columns[t] else "") for t in titles]
+        for found in map(cells, rows)
     ]
-    columns = {
-        "run": False, "note": False, "arm": False, "seed": True, "float bpb": True,
-        "artifact bpb": True, "gap": True, "vs baseline": True, "artifact bytes": True,
-        "with code": True, "steps": True, "ms/step": True,
-    }  # fmt: skip
     bad = frozenset(at for at, row in enumerate(rows) if row["status"] != "finished")
-    return Table("Every run; a baseline stored again has a row for each store", columns, cells, bad)
+    return ReportTable("Every run", columns, shown, bad)
 
 
-def audit_table(rows: Sequence[Row]) -> Table:
+def audit_table(rows: Sequence[Row]) -> ReportTable:
     """Did QAT happen, and did the clock hold? Runs that trained; exports of them are left out."""
     trained = [row for row in rows if not row["exported"]]
     found = [faults(row) for row in trained]
-    cells = [
+    shown = [
         [
             row["run_name"],
             "; ".join(what) if what else "ok",
@@ -175,7 +173,7 @@ def audit_table(rows: Sequence[Row]) -> Table:
         "overshoot s": True, "status": False,
     }  # fmt: skip
     bad = frozenset(at for at, what in enumerate(found) if what)
-    return Table("Liveness of QAT and the training clock, run by run", columns, cells, bad)
+    return ReportTable("Liveness of QAT and the training clock, run by run", columns, shown, bad)
 
 
 def _share(value: float | None) -> str:

@@ -20,18 +20,13 @@ import wandb
 from qat.report import wandb_view
 from qat.runs.wandb_log import mode, refusals_named
 from qat.settings.schema import LoggerSettings
-from qat.study.findings import Comparison, Findings, Treatment
-from qat.study.significance import Interval
+from qat.study.findings import Contrast, Findings, Ledger, Treatment
 
 
-def _differences(name: str, comparison: Comparison | None) -> dict[str, float | None]:
-    verdict = comparison.verdict if comparison else None
-    return {
-        name: verdict.mean if verdict else None,
-        f"{name}_low": verdict.low if verdict else None,
-        f"{name}_high": verdict.high if verdict else None,
-        f"{name}_p_value": verdict.p_value if verdict else None,
-    }
+def _differences(name: str, contrast: Contrast | None) -> dict[str, float | None]:
+    keys = {"": "mean", "_low": "low", "_high": "high", "_p_value": "p_value"}
+    verdict = contrast.verdict if contrast else None
+    return {name + end: getattr(verdict, key, None) for end, key in keys.items()}
 
 
 def _numbers(treatment: Treatment) -> dict[str, float | None]:
@@ -45,10 +40,10 @@ def _numbers(treatment: Treatment) -> dict[str, float | None]:
     }
 
 
-def _interval(name: str, interval: Interval) -> dict[str, float | None]:
-    return {
-        f"{name}_bpb": interval.mean, f"{name}_low": interval.low, f"{name}_high": interval.high
-    }  # fmt: skip
+def _effects(ledger: Ledger) -> dict[str, float | None]:
+    parts = ("throughput", "training", "gap", "total", "at_equal_steps")
+    keys = {"_bpb": "mean", "_low": "low", "_high": "high"}
+    return {p + end: getattr(getattr(ledger, p), key) for p in parts for end, key in keys.items()}
 
 
 def _table(rows: list[dict[str, Any]]) -> wandb.Table:
@@ -67,11 +62,7 @@ def _tables(findings: Findings) -> dict[str, wandb.Table]:
     ]
     ledgers: list[dict[str, Any]] = [
         {"treatment": ledger.name, "is_measured": ledger.is_measured, "basis": ledger.basis}
-        | _interval("throughput", ledger.throughput)
-        | _interval("training", ledger.training)
-        | _interval("gap", ledger.gap)
-        | _interval("total", ledger.total)
-        | _interval("at_equal_steps", ledger.at_equal_steps)
+        | _effects(ledger)
         for ledger in findings.ledgers
     ]
     runs = [{k: v for k, v in row.items() if k != "settings"} for row in findings.rows]

@@ -1,10 +1,19 @@
-"""Where a result comes from: code, versions, machine, command."""
+"""Where a result comes from: code, versions, machine, command.
+
+Files that are used again are told by ``storing_code``, a hash of the modules that turn weights into
+a file. Not by the commit, which every typo changes: of these modules statements count, comments and
+docstrings do not. Another version of Python may give the same code another hash.
+"""
 
 from __future__ import annotations
 
+import ast
+import hashlib
 import platform
 import subprocess
 import sys
+from collections.abc import Iterable
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -12,6 +21,8 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
+STORING_ROOMS = ("quantize", "model", "artifact", "ptq", "budget")
+CABINETS_METHODS = ("hqq", "lqer", "smoothquant")  # of ptq; no file of a run is made by them
 PACKAGES = ("torch", "lightning", "hydra-core", "torchao", "numpy", "sentencepiece", "zstandard")
 
 
@@ -34,6 +45,30 @@ def commit() -> str:
 
 def dirty_diff() -> str:
     return _git("diff", "HEAD") or ""
+
+
+def hash_of_statements(files: Iterable[Path], root: Path) -> str:
+    """SHA-256 of what the files do and where below ``root`` they are."""
+    digest = hashlib.sha256()
+    for file in files:
+        tree = ast.parse(file.read_bytes())
+        for node in ast.walk(tree):
+            if (
+                isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
+                and ast.get_docstring(node, clean=False) is not None
+            ):
+                del node.body[0]
+        digest.update(f"{file.relative_to(root).as_posix()}\0{ast.dump(tree)}\0".encode())
+    return digest.hexdigest()
+
+
+@cache
+def storing_code(*more_rooms: str) -> str:
+    """The same in the repository and in an unpacked ``train_gpt.py``. ``more_rooms``: whose files
+    count too."""
+    rooms = (*STORING_ROOMS, *more_rooms)
+    files = [file for room in rooms for file in sorted((ROOT / "qat" / room).rglob("*.py"))]
+    return hash_of_statements([f for f in files if f.stem not in CABINETS_METHODS], ROOT)
 
 
 def hardware(world_size: int) -> str:

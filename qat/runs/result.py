@@ -6,9 +6,10 @@ null and ``error`` says why.
 
 from __future__ import annotations
 
-import hashlib
 import json
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,13 @@ class Result:
     nonzero_gradient_share: float | None = None  # of grid-planned masters, for one micro-batch
     movable_share: float | None = None  # of groups (rows): their largest weight has a gradient
     val_xz_bits_per_byte: float | None = None  # what xz needs for the validation text
+    storing_code: str | None = None  # provenance.storing_code of what wrote the artifact
     settings: dict[str, Any] = field(default_factory=dict)  # resolved
+
+    @cached_property
+    def conditions(self) -> dict[str, Any]:
+        """All that a run was made under, by dotted name; data by content, not by path."""
+        return conditions(self.settings | {"data": self.data, "hardware": self.hardware})
 
     def write(self, folder: Path) -> None:
         write_atomically(folder / FILE, json.dumps(asdict(self), indent=1) + "\n")
@@ -78,61 +85,59 @@ class Result:
             raise UserError(f"{folder / FILE}: not a result of this version ({error})") from None
 
 
-QUANTIZATION_SETTINGS = ("qat", "grid", "plan", "artifact", "limit_bytes")
-QAT_OPTIMIZER_SETTINGS = ("optimizer.learned_scale_lr",)  # float weights have no learned scales
-BOOKKEEPING_SETTINGS = (
-    "run_name",
-    "sweep_name",
-    "runs_dir",
-    "logger",
-    "resume",
-    "checkpoint",
-    "study",
-    "ledger",
-)
+# What tells a QAT run from its baseline. Float weights have no learned scales.
+QUANTIZATION = ("qat", "grid", "plan", "artifact", "limit_bytes", "optimizer.learned_scale_lr")
+# Where a run goes and what is made of it: of no effect on it.
+BOOKKEEPING = (
+    "run_name", "sweep_name", "runs_dir", "logger", "resume", "checkpoint", "study", "ledger",
+)  # fmt: skip
 
 
-def flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings by dotted name."""
+def conditions(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings by dotted name, without bookkeeping."""
+    return _flat({key: value for key, value in settings.items() if key not in BOOKKEEPING})
+
+
+def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, value in settings.items():
         name = prefix + key
-        found |= flat(value, f"{name}.") if isinstance(value, dict) else {name: value}
+        found |= _flat(value, f"{name}.") if isinstance(value, dict) else {name: value}
     return found
 
 
-def identity(result: Result) -> dict[str, Any]:
-    """What two runs must share to be compared; data by content, not by path."""
-    left_out = (*QUANTIZATION_SETTINGS, *BOOKKEEPING_SETTINGS, "data")
-    shared = {key: value for key, value in result.settings.items() if key not in left_out}
-    found = flat(shared | {"data": result.data, "hardware": result.hardware})
-    return {key: value for key, value in found.items() if key not in QAT_OPTIMIZER_SETTINGS}
+def differing(
+    one: dict[str, Any], other: dict[str, Any], apart_from: Iterable[str] = ()
+) -> list[str]:
+    """Dotted names of the conditions that two runs do not share, [] if the runs are comparable.
+
+    ``apart_from``: names of settings, or of groups of them, that may differ.
+    """
+    may_differ = tuple(f"{name}." for name in apart_from)
+    return sorted(
+        name
+        for name in one.keys() | other.keys()
+        if one.get(name) != other.get(name) and not f"{name}.".startswith(may_differ)
+    )
 
 
 def is_baseline(result: Result) -> bool:
     return not result.settings["qat"]["enabled"]
 
 
-def _arm(qat: str, grid: str, settings: dict[str, Any]) -> str:
+def arm_label(qat: str, grid: str, settings: dict[str, Any]) -> str:
+    """What tells runs outside a study apart in a table."""
     averaging = settings["averaging"]
     if averaging["kind"] == "none":
         return f"{qat} on {grid}"
     return f"{qat} on {grid}, {averaging['kind']} of {averaging['of']}"
 
 
-def _design(result: Result) -> str:
-    """What runs share that differ in their seed alone."""
-    chosen = {key: result.settings[key] for key in QUANTIZATION_SETTINGS}
-    shared = identity(result) | {"seed": None}
-    text = json.dumps([shared, chosen], sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
 def row_of(result: Result) -> dict[str, Any]:
     """A run's row of the table, not yet compared."""
     row = {key: value for key, value in asdict(result).items() if key != "settings"}
-    row["arm"] = result.arm or _arm(result.qat, result.grid, result.settings)
-    row["design"] = _design(result)
+    row["arm"] = result.arm or arm_label(result.qat, result.grid, result.settings)
+    row["gradient"] = result.settings["qat"]["gradient"]
     row["exported"] = False
     row["delta_bpb"] = None
     if result.artifact_bytes is not None and result.code_bytes is not None:

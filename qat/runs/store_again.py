@@ -21,6 +21,7 @@ from qat.evaluation.open_model import artifact_meta
 from qat.evaluation.score import Score, Scorer
 from qat.quantize.grid import Grid
 from qat.quantize.plan import Plan
+from qat.runs.provenance import storing_code
 from qat.runs.result import Result
 from qat.runs.run_folder import CHECKPOINT, EXPORTS, write_atomically
 from qat.runs.storing import CalibrationText, Export, Storage
@@ -144,8 +145,13 @@ def export_again(
     name = f"{label}_{artifact.coder}_{budget.limit_bytes}_{plan.digest[:8]}"
     known = folder / EXPORTS / f"{name}.json"
     file = known.with_suffix(".qat")
-    if known.is_file() and (file.is_file() or Path(f"{file}{OVERSIZE_SUFFIX}").is_file()):
-        return json.loads(known.read_text(encoding="utf-8"))
+    files = file, Path(f"{file}{OVERSIZE_SUFFIX}")
+    if known.is_file() and any(path.is_file() for path in files):
+        row = json.loads(known.read_text(encoding="utf-8"))
+        if row.get("storing_code") == storing_code():
+            return row
+        for path in files:  # other code made it, and may have made another size of it
+            path.unlink(missing_ok=True)
     known.parent.mkdir(exist_ok=True)
     done, score = FinishedRun(folder, result, console).store(plan, artifact, budget, file)
     row = {
@@ -155,6 +161,7 @@ def export_again(
         "artifact_bytes": done.artifact_bytes,
         "code_bytes": budget.code_bytes,
         "limit_bytes": budget.limit_bytes,
+        "storing_code": storing_code(),
     }
     write_atomically(known, json.dumps(row))
     return row

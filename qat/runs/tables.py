@@ -55,22 +55,29 @@ COLUMNS = {
 }
 
 
-def _cells(row: dict[str, Any]) -> list[str]:
-    return ["" if row.get(key) is None else form.format(row[key]) for key, form in COLUMNS.values()]
+TEXTS = ("arm", "run", "note")  # the other columns are numbers
+
+
+def cells(row: dict[str, Any]) -> dict[str, str]:
+    """A run's row as people read it: column title -> cell, "" for what was not measured."""
+    return {
+        title: "" if row.get(key) is None else form.format(row[key])
+        for title, (key, form) in COLUMNS.items()
+    }
 
 
 def print_table(rows: list[dict[str, Any]]) -> None:
     """On stdout, as wide as it needs to be."""
     table = Table(title="QAT against its no-QAT baseline", title_justify="left")
     for title in COLUMNS:
-        table.add_column(title, justify="left" if title in ("arm", "run", "note") else "right")
+        table.add_column(title, justify="left" if title in TEXTS else "right")
     for row in rows:
         bad = row["status"] != "finished" or row.get("qat_never_started")
-        table.add_row(*_cells(row), style="red" if bad else None)
+        table.add_row(*cells(row).values(), style="red" if bad else None)
     print_wide(table)
 
 
 def as_markdown(rows: list[dict[str, Any]]) -> str:
     lines = ["| " + " | ".join(COLUMNS) + " |", "|" + " --- |" * len(COLUMNS)]
-    lines += ["| " + " | ".join(_cells(row)).replace("\n", " ") + " |" for row in rows]
+    lines += ["| " + " | ".join(cells(row).values()).replace("\n", " ") + " |" for row in rows]
     return "\n".join(lines) + "\n"

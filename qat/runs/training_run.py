@@ -124,6 +124,7 @@ class TrainingRun:
             commit=provenance.commit(),
             data=None,
             limit_bytes=s.limit_bytes,
+            storing_code=provenance.storing_code(),
             settings=asdict(s) | {"data": asdict(absolute_paths(s.data))},
         )
 

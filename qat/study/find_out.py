@@ -1,173 +1,247 @@
-"""From the runs of a study to what they say: treatments, comparisons, ledgers, curves.
+"""From runs to what they say: treatments, comparisons, ledgers, curves.
 
-Pairs are runs of one seed. A treatment is compared with the study's baseline stored in the same way
-and, if the study asks for it, with the baseline that the budget solver stores in as many bytes:
-both are files, written once, read back and scored. No seed is left out: one without a score is
-named with the reason.
+Pairs are runs of one seed. A treatment is compared with its baseline stored in the same way and, if
+a study asks for it, with the baseline that the budget solver stores in as many bytes: both are
+files, written once, read back and scored. No seed is left out: one without a score is named with
+the reason. Of several runs of one seed the mean counts.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from qat.errors import TrainingError, UserError
-from qat.runs.result import Result, is_baseline, row_of, row_without_result
+from qat.runs.result import Result, arm_label, row_of, row_without_result
 from qat.study.curves import curve_of
-from qat.study.files import ArmRun, Stored, StudyFiles, find_runs
-from qat.study.findings import Comparison, Findings, Treatment
-from qat.study.headline import headline_of
+from qat.study.files import NO_ARM, ArmRun, StoredFile, StudyFiles, Target, as_large, mean_file
+from qat.study.findings import Contrast, Findings, Treatment, headline_of
 from qat.study.ledger import Twin, ledger_of
-from qat.study.pairing import Target
 from qat.study.significance import bar_in_bpb, verdict
 from qat.study.study import EQUAL_STEPS, Study
 
 Row = dict[str, Any]
 
 
-def treatment_of(files: StudyFiles, arm: str, store: str | None) -> Treatment | None:
-    """An arm's runs, stored in one way; None if none of its runs has a score."""
+@dataclass
+class PairedRun:
+    """A run's file beside those of its baselines."""
+
+    run: ArmRun
+    file: StoredFile | None = None
+    baselines: list[tuple[ArmRun, StoredFile]] = field(default_factory=list)
+    as_large: StoredFile | None = None
+    problem: str | None = None  # why it is not in the comparison
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def alike(self) -> StoredFile | None:
+        return mean_file([file for _, file in self.baselines]) if self.baselines else None
+
+
+def pair_of(files: StudyFiles, run: ArmRun, store: str | None) -> PairedRun:
+    """A scored run, stored in one way."""
     settings = files.study.settings
-    how = settings.stores[store] if store else None
-    is_reference = arm == settings.baseline and store is None
-    scores: dict[int, Stored] = {}
+    pair, target = PairedRun(run), files.target(run, settings.stores[store] if store else None)
+    try:
+        pair.file = files.stored(run, Target(target))
+        if store is None and files.is_baseline(run):
+            return pair
+        for base in files.baselines(run):
+            try:
+                file = files.reference(base, run, target)
+            except (UserError, TrainingError) as error:
+                pair.notes.append(f"baseline {base.folder.name} has no file on this grid: {error}")
+                continue
+            pair.baselines.append((base, file))
+            pair.notes += _other_code(pair, base, file)
+        if not pair.baselines:
+            pair.problem = "; ".join(pair.notes)
+        elif settings.equal_bytes and run.is_qat:
+            base = pair.baselines[0][0]
+            total = pair.file.total_bytes
+            filled = as_large(files.target(base), run.row.settings, target, total)
+            pair.as_large = files.stored(base, filled)
+    except (UserError, TrainingError) as error:
+        pair.problem = str(error)
+        pair.notes.append(pair.problem)
+    if len(pair.baselines) > 1:
+        pair.notes.append(f"against the mean of {len(pair.baselines)} baselines")
+    return pair
+
+
+def _other_code(pair: PairedRun, base: ArmRun, file: StoredFile) -> list[str]:
+    """What a reader should know if a run and its baseline were not made by the same code."""
+    assert pair.file is not None
+    notes, commits = [], (pair.run.row.commit, base.row.commit)
+    if commits[0] != commits[1]:
+        ours, theirs = (commit[:9] + "-dirty" * commit.endswith("dirty") for commit in commits)
+        notes.append(f"trained by commit {ours}, {base.folder.name} by {theirs}")
+    if None not in (makers := {pair.file.storing_code, file.storing_code}) and len(makers) > 1:
+        notes.append(f"its file and that of {base.folder.name} were stored by different code")
+    return notes
+
+
+def treatment_of(
+    files: StudyFiles, arm: str, store: str | None, pairs: Sequence[PairedRun]
+) -> Treatment | None:
+    """An arm's runs, stored in one way; None if none of its runs has a score."""
     missing = {run.seed: run.problem or "no score" for run in files.runs
                if run.arm == arm and not run.is_scored}  # fmt: skip
-    alike: dict[int, Stored] = {}
-    as_large: dict[int, Stored] = {}
-    baseline = files.of(settings.baseline)
-    runs = files.of(arm)
-    is_qat = any(run.result and not is_baseline(run.result) for run in runs.values())
-    for seed, run in runs.items():
-        target = files.target(run, how)
-        try:
-            scores[seed] = files.stored(run, Target(target, None))
-            if is_reference:
-                continue
-            reason = _why_unpaired(run, baseline.get(seed))
-            if reason:
-                missing[seed] = reason
-                continue
-            base = baseline[seed]
-            if arm == settings.baseline:
-                alike[seed] = files.stored(base, Target(files.target(base, None), None))
-            else:
-                alike[seed] = files.reference(base, run, target)
-            if settings.equal_bytes and is_qat:
-                as_large[seed] = files.as_large(base, run, target, scores[seed].total_bytes)
-        except (UserError, TrainingError) as error:
-            missing[seed] = str(error)
+    missing |= {pair.run.seed: pair.problem for pair in pairs if pair.problem}
+    scores = _by_seed([(pair.run.seed, pair.file) for pair in pairs])
     if not scores:
         return None
     name = arm if store is None else f"{arm}/{store}"
-    first = next(iter(scores.values()))
+    baseline = files.study.settings.baseline
+    alike = [(pair, pair.alike) for pair in pairs]
+    grids = ", ".join(sorted({file.grid for _, file in alike if file}))
+    notes = {pair.run.seed: "; ".join(pair.notes) for pair in pairs
+             if pair.notes and not pair.problem}  # fmt: skip
     return Treatment(
         name=name,
         arm=arm,
         store=store,
-        grid=first.grid,
-        is_qat=is_qat,
-        val_bpb={seed: s.val_bpb for seed, s in scores.items()},
-        total_bytes={seed: s.total_bytes for seed, s in scores.items()},
+        grid=next(iter(scores.values())).grid,
+        is_qat=any(pair.run.is_qat for pair in pairs),
+        val_bpb={seed: file.val_bpb for seed, file in scores.items()},
+        total_bytes={seed: file.total_bytes for seed, file in scores.items()},
         missing_seeds=missing,
-        alike=_comparison(scores, alike, f"{settings.baseline} on {_grids(alike)}"),
-        equal_bytes=_comparison(scores, as_large, f"{settings.baseline} filled to {name}'s bytes"),
+        alike=_contrast(alike, f"{baseline} on {grids}"),
+        equal_bytes=_contrast(
+            [(pair, pair.as_large) for pair in pairs], f"{baseline} filled to {name}'s bytes"
+        ),
+        notes=notes,
     )
 
 
-def _why_unpaired(run: ArmRun, base: ArmRun | None) -> str | None:
-    if base is None:
-        return "no baseline of this seed has a score"
-    assert run.result is not None
-    assert base.result is not None
-    for key in ("hardware", "data", "profile"):
-        if getattr(run.result, key) != getattr(base.result, key):
-            return f"its baseline had other {key}"
-    return None
+def _by_seed(found: Sequence[tuple[int, StoredFile | None]]) -> dict[int, StoredFile]:
+    """The mean of each seed's files."""
+    files: dict[int, list[StoredFile]] = {}
+    for seed, file in found:
+        if file is not None:
+            files.setdefault(seed, []).append(file)
+    return {seed: mean_file(of_seed) for seed, of_seed in files.items()}
 
 
-def _grids(files: dict[int, Stored]) -> str:
-    return ", ".join(sorted({file.grid for file in files.values()}))
+Referred = tuple[PairedRun, StoredFile | None]  # a run and what it is compared with
 
 
-def _comparison(
-    scores: dict[int, Stored], references: dict[int, Stored], against: str
-) -> Comparison | None:
-    seeds = [seed for seed in scores if seed in references]
-    if not seeds:
+def _contrast(pairs: Sequence[Referred], against: str) -> Contrast | None:
+    paired = [(pair, reference) for pair, reference in pairs if reference is not None]
+    ours = _by_seed([(pair.run.seed, pair.file) for pair, _ in paired])
+    theirs = _by_seed([(pair.run.seed, reference) for pair, reference in paired])
+    if not ours:
         return None
-    first = scores[seeds[0]]
-    ours, theirs = ([found[s].val_bpb for s in seeds] for found in (scores, references))
-    return Comparison(
+    first = next(iter(ours.values()))
+    arm, baseline = ([found[seed].val_bpb for seed in ours] for found in (ours, theirs))
+    return Contrast(
         against=against,
-        val_bpb={seed: references[seed].val_bpb for seed in seeds},
-        total_bytes={seed: references[seed].total_bytes for seed in seeds},
-        by_seed={seed: scores[seed].val_bpb - references[seed].val_bpb for seed in seeds},
-        verdict=verdict(ours, theirs, bar_in_bpb(first.val_bpb, first.val_loss)),
+        val_bpb={seed: file.val_bpb for seed, file in theirs.items()},
+        total_bytes={seed: file.total_bytes for seed, file in theirs.items()},
+        by_seed={seed: ours[seed].val_bpb - theirs[seed].val_bpb for seed in ours},
+        verdict=verdict(arm, baseline, bar_in_bpb(first.val_bpb, first.val_loss)),
     )
 
 
 def find_out(folder: Path, study: Study, console: Console) -> Findings:
     """All that the study's runs say by now. UserError if no run of it is there."""
-    files = StudyFiles(find_runs(folder, study), study, console)
+    files = StudyFiles.of_study(folder, study, console)
     if not files.runs:
         raise UserError(f"study={folder}: none of its runs was started")
+    return _findings(files, [*study.commands, f"python eval.py task=report study={folder.name}"])
+
+
+def find_out_runs(folders: Sequence[Path], console: Console) -> Findings:
+    """The same of runs outside a study; no ledgers and no curves are made of them."""
+    return _findings(StudyFiles.of_folders(folders, console), [])
+
+
+def _findings(files: StudyFiles, commands: list[str]) -> Findings:
+    study = files.study
     treatments, ledgers = [], []
+    pairs: dict[Path, PairedRun] = {}  # of runs as they stored themselves
     for arm in study.arms:
         stores = [name for name, s in study.settings.stores.items() if s.is_of(arm)]
         for store in (None, *stores):
-            treatment = treatment_of(files, arm, store)
+            found = [pair_of(files, run, store) for run in files.of(arm)]
+            pairs |= {pair.run.folder: pair for pair in found if store is None}
+            treatment = treatment_of(files, arm, store, found)
             if treatment is not None:
                 treatments.append(treatment)
-                if treatment.is_qat and store is None:
+                if study.settings.arms and treatment.is_qat and store is None:
                     ledger = ledger_of(treatment, _twins(files, arm))
                     ledgers += [ledger] if ledger is not None else []
-    differences = {t.arm: t.alike.by_seed for t in treatments if t.store is None and t.alike}
-    rows = [_row(run, differences.get(run.arm, {}).get(run.seed)) for run in files.runs]
+    curves = [curve_of(arm, {run.folder: run.row for run in files.of(arm)})
+              for arm in study.settings.arms and study.arms if files.of(arm)]  # fmt: skip
     results = [run.result for run in files.runs if run.result]
-    curves = [curve_of(arm, {r.folder: r.result for r in files.of(arm).values() if r.result})
-              for arm in study.arms if files.of(arm)]  # fmt: skip
     return Findings(
         name=study.name,
         question=study.settings.question,
         headline=headline_of(treatments, ledgers),
         baseline=study.settings.baseline,
-        seeds=sorted({run.seed for run in files.runs}),
+        seeds=sorted({run.seed for run in files.runs if run.arm != NO_ARM}),
         budget_seconds=results[0].settings["budget_seconds"] if results else None,
         hardware=sorted({r.hardware for r in results}),
         commits=sorted({r.commit for r in results}),
-        commands=[*study.commands, f"python eval.py task=report study={folder.name}"],
+        commands=commands,
         treatments=treatments,
         ledgers=ledgers,
         curves=curves,
-        rows=rows,
+        rows=_rows(files, pairs),
     )
 
 
 def _twins(files: StudyFiles, arm: str) -> list[Twin]:
     """Each run of the arm beside the one that differs in QAT alone, and that of equal steps."""
     twins = []
-    for run in files.of(arm).values():
-        other = files.twin(run)
-        if other is None or other.result is None or run.result is None:
-            continue
-        try:
-            stored = files.reference(other, run, files.target(run, None))
-        except (UserError, TrainingError) as error:
-            files.console.print(f"no ledger of {run.folder.name}: {error}", highlight=False)
-            continue
-        equal = Result.read(run.folder / EQUAL_STEPS)
-        equal_bpb = equal.val_bpb_float if equal is not None else None
-        twins.append(Twin(run.result, other.result, other.folder, stored.val_bpb, equal_bpb))
+    for run in files.of(arm):
+        for other in files.twins(run)[:1]:
+            try:
+                stored = files.reference(other, run, files.target(run))
+            except (UserError, TrainingError) as error:
+                files.console.print(f"no ledger of {run.folder.name}: {error}", highlight=False)
+                continue
+            equal = Result.read(run.folder / EQUAL_STEPS)
+            equal_bpb = equal.val_bpb_float if equal is not None else None
+            twins.append(Twin(run.row, other.row, other.folder, stored.val_bpb, equal_bpb))
     return twins
 
 
-def _row(run: ArmRun, delta_bpb: float | None) -> Row:
-    if run.result is None:
-        return row_without_result(run.folder, "unfinished", run.problem or "") | {
-            "arm": run.arm, "seed": run.seed
-        }  # fmt: skip
-    gradient = run.result.settings["qat"]["gradient"]
-    return row_of(run.result) | {"gradient": gradient, "delta_bpb": delta_bpb}
+def _rows(files: StudyFiles, pairs: dict[Path, PairedRun]) -> list[Row]:
+    """One per run. Of runs outside a study also one per file made of a baseline, before the first
+    run that needed it: no arm says how it is stored."""
+    rows: list[Row] = []
+    shown: set[tuple[Path, str]] = set()
+    for run in files.runs:
+        if run.result is None:
+            of_arm = {} if run.arm == NO_ARM else {"arm": run.arm, "seed": run.seed}
+            rows.append(row_without_result(run.folder, run.status, run.problem or "") | of_arm)
+            continue
+        row, pair = row_of(run.result), pairs.get(run.folder)
+        if pair is not None:
+            for base, file in pair.baselines:
+                key = base.folder, str(file.exported)
+                if file.exported and not files.study.settings.arms and key not in shown:
+                    shown.add(key)
+                    rows.append(_exported_row(base.row, file.exported))
+            if pair.file is not None and pair.alike is not None:
+                row["delta_bpb"] = pair.file.val_bpb - pair.alike.val_bpb
+            row["note"] = "; ".join(filter(None, [row["note"], *pair.notes]))
+        rows.append(row)
+    return rows
+
+
+def _exported_row(baseline: Result, exported: dict[str, Any]) -> Row:
+    row = row_of(baseline) | exported | {"exported": True}
+    row["arm"] = arm_label("none", exported["grid"], baseline.settings)
+    row["total_bytes"] = exported["artifact_bytes"] + exported["code_bytes"]
+    row["val_bpb_snapped"] = None  # not measured on this grid
+    row["quant_gap_bpb"] = exported["val_bpb_artifact"] - row["val_bpb_float"]
+    oversize = "; OVERSIZE" if row["total_bytes"] > row["limit_bytes"] else ""
+    row["note"] = f"exported from {baseline.run_name}{oversize}"
+    return row

@@ -1,4 +1,4 @@
-"""What a study found, as its report shows it: plain values, written to ``findings.json``.
+"""What runs say together, as their report shows it: plain values, written to ``findings.json``.
 
 A treatment is a way to train and a way to store: an arm, or an arm and one of the study's stores.
 All differences are in bits per byte, treatment - reference: below 0 the treatment is better.
@@ -6,14 +6,15 @@ All differences are in bits per byte, treatment - reference: below 0 the treatme
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from qat.study.significance import Interval, Verdict
+from qat.study.significance import Effect, Verdict
 
 
 @dataclass(frozen=True)
-class Comparison:
+class Contrast:
     """A treatment against a reference with the same seeds."""
 
     against: str  # the reference in words
@@ -33,8 +34,9 @@ class Treatment:
     val_bpb: dict[int, float]  # of the artifact, by seed
     total_bytes: dict[int, int]  # artifact and code
     missing_seeds: dict[int, str]  # started without an artifact, and why
-    alike: Comparison | None  # the baseline stored in the same way; None for the baseline itself
-    equal_bytes: Comparison | None  # the baseline stored by the solver in as many bytes
+    alike: Contrast | None  # the baseline stored in the same way; None for the baseline itself
+    equal_bytes: Contrast | None  # the baseline stored by the solver in as many bytes
+    notes: dict[int, str] = field(default_factory=dict)  # by seed: what a reader should know of it
 
 
 @dataclass(frozen=True)
@@ -46,11 +48,11 @@ class Ledger:
 
     name: str  # of the treatment
     is_measured: bool  # throughput from runs of equal steps; else estimated from the loss curve
-    throughput: Interval  # steps lost to overhead
-    training: Interval  # what fake quantization does to the float weights at equal steps
-    gap: Interval  # change of the quantization gap
-    total: Interval
-    at_equal_steps: Interval  # training + gap: the total if QAT took no time
+    throughput: Effect  # steps lost to overhead
+    training: Effect  # what fake quantization does to the float weights at equal steps
+    gap: Effect  # change of the quantization gap
+    total: Effect
+    at_equal_steps: Effect  # training + gap: the total if QAT took no time
     basis: str  # in words: how throughput was found
     against: str = "none"  # the arm that shares all but QAT with it
 
@@ -82,3 +84,54 @@ class Findings:
     ledgers: list[Ledger]
     curves: list[Curve]
     rows: list[dict[str, Any]] = field(default_factory=list)  # every started run: report.json
+
+
+Effects = Sequence[tuple[str, Effect]]
+
+
+def headline_of(treatments: Sequence[Treatment], ledgers: Sequence[Ledger]) -> str:
+    """The verdict in a sentence: of QAT stored as the baseline is, as if it took no time, and
+    against as many bytes; then of what changed without QAT. Numbers of what is decided at 95 %."""
+    alike = [(t, _interval(t.alike)) for t in treatments if t.alike is not None]
+    measured = [(ledger.name, ledger.at_equal_steps) for ledger in ledgers if ledger.is_measured]
+    as_large = [(t.name, _interval(t.equal_bytes)) for t in treatments if t.equal_bytes is not None]
+    clauses: list[tuple[str, Effects]] = [
+        ("at equal wallclock, stored alike, QAT", [(t.name, i) for t, i in alike if t.is_qat]),
+        ("at equal steps it", measured),
+        ("at equal bytes, against the solver's plan, it", as_large),
+        ("without QAT a change", [(t.name, i) for t, i in alike if not t.is_qat]),
+    ]
+    said = [f"{start} {_sorted_out(effects)}" for start, effects in clauses if effects]
+    sentence = "; ".join(said) or "no arm has a baseline to compare with"
+    return f"{sentence[0].upper()}{sentence[1:]}."
+
+
+def _interval(comparison: Contrast) -> Effect:
+    v = comparison.verdict
+    return Effect(v.mean, v.low, v.high)
+
+
+def _sorted_out(effects: Effects) -> str:
+    """Which pay, which cost, which are not decided."""
+    pays: list[str] = []
+    costs: list[str] = []
+    undecided: list[str] = []
+    for name, effect in effects:
+        if effect.low is None or effect.high is None:
+            undecided.append(f"{name} ({1000 * effect.mean:+.1f} mbpb, one seed)")
+        elif effect.low <= 0.0 <= effect.high:
+            undecided.append(name)
+        else:
+            of_its_kind = pays if effect.mean < 0.0 else costs
+            of_its_kind.append(f"{name} ({_in_mbpb(effect.mean, effect.low, effect.high)})")
+    kinds = [("pays for", pays), ("costs with", costs), ("is undecided for", undecided)]
+    return ", ".join(f"{verb} {_listed(names)}" for verb, names in kinds if names)
+
+
+def _in_mbpb(*bounds: float) -> str:
+    mean, low, high = (f"{1000 * bpb:+.1f}" for bpb in bounds)
+    return f"{mean} mbpb, 95 % {low} to {high}"
+
+
+def _listed(names: Sequence[str]) -> str:
+    return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))

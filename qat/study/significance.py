@@ -19,8 +19,6 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from statistics import mean
-from typing import Any
 
 import numpy as np
 from scipy import stats
@@ -33,7 +31,7 @@ MAX_SEEDS = 1_000  # beyond, nobody would run it
 
 
 @dataclass(frozen=True)
-class Interval:
+class Effect:
     """Mean over seeds and its 95 % interval (None with one seed)."""
 
     mean: float
@@ -68,14 +66,14 @@ def bar_in_bpb(val_bpb: float, val_loss: float) -> float:
     return BAR_NATS * val_bpb / val_loss
 
 
-def interval(values: Sequence[float]) -> Interval:
+def interval(values: Sequence[float]) -> Effect:
     """Student's."""
     count, mean = len(values), float(np.mean(values))
     if count < 2:
-        return Interval(mean, None, None)
+        return Effect(mean, None, None)
     error = float(np.std(values, ddof=1)) / math.sqrt(count)
     margin = float(stats.t.ppf(1 - LEVEL / 2, count - 1)) * error
-    return Interval(mean, mean - margin, mean + margin)
+    return Effect(mean, mean - margin, mean + margin)
 
 
 def verdict(arm: Sequence[float], baseline: Sequence[float], bar_bpb: float) -> Verdict:
@@ -162,38 +160,6 @@ def _seeds_needed(mean: float, spread: float) -> int | None:
         range(2, MAX_SEEDS + 1), True, key=lambda n: _power(abs(mean) / spread, n) >= POWER
     )
     return found + 2 if found + 2 <= MAX_SEEDS else None
-
-
-Row = dict[str, Any]
-
-
-def verdict_lines(rows: Sequence[Row]) -> list[str]:
-    """One for each arm that has a baseline with two seeds or more; failed seeds are named.
-
-    Runs are of one arm if all their settings are the same but the seed. Of several with one seed
-    the mean counts.
-    """
-    arms: dict[tuple[str, str], list[Row]] = {}
-    for row in rows:
-        if row.get("delta_bpb") is not None:
-            arms.setdefault((row["arm"], row["design"]), []).append(row)
-    lines = []
-    for (arm, _), compared in arms.items():
-        by_seed: dict[int, list[Row]] = {}
-        for row in compared:
-            by_seed.setdefault(row["seed"], []).append(row)
-        if len(by_seed) < 2:
-            continue
-        scores = [mean(r["val_bpb_artifact"] for r in runs) for runs in by_seed.values()]
-        deltas = [mean(r["delta_bpb"] for r in runs) for runs in by_seed.values()]
-        baselines = [score - delta for score, delta in zip(scores, deltas, strict=True)]
-        bar = bar_in_bpb(compared[0]["val_bpb_artifact"], compared[0]["val_loss_artifact"])
-        failed = sorted({r["seed"] for r in rows if r["arm"] == arm and r["status"] == "failed"})
-        seeds = f"seeds {', '.join(map(str, sorted(by_seed)))}"
-        if failed:
-            seeds += f"; failed: {', '.join(map(str, failed))}"
-        lines.append(f"{arm} ({seeds}): {as_line(verdict(scores, baselines, bar))}")
-    return lines
 
 
 def as_line(v: Verdict) -> str:

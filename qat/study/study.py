@@ -20,7 +20,7 @@ from rich.console import Console
 from qat.budget.budget import Budget
 from qat.errors import TrainingError, UserError
 from qat.golf.bundle import count_code_bytes
-from qat.runs.result import BOOKKEEPING_SETTINGS, Result, flat
+from qat.runs.result import Result, conditions, differing
 from qat.runs.run_folder import CHOICES, CONFIG, LOCK, read_config, write_atomically
 from qat.runs.store_again import export_again, storage_of
 from qat.settings.options import read_study
@@ -111,14 +111,13 @@ def _check_same(s: TrainSettings, arm: str) -> None:
     folder = Path(s.runs_dir) / s.sweep_name / run_name(arm, s.seed)
     if not (folder / CONFIG).is_file():
         return
-    there = flat(asdict(from_yaml(read_config(folder, "sweep_name")[0], str(folder))))
-    asked = flat(asdict(replace(s, data=absolute_paths(s.data))))
-    for key, value in asked.items():
-        if there.get(key) != value and key.split(".")[0] not in BOOKKEEPING_SETTINGS:
-            raise UserError(
-                f"sweep_name={s.sweep_name}: {folder.name} was run there with {key} = "
-                f"{there.get(key)}, not {value}; give another sweep_name"
-            )
+    there = conditions(asdict(from_yaml(read_config(folder, "sweep_name")[0], str(folder))))
+    asked = conditions(asdict(replace(s, data=absolute_paths(s.data))))
+    for key in differing(there, asked):
+        raise UserError(
+            f"sweep_name={s.sweep_name}: {folder.name} was run there with {key} = "
+            f"{there.get(key)}, not {asked.get(key)}; give another sweep_name"
+        )
 
 
 def run_arm(s: TrainSettings, job: Job, run_one: RunOne) -> int:

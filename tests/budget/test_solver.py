@@ -11,7 +11,7 @@ import torch
 
 from qat.artifact.container import pack
 from qat.budget.budget import Budget
-from qat.budget.candidates import Choice, Source, Stored
+from qat.budget.candidates import Choice, Stored, TrainedTensor
 from qat.budget.solver import Solver
 from qat.quantize.grid import Grid
 from qat.quantize.plan import Entry, Plan
@@ -19,7 +19,7 @@ from qat.quantize.plan import Entry, Plan
 INT6 = Grid(bits=6)
 
 
-def source(seed: int, shape: tuple[int, int] = (96, 80), grid: Grid = INT6) -> Source:
+def source(seed: int, shape: tuple[int, int] = (96, 80), grid: Grid = INT6) -> TrainedTensor:
     """A matrix whose rows and columns have scales and sensitivities of their own."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -29,10 +29,10 @@ def source(seed: int, shape: tuple[int, int] = (96, 80), grid: Grid = INT6) -> S
     rows, columns = shape
     w = torch.randn(shape, generator=generator) * spread((rows, 1), 0.3) * spread((1, columns), 0.3)
     sensitivity = spread((rows, 1), 1.0) * spread((1, columns), 1.0)
-    return Source(Entry(f"w{seed}", shape, grid), 0.1 * w, 0.1 * w, sensitivity)
+    return TrainedTensor(Entry(f"w{seed}", shape, grid), 0.1 * w, 0.1 * w, sensitivity)
 
 
-def solver(sources: Sequence[Source]) -> Solver:
+def solver(sources: Sequence[TrainedTensor]) -> Solver:
     return Solver(sources, [one.costs() for one in sources])
 
 
@@ -152,8 +152,8 @@ def test_after_qat_the_trained_grid_costs_nothing_and_is_kept_if_it_fits() -> No
 
 @pytest.mark.parametrize("fill", [0.0, 1.0])
 def test_tensors_without_spread_or_sensitivity_are_stored(fill: float) -> None:
-    flat = Source(Entry("flat", (8, 8), INT6), torch.full((8, 8), fill), torch.full((8, 8), fill),
-                  torch.zeros(8, 8))  # fmt: skip
+    w = torch.full((8, 8), fill)
+    flat = TrainedTensor(Entry("flat", (8, 8), INT6), w, w, torch.zeros(8, 8))
     for cost in flat.costs():
         assert torch.isfinite(flat.stored(cost.choice).encode().decode()).all()
         assert cost.loss == 0.0

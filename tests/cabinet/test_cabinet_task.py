@@ -95,6 +95,13 @@ def test_another_question_takes_another_folder(sweep, finished: Path, cache_dir:
     done = sweep("variants=[rtn_ternary]", "seed=2")
     assert (done.code, done.err.count("\n")) == (2, 1), done.err
     assert "out=found: its variants were measured with another seed" in done.err
+    manifest = Path("found/manifest.json")
+    said = manifest.read_text()
+    manifest.write_text(json.dumps(json.loads(said) | {"storing_code": "older"}))
+    done = sweep("variants=[rtn_ternary]")
+    assert (done.code, done.err.count("\n")) == (2, 1), done.err
+    assert "out=found: its variants were measured with another storing_code; give ano" in done.err
+    manifest.write_text(said)
     shards = Path("other")
     shards.mkdir()
     cached = cache_dir / read_artifact(finished / "artifact.qat").meta["data"]["cache_key"]

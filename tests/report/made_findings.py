@@ -6,16 +6,16 @@ import random
 from dataclasses import replace
 from typing import Any
 
-from qat.study.findings import Comparison, Curve, Findings, Ledger, Treatment
-from qat.study.significance import Interval, verdict
+from qat.study.findings import Contrast, Curve, Findings, Ledger, Treatment
+from qat.study.significance import Effect, verdict
 
 BAR_BPB = 0.00296
 GRIDS = ("int8", "int6", "int4", "int4_g64", "ternary")
 
 
-def interval(values: list[float]) -> Interval:
+def interval(values: list[float]) -> Effect:
     found = verdict(values, [0.0] * len(values), BAR_BPB)
-    return Interval(found.mean, found.low, found.high)
+    return Effect(found.mean, found.low, found.high)
 
 
 def make_row(run_name: str, arm: str, seed: int, **changed: Any) -> dict[str, Any]:
@@ -63,11 +63,11 @@ def make_findings(
         bpb = {seed: base[seed] + differences[seed] for seed in seeds}
         found = verdict(list(bpb.values()), list(base.values()), BAR_BPB)
         at_bytes = dict.fromkeys(seeds, 1826038 - 140000 * at)
-        alike = Comparison(f"none, rounded to {grid}", base, at_bytes, differences, found)
+        alike = Contrast(f"none, rounded to {grid}", base, at_bytes, differences, found)
         shifted = {seed: delta + 0.004 for seed, delta in differences.items()}
         fitted = verdict(list(shifted.values()), [0.0] * num_seeds, BAR_BPB)
         against = {seed: bpb[seed] - shifted[seed] for seed in seeds}
-        equal = Comparison("none, fitted to as many bytes", against, at_bytes, shifted, fitted)
+        equal = Contrast("none, fitted to as many bytes", against, at_bytes, shifted, fitted)
         name = f"{grid} QAT from {0.5 + at / 20:g}"
         treatments.append(
             Treatment(

@@ -16,11 +16,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qat.report import number_text
-from qat.report.page import markdown, page, write_report
+from qat.report import page as report_page
+from qat.report.page import write_report
 from qat.report.picture import ARMS, DARK, LIGHT
+from qat.report.plots import pictures
 from qat.report.tables import audit_table, equal_bytes_table, faults, verdict_table
 from qat.study.findings import Findings, Ledger
-from qat.study.significance import Interval, holm
+from qat.study.significance import Effect, holm
 from tests.report.made_findings import make_findings, make_row
 
 EVIL = "<script>alert(1)</script> $x^2$ | \"&'\n"
@@ -61,6 +63,14 @@ CASES: dict[str, Callable[[], Findings]] = {
     "200 rows": lambda: make_findings(num_treatments=1, num_rows=200),
 }
 SHOWN = {"no ledgers": NAMES - {"waterfall"}, "no QAT": {"curves", "pareto"}, "nothing": set()}
+
+
+def page(findings: Findings) -> str:
+    return report_page.page(findings, pictures(findings))
+
+
+def markdown(findings: Findings) -> str:
+    return report_page.markdown(findings, pictures(findings))
 
 
 @cache
@@ -201,7 +211,7 @@ def test_rounded_parts_add_up_and_are_near(parts: list[float]) -> None:
 
 
 def test_a_ledger_that_does_not_add_up_is_refused() -> None:
-    part = Interval(0.001, None, None)
+    part = Effect(0.001, None, None)
     with pytest.raises(ValueError, match="do not add up"):
         number_text.ledger_mbpb(Ledger("a", True, part, part, part, part, part, "b"))
 
@@ -236,6 +246,11 @@ def test_the_verdict_table_says_what_the_verdicts_say() -> None:
     assert alone[7:] == ["–"] * 6
     report = page_of("plain")
     assert "seed 9: the clock ended before the first step" in report
+    assert "To know of pairs" not in report
+    noted = replace(findings.treatments[1], notes={2: "trained by commit a, none_s2 by b"})
+    assert f"{noted.name}, seed 2: trained by commit a, none_s2 by b" in markdown(
+        replace(findings, treatments=[noted])
+    )
 
 
 def test_what_is_wrong_with_a_run_is_said() -> None:

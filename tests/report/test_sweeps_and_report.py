@@ -14,7 +14,7 @@ from rich.console import Console
 from qat.artifact.container import read_artifact
 from qat.golf.bundle import count_code_bytes
 from qat.settings import command_line
-from qat.study.pairing import build_rows
+from qat.study.find_out import find_out_runs
 from tests.conftest import GOLF, ROOT, result_of
 
 RUNS = Path("logs/runs")
@@ -267,9 +267,9 @@ def test_the_report_needs_no_training_text_and_no_working_folder(
         file.unlink()
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
-    _, _, arm = build_rows(
+    _, _, arm = find_out_runs(
         [tmp_path / RUNS / name for name in ("base", "arm")], Console(quiet=True)
-    )
+    ).rows
     assert arm["delta_bpb"] is not None
 
 
@@ -334,13 +334,13 @@ def test_what_fills_a_limit_is_compared_with_the_solver_at_that_limit(train) -> 
     }
     for name, asked in filled.items():
         assert train(*asked, f"run_name={name}").code == 0
-    table = build_rows([RUNS / name for name in "abc"], Console(quiet=True))
+    table = find_out_runs([RUNS / name for name in "abc"], Console(quiet=True)).rows
     by_limit = {row["limit_bytes"]: row for row in table if row["exported"]}
     assert sorted(by_limit) == [limit, limit + 4000]
     for row in table:
         if row["qat"] != "none":
             beside = by_limit[row["limit_bytes"]]
-            assert beside["grid"] == "int8+fit"
+            assert beside["grid"] == "int8+fill"
             assert 0.998 * row["limit_bytes"] <= beside["total_bytes"] <= row["limit_bytes"]
             expected = row["val_bpb_artifact"] - beside["val_bpb_artifact"]
             assert row["delta_bpb"] == pytest.approx(expected, abs=1e-12)

@@ -6,15 +6,14 @@ from dataclasses import replace
 
 import pytest
 
-from qat.study.findings import Comparison, Ledger, Treatment
-from qat.study.headline import headline_of
-from qat.study.significance import Interval, verdict
+from qat.study.findings import Contrast, Ledger, Treatment, headline_of
+from qat.study.significance import Effect, verdict
 
 
 def treatment(name: str, deltas: list[float], is_qat: bool = True) -> Treatment:
     by_seed = dict(enumerate(deltas))
     found = verdict(deltas, [0.0] * len(deltas), 0.003)
-    alike = Comparison("none", by_seed, {}, by_seed, found)
+    alike = Contrast("none", by_seed, {}, by_seed, found)
     return Treatment(name, name, None, "int6", is_qat, by_seed, {}, {}, alike, None)
 
 
@@ -41,7 +40,7 @@ def test_stored_alike(treatments: list[Treatment], said: str) -> None:
 def test_equal_steps_and_equal_bytes() -> None:
     arm = treatment("a", OPEN)
     arm = replace(arm, equal_bytes=treatment("a", COSTS).alike)
-    zero, pays = Interval(0.0, -1.0, 1.0), Interval(-0.002, -0.003, -0.001)
+    zero, pays = Effect(0.0, -1.0, 1.0), Effect(-0.002, -0.003, -0.001)
     ledger = Ledger("a", True, zero, zero, zero, zero, pays, "measured")
     assert headline_of([arm], [ledger]) == (
         "At equal wallclock, stored alike, QAT is undecided for a; at equal steps it pays for a "

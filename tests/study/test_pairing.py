@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from qat.study.pairing import Target, beside
+from qat.study.files import Target, beside
 
 ROUNDED = {"fill": False, "coder": "mix"}
 FILLED = ROUNDED | {"fill": True}

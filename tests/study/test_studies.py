@@ -195,6 +195,44 @@ def test_runs_of_other_machines_are_not_pairs(gptq: tuple[Path, Done], tmp_path:
     assert [*int6.alike.by_seed] == [2]
 
 
+@pytest.mark.parametrize(
+    ("setting", "missing"),
+    [
+        ("max_steps", {1: "its baseline had other max_steps"}),
+        ("limit_bytes", {}),
+        ("run_name", {}),
+    ],
+)
+def test_arms_differ_in_nothing_but_what_the_design_varies(
+    setting: str, missing: dict[int, str], gptq: tuple[Path, Done], tmp_path: Path
+) -> None:
+    folder = own_copy(gptq[0], tmp_path)
+    settings = result_of(folder / "int6_s1")["settings"]
+    change(folder / "int6_s1", settings=settings | {setting: 7})
+    (int6,) = (t for t in found(folder).treatments if t.name == "int6")
+    assert int6.missing_seeds == missing
+    file = folder / "gptq.study.json"
+    study = json.loads(file.read_text())
+    study["settings"]["arms"]["int6"][setting] = 7
+    file.write_text(json.dumps(study))
+    (int6,) = (t for t in found(folder).treatments if t.name == "int6")
+    assert int6.missing_seeds == {}
+
+
+def test_arms_of_another_commit_are_pairs_with_a_note(
+    gptq: tuple[Path, Done], tmp_path: Path
+) -> None:
+    folder = own_copy(gptq[0], tmp_path)
+    change(folder / "int6_s1", commit="0123456789abcdef")
+    findings = found(folder)
+    (int6,) = (t for t in findings.treatments if t.name == "int6")
+    assert [*int6.alike.by_seed] == [1, 2]
+    assert [*int6.notes] == [1]
+    assert int6.notes[1].startswith("trained by commit 012345678, none_s1 by ")
+    notes = {row["run_name"]: row["note"] for row in findings.rows}
+    assert notes == {"none_s1": "", "none_s2": "", "int6_s1": int6.notes[1], "int6_s2": ""}
+
+
 def test_other_settings_in_the_same_folder_are_refused(
     gptq: tuple[Path, Done], tmp_path: Path, train: Callable[..., Done]
 ) -> None:
@@ -218,7 +256,7 @@ def test_designs_share_the_arms_that_both_name(
     assert {t.name for t in bits.treatments} == {"none", "int3"}
     (int3,) = (t for t in bits.treatments if t.name == "int3")
     assert int3.equal_bytes is not None
-    assert int3.equal_bytes.against == "none fitted to int3's bytes"
+    assert int3.equal_bytes.against == "none filled to int3's bytes"
     assert 0.999 <= int3.equal_bytes.total_bytes[1] / int3.total_bytes[1] <= 1.0
 
 
