@@ -131,6 +131,9 @@ def _main(program: Program) -> int:
     if program.config_name == "train":
         arguments = with_arms(arguments, groups("train"), is_sweep)
     arguments = overrides_together(arguments)
+    if "hydra/launcher=parallel" in arguments:  # submitit starts all it is given: give it pairs
+        arguments.insert(0, "hydra.sweeper.max_batch_size=2")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray would report its use to its makers
     sweep = _check_sweep(program, arguments) if is_sweep else None
     if sweep is not None and not any(a.startswith("sweep_name=") for a in arguments):
         # The default is the time, and it is later by now.

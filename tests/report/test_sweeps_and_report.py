@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -84,16 +85,16 @@ def test_a_sweep_named_by_its_time_keeps_that_name(train, monkeypatch: pytest.Mo
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("launcher", ["parallel", "submitit_local"])
+@pytest.mark.parametrize("launcher", ["parallel", "ray_local"])
 def test_a_launchers_processes_make_the_same_rows(
     launcher: str, tiny: list[str], tmp_path: Path, train
 ) -> None:
-    """Two runs at once; the same files as one after the other; a job that fails has a row."""
+    """The same files as one run after another in this process; a job that fails has a row."""
     asked = ["qat=none,int6", "model.init_from=null,no.pt", "max_steps=8"]
     done = subprocess.run(
         [sys.executable, str(ROOT / "train.py"), "-m", *tiny, f"hydra/launcher={launcher}", *asked,
          "sweep_name=apart"],
-        cwd=tmp_path, capture_output=True, text=True,
+        cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 2, done.stderr
     assert "QAT against its no-QAT baseline" in done.stdout
