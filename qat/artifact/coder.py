@@ -27,7 +27,8 @@ FAST_BYTES = 1 << 18
 BROTLI_LEVEL, BROTLI_WINDOW = 11, 24
 PIECE_BYTES, PART_BYTES = 1 << 16, 1 << 20  # of input and of output, while decoding
 AUTO = "auto"  # every coder; the smallest is kept
-P, T = ParamSpec("P"), TypeVar("T")
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 class Coder(NamedTuple):
