@@ -373,7 +373,7 @@ def test_a_launcher_runs_the_arms(tiny: list[str], tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, str(ROOT / "train.py"), "-m", *tiny, "experiment=pair", "seed=1,2",
          "max_steps=8", "hydra/launcher=parallel"],
-        cwd=tmp_path, capture_output=True, text=True,
+        cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert len(list((tmp_path / RUNS).glob("pair/*/result.json"))) == 4
