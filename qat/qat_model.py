@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from qat.artifact.container import pack, read_artifact, write_artifact
+from qat.artifact.container import pack, read_artifact, write_whole
 from qat.quantize.plan import Plan
 from qat.quantize.switch import QatSwitch, on_grid_share
 
@@ -160,7 +160,7 @@ class QatModel(nn.Module):
         """
         encoded = self.plan.encode(self.masters, self.switch.learned_scales)
         data = pack(encoded, self.plan, {}, coder)
-        write_artifact(Path(path), data)
+        write_whole(Path(path), data)
         return len(data)
 
 

@@ -5,33 +5,52 @@ so a crafted section cannot expand without bound; it gives writable bytes, which
 
 General coders see bytes; ``constriction`` and ``mix`` are told which bytes are the codes of which
 tensor, and model them (``qat.artifact.class_coder``, ``qat.artifact.mix_coder``).
+
+Three general ones are kept because each is needed: zlib is Python's own, so that torch and numpy
+are enough to write and read a file; brotli is the smallest on codes and on scales; zstd takes
+seconds where brotli takes half a minute. lzma was never the smallest of them on codes.
 """
 
 from __future__ import annotations
 
-import lzma
 import zlib
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
-
-import brotli
-import zstandard
+from functools import wraps
+from typing import NamedTuple, ParamSpec, TypeVar
 
 from qat.artifact.sections import Coded, Matrices
+from qat.errors import UserError
 
 ZLIB_LEVEL = 9
 ZSTD_LEVEL = 22
 FAST_BYTES = 1 << 18
 BROTLI_LEVEL, BROTLI_WINDOW = 11, 24
-LZMA_PRESET = 9 | lzma.PRESET_EXTREME
 PIECE_BYTES, PART_BYTES = 1 << 16, 1 << 20  # of input and of output, while decoding
 AUTO = "auto"  # every coder; the smallest is kept
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 class Coder(NamedTuple):
     encode: Callable[[bytes, Matrices], bytes]
     # ValueError unless there are exactly so many bytes
     decode: Callable[[Coded, int, Matrices], bytearray | memoryview]
+
+
+def _with_library(work: Callable[P, T]) -> Callable[P, T]:
+    """For what imports its library when it is first needed. UserError if that is not installed."""
+
+    @wraps(work)
+    def told(*args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            return work(*args, **kwargs)
+        except ModuleNotFoundError as missing:
+            raise UserError(
+                f"{missing.name} is not installed, and this coder needs it: "
+                "pip install 'qat[train]', or take artifact.coder=zlib"
+            ) from None
+
+    return told
 
 
 def _collect(raw_bytes: int, parts: Iterator[bytes]) -> bytearray:
@@ -74,7 +93,17 @@ def _zlib_decode(coded: Coded, raw_bytes: int, _: Matrices) -> bytearray:
         raise ValueError(f"zlib section is damaged: {error}") from None
 
 
+@_with_library
+def _zstd_encode(raw: bytes, _: Matrices) -> bytes:
+    import zstandard
+
+    return zstandard.ZstdCompressor(level=ZSTD_LEVEL).compress(raw)
+
+
+@_with_library
 def _zstd_decode(coded: Coded, raw_bytes: int, _: Matrices) -> bytearray:
+    import zstandard
+
     try:
         if zstandard.get_frame_parameters(coded).content_size != raw_bytes:
             raise ValueError("zstd section does not have its declared size")
@@ -83,73 +112,55 @@ def _zstd_decode(coded: Coded, raw_bytes: int, _: Matrices) -> bytearray:
         raise ValueError(f"zstd section is damaged: {error}") from None
 
 
-def _lzma_filters(raw_bytes: int) -> list[dict[str, int]]:
-    """No larger a dictionary, which is memory on both sides, than the section needs."""
-    size = max(4096, min(raw_bytes, 1 << 26))
-    return [{"id": lzma.FILTER_LZMA2, "preset": LZMA_PRESET, "dict_size": size}]
-
-
-def _lzma_encode(raw: bytes, _: Matrices) -> bytes:
-    return lzma.compress(raw, lzma.FORMAT_RAW, filters=_lzma_filters(len(raw)))
-
-
-def _lzma_parts(coded: Coded, raw_bytes: int) -> Iterator[bytes]:
-    stream = lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=_lzma_filters(raw_bytes))
-    for piece in _pieces(coded):
-        _check_end(True, stream.eof)
-        yield stream.decompress(piece, PART_BYTES)
-        while not stream.eof and not stream.needs_input:
-            yield stream.decompress(b"", PART_BYTES)
-    _check_end(stream.eof, bool(stream.unused_data))
-
-
-def _lzma_decode(coded: Coded, raw_bytes: int, _: Matrices) -> bytearray:
-    try:
-        return _collect(raw_bytes, _lzma_parts(coded, raw_bytes))
-    except lzma.LZMAError as error:
-        raise ValueError(f"lzma section is damaged: {error}") from None
-
-
+@_with_library
 def _brotli_encode(raw: bytes, _: Matrices) -> bytes:
+    import brotli
+
     return brotli.compress(raw, quality=BROTLI_LEVEL, lgwin=BROTLI_WINDOW)
 
 
-def _brotli_parts(coded: Coded) -> Iterator[bytes]:
-    stream = brotli.Decompressor()
-    for piece in _pieces(coded):
-        _check_end(True, stream.is_finished())
-        # Only an empty part says that there is no more: not can_accept_more_data (brotli 1.2).
-        while part := stream.process(piece, output_buffer_limit=PART_BYTES):
-            yield part
-            piece = b""
-    _check_end(stream.is_finished(), False)  # what follows its end within a piece is an error
-
-
+@_with_library
 def _brotli_decode(coded: Coded, raw_bytes: int, _: Matrices) -> bytearray:
+    import brotli
+
+    def parts() -> Iterator[bytes]:
+        stream = brotli.Decompressor()
+        for piece in _pieces(coded):
+            _check_end(True, stream.is_finished())
+            # Only an empty part says that there is no more: not can_accept_more_data (brotli 1.2).
+            while part := stream.process(piece, output_buffer_limit=PART_BYTES):
+                yield part
+                piece = b""
+        _check_end(stream.is_finished(), False)  # what follows its end within a piece is an error
+
     try:
-        return _collect(raw_bytes, _brotli_parts(coded))
+        return _collect(raw_bytes, parts())
     except brotli.error as error:
         raise ValueError(f"brotli section is damaged: {error}") from None
 
 
+@_with_library
 def _mix_encode(raw: bytes, matrices: Matrices) -> bytes:
-    from qat.artifact.mix_coder import encode  # numba is slow to import
+    from qat.artifact.mix_coder import encode
 
     return encode(raw, matrices)
 
 
+@_with_library
 def _mix_decode(coded: Coded, raw_bytes: int, matrices: Matrices) -> memoryview:
     from qat.artifact.mix_coder import decode
 
     return decode(coded, raw_bytes, matrices)
 
 
+@_with_library
 def _constriction_encode(raw: bytes, matrices: Matrices) -> bytes:
     from qat.artifact.class_coder import encode
 
     return encode(raw, matrices)
 
 
+@_with_library
 def _constriction_decode(coded: Coded, raw_bytes: int, matrices: Matrices) -> memoryview:
     from qat.artifact.class_coder import decode
 
@@ -158,10 +169,7 @@ def _constriction_decode(coded: Coded, raw_bytes: int, matrices: Matrices) -> me
 
 GENERAL = {
     "zlib": Coder(lambda raw, _: zlib.compress(raw, ZLIB_LEVEL), _zlib_decode),
-    "zstd": Coder(
-        lambda raw, _: zstandard.ZstdCompressor(level=ZSTD_LEVEL).compress(raw), _zstd_decode
-    ),
-    "lzma": Coder(_lzma_encode, _lzma_decode),
+    "zstd": Coder(_zstd_encode, _zstd_decode),
     "brotli": Coder(_brotli_encode, _brotli_decode),
 }
 OF_CODES = {

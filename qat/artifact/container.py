@@ -193,8 +193,10 @@ def pack(encoded: list[Encoded], plan: Plan, meta: Mapping[str, Any], coder: str
     return body + hashlib.sha256(body).digest()
 
 
-def write_artifact(path: Path, data: bytes) -> None:
-    """Write atomically: the final name appears only when every byte is on the disk."""
+def write_whole(path: Path, data: bytes | memoryview) -> None:
+    """How every file is written that a reader could meet half done: it has its name when all bytes
+    are on the disk, and what had that name stays until then. OSError if the disk does not take it;
+    nothing else is left."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:

@@ -20,6 +20,7 @@ DIRECTIONS = ((1, 1), (1, 0), (1, -1), (0, 1), (0, -1), (-1, 0), (-1, 1), (-1, -
 Box = tuple[float, float, float, float]  # left, bottom, right, top
 
 
+# Not adjustText: of the 51 names of logs/LOG.md's cabinet it wrote 10 over others and 11 over dots.
 def label_points(
     axes: Any, points: Sequence[tuple[float, float]], names: Sequence[str | None]
 ) -> None:

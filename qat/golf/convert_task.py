@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from qat.artifact.container import Artifact, write_artifact
+from qat.artifact.container import Artifact, write_whole
 from qat.errors import UserError
 from qat.evaluation.open_model import artifact_path, open_artifact
 from qat.golf.ptz_file import GOLF_GRID, pack_golf, unpack_golf
@@ -49,7 +49,7 @@ def run(s: EvalTaskSettings, budget: Budget) -> int:
     except ValueError as error:
         raise UserError(f"artifact={path}: cannot become a .ptz file: {error}") from None
     try:
-        write_artifact(out, data)
+        write_whole(out, data)
     except OSError as error:
         raise UserError(f"out={out}: {error.strerror or error}") from None
     print(f"artifact       {out}")

@@ -96,6 +96,7 @@ def _check_names(program: bytes) -> None:
         raise ValueError(f"it holds no torch file: {error}") from None
 
 
+# Not weights_only and a bound on size: a tuple nested or doubled within it is built and hashed.
 def _result(program: bytes) -> int:
     """The kind of what the program leaves; ValueError or LookupError at what none may do."""
     stacks: list[list[int]] = [[]]  # a mark begins another

@@ -78,10 +78,11 @@ Paths in these settings are those of the machine it was trained on; elsewhere gi
 
 
 def pinned_packages() -> list[str]:
-    """The packages that pyproject.toml asks for at run time, in the versions installed here.
+    """The packages that pyproject.toml asks for to train and score, in the versions installed here.
     UserError if one is missing."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    names = [re.split(r"[^\w.-]", asked, maxsplit=1)[0] for asked in project["dependencies"]]
+    asked = project["dependencies"] + project["optional-dependencies"]["train"]
+    names = [re.split(r"[^\w.-]", line, maxsplit=1)[0] for line in asked]
     try:
         # "+cpu" names a build that the package index does not have.
         return [f"{name}=={metadata.version(name).partition('+')[0]}" for name in names]

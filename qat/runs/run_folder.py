@@ -6,12 +6,12 @@ import csv
 import itertools
 import json
 import logging
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
 import filelock
 
+from qat.artifact.container import write_whole
 from qat.errors import UserError
 from qat.runs import provenance
 
@@ -44,12 +44,9 @@ def claim(parent: Path, typed_name: str | None, default_name: str) -> Path:
 
 def write_atomically(path: Path, text: str) -> None:
     """So that a reader never sees half a file. UserError if it cannot be written."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
+        write_whole(path, text.encode())
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise UserError(f"cannot write {path}: {error.strerror}") from None
 
 
@@ -60,6 +57,8 @@ def lock(folder: Path) -> filelock.FileLock:
         held.acquire(timeout=0)
     except filelock.Timeout:
         raise UserError(f"{folder}: another process is at work on this run") from None
+    for left in folder.glob(".*.tmp"):  # by a process that was killed while it wrote
+        left.unlink(missing_ok=True)
     return held
 
 

@@ -18,7 +18,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from qat.artifact.container import OVERSIZE_SUFFIX, Artifact, pack, read_artifact, write_artifact
+from qat.artifact.container import OVERSIZE_SUFFIX, Artifact, pack, read_artifact, write_whole
 from qat.budget.budget import Budget
 from qat.budget.fill import TrainedModel, fill_budget
 from qat.budget.search import Trial, fill
@@ -53,7 +53,7 @@ def export(
     data = pack(encoded, Plan([item.entry for item in encoded]), meta, coder)
     if not budget.holds(len(data)):
         path = path.with_name(path.name + OVERSIZE_SUFFIX)
-    write_artifact(path, data)
+    write_whole(path, data)
     return Export(path, read_artifact(path), path.stat().st_size, budget)
 
 

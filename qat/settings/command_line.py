@@ -50,6 +50,8 @@ from qat.settings.schema import as_settings
 INTERRUPTED = 130  # as shells say it
 SWEEP_FLAGS = ("-m", "--multirun")
 SECONDS_TO_SPEAK = 10.0  # rank 0 may be slower; it is hardly ever more than one
+# It listens on loopback alone, and sends its makers no report of its use.
+RAY_KEEPS_TO_ITSELF = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_USAGE_STATS_ENABLED": "0"}
 
 
 @dataclass(frozen=True)
@@ -132,6 +134,10 @@ def _main(program: Program) -> int:
     if program.config_name == "train":
         arguments = with_arms(arguments, groups("train"), is_sweep)
     arguments = overrides_together(arguments)
+    if "hydra/launcher=parallel" in arguments:  # submitit starts all it is given: give it pairs
+        arguments.insert(0, "hydra.sweeper.max_batch_size=2")
+    if "hydra/launcher=ray_local" in arguments:
+        os.environ.update(RAY_KEEPS_TO_ITSELF)
     sweep = _check_sweep(program, arguments) if is_sweep else None
     if sweep is not None and not any(a.startswith("sweep_name=") for a in arguments):
         # The default is the time, and it is later by now.

@@ -35,6 +35,7 @@ def _torch_has_cuda() -> bool:
     return match is not None and match[1].strip() != "None"
 
 
+# Not nvidia-ml-py, which says the same two calls through ctypes and is one package more.
 def _num_nvidia_devices() -> int:
     if os.environ.get("CUDA_VISIBLE_DEVICES", "visible").strip() in ("", "-1"):
         return 0

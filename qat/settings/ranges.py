@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from importlib.util import find_spec
 
 from qat.errors import UserError
 from qat.model.spec import architectures
@@ -39,6 +40,8 @@ def at_least(setting: str, value: float | None, lowest: int) -> None:
 
 def check_logger(s: LoggerSettings) -> None:
     one_of("logger.name", s.name, ("csv", "wandb"))
+    is_there = s.name != "wandb" or find_spec("wandb") is not None
+    require(is_there, "logger.name", s.name, "it is not installed; pip install 'qat[wandb]'")
     at_least("logger.every_steps", s.every_steps, 1)
     for tag in s.tags:
         remedy = f"give tags of 1 to {MAX_TAG_LENGTH} characters"

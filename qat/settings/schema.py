@@ -100,7 +100,7 @@ class QatSettings:
 @dataclass
 class ArtifactSettings:
     coder: str = (
-        "mix"  # zlib | zstd | lzma | brotli | constriction | mix | auto (all of them, the smallest)
+        "mix"  # zlib | zstd | brotli | constriction | mix | auto (all of them, the smallest)
     )
     method: str = "round"  # round | gptq (full-Hessian, calibrated on training text)
     # What a bit counts in GPTQ's choices, of the price that scales imply; 0 = errors alone

@@ -135,6 +135,7 @@ def _welch(arm: Sequence[float], baseline: Sequence[float]) -> float:
     return float(stats.ttest_ind(arm, baseline, equal_var=False).pvalue)
 
 
+# Not statsmodels, which brings pandas for these twenty lines; scipy has the distributions.
 def _power(standardised: float, count: int) -> float:
     """Share of studies of ``count`` seeds that would call a difference of so many standard
     deviations one."""

@@ -83,7 +83,7 @@ def begin(sweep: Sweep) -> None:
 
 
 def studies_in(folder: Path) -> list[Study]:
-    """Those that sweeps left there; else that of runs put there one by one (launch/study.sh).
+    """Those that sweeps left there; else that of runs put there one by one (launch/study.py).
 
     UserError if there is none.
     """

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 import logging
-import os
 from collections.abc import Callable
 from pathlib import Path
 from pickle import UnpicklingError
@@ -16,6 +15,7 @@ from typing import Any
 
 import torch
 
+from qat.artifact.container import write_whole
 from qat.errors import TrainingError
 from qat.training.loop import TrainingLoop, UpdateHook
 
@@ -64,15 +64,9 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
             raise TrainingError(f"{name} is not finite after step {step}; try lower learning rates")
     raw = io.BytesIO()
     torch.save(state, raw)
-    temporary = path.with_name(f".{path.name}.tmp")
     try:
-        with open(temporary, "wb") as file:
-            file.write(raw.getbuffer())
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        write_whole(path, raw.getbuffer())
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise TrainingError(f"cannot write {path}: {error.strerror}; the run stops here") from None
 
 

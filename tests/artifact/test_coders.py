@@ -6,6 +6,7 @@ import hashlib
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -117,6 +118,7 @@ def test_streams_and_threads_change_nothing_but_speed(monkeypatch: pytest.Monkey
 
 WITHOUT_COMPILER = """
 import sys
+from pathlib import Path
 from qat.artifact import mix_coder
 from tests.artifact.test_coders import Matrix, draw_codes
 matrices = [Matrix(20, 30, 6, False, "a"), Matrix(10, 20, 3, True, "b")]
@@ -146,3 +148,45 @@ def test_the_bytes_of_version_2_never_change() -> None:
     assert (len(coded), hashlib.sha256(coded).hexdigest()[:16]) == (5951, "3cb49c595fa2033a")
     coded = class_coder.encode(thirds.sum(0).astype(np.int8).tobytes(), matrices)
     assert (len(coded), hashlib.sha256(coded).hexdigest()[:16]) == (6729, "167111a4bc0e66df")
+
+
+def test_torch_and_numpy_alone_write_and_read_a_file(tmp_path: Path) -> None:
+    """Coders import their libraries when needed; one that is missing is one line."""
+    program = """
+import sys
+from pathlib import Path
+for name in ("brotli", "zstandard", "constriction", "numba", "lightning", "hydra", "omegaconf",
+             "scipy", "filelock", "rich", "sentencepiece"):
+    sys.modules[name] = None  # as if it were not installed
+from pathlib import Path
+import torch
+from qat.artifact.container import pack, read_artifact, write_whole
+from qat.errors import UserError
+from qat.quantize.grid import Grid
+from qat.quantize.plan import build_plan
+plan = build_plan({"w": (8, 4)}, {"grid": Grid(bits=6)}, {"*": "grid"})
+encoded = plan.encode({"w": torch.ones(8, 4)})
+path = Path("a.qat")
+write_whole(path, pack(encoded, plan, {}, "zlib"))
+assert torch.equal(read_artifact(path).weights["w"], plan.snap({"w": torch.ones(8, 4)})["w"])
+for coder in sys.argv[2:]:
+    try:
+        pack(encoded, plan, {}, coder)
+    except UserError as error:
+        assert "is not installed" in str(error) and "pip install 'qat[train]'" in str(error), error
+    else:
+        raise AssertionError(coder)
+forged = pack(encoded, plan, {}, "zlib").replace(b'"codes","zlib"', b'"codes","zstd"')
+import hashlib
+path.write_bytes(forged[:-32] + hashlib.sha256(forged[:-32]).digest())
+try:
+    read_artifact(path)
+except UserError as error:
+    print(error)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program, "", *(name for name in CODERS if name != "zlib"), "auto"],
+        cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("zstandard is not installed")

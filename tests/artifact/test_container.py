@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import qat.artifact
-from qat.artifact.container import PREFIX, pack, read_artifact, write_artifact
+from qat.artifact.container import PREFIX, pack, read_artifact, write_whole
 from qat.errors import UserError
 from qat.quantize.grid import Grid
 from qat.quantize.plan import Plan, build_plan
@@ -87,7 +87,7 @@ def test_what_training_sees_is_what_the_file_gives_back(
         for e in plan.on_grid:
             rows = torch.linspace(0.1, 0.4, e.scales_shape[0])[:, None]
             scales[e.name] = rows.expand(e.scales_shape)
-    write_artifact(tmp_path / "a.qat", pack(plan.encode(masters, scales), plan, META, coder))
+    write_whole(tmp_path / "a.qat", pack(plan.encode(masters, scales), plan, META, coder))
     artifact = read_artifact(tmp_path / "a.qat")
     assert artifact.plan == plan
     assert artifact.meta == META
@@ -224,14 +224,14 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "a.qat"
-    write_artifact(path, b"old")
+    write_whole(path, b"old")
 
     def no_space(_fd: int) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.fsync", no_space)
     with pytest.raises(OSError, match="No space"):
-        write_artifact(path, b"new")
+        write_whole(path, b"new")
     assert path.read_bytes() == b"old"
     assert [p.name for p in tmp_path.iterdir()] == ["a.qat"]
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 import yaml
 
-from qat.artifact.container import pack, read_artifact, write_artifact
+from qat.artifact.container import pack, read_artifact, write_whole
 from qat.evaluation.open_model import artifact_meta
 from qat.golf.bundle import ROOT, count_code_bytes
 from qat.golf.ptz_file import GOLF_GRID, pack_golf, read_golf_file
@@ -57,7 +57,7 @@ def random_weights(shape: ModelSpec) -> dict[str, torch.Tensor]:
 
 def write_qat(path: Path, shape: ModelSpec, encoded: list[Encoded], plan: Plan) -> None:
     meta = artifact_meta(shape, 128, "0" * 64, {"name": "shards"})
-    write_artifact(path, pack(encoded, plan, meta, "zstd"))
+    write_whole(path, pack(encoded, plan, meta, "zstd"))
 
 
 def described(content: dict[str, Any]) -> dict[str, Any]:

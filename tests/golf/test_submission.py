@@ -100,7 +100,10 @@ def test_the_pip_line_has_the_projects_packages_as_installed(handed_in: Path) ->
     pip, _, _ = commands(handed_in)
     assert pip[:2] == ["pip", "install"]
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    asked = {re.match(r"[\w-]+", line)[0] for line in project["dependencies"]}  # type: ignore[index]
+    lines = project["dependencies"] + project["optional-dependencies"]["train"]
+    asked = {re.match(r"[\w-]+", line)[0] for line in lines}  # type: ignore[index]
+    assert {"torch", "numpy", "lightning", "brotli"} <= asked
+    assert not {"wandb", "torchao"} & asked
     pinned = dict(package.split("==") for package in pip[2:])
     assert set(pinned) == asked
     for name, version in pinned.items():
@@ -301,3 +304,21 @@ def test_a_job_of_a_sweep_is_replayed_as_one_run(
     assert settings_of(again) == settings_of(tmp_path / run)
     assert result_of(again)["qat"] == "int6"
     assert (again / "artifact.qat").read_bytes() == (tmp_path / run / "artifact.qat").read_bytes()
+
+
+@pytest.mark.slow
+def test_training_takes_no_package_of_another_extra(tiny: list[str], tmp_path: Path) -> None:
+    """``pip install 'qat[train]'`` is enough, and so is the pip line of a submission."""
+    program = """
+import runpy, sys
+for name in ("wandb", "wandb_workspaces", "torchao", "bitsandbytes", "gguf", "ray", "submitit"):
+    sys.modules[name] = None  # as if it were not installed
+del sys.argv[0]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+    command = [sys.executable, "-c", program, str(ROOT / "train.py"), *tiny, "qat=int6"]
+    done = subprocess.run(
+        command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True,
+        text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -83,20 +84,54 @@ def test_a_sweep_named_by_its_time_keeps_that_name(train, monkeypatch: pytest.Mo
     assert len(rows()) == 3
 
 
+# As /proc/net spells 127.0.0.1, in IPv6 too, and ::1.
+LOOPBACK = {
+    "0100007F", "0000000000000000FFFF00000100007F", "00000000000000000000000001000000"
+}  # fmt: skip
+
+
+def listened_at(mark: str) -> set[str]:
+    """Addresses at which processes listen whose environment has ``mark``, a name and its value."""
+    lines = [
+        line.split()
+        for table in ("/proc/net/tcp", "/proc/net/tcp6")
+        for line in Path(table).read_text().splitlines()[1:]
+    ]
+    address_of = {f"socket:[{row[9]}]": row[1].split(":")[0] for row in lines if row[3] == "0A"}
+    found = set()
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            if mark.encode() in (process / "environ").read_bytes().split(b"\0"):
+                found |= {os.readlink(handle) for handle in (process / "fd").iterdir()}
+        except OSError:  # it has ended, or is another user's
+            continue
+    return {address_of[name] for name in found & set(address_of)}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("launcher", ["parallel", "submitit_local"])
+@pytest.mark.parametrize("launcher", ["parallel", "ray_local"])
 def test_a_launchers_processes_make_the_same_rows(
     launcher: str, tiny: list[str], tmp_path: Path, train
 ) -> None:
-    """Two runs at once; the same files as one after the other; a job that fails has a row."""
+    """The same files as one run after another in this process; a job that fails has a row; nobody
+    outside this machine is listened to."""
     asked = ["qat=none,int6", "model.init_from=null,no.pt", "max_steps=8"]
-    done = subprocess.run(
+    mark = f"SWEEP_OF_TEST={tmp_path}"
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "SWEEP_OF_TEST": str(tmp_path)}
+    process = subprocess.Popen(
         [sys.executable, str(ROOT / "train.py"), "-m", *tiny, f"hydra/launcher={launcher}", *asked,
          "sweep_name=apart"],
-        cwd=tmp_path, capture_output=True, text=True,
+        cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
-    assert done.returncode == 2, done.stderr
-    assert "QAT against its no-QAT baseline" in done.stdout
+    addresses: set[str] = set()
+    while process.poll() is None:
+        addresses |= listened_at(mark)
+        time.sleep(0.5)
+    out, err = process.communicate()
+    assert process.returncode == 2, err
+    assert "QAT against its no-QAT baseline" in out
+    assert bool(addresses) == (launcher == "ray_local")
+    assert addresses <= LOOPBACK
     assert train("-m", *asked, "sweep_name=inline").code == 2
 
     def stored(sweep: str) -> list[tuple[str, bytes | None]]:

@@ -129,7 +129,7 @@ def test_a_run_that_died_in_its_export_does_not_train_again(
         raise Crash
 
     with monkeypatch.context() as patched:
-        patched.setattr("qat.runs.storing.write_artifact", dies)
+        patched.setattr("qat.runs.storing.write_whole", dies)
         crashed(train, *asked, "run_name=torn")
     crash_in(monkeypatch, 20)  # no update may follow the last
     assert program("train.py", f"resume={RUNS / 'torn'}").code == 0
@@ -144,7 +144,8 @@ def test_a_full_disk_keeps_the_last_checkpoint(
     sync, calls = os.fsync, []
 
     def full(fd: int) -> None:
-        calls.append(fd)
+        if "checkpoint" in os.readlink(f"/proc/self/fd/{fd}"):
+            calls.append(fd)
         if len(calls) == 3:
             raise OSError(errno.ENOSPC, "No space left on device")
         sync(fd)
@@ -154,9 +155,11 @@ def test_a_full_disk_keeps_the_last_checkpoint(
         done = train(*asked, "run_name=torn")
     assert done.code == 1
     assert "No space left on device" in done.err
-    assert not [p for p in (RUNS / "torn").iterdir() if p.name.endswith(".tmp")]
+    assert not list((RUNS / "torn").glob(".*.tmp"))
+    (RUNS / "torn" / ".checkpoint.ckpt.1.tmp").write_bytes(b"of one that was killed")
     done = program("train.py", "resume=torn")
     assert "going on after step 6" in done.err
+    assert not list((RUNS / "torn").glob(".*.tmp"))
     same("whole", "torn")
 
 

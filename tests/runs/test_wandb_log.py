@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from qat.report import wandb_view
+from qat.settings import ranges
 from tests.conftest import _call, result_of
 from tests.made_up_study import made_up
 from tests.offline_run import OfflineRun, read_offline_run
@@ -85,3 +86,10 @@ def test_tags_are_checked_before_a_run_starts(train, tmp_path: Path) -> None:
     assert (done.code, len(done.err.splitlines())) == (2, 1)
     assert f"logger.tags = {'a' * 65}: give tags of 1 to 64 characters" in done.err
     assert not (tmp_path / "logs").exists()
+
+
+def test_without_wandb_it_is_one_line(train, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ranges, "find_spec", lambda name: None)
+    done = train("logger=wandb", "max_steps=1")
+    assert (done.code, done.err.count("\n")) == (2, 1)
+    assert "pip install 'qat[wandb]'" in done.err

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -18,6 +20,8 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 from rich.console import Console
 
+from qat.errors import UserError
+from qat.runs.result import Result
 from qat.settings import checks
 from qat.settings.arguments import groups
 from qat.settings.arms import with_arms
@@ -296,18 +300,70 @@ def test_a_damaged_study_is_one_line(
 
 
 @pytest.mark.slow
-def test_runs_put_in_place_one_by_one_are_a_study(
-    train: Callable[..., Done], program: Callable[..., Done]
+def test_a_study_on_all_ranks_of_a_node(
+    tiny: list[str], tmp_path: Path, program: Callable[..., Done]
 ) -> None:
-    """As launch/study.sh does, whose runs are torchrun's."""
-    for arm in ("none", "int6"):
-        asked = (f"arm={arm}", "seed=1", f"run_name={arm}_s1", "runs_dir=logs/runs/pair")
-        assert train("experiment=pair", *asked, "max_steps=4").code == 0
-    done = program("eval.py", "task=report", "study=pair")
-    assert done.code == 0, done.err
-    assert "int6 (" in done.out
-    assert (RUNS / "pair" / "pair" / "REPORT.md").is_file()
+    """launch/study.py: runs of torchrun in their places, which the report takes for a study; given
+    again, only a run that failed is tried again."""
+    command = [sys.executable, str(ROOT / "launch" / "study.py"), "2", "experiment=pair",
+               "arm=none,int6", "seed=1", *tiny, "max_steps=4"]  # fmt: skip
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+    def launch(*more: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [*command, *more], cwd=tmp_path, env=environment, capture_output=True, text=True
+        )
+
+    done = launch("model.init_from=no.pt")
+    assert done.returncode == 2, done.stderr
+    assert "none_s1: exit code" in done.stderr
+    done = launch()
+    assert done.returncode == 0, done.stderr
+    assert "int6 (" in done.stdout
+    folder = tmp_path / RUNS / "pair"
+    assert (folder / "pair" / "REPORT.md").is_file()
+    rows = {path: path.read_bytes() for path in folder.glob("*/result.json")}
+    assert sorted(path.parent.name for path in rows) == ["int6_s1", "none_s1"]
+    assert all("2 ranks" in json.loads(row)["hardware"] for row in rows.values())
+    change(folder / "int6_s1", status="failed")
+    assert launch().returncode == 0
+    assert (folder / "none_s1" / "result.json").read_bytes() == rows[folder / "none_s1/result.json"]
+    assert result_of(folder / "int6_s1")["status"] == "finished"
     assert program("eval.py", "task=report", "study=logs").code == 2
+
+
+def test_what_a_study_on_a_node_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scored runs are left alone, others begun or gone on with, seed by seed; then the report."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(ROOT / "launch")
+    launcher = importlib.import_module("study")
+    asked: list[list[str]] = []
+
+    def run(command: list[str], check: bool) -> subprocess.CompletedProcess[str]:
+        asked.append(command)
+        return subprocess.CompletedProcess(command, 3 if str(ROOT / "train.py") in command else 0)
+
+    monkeypatch.setattr(launcher.subprocess, "run", run)
+    for name, status in (("none_s1", "finished"), ("none_s2", "failed")):
+        row = Result(name, status, 0, None, "none", 1, "", "none", "int8", "", "", None, 1)
+        (RUNS / "pair" / name).mkdir(parents=True)
+        row.write(RUNS / "pair" / name)
+    (RUNS / "pair" / "int6_s2").mkdir()
+    assert launcher.main(["8", "experiment=pair", "seed=1,2", "max_steps=9"]) == 3
+    begun, *resumed, report = asked
+    assert begun[3:] == [
+        "--standalone", "--nproc_per_node=8", str(ROOT / "train.py"), "experiment=pair", "arm=int6",
+        "seed=1", f"runs_dir={RUNS}/pair", "run_name=int6_s1", "max_steps=9",
+    ]  # fmt: skip
+    assert [command[6:] for command in resumed] == [
+        [f"resume={RUNS}/pair/none_s2"], [f"resume={RUNS}/pair/int6_s2"]
+    ]  # fmt: skip
+    assert report[1:] == [str(ROOT / "eval.py"), "task=report", f"study={RUNS}/pair"]
+    (RUNS / "pair" / "none_s1" / "result.json").write_text("{")
+    for mistake in ([], ["x", "experiment=pair"], ["8"], ["8", "experiment=nope"], ["8", "pair"],
+                    ["8", "experiment=pair", "seed=a"], ["8", "experiment=pair"]):  # fmt: skip
+        with pytest.raises(UserError):
+            launcher.main(mistake)
 
 
 @pytest.mark.slow
@@ -355,7 +411,7 @@ def test_a_launcher_runs_the_arms(tiny: list[str], tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, str(ROOT / "train.py"), "-m", *tiny, "experiment=pair", "seed=1,2",
          "max_steps=8", "hydra/launcher=parallel"],
-        cwd=tmp_path, capture_output=True, text=True,
+        cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert len(list((tmp_path / RUNS).glob("pair/*/result.json"))) == 4
