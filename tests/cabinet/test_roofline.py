@@ -36,6 +36,27 @@ def test_flops_are_those_that_torch_counts(
     )
 
 
+@pytest.mark.parametrize("name", ["gpt", "llama"])
+def test_flops_by_hand(name: str) -> None:
+    """C = 48, K = 24, V = 100, 9 tokens, 2 blocks; both have 4 C^2 weights in an MLP of mult 2."""
+    matrices = 2 * 48 * 48 + 2 * 48 * 24 + 4 * 48 * 48
+    per_token = 2 * (matrices + 2 * 9 * 48) + 48 * 100
+    spec = ModelSpec(100, 2, 48, 4, 2, 2, True, name)
+    assert traffic(spec, 9).flops == 2 * 9 * per_token
+
+
+def test_activation_bytes_of_an_architecture_that_says_none() -> None:
+    """A block of a Llama: C = 12, K = 6, M = 16, V = 10, three tokens; norms and such are fused."""
+    moved = {
+        "embedding": (12, 12), "queries": (12, 12), "keys": (12, 6), "values": (12, 6),
+        "attention": (12 + 6 + 6, 12), "projection": (12, 12), "gate": (12, 16), "up": (12, 16),
+        "down": (16, 12), "head": (12, 10),
+    }  # fmt: skip
+    spec = ModelSpec(10, 1, 12, 2, 1, 2, True, "llama")
+    expected = 4 * 3 * sum(read + written for read, written in moved.values())
+    assert traffic(spec, 3).activation_bytes == expected
+
+
 def test_activation_bytes_of_one_block_by_hand() -> None:
     """C = 8, K = 4, M = 16, V = 10, three tokens: numbers in, numbers out."""
     moved = {

@@ -100,6 +100,12 @@ def test_another_tokenizer(finished: Path, program, cache_dir: Path, tmp_path: P
         ("tie_embeddings", False),
         ("tie_embeddings", "no"),
         ("depth", 1),
+        ("name", "llama"),
+        ("name", "losses"),
+        ("name", "../model/gpt"),
+        ("name", ["gpt"]),
+        ("more", {"mlp_dim": 64}),
+        ("more", "mlp_dim"),
     ],
 )
 def test_a_model_that_its_tensors_are_not(

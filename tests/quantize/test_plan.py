@@ -58,6 +58,12 @@ def test_snapped_means_the_whole_plan() -> None:
         assert torch.equal(w.view(torch.int32), decoded[name].view(torch.int32)), name
 
 
+def test_no_rule_puts_a_vector_on_a_grid() -> None:
+    plan = build_plan(shapes_of(GPT(SHAPE)), {"grid": Grid(bits=6)}, {"*": "grid"}, 1_000)
+    assert plan.entries["blocks.0.attn_scale"].dtype == "fp32"
+    assert plan.entries["blocks.0.resid_mix"].dtype == "fp16"  # a matrix, and smaller than asked
+
+
 def test_json_round_trip() -> None:
     grid = Grid(bits=4, group_size=48, scale_dtype="bf16")
     plan = build_plan(shapes_of(GPT(SHAPE)), {"grid": grid}, RULES)
