@@ -1,10 +1,15 @@
-"""Shared ways to run the two programs, on a corpus small enough for seconds."""
+"""Shared ways to run the two programs, on a corpus small enough for seconds.
+
+The whole suite runs in a worker per core (pytest-xdist), each with one thread.
+What takes seconds to make is made by the worker that needs it first and read by all.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import io
 import json
+import os
 import random
 import re
 import sys
@@ -15,7 +20,8 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-import torch
+from filelock import FileLock
+from hypothesis import settings
 
 ROOT = Path(__file__).resolve().parents[1]
 GOLF = Path(__file__).parent / "data" / "golf"
@@ -27,7 +33,29 @@ TINY = (
     "schedule.warmup_steps=1", "eval.batch_tokens=2048", "precision=fp32",
 )  # fmt: skip
 
-torch.set_num_threads(1)
+# Read when torch is first imported, which is later than this, and by every process started here.
+os.environ["OMP_NUM_THREADS"] = "1"
+MOST_WORKERS = 4  # each takes a gigabyte of memory and imports torch for itself
+
+# A busy machine is no reason to fail: no deadlines. `make test-slow` asks for the thorough one.
+settings.register_profile("quick", max_examples=40, deadline=None)
+settings.register_profile("thorough", max_examples=100, deadline=None)
+settings.load_profile("quick")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """A worker per core where -n does not say otherwise; none for files named one by one."""
+    asked = vars(config.option).get("numprocesses", 0)  # 0: pytest-xdist is not installed
+    is_debugging = config.option.usepdb or config.option.collectonly
+    if asked is not None or is_debugging:
+        return
+    if any(Path(name.partition("::")[0]).is_file() for name in config.args):
+        return
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    if cores and cores > 1:
+        config.option.numprocesses = min(cores, MOST_WORKERS)
+        config.option.dist = "worksteal"
 
 
 @dataclass(frozen=True)
@@ -59,6 +87,19 @@ def _call(script: str, arguments: list[str]) -> Done:
     return Done(code, out.getvalue(), err.getvalue())
 
 
+@contextlib.contextmanager
+def shared_folder(factory: pytest.TempPathFactory, name: str) -> Iterator[tuple[Path, bool]]:
+    """(a folder of all workers, True for the one that has to fill it); the others wait."""
+    base = factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        base = base.parent
+    folder, done = base / "shared" / name, base / "shared" / f"{name}.done"
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):
+        yield folder, not done.exists()
+        done.touch()
+
+
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """About 300 kB of sentences made from a few words, as one .txt file."""
@@ -70,14 +111,18 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
         lines.append(" ".join(chooser.choice(words.split()) for _ in range(count)) + ".\n")
         if chooser.random() < 0.1:
             lines.append("\n")
-    path = tmp_path_factory.mktemp("corpus") / "words.txt"
-    path.write_text("".join(lines))
+    with shared_folder(tmp_path_factory, "corpus") as (folder, is_first):
+        path = folder / "words.txt"
+        if is_first:
+            path.write_text("".join(lines))
     return path
 
 
 @pytest.fixture(scope="session")
 def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("cache")
+    """Tokenizers and shards of all tests; the program itself locks what it makes there."""
+    with shared_folder(tmp_path_factory, "cache") as (folder, _):
+        return folder
 
 
 @pytest.fixture(scope="session")
@@ -103,10 +148,11 @@ def program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Do
 @pytest.fixture(scope="session")
 def finished(tiny: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of one finished int6 run, shared and only read."""
-    parent = tmp_path_factory.mktemp("finished")
-    with contextlib.chdir(parent):
-        done = _call("train.py", [*tiny, "qat=int6", "qat.start_step=5", "run_name=shared"])
-    assert done.code == 0, done.err
+    with shared_folder(tmp_path_factory, "finished") as (parent, is_first):
+        if is_first:
+            with contextlib.chdir(parent):
+                done = _call("train.py", [*tiny, "qat=int6", "qat.start_step=5", "run_name=shared"])
+            assert done.code == 0, done.err
     return parent / "logs" / "runs" / "shared"
 
 
@@ -132,6 +178,14 @@ def plug_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callabl
 def code_in(page: str) -> list[str]:
     """The blocks of code of a page in docs/, in their order."""
     return re.findall(r"```\w+\n(.*?)```", (ROOT / "docs" / page).read_text(), re.DOTALL)
+
+
+@pytest.fixture(scope="session")
+def prepared_text(finished: Path, cache_dir: Path) -> Path:
+    """The folder of shards and tokenizer of the tiny corpus, which ``finished`` read too."""
+    from qat.artifact.container import read_artifact
+
+    return cache_dir / read_artifact(finished / "artifact.qat").meta["data"]["cache_key"]
 
 
 def result_of(folder: Path) -> dict:

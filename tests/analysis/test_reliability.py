@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from scipy.optimize import minimize_scalar
 from torch import Tensor
@@ -45,7 +45,6 @@ def plain_bins(tokens: list[tuple[float, bool]], starts: list[float]) -> list[tu
     ]
 
 
-@settings(deadline=None, max_examples=200)
 @given(
     tokens=st.lists(st.tuples(CONFIDENCES, st.booleans()), min_size=1, max_size=60),
     num_bins=st.integers(1, 15),
@@ -199,7 +198,6 @@ def test_logits_that_say_nothing_have_no_temperature() -> None:
         search.best()
 
 
-@settings(deadline=None, max_examples=50)
 @given(
     temperature=st.floats(0.25, 4.0),
     vocab_size=st.integers(1, 40),

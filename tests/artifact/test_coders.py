@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from qat.artifact import class_coder, mix_coder
@@ -45,7 +45,6 @@ some_matrices = st.lists(
 
 
 @pytest.mark.parametrize("coder", CODERS)
-@settings(deadline=None, max_examples=25)
 @given(some_matrices, st.integers(0, 999))
 def test_round_trip(coder: str, matrices: list[Matrix], seed: int) -> None:
     raw = draw_codes(seed, matrices)
@@ -54,7 +53,6 @@ def test_round_trip(coder: str, matrices: list[Matrix], seed: int) -> None:
     assert CODERS[coder].decode(coded, len(raw), matrices) == raw
 
 
-@settings(deadline=None, max_examples=50)
 @given(st.binary(max_size=4000), st.integers(0, 99))
 def test_mix_codes_anything_that_fits_its_bits(data: bytes, seed: int) -> None:
     """No code is out of reach, however unlikely its model finds it."""

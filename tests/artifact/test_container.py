@@ -135,9 +135,7 @@ def test_truncation_anywhere_is_refused(tmp_path: Path) -> None:
 
 
 @given(st.data())
-@settings(
-    max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_flipped_bit_is_refused(tmp_path: Path, data: st.DataObject) -> None:
     raw = bytearray(packed())
     position = data.draw(st.integers(0, 8 * len(raw) - 1))

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from qat.artifact.container import read_artifact
 from qat.text.shards import ShardWriter
 from tests.conftest import result_of
 
@@ -90,7 +89,7 @@ def test_mistakes_get_one_line(asked: tuple[str, ...], line: str, sweep) -> None
 
 
 @pytest.mark.slow
-def test_another_question_takes_another_folder(sweep, finished: Path, cache_dir: Path) -> None:
+def test_another_question_takes_another_folder(sweep, prepared_text: Path) -> None:
     assert sweep("variants=[rtn_ternary]").code == 0
     done = sweep("variants=[rtn_ternary]", "seed=2")
     assert (done.code, done.err.count("\n")) == (2, 1), done.err
@@ -104,8 +103,7 @@ def test_another_question_takes_another_folder(sweep, finished: Path, cache_dir:
     manifest.write_text(said)
     shards = Path("other")
     shards.mkdir()
-    cached = cache_dir / read_artifact(finished / "artifact.qat").meta["data"]["cache_key"]
-    for file in cached.iterdir():
+    for file in prepared_text.iterdir():
         (shards / file.name).write_bytes(file.read_bytes())
     writer = ShardWriter(shards, "val")
     writer.write([1, *range(5, 300)] * 4)

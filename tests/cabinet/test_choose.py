@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from qat.cabinet.choose_task import choose, least_move
@@ -76,7 +76,6 @@ LIMITS = st.dictionaries(st.sampled_from(["latency_ms", "artifact_bytes", "val_b
 TABLES = st.lists(st.tuples(few, few, few), max_size=6)
 
 
-@settings(deadline=None)
 @given(TABLES, LIMITS)
 def test_choice_and_runner_up_against_their_definition(
     table: list[tuple[float, float, float]], limits: dict[str, float]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from qat.cabinet.summary import dominated
@@ -12,7 +12,6 @@ few = st.integers(0, 4)  # so that there are ties
 tables = st.lists(st.fixed_dictionaries(dict.fromkeys(KEYS, few)), max_size=12)
 
 
-@settings(deadline=None)
 @given(tables, st.sampled_from([KEYS, KEYS[:2], KEYS[:1]]))
 def test_as_the_definition_says(rows: list[dict[str, int]], keys: tuple[str, ...]) -> None:
     expected = []
@@ -26,7 +25,6 @@ def test_as_the_definition_says(rows: list[dict[str, int]], keys: tuple[str, ...
     assert dominated(rows, keys) == expected
 
 
-@settings(deadline=None)
 @given(tables)
 def test_somebody_is_left_and_what_is_out_is_beaten_by_the_frontier(rows: list[dict]) -> None:
     beaten = dominated(rows, KEYS)

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -81,7 +81,6 @@ def test_rows_compute_with_ggmls_blocks(
     assert (logits_of(kept) - plain_logits(weights)).abs().max() > 1e-2
 
 
-@settings(max_examples=25, deadline=None)
 @given(st.integers(0, 2**32 - 1), st.floats(1e-3, 1e3), st.sampled_from(FORMATS))
 def test_no_weight_is_off_by_more_than_a_scale(
     tmp_path_factory: pytest.TempPathFactory, seed: int, scale: float, name: str

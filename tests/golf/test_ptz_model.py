@@ -153,8 +153,8 @@ def test_what_is_no_model_is_refused(changes: dict, reason: str, program, tmp_pa
     assert reason in done.err
 
 
-def test_a_tokenizer_of_another_vocabulary(finished: Path, cache_dir: Path, program) -> None:
-    other = next(cache_dir.rglob("tokenizer.model"))
+def test_a_tokenizer_of_another_vocabulary(prepared_text: Path, program) -> None:
+    other = prepared_text / "tokenizer.model"
     done = program("eval.py", f"artifact={FIXTURE}", "eval.seq_len=128", TEXT[0],
                    f"data.tokenizer={other}")  # fmt: skip
     assert done.code == 2
@@ -234,16 +234,15 @@ def test_written_as_the_reference_writes(program, tmp_path: Path) -> None:
         assert torch.equal(theirs[name].view(torch.int32), w.view(torch.int32)), name
 
 
-def test_a_trained_run_converted_scores_the_same(train, program, cache_dir: Path) -> None:
+def test_a_trained_run_converted_scores_the_same(train, program, prepared_text: Path) -> None:
     assert train("qat=int8_golf", "plan.grid_min_elements=2000", "qat.start_step=4",
                  "run_name=r").code == 0  # fmt: skip
     run = Path("logs/runs/r")
     done = program("eval.py", "task=convert", f"run={run}", "out=r.ptz")
     assert done.code == 0, done.err
-    tokenizer = next(cache_dir.rglob("tokenizer.model"))
     done = program("eval.py", "artifact=r.ptz", "eval.seq_len=32", "eval.batch_tokens=2048",
-                   f"data.val_files={tokenizer.parent}/val_*.bin", f"data.tokenizer={tokenizer}",
-                   )  # fmt: skip
+                   f"data.val_files={prepared_text}/val_*.bin",
+                   f"data.tokenizer={prepared_text}/tokenizer.model")  # fmt: skip
     assert done.code == 0, done.err
     expected = result_of(run)["val_bpb_artifact"]
     assert value(done.out, "val_bpb") == pytest.approx(expected, abs=1e-9)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from qat.model import losses as cross_entropy
@@ -17,7 +17,6 @@ def _gradients(loss: torch.Tensor, *inputs: torch.Tensor) -> tuple[torch.Tensor,
     return torch.autograd.grad(loss, inputs)
 
 
-@settings(deadline=None, max_examples=30)
 @given(
     time=st.sampled_from([1, 2, 127, 128, 129, 256, 300]),
     groups=st.integers(1, 3),

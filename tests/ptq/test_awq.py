@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -47,7 +47,6 @@ def hessian_of(x: Tensor) -> Tensor:
 
 
 @given(st.sampled_from(GRIDS), st.integers(1, 8), st.integers(1, 40), st.integers(0, 2**31))
-@settings(max_examples=40, deadline=None)
 def test_it_is_stored_exactly_and_never_worse(
     grid: Grid, rows: int, columns: int, seed: int
 ) -> None:

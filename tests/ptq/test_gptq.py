@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -92,7 +92,6 @@ def test_it_is_the_dense_solver(grid: Grid, act_order: bool, damping: float) -> 
 
 
 @given(grids(), st.integers(1, 8), st.integers(1, 70), st.integers(0, 2**31), st.booleans())
-@settings(max_examples=80, deadline=None)
 def test_it_is_never_worse_than_rounding(
     grid: Grid, rows: int, columns: int, seed: int, act_order: bool
 ) -> None:
@@ -123,7 +122,6 @@ def test_without_the_better_row_it_would_be_worse() -> None:
 
 
 @given(grids(), st.integers(1, 8), st.integers(1, 70), st.integers(0, 2**31), st.booleans())
-@settings(max_examples=80, deadline=None)
 def test_inputs_that_do_not_hang_together_leave_rounding(
     grid: Grid, rows: int, columns: int, seed: int, act_order: bool
 ) -> None:

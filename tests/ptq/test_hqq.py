@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from qat.ptq.hqq import NORM, hqq
@@ -20,7 +20,6 @@ def matrix(rows: int, columns: int, seed: int) -> torch.Tensor:
 
 
 @given(st.integers(1, 6), st.integers(1, 70), st.integers(2, 8), st.integers(1, 40), st.integers())
-@settings(max_examples=60, deadline=None)
 def test_weights_are_what_codes_scales_and_zeros_say(
     rows: int, columns: int, bits: int, group_size: int, seed: int
 ) -> None:

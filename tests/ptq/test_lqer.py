@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -28,7 +28,6 @@ def weighted_error(weights: Tensor, w: Tensor, diagonal: Tensor) -> float:
 
 
 @given(st.integers(1, 20), st.integers(1, 20), st.integers(1, 20), st.integers(0, 2**31))
-@settings(max_examples=60, deadline=None)
 def test_what_is_left_are_the_small_singular_values(
     rows: int, columns: int, rank: int, seed: int
 ) -> None:

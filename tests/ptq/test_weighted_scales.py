@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from qat.quantize.grid import Grid
@@ -24,7 +24,6 @@ GRIDS = [
 
 
 @given(st.sampled_from(GRIDS), st.integers(1, 9), st.integers(1, 60), st.integers(0, 2**31))
-@settings(max_examples=100, deadline=None)
 def test_even_weights_are_the_mse_rule(grid: Grid, rows: int, columns: int, seed: int) -> None:
     w = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
     mse = replace(grid, scale_rule="mse", fixed_scale=None)

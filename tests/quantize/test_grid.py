@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from qat.quantize.grid import Grid
@@ -74,7 +74,6 @@ def given_scales(w: torch.Tensor, grid: Grid) -> torch.Tensor | None:
 
 
 @given(weights(), grids())
-@settings(max_examples=400, deadline=None)
 def test_snap_is_decode_of_encode(w: torch.Tensor, grid: Grid) -> None:
     scales = given_scales(w, grid)
     coded = encode(w, grid, scales)
@@ -95,7 +94,6 @@ def test_snap_is_decode_of_encode(w: torch.Tensor, grid: Grid) -> None:
 
 
 @given(weights(), grids())
-@settings(max_examples=300, deadline=None)
 def test_a_snapped_weight_stays_with_the_scale_held(w: torch.Tensor, grid: Grid) -> None:
     """decode(encode(snap(w), scale), scale) == snap(w), where coding and decoding share a scale."""
     assume(grid.code_scale_dtype is None and not grid.refit and grid.range != "asymmetric")
@@ -106,7 +104,6 @@ def test_a_snapped_weight_stays_with_the_scale_held(w: torch.Tensor, grid: Grid)
 
 
 @given(weights(), st.integers(2, 8), st.none() | st.integers(1, 40))
-@settings(max_examples=100, deadline=None)
 def test_asymmetric_grids_hold_zero(w: torch.Tensor, bits: int, group_size: int | None) -> None:
     grid = Grid(bits=bits, range="asymmetric", group_size=group_size)
     w = w.clone()

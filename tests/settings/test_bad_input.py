@@ -5,14 +5,23 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
 
+from qat.errors import UserError
+from qat.settings.arguments import groups
 from qat.settings.checks import resolve_eval
 from qat.settings.command_line import INTERRUPTED, Program, main
+from qat.settings.schema import TrainSettings
 from qat.text.shards import ShardWriter
 from tests.conftest import GOLF, ROOT
+from train import resolve
 
 NOT_A_MODEL = GOLF / "fp32_run.json"
 SHARDS = (
@@ -32,20 +41,48 @@ CASES: list[tuple[tuple[str, ...], str]] = [
     (("data=wikipedia",), "data=wikipedia: no such option"),
     (("seed=1,2",), "seed=1,2: several values; add -m"),
     (("seed",), "seed: cannot be read as setting=value"),
-    (("qat=int6", "qat.start_step=-1"), "qat.start_step = -1: give 0 or more"),
     (("qat.start_step=-1",), "qat.start_step = -1: give 0 or more"),
+    (("qat=int6", "grid=int4"), "qat=int6 grid=int4: training would simulate one grid"),
+    (("qat=int8_golf", "plan=matrices"), "qat=int8_golf plan=matrices"),
+    (("grid.bits=40",), "grid.bits = 40: give 2 to 8"),
+    (("model.dim=66",), "model.dim = 66: must be a multiple of model.num_heads = 4"),
+    (("qat=null",), "qat=null: no such option; choose from binary, "),
+    (("qat=",), "qat=: no such option"),
+    (("qat=[int6]",), "qat=[int6]: no such option"),
+    (("-m", "qat=none,[int6]"), "no such option"),
+    (("averaging=ema", "averaging.decay=1"), "averaging.decay = 1.0"),
+    (("optimizer.name=sgd",), "optimizer.name = sgd: choose from muon, normuon, adamw"),
+    (("model.dim=400000000000000",), "no computer holds such tensors"),
+    (("data.files=words.txt",), "data.files=words.txt: give a list, [a,b]"),
+    (("data.files=[/]",), "data.files: /: give .txt"),
+    (("runs_dir=/proc/no",), "runs_dir=/proc/no: cannot write there"),
+    (("data.cache_dir=/proc/no",), "data.cache_dir=/proc/no: cannot write there"),
+    (("data.files=null", "data=text"), "data=text: give data.files"),
+    (("data.files=[missing.txt]",), "data.files=missing.txt: no such file"),
+    (("data.files=null", "data.val_files=nowhere_*.bin", f"data.tokenizer={GOLF}/tokenizer.model"),
+     "data.val_files=nowhere_*.bin: no such file"),
+    (("data.files=null", *SHARDS), "data.tokenizer is missing"),
+    (("data.files=null", *SHARDS, f"data.tokenizer={NOT_A_MODEL}"), "not a SentencePiece model"),
+    (("data.files=null", *SHARDS, f"data.tokenizer={GOLF}/tokenizer.model"),
+     "model.vocab_size = 320: the tokenizer"),
+    (("seq_len=65536", "batch_tokens=65536", "micro_batch_tokens=65536"), "seq_len = 65536"),
+    (("model.init_from=none.pt",), "model.init_from=none.pt: not weights of this model"),
+    (("plan.rules={skip_weights: int9}",), "plan.rules: 'int9' for skip_weights"),
+    (("-m", "seed=1,2", "run_name=same"), "run_name=same: 2 jobs would share it"),
+    (("-m", "seed=1,-2"), "seed = -2: give 0 to 2^63"),
+    (("-m", "qat=none,int6", "grid=int4"), "qat=int6 grid=int4"),
+]  # fmt: skip
+# Of checks like those above: the program is not started, only its checks are.
+VALUES: list[tuple[tuple[str, ...], str]] = [
+    (("qat=int6", "qat.start_step=-1"), "qat.start_step = -1: give 0 or more"),
     (("qat=int6", "qat.start_step=5", "qat.start_fraction=0.5"), "2 starts"),
     (("qat=int6", "qat.start_fraction=1.5"), "qat.start_fraction = 1.5"),
-    (("qat=int6", "grid=int4"), "qat=int6 grid=int4: training would simulate one grid"),
     (("qat=int6", "qat.start_step=5", "qat.start_lr_scale=0.5"), "2 starts; give one of them"),
     (("qat=int6", "qat.start_step=5", "qat.stop_step=3"), "qat.stop_step = 3: must be more than"),
     (("qat=int6", "qat.gradient=magic"), "qat.gradient = magic: choose from"),
     (("qat=fp8_e4m3", "qat.gradient=noise"), "qat.gradient = noise: not for fp8_e4m3"),
-    (("qat=int8_golf", "plan=matrices"), "qat=int8_golf plan=matrices"),
     (("grid.levels=octal",), "grid.levels = octal"),
-    (("grid.bits=40",), "grid.bits = 40: give 2 to 8"),
     (("grid.scale_rule=max",), "grid.scale_rule = max"),
-    (("model.dim=66",), "model.dim = 66: must be a multiple of model.num_heads = 4"),
     (("model.dim=60",), "gives odd heads of 15"),
     (("model.num_kv_heads=3",), "model.num_kv_heads = 3: must divide model.num_heads = 4"),
     (("model.vocab_size=70000",), "model.vocab_size = 70000"),
@@ -58,47 +95,22 @@ CASES: list[tuple[tuple[str, ...], str]] = [
     (("seed=99999999999999999999",), "seed = 99999999999999999999"),
     (("optimizer.matrix_lr=-1",), "optimizer.matrix_lr = -1.0"),
     (("optimizer.adam_beta1=1.5",), "optimizer.adam_beta1 = 1.5"),
-    (("qat=null",), "qat=null: no such option; choose from binary, "),
-    (("qat=",), "qat=: no such option"),
-    (("qat=[int6]",), "qat=[int6]: no such option"),
-    (("-m", "qat=none,[int6]"), "no such option"),
     (("qat=int6", "qat.start_lr_scale=0.5", "schedule.warmdown_steps=0"), "the rate never falls"),
     (("qat=int6", "qat.start_lr_scale=0.1", "schedule.floor=0.2"), "never falls below 0.2"),
     (("schedule.warmdown_fraction=0.4",), "two warmdowns; add schedule.warmdown_steps=null"),
     (("schedule=fraction", "schedule.warmdown_fraction=0"), "schedule.warmdown_fraction = 0"),
     (("schedule.floor=1",), "schedule.floor = 1.0: give 0 or more, below 1"),
     (("averaging.kind=mean",), "averaging.kind = mean: choose from none, ema, swa"),
-    (("averaging=ema", "averaging.decay=1"), "averaging.decay = 1.0"),
     (("averaging=swa", "averaging.of=codes"), "averaging.of = codes: choose from"),
     (("averaging.every_steps=0",), "averaging.every_steps = 0"),
-    (("optimizer.name=sgd",), "optimizer.name = sgd: choose from muon, normuon, adamw"),
-    (("model.dim=400000000000000",), "no computer holds such tensors"),
     (("data.files=[]",), "data.files = []: name a file"),
-    (("data.files=words.txt",), "data.files=words.txt: give a list, [a,b]"),
-    (("data.files=[/]",), "data.files: /: give .txt"),
-    (("runs_dir=/proc/no",), "runs_dir=/proc/no: cannot write there"),
-    (("data.cache_dir=/proc/no",), "data.cache_dir=/proc/no: cannot write there"),
     (("limit_bytes=0",), "limit_bytes = 0: give 1 or more"),
     (("precision=fp8",), "precision = fp8: choose from auto, bf16, fp32"),
     (("compile=maybe",), "compile = maybe"),
     (("eval.precision=int8",), "eval.precision = int8"),
     (("artifact.coder=zip",), "artifact.coder = zip: choose from zlib, zstd"),
     (("run_name=a/b",), "run_name = a/b"),
-    (("data.files=null", "data=text"), "data=text: give data.files"),
-    (("data.files=[missing.txt]",), "data.files=missing.txt: no such file"),
-    (("data.files=null", "data.val_files=nowhere_*.bin", f"data.tokenizer={GOLF}/tokenizer.model"),
-     "data.val_files=nowhere_*.bin: no such file"),
-    (("data.files=null", *SHARDS), "data.tokenizer is missing"),
-    (("data.files=null", *SHARDS, f"data.tokenizer={NOT_A_MODEL}"), "not a SentencePiece model"),
-    (("data.files=null", *SHARDS, f"data.tokenizer={GOLF}/tokenizer.model"),
-     "model.vocab_size = 320: the tokenizer"),
     (("data.tokenizer=x.model",), "data.files and data.tokenizer name two sources"),
-    (("seq_len=65536", "batch_tokens=65536", "micro_batch_tokens=65536"), "seq_len = 65536"),
-    (("model.init_from=none.pt",), "model.init_from=none.pt: not weights of this model"),
-    (("plan.rules={skip_weights: int9}",), "plan.rules: 'int9' for skip_weights"),
-    (("-m", "seed=1,2", "run_name=same"), "run_name=same: 2 jobs would share it"),
-    (("-m", "seed=1,-2"), "seed = -2: give 0 to 2^63"),
-    (("-m", "qat=none,int6", "grid=int4"), "qat=int6 grid=int4"),
 ]  # fmt: skip
 
 
@@ -113,6 +125,55 @@ def test_one_line_exit_2_and_nothing_left(
     assert lines[0].startswith("error: ")
     assert message in lines[0]
     assert not [p for p in tmp_path.rglob("*") if p.is_file()], "something was left behind"
+
+
+@pytest.fixture(scope="module")
+def composed(tiny: list[str]) -> Callable[..., tuple[TrainSettings, Mapping[str, str | None]]]:
+    """composed(*choices of groups): what ``resolve`` gets, composed once by the program."""
+
+    @cache
+    def compose(*choices: str) -> tuple[TrainSettings, Mapping[str, str | None]]:
+        seen: list[tuple[TrainSettings, Mapping[str, str | None]]] = []
+        look = Program("train", lambda *asked: seen.append(asked), lambda settings, job: 0)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", ["train.py", *tiny, *choices])
+            assert main(look) == 0
+        return seen[0]
+
+    return compose
+
+
+def with_value(settings: Any, key: str, value: Any) -> Any:
+    """A copy of settings with another value of one setting, by its dotted name."""
+    name, _, inner = key.partition(".")
+    if inner:
+        value = with_value(getattr(settings, name), inner, value)
+    elif isinstance(getattr(settings, name), float):
+        value = float(value)
+    return replace(settings, **{name: value})
+
+
+def resolved(composed: Callable, overrides: tuple[str, ...]) -> TrainSettings:
+    parsed = OverridesParser.create().parse_overrides(list(overrides))
+    names = groups("train")
+    settings, choices = composed(*(str(o.input_line) for o in parsed if o.key_or_group in names))
+    for key, value in [(o.key_or_group, o.value()) for o in parsed if o.key_or_group not in names]:
+        settings = with_value(settings, key, value)
+    return resolve(settings, choices)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"), VALUES, ids=[" ".join(c[0])[:60] for c in VALUES]
+)
+def test_values_that_the_checks_refuse(
+    overrides: tuple[str, ...], message: str, composed, tmp_path: Path, monkeypatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError) as refused:
+        resolved(composed, overrides)
+    assert message in str(refused.value)
+    assert "\n" not in str(refused.value)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_used_name_is_refused_and_the_first_run_kept(train, tmp_path: Path) -> None:

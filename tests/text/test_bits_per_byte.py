@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from qat.text.byte_table import SPACE, bits_per_byte
@@ -29,7 +29,6 @@ spaced = st.text(f"ab \t\n\r.,'{SPACE}\u00e9\u4e2d\U0001f600\u0301\x00", max_siz
 
 
 @given(ordinary | spaced)
-@settings(max_examples=400, deadline=None)
 @example("")
 @example(" ")
 @example(f"{SPACE}a {SPACE} b{SPACE}")

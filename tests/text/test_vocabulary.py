@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import sentencepiece
 import torch
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from qat.errors import UserError
@@ -78,7 +78,6 @@ spaced = st.text(f"ab \t\n\r.{SPACE}\u00e9\u4e2d\U0001f600\u0301\x00", max_size=
 
 
 @given(text=any_text | spaced)
-@settings(max_examples=300, deadline=None)
 @example(text="")
 @example(text=" ")
 @example(text=SPACE)
