@@ -189,7 +189,7 @@ class TrainSettings:
     # estimate: from the baseline's loss curve.
     ledger: str = "estimate"
     study: StudySettings = field(default_factory=StudySettings)
-    model: ModelSettings = MISSING
+    model: ModelSettings = field(default_factory=lambda: ModelSettings(*[MISSING] * 6))
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     schedule: ScheduleSettings = field(default_factory=ScheduleSettings)
     averaging: AveragingSettings = field(default_factory=AveragingSettings)
