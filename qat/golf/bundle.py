@@ -67,7 +67,8 @@ def code_files(modules: tuple[str, ...] = ENTRY_MODULES) -> list[Path]:
         if file not in found:
             found.add(file)
             waiting += [f for module in _imported_modules(file) for f in _module_files(module)]
-            if b"iter_modules(__path__)" in file.read_bytes():  # it imports what lies beside it
+            is_package = file.name == "__init__.py"
+            if is_package and b"iter_modules" in file.read_bytes():  # it imports what lies beside
                 waiting += file.parent.glob("*.py")
     return sorted(found)
 
