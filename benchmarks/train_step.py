@@ -4,7 +4,7 @@
 
 Arms, in turns of N steps each, so that a noisy machine slows them alike; tokens/s of the medians:
 
-    engine       QatModule under Lightning's Trainer, as train.py runs it
+    engine       TrainingLoop under Lightning's Trainer, as train.py runs it
     plain        the simplest loop: the same sums by torch's attention and cross-entropy, as the
                  challenge's baseline writes them, torch.optim.Muon matrix by matrix, torch's Adam
     plain, ours  the same loop with this project's model and optimizers: what is left is what
@@ -32,20 +32,18 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
-from qat.training.module import QatModule  # noqa: E402
-from qat.training.progress import Checkpointing  # noqa: E402
 from qat_price import PROFILES  # noqa: E402
 
 from qat.model.gpt import GPT, Attention  # noqa: E402
 from qat.model.spec import ModelSpec  # noqa: E402
+from qat.qat_model import QatModel  # noqa: E402
 from qat.quantize.grid import Grid  # noqa: E402
-from qat.quantize.plan import build_plan  # noqa: E402
-from qat.quantize.switch import QatSwitch  # noqa: E402
+from qat.quantize.plan import Plan  # noqa: E402
 from qat.settings.schema import OptimizerSettings  # noqa: E402
 from qat.text.batches import BatchShape, TrainingBatches, micro_batch  # noqa: E402
 from qat.text.shards import ShardWriter, TokenStream  # noqa: E402
-from qat.training.averaging import Averaging  # noqa: E402
 from qat.training.fit import build_trainer  # noqa: E402
+from qat.training.loop import Pace, TrainingLoop  # noqa: E402
 from qat.training.optimizers import build_optimizers  # noqa: E402
 from qat.training.schedule import Schedule  # noqa: E402
 
@@ -56,20 +54,16 @@ Turn = Callable[[int], float]  # number of steps -> seconds a step
 def engine(shape: ModelSpec, stream: TokenStream, batch: BatchShape, compiled: bool) -> Turn:
     torch.manual_seed(0)
     gpt = GPT(shape)
-    shapes = {name: tuple(p.shape) for name, p in gpt.named_parameters()}
-    plan = build_plan(shapes, {"grid": Grid(bits=8)}, {"*.weight": "grid", "*": "fp32"})
+    plan = Plan.for_model(gpt, Grid(bits=8))
+    pace = Pace(batch.micro_batches, PRIMING_STEPS, "bf16", compiled)
 
     def turn(steps: int) -> float:
         schedule = Schedule(None, steps, 0, 0.85, 0.95, 500)
-        module = QatModule(
-            gpt, QatSwitch(plan), schedule, OptimizerSettings(), batch.micro_batches,
-            PRIMING_STEPS, "bf16", compiled, 10, Checkpointing(lambda state: None),
-            Averaging("none"),
-        )  # fmt: skip
+        loop = TrainingLoop(QatModel(gpt, plan), schedule, OptimizerSettings(), pace)
         batches = TrainingBatches(stream, batch, 0, PRIMING_STEPS)
         loader = torch.utils.data.DataLoader(batches, batch_size=None)
-        build_trainer([], []).fit(module, loader)
-        return module.progress.elapsed_seconds / steps
+        build_trainer([], []).fit(loop, loader)
+        return loop.progress.elapsed_seconds / steps
 
     return turn
 
