@@ -32,6 +32,7 @@ TINY = (
 
 # Read when torch is first imported, which is later than this, and by every process started here.
 os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # more are processes, each importing torch
 MOST_WORKERS = 4  # each takes a gigabyte of memory and imports torch for itself
 
 # A busy machine is no reason to fail: no deadlines. `make test-slow` asks for the thorough one.
