@@ -5,7 +5,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-.venv/bin/python}
-"$python" -m pytest -q tests/quantize tests/training -p no:cacheprovider -p no:xdist
+"$python" -m pytest -q tests/quantize tests/training -p no:cacheprovider -n 0
 "$python" benchmarks/snap.py
 "$python" benchmarks/gptq.py
 "$python" benchmarks/qat_price.py golf --compile

@@ -1,6 +1,6 @@
 """Shared ways to run the two programs, on a corpus small enough for seconds.
 
-The whole suite runs in a worker per core (pytest-xdist), each with one thread.
+The whole suite runs in a worker per core (``-n auto``), each with one thread.
 What takes seconds to make is made by the worker that needs it first and read by all.
 """
 
@@ -35,6 +35,7 @@ TINY = (
 
 # Read when torch is first imported, which is later than this, and by every process started here.
 os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # more are processes, each importing torch
 MOST_WORKERS = 4  # each takes a gigabyte of memory and imports torch for itself
 
 # A busy machine is no reason to fail: no deadlines. `make test-slow` asks for the thorough one.
@@ -43,19 +44,12 @@ settings.register_profile("thorough", max_examples=100, deadline=None)
 settings.load_profile("quick")
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_cmdline_main(config: pytest.Config) -> None:
-    """A worker per core where -n does not say otherwise; none for files named one by one."""
-    asked = vars(config.option).get("numprocesses", 0)  # 0: pytest-xdist is not installed
-    is_debugging = config.option.usepdb or config.option.collectonly
-    if asked is not None or is_debugging:
-        return
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """A worker per core; none for files named one by one, so that what they print is seen."""
     if any(Path(name.partition("::")[0]).is_file() for name in config.args):
-        return
+        return 0
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    if cores and cores > 1:
-        config.option.numprocesses = min(cores, MOST_WORKERS)
-        config.option.dist = "worksteal"
+    return min(cores, MOST_WORKERS) if cores and cores > 1 else 0
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,9 @@ from tests.conftest import GOLF, ROOT, result_of
 
 RUNS = Path("logs/runs")
 GRIDS = sorted(path.stem for path in (ROOT / "conf/qat").glob("*.yaml") if path.stem != "none")
+# One of each way to scales or levels by training itself; the others when there is time for them,
+# and all of them without training in artifact/test_container.py.
+TRAINED_ALWAYS = ("fp8_e4m3", "int4_asymmetric", "int6", "int8_golf", "lsq4", "rd", "ternary")
 
 
 def value(text: str, key: str) -> float:
@@ -44,7 +47,10 @@ def last_seen(monkeypatch: pytest.MonkeyPatch) -> dict[str, torch.Tensor]:
     return seen
 
 
-@pytest.mark.parametrize("qat", GRIDS)
+@pytest.mark.parametrize(
+    "qat",
+    [pytest.param(g, marks=[] if g in TRAINED_ALWAYS else pytest.mark.slow) for g in GRIDS],
+)
 def test_seen_scored_and_stored_weights_are_one(qat: str, train, last_seen) -> None:
     """Bit for bit, passthrough tensors too: the forward pass with QAT on, and the file."""
     smallest = ["plan.grid_min_elements=2000"] if qat == "int8_golf" else []  # the model is tiny

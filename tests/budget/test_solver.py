@@ -54,10 +54,14 @@ def test_the_file_fills_the_limit_and_is_never_above(measured: Solver, bits: flo
     assert 0.999 * budget <= size_of(fitted.stored) == fitted.num_bytes <= budget
 
 
+@pytest.fixture(scope="module")
+def many() -> Solver:
+    return solver([source(seed, (48, 48)) for seed in range(24)])
+
+
 @pytest.mark.parametrize("bits", [7.6, 8.0, 9.0, 11.0])
-def test_limits_beyond_8_bits_are_filled_tensor_by_tensor(bits: float) -> None:
+def test_limits_beyond_8_bits_are_filled_tensor_by_tensor(many: Solver, bits: float) -> None:
     """Where codes are as fine as they get, only fp16 adds bytes, a tensor at a time."""
-    many = solver([source(seed, (48, 48)) for seed in range(24)])
     budget = int(24 * 48 * 48 * bits / 8)
     fitted = many.solve(Budget(budget), size_of)
     assert fitted.note is None

@@ -60,8 +60,14 @@ def test_snapped_averages_what_a_file_would_hold() -> None:
     assert torch.equal(on.weights.tensors["w"], plan.snap(masters)["w"])
 
 
-@pytest.mark.parametrize("of", ["masters", "snapped"])
-@pytest.mark.parametrize("qat", ["none", "int4", "lsq4"])
+@pytest.mark.parametrize(
+    ("qat", "of"),
+    [
+        ("none", "masters"), ("int4", "snapped"), ("lsq4", "masters"), ("lsq4", "snapped"),
+        *(pytest.param(*case, marks=pytest.mark.slow)
+          for case in [("none", "snapped"), ("int4", "masters")]),
+    ],
+)  # fmt: skip
 def test_the_average_is_what_is_stored(of: str, qat: str, train, program) -> None:
     asked = [f"qat={qat}", "averaging=swa", "averaging.every_steps=2", f"averaging.of={of}"]
     assert train(*asked, "run_name=r").code == 0

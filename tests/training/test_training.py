@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -204,9 +205,15 @@ def fit(module: TrainingLoop) -> None:
     build_trainer([], []).fit(module, loader)
 
 
+# What is captured, and what makes it be captured again, is the same whatever compiles it: C++ in
+# half a minute, or nothing.
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
-def test_one_model_graph_before_and_after_the_switch() -> None:
+def test_one_model_graph_before_and_after_the_switch(
+    backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Promise 3 in the real training loop: Lightning, compiled model, switch at step 3."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
     torch._dynamo.reset()
     counters.clear()
     under_test = module(compile_model=True, start_step=3, max_steps=6)
