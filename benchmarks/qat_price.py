@@ -125,7 +125,7 @@ class Ours(Arm):
 
 
 class Rated(Ours):
-    """``qat=rd`` as QatModule runs it, at the price of ``BITS_PER_WEIGHT``; no file is made."""
+    """``qat=rd`` as TrainingLoop runs it, at the price of ``BITS_PER_WEIGHT``; no file is made."""
 
     def __init__(
         self, shape: ModelSpec, device: torch.device, compiled: bool, measures: bool
