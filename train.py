@@ -21,7 +21,7 @@ from qat.settings.schema import TrainSettings
 
 log = logging.getLogger("qat")
 # Imported by name: what only a study needs is no part of train_gpt.py, which is one run.
-STUDY_RUNS, STUDY_REPORT = "qat.study.study", "qat.report.report_task"
+STUDY_RUNS, REPORT_TASK = "qat.study.study", "qat.report.report_task"
 
 
 def resolve(settings: TrainSettings, choices) -> TrainSettings:
@@ -192,12 +192,11 @@ def before_sweep(sweep: Sweep) -> None:
 
 def after_sweep(sweep: Sweep) -> int:
     """Print the paired table, or the verdicts of a study; the highest exit code of the runs."""
-    from qat.report.report_task import folders_in, report
-
+    task = import_module(REPORT_TASK)
     if sweep.study is not None:
-        rows = import_module(STUDY_REPORT).report_sweep(sweep)
+        rows = task.report_sweep(sweep)
     else:
-        rows = report(folders_in(sweep.folder), sweep.folder)
+        rows = task.report(task.folders_in(sweep.folder), sweep.folder)
     rows = [row for row in rows if not row["exported"]]
     return max([row.get("exit_code", 1) for row in rows] + [int(len(sweep.jobs) > len(rows))])
 

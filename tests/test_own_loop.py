@@ -229,8 +229,10 @@ def test_two_ranks_are_one(tmp_path: Path) -> None:
         assert torch.equal(ranks[0][name], ranks[1][name]), name
         if model.plan.entries[name].grid is None:
             torch.testing.assert_close(ranks[0][name], w.detach(), msg=name)
-    same = [(ranks[0][name] == w).float().mean() for name, w in model.snapped().items()]
-    assert min(same) > 0.9  # a sum in another order may move a weight over an edge
+    # A sum in another order moves a scale by its last bits, and a weight over an edge.
+    snapped = model.snapped().items()
+    same = [torch.isclose(ranks[0][name], w, rtol=1e-4).float().mean() for name, w in snapped]
+    assert min(same) > 0.9
 
 
 def test_liveness_says_what_happens() -> None:

@@ -64,7 +64,7 @@ def test_after_qat_the_trained_grid_is_kept_where_it_fits(train, program, cache_
     done = program("eval.py", "task=fill", "run=q", f"limit_bytes={CODE + size}")
     assert done.code == 0, done.err
     low, high = window(size)
-    fitted = RUNS / "q" / "exports" / f"fit_{CODE + size}.qat"
+    fitted = RUNS / "q" / "exports" / f"fill_{CODE + size}.qat"
     assert low <= fitted.stat().st_size <= high
     assert fitted.with_suffix(".png").is_file()
     again = program("eval.py", "task=fill", "run=q", f"limit_bytes={CODE + size}")
