@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import torch
-from qat.training.priming import Snapshot
 
 from qat.quantize import gradients
 from qat.quantize.grid import Grid
 from qat.quantize.plan import build_plan
 from qat.quantize.switch import QatSwitch
+from qat.training.loop import _Snapshot
 from tests.conftest import code_in
 
 
@@ -19,7 +21,9 @@ def test_a_gradient_rule_forgets_the_priming_steps(plug_in) -> None:
     switch.refresh(masters, True)
     before = {name: tensor.clone() for name, tensor in switch.gradient.state().items()}
     assert set(before) == {"codes w", "flips w"}
-    snapshot = Snapshot(masters, [], switch)
+    trainer = SimpleNamespace(optimizers=[])
+    loop = SimpleNamespace(masters=masters, trainer=trainer, switch=switch)
+    snapshot = _Snapshot(loop)  # type: ignore[arg-type]
     masters["w"].neg_()
     switch.refresh(masters, True)
     assert switch.gradient.state()["flips w"].any()
