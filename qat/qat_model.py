@@ -142,7 +142,7 @@ class QatModel(nn.Module):
         unused: list[str] = []
         if args or kwargs:
             seen = weights_seen(self.model, weights, *args, **kwargs)
-            unused = [n for n, w in weights.items() if n not in seen or not torch.equal(seen[n], w)]
+            unused = not_seen(weights, seen)
         masters = self.masters
         share = on_grid_share(seen, masters, self.plan, self.switch.learned_scales)
         dead = [
@@ -194,3 +194,8 @@ def weights_seen(
         for handle in handles:
             handle.remove()
     return seen
+
+
+def not_seen(weights: Mapping[str, Tensor], seen: Mapping[str, Tensor]) -> list[str]:
+    """Names of the weights that were handed in and that no module held when it was called."""
+    return [n for n, w in weights.items() if n not in seen or not torch.equal(seen[n], w)]

@@ -9,6 +9,7 @@ counts, or at the first file that does neither, whose bytes it then keeps. The p
 
 from __future__ import annotations
 
+import copy
 import faulthandler
 import hashlib
 import io
@@ -116,11 +117,11 @@ def edit(chooser: random.Random, content: Any) -> None:
         case 1:
             node[key] = [node[key]]
         case 2:
-            node[key] = json.loads(json.dumps(other[other_key]))
+            node[key] = copy.deepcopy(other[other_key])
         case 3 if isinstance(node, list):
-            node.insert(chooser.randint(0, len(node)), node[key])
-        case _:
-            node[key] = chooser.choice(ODD)
+            node.insert(chooser.randint(0, len(node)), copy.deepcopy(node[key]))
+        case _:  # a copy: what is edited next may lie inside it
+            node[key] = copy.deepcopy(chooser.choice(ODD))
 
 
 def forge(chooser: random.Random, data: bytes) -> bytes:

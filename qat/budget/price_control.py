@@ -6,7 +6,7 @@ root. Between these moves scales are learned, from the gradients of the loss and
 
 The price is what the controller adapts. Every few updates an estimate says how far the file is from
 the limit, and files really encoded say by how much estimates are wrong. All of it is on the clock.
-Time for the last encodings is kept back: after the last update all steps are zoomed by fractions
+Time for the last encodings is kept back: after the last update all scales are zoomed by fractions
 of a per cent, until the file lies in [``WINDOW``, 1] * limit.
 
 Bits and how they change (``qat.budget.bit_estimate``) are measured every ``EVERY`` updates and
@@ -127,8 +127,8 @@ class PriceControl:
 
     @torch.no_grad()
     def first_scales(self, masters: Tensors) -> dict[str, Tensor]:
-        """At the switch, after an update at least: steps (rows + columns, 1) at the price that ends
-        at the limit."""
+        """At the switch, after an update at least: scales (rows + columns, 1) at the price that
+        ends at the limit."""
         at_price_one = {
             e.name: scales_at_price_one(e, self._sensitivity(e.name)) for e in self.entries
         }
@@ -201,7 +201,7 @@ class PriceControl:
 
     @torch.no_grad()
     def land(self, masters: Tensors, scales: Tensors) -> None:
-        """After the last update: zoom the steps until the file is in the window.
+        """After the last update: zoom the scales until the file is in the window.
 
         Says so where it does not get there.
         """

@@ -15,7 +15,7 @@ and these the scale itself:
     learned  a parameter (LSQ, arXiv 1902.08153); without one as mse
     given    comes with the weights, from whoever chose the grid (the budget solver)
 
-With ``column_scales`` there is a step per column beside that per row, and they multiply:
+With ``column_scales`` there is a scale per column beside that per row, and they multiply:
 ``weight = code * row scale * column scale``. A weight matters by what its column reads and what its
 row feeds, so products are near the best scales where sensitivities differ (AWQ, arXiv 2306.00978,
 scales columns likewise). Both are stored in ``scale_dtype``, rows first.

@@ -38,10 +38,9 @@ from qat.training.fit import Outcome
 from qat.training.liveness import LivenessProof
 
 if TYPE_CHECKING:
-    from lightning.pytorch.loggers import Logger
-
     from qat.settings.command_line import Job
 
+log = logging.getLogger("qat")
 COLUMNS = ("step", "train_loss", "elapsed_seconds", "rate", "qat_on")
 
 
@@ -76,8 +75,6 @@ class MetricsFile(Logger):
     def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
         """The settings are in the run's config.yaml."""
 
-
-log = logging.getLogger("qat")
 
 OVERSIZE_EXIT_CODE = 3
 

@@ -33,10 +33,6 @@ from qat.settings.ranges import (
 )
 from qat.settings.schema import DataSettings, EvalTaskSettings, QatSettings, TrainSettings
 
-TASKS = (
-    "score", "sample", "inspect", "fill", "audit", "cabinet", "choose", "convert", "submission",
-    "report",
-)  # fmt: skip
 TEXT_SOURCES = ("web_bible", "text", "hub")
 
 
@@ -209,7 +205,6 @@ def _resolve_start(s: TrainSettings) -> QatSettings:
 def resolve_eval(settings: EvalTaskSettings, choices: Mapping[str, str | None]) -> EvalTaskSettings:
     """Checked settings of eval.py, ``data.*`` included."""
     s = settings
-    one_of("task", s.task, TASKS)
     if s.task != "score" and machine.world_size() > 1:
         raise UserError(f"task={s.task}: runs in one process; start it without torchrun")
     if s.task == "fill":

@@ -235,7 +235,7 @@ class ConstraintSettings:  # of task=choose: the most that a variant may have; n
 
 @dataclass
 class EvalTaskSettings:
-    task: str = "score"  # what to do; all of them: TASKS in qat/settings/checks.py
+    task: str = "score"  # what to do; all of them: TASKS in eval.py
     artifact: str | None = None  # file: a .qat, or a .ptz of the challenge
     out: str | None = None  # what is written: convert's .ptz, fill's .qat, submission's folder
     run: str | None = None  # run folder or run name; stands for its artifact

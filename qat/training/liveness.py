@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from qat.errors import TrainingError
-from qat.qat_model import weights_seen
+from qat.qat_model import not_seen, weights_seen
 from qat.quantize.plan import Plan
 from qat.quantize.rounding import group_views
 from qat.quantize.switch import on_grid_share
@@ -64,13 +64,11 @@ class LivenessProof(UpdateHook):
 
 def check_all_seen(model: nn.Module, weights: Mapping[str, Tensor], ids_BT: Tensor) -> None:
     """TrainingError naming a weight that the forward pass does not take from ``weights``."""
-    seen = weights_seen(model, weights, ids_BT)
-    for name, weight in weights.items():
-        if name not in seen or not torch.equal(seen[name], weight):
-            raise TrainingError(
-                f"{name}: the forward pass does not use this weight through the copy handed to it, "
-                "so quantizing it in training would have no effect"
-            )
+    for name in not_seen(weights, weights_seen(model, weights, ids_BT)):
+        raise TrainingError(
+            f"{name}: the forward pass does not use this weight through the copy handed to it, "
+            "so quantizing it in training would have no effect"
+        )
 
 
 def check_graph_uses(loss: Tensor, weights: Mapping[str, Tensor]) -> None:

@@ -28,7 +28,7 @@ from tests.evaluation.test_windows import SHAPE, scorer
 from tests.test_torchrun import torchrun
 
 METRICS_DOC = ROOT / "docs" / "metrics.md"
-NAMES = {  # as METRICS.md abbreviates them
+NAMES = {  # as metrics.md abbreviates them
     "MODEL": "float|artifact",
     "TIER": "all|head|mid|tail",
     "KIND": "[a-z_]+",

@@ -71,7 +71,7 @@ def test_the_solvers_scales_are_made_finer_until_gptq_fills_the_limit(
     rounded, row = result_of(RUNS / "rounded"), result_of(RUNS / "by_gptq")
     for each in (rounded, row):
         assert 0.999 * 24_000 <= each["artifact_bytes"] <= 24_000
-    assert row["grid"] == ("int6+fit+gptq" if bit_price == "0" else "int6+fit+gptq0.5")
+    assert row["grid"] == ("int6+fill+gptq" if bit_price == "0" else "int6+fill+gptq0.5")
     assert row["val_bpb_snapped"] == pytest.approx(row["val_bpb_artifact"], abs=1e-12)
     files = [read_artifact(RUNS / name / "artifact.qat") for name in ("rounded", "by_gptq")]
     codes = [{i.entry.name: i.coded.codes for i in f.encoded if i.coded} for f in files]

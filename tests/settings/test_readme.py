@@ -13,9 +13,10 @@ import pytest
 import torch
 from torch import nn
 
+import eval as eval_program
 import qat
 import train
-from qat.settings import checks, machine
+from qat.settings import machine
 from qat.settings.command_line import Program, main
 from qat.settings.schema import EvalTaskSettings, TrainSettings
 from tests.conftest import ROOT
@@ -86,7 +87,7 @@ def test_command(
     arguments = [word for word in words if word not in launchers]
     monkeypatch.setattr(sys, "argv", [f"{name}.py", *arguments])
     seen = []
-    resolve = train.resolve if name == "train" else checks.resolve_eval
+    resolve = (train if name == "train" else eval_program).resolve
     program = Program(
         name, resolve, lambda settings, job: seen.append(settings) or 0, after_sweep=lambda _: 0
     )
