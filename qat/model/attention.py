@@ -15,6 +15,20 @@ from torch import Tensor
 QUERY_BLOCK = 128
 
 
+def rotary_angles(x_BHTD: Tensor, base: float, first_position: int = 0) -> tuple[Tensor, Tensor]:
+    """Cosine and sine (T, D / 2), of ``x``'s dtype, of position * base ** (-2 i / D).
+
+    By them the pair (i, i + D / 2) of each head is turned, in the direction that its architecture
+    takes (arXiv 2104.09864).
+    """
+    half = x_BHTD.size(-1) // 2
+    exponent = torch.arange(half, device=x_BHTD.device, dtype=torch.float32) / half
+    end = first_position + x_BHTD.size(-2)
+    position = torch.arange(first_position, end, device=x_BHTD.device, dtype=torch.float32)
+    angle_TD = torch.outer(position, base**-exponent)
+    return angle_TD.cos().to(x_BHTD.dtype), angle_TD.sin().to(x_BHTD.dtype)
+
+
 def causal_attention(q_BHTD: Tensor, k_BGTD: Tensor, v_BGTD: Tensor) -> Tensor:
     """(B, H, T, D) queries over G key and value heads, G dividing H -> (B, H, T, D).
 

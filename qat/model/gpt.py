@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qat.model.attention import causal_attention
+from qat.model.attention import causal_attention, rotary_angles
 from qat.model.losses import softcap, softcap_cross_entropy
 from qat.model.spec import ModelSpec
 
@@ -32,13 +32,8 @@ def rms_norm(x: Tensor) -> Tensor:
 
 def rotate(x_BHTD: Tensor, first_position: int = 0) -> Tensor:
     """Rotary position embedding over the two halves of the head dimension."""
-    half = x_BHTD.size(-1) // 2
-    exponent = torch.arange(half, device=x_BHTD.device, dtype=torch.float32) / half
-    end = first_position + x_BHTD.size(-2)
-    position = torch.arange(first_position, end, device=x_BHTD.device, dtype=torch.float32)
-    angle_TD = torch.outer(position, ROPE_BASE**-exponent)
-    cos, sin = angle_TD.cos().to(x_BHTD.dtype), angle_TD.sin().to(x_BHTD.dtype)
-    a, b = x_BHTD.split(half, dim=-1)
+    cos, sin = rotary_angles(x_BHTD, ROPE_BASE, first_position)
+    a, b = x_BHTD.chunk(2, dim=-1)
     return torch.cat((a * cos + b * sin, b * cos - a * sin), dim=-1)
 
 

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qat.model.attention import causal_attention
+from qat.model.attention import causal_attention, rotary_angles
 from qat.model.spec import ModelSpec
 
 INIT_STD = 0.02  # of matrices; those that write into the residual stream 1 / sqrt(2 * layers) of it
@@ -24,12 +24,8 @@ INIT_STD = 0.02  # of matrices; those that write into the residual stream 1 / sq
 
 def rotate_halves(x_BHTD: Tensor, base: float) -> Tensor:
     """Each pair (i, i + D / 2) turned by position * base ** (-2 i / D)."""
-    half = x_BHTD.size(-1) // 2
-    exponent = torch.arange(half, device=x_BHTD.device, dtype=torch.float32) / half
-    position = torch.arange(x_BHTD.size(-2), device=x_BHTD.device, dtype=torch.float32)
-    angle_TD = torch.outer(position, base**-exponent)
-    cos, sin = angle_TD.cos().to(x_BHTD.dtype), angle_TD.sin().to(x_BHTD.dtype)
-    a, b = x_BHTD.split(half, dim=-1)
+    cos, sin = rotary_angles(x_BHTD, base)
+    a, b = x_BHTD.chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
 
 
