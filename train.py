@@ -91,6 +91,7 @@ def train(s: TrainSettings, training_run) -> int:
     from qat.text.source import from_settings
     from qat.text.tokenizer import Tokenizer
     from qat.training.averaging import Averaging
+    from qat.training.build import build_model
     from qat.training.checkpoint import Checkpoints, load_checkpoint, save_checkpoint
     from qat.training.fit import (
         Forecast,
@@ -115,6 +116,7 @@ def train(s: TrainSettings, training_run) -> int:
             stream.check_ids(s.model.vocab_size)
         tokenizer.check_unknown(val_stream)
     plan, spec = training_run.plan, training_run.spec
+    module = build_model(s.model, s.seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     scorer = Scorer(
         spec, val_stream, tokenizer.byte_table, s.seq_len, s.eval, device, training_run.console
@@ -154,7 +156,7 @@ def train(s: TrainSettings, training_run) -> int:
         *([TrainToBytes(control)] if control is not None else []),
         Checkpoints(write, s.checkpoint.every_steps, s.checkpoint.every_seconds),
     ]
-    loop = build_loop(s, plan, hooks)
+    loop = build_loop(s, module, plan, hooks)
     batches = BatchShape(s.batch_tokens, s.seq_len, machine.world_size(), loop.pace.micro_batches)
     outcome = fit(loop, train_stream, batches, trainer, state)
 

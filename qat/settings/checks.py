@@ -72,8 +72,6 @@ def resolve_train(settings: TrainSettings, choices: Mapping[str, str | None]) ->
     _check_name("run_name", s.run_name)
     _check_name("sweep_name", s.sweep_name)
     check_model(s.model)
-    if (weights := s.model.init_from) is not None and not Path(weights).is_file():
-        raise UserError(f"model.init_from={weights}: not weights of this model (no such file)")
     _check_batches(s)
     _check_data(s.data)
     one_of("data.source", s.data.source, TEXT_SOURCES)

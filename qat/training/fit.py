@@ -17,6 +17,7 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins.environments import LightningEnvironment, TorchElasticEnvironment
+from torch import nn
 from torch.utils.data import DataLoader
 
 from qat.budget.budget import Budget
@@ -28,7 +29,7 @@ from qat.settings.checks import micro_batches
 from qat.settings.schema import TrainSettings
 from qat.text.batches import BatchShape, TrainingBatches
 from qat.text.shards import TokenStream
-from qat.training.build import build_model, build_schedule
+from qat.training.build import build_schedule
 from qat.training.loop import Pace, TrainingLoop, UpdateHook
 from qat.training.schedule import Schedule
 
@@ -166,11 +167,13 @@ class StopAtSigterm(Callback):
             signal.signal(signal.SIGTERM, self._before)
 
 
-def build_loop(s: TrainSettings, plan: Plan, hooks: Sequence[UpdateHook]) -> TrainingLoop:
-    """The model of the settings, in a loop that trains it as they say."""
+def build_loop(
+    s: TrainSettings, module: nn.Module, plan: Plan, hooks: Sequence[UpdateHook]
+) -> TrainingLoop:
+    """A loop that trains the module as the settings say."""
     gradient = s.qat.gradient if s.qat.enabled else "identity"
     is_compiled = s.compile == "true"
-    model = QatModel(build_model(s.model, s.seed), plan, gradient, s.seed, fused=is_compiled)
+    model = QatModel(module, plan, gradient, s.seed, fused=is_compiled)
     pace = Pace(
         micro_batches(s), s.schedule.warmup_steps, s.precision, is_compiled, s.logger.every_steps
     )

@@ -17,18 +17,25 @@ import pytest
 
 from qat.golf import submission_task as submission
 from qat.golf.bundle import ROOT, code_files, count_code_bytes
+from qat.model.spec import architectures
 from tests.conftest import _call, result_of
 from tests.test_torchrun import ENVIRONMENT
 
 CHALLENGE_KEYS = ["author", "github_id", "name", "blurb", "date", "val_loss", "val_bpb",
                   "bytes_total", "bytes_code"]  # fmt: skip
-# In the file for runs that ask for them: the hub, W&B, CUDA, resume=RUN, and scoring.
+# In the file for runs that ask for them: W&B, CUDA, resume=RUN, and scoring.
 ON_DEMAND = {
-    "qat.text.source", "qat.runs.wandb_log", "qat.quantize.triton_kernels", "qat.runs.resume",
+    "qat.runs.wandb_log", "qat.quantize.triton_kernels", "qat.runs.resume",
     "qat.artifact.class_coder", "eval", "qat.evaluation.score_task",
 }  # fmt: skip
 # What the file itself imports by name; Python lists only what import statements do.
 BY_NAME = {"qat", "qat.settings", "qat.settings.command_line", "train"}
+FOUND_BY_LOOKING = {f"qat.model.{name}" for name in architectures()} | {
+    f"qat.quantize.{folder}.{path.stem}"
+    for folder in ("levels", "gradients")
+    for path in (ROOT / "qat" / "quantize" / folder).glob("*.py")
+    if path.stem not in ("__init__", "learned")  # the switch imports that one
+}
 
 
 @pytest.fixture(scope="module")
@@ -134,7 +141,7 @@ def test_it_trains_the_same_run_again(handed_in: Path, finished: Path, tmp_path:
         ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
         for path in code_files()
     }
-    assert packed - imported == ON_DEMAND | BY_NAME
+    assert packed - imported == ON_DEMAND | BY_NAME | FOUND_BY_LOOKING
 
 
 @pytest.mark.slow
