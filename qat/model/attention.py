@@ -11,22 +11,9 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
 
 QUERY_BLOCK = 128
-
-
-def rotary_angles(x_BHTD: Tensor, base: float, first_position: int = 0) -> tuple[Tensor, Tensor]:
-    """Cosine and sine (T, D / 2), of ``x``'s dtype, of position * base ** (-2 i / D).
-
-    By them the pair (i, i + D / 2) of each head is turned, in the direction that its architecture
-    takes (arXiv 2104.09864).
-    """
-    half = x_BHTD.size(-1) // 2
-    exponent = torch.arange(half, device=x_BHTD.device, dtype=torch.float32) / half
-    end = first_position + x_BHTD.size(-2)
-    position = torch.arange(first_position, end, device=x_BHTD.device, dtype=torch.float32)
-    angle_TD = torch.outer(position, base**-exponent)
-    return angle_TD.cos().to(x_BHTD.dtype), angle_TD.sin().to(x_BHTD.dtype)
 
 
 def causal_attention(q_BHTD: Tensor, k_BGTD: Tensor, v_BGTD: Tensor) -> Tensor:
@@ -34,15 +21,18 @@ def causal_attention(q_BHTD: Tensor, k_BGTD: Tensor, v_BGTD: Tensor) -> Tensor:
 
     There may be fewer queries than keys: they are the last ones then.
     """
-    if q_BHTD.device.type == "cuda" or not torch.is_grad_enabled():
-        queries, keys = q_BHTD.size(2), k_BGTD.size(2)
-        mask = None
-        if queries < keys:  # is_causal would take them for the first ones
-            mask = torch.ones(queries, keys, dtype=torch.bool, device=q_BHTD.device)
-            mask = mask.tril(keys - queries)
-        grouped = q_BHTD.size(1) != k_BGTD.size(1)
+    queries, keys, is_cuda = q_BHTD.size(2), k_BGTD.size(2), q_BHTD.device.type == "cuda"
+    if is_cuda or not torch.is_grad_enabled():
+        is_grouped = q_BHTD.size(1) != k_BGTD.size(1)
+        if is_grouped and is_cuda and (q_BHTD.dtype == torch.float32 or queries < keys):
+            # These kernels know no groups: torch would write out all T x T scores.
+            copies = q_BHTD.size(1) // k_BGTD.size(1)
+            k_BGTD, v_BGTD = (t.repeat_interleave(copies, dim=1) for t in (k_BGTD, v_BGTD))
+            is_grouped = False
+        # is_causal would take fewer queries for the first ones
+        mask = causal_lower_right(queries, keys) if queries < keys else None
         return F.scaled_dot_product_attention(
-            q_BHTD, k_BGTD, v_BGTD, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped
+            q_BHTD, k_BGTD, v_BGTD, attn_mask=mask, is_causal=mask is None, enable_gqa=is_grouped
         )
     return _by_blocks(q_BHTD, k_BGTD, v_BGTD)
 

@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qat.model.attention import causal_attention, rotary_angles
+from qat.model.attention import causal_attention
+from qat.model.layers import in_autocast_dtype, products, rotary_angles
 from qat.model.losses import softcap, softcap_cross_entropy
 from qat.model.spec import ModelSpec
 
@@ -30,10 +31,10 @@ def rms_norm(x: Tensor) -> Tensor:
     return F.rms_norm(x, (x.size(-1),))
 
 
-def rotate(x_BHTD: Tensor, first_position: int = 0) -> Tensor:
+def rotate(x_BTHD: Tensor, first_position: int = 0) -> Tensor:
     """Rotary position embedding over the two halves of the head dimension."""
-    cos, sin = rotary_angles(x_BHTD, ROPE_BASE, first_position)
-    a, b = x_BHTD.chunk(2, dim=-1)
+    cos, sin = rotary_angles(x_BTHD, ROPE_BASE, first_position)
+    a, b = x_BTHD.chunk(2, dim=-1)
     return torch.cat((a * cos + b * sin, b * cos - a * sin), dim=-1)
 
 
@@ -42,7 +43,6 @@ class Attention(nn.Module):
 
     def __init__(self, dim: int, num_heads: int, num_kv_heads: int) -> None:
         super().__init__()
-        self.num_heads, self.num_kv_heads = num_heads, num_kv_heads
         self.head_dim = dim // num_heads
         kv_dim = num_kv_heads * self.head_dim
         self.c_q = nn.Linear(dim, dim, bias=False)
@@ -52,19 +52,18 @@ class Attention(nn.Module):
         self.q_gain = nn.Parameter(torch.full((num_heads,), QUERY_GAIN))
 
     def forward(self, x_BTC: Tensor, tail: int | None = None) -> Tensor:
-        batch, time, dim = x_BTC.shape
-        tail = time if tail is None else tail
-
-        def heads(projected: Tensor, count: int) -> Tensor:
-            return projected.view(batch, -1, count, self.head_dim).transpose(1, 2)
-
-        q = rms_norm(heads(self.c_q(x_BTC[:, time - tail :]), self.num_heads))
-        q = rotate(q, time - tail)
-        k = rotate(rms_norm(heads(self.c_k(x_BTC), self.num_kv_heads)))
-        v = heads(self.c_v(x_BTC), self.num_kv_heads)
-        q = q * self.q_gain.to(q.dtype)[None, :, None, None]
-        y = self.attend(q, k, v)
-        return self.proj(y.transpose(1, 2).reshape(batch, tail, dim))
+        time = x_BTC.size(1)
+        if tail is None or tail == time:
+            first, projected = 0, products(x_BTC, self.c_q, self.c_k, self.c_v)
+        else:
+            first = time - tail
+            projected = [self.c_q(x_BTC[:, first:]), *products(x_BTC, self.c_k, self.c_v)]
+        q, k, v = (x.unflatten(-1, (-1, self.head_dim)) for x in projected)
+        q = rotate(rms_norm(q), first) * self.q_gain.to(q.dtype)[:, None]
+        k = rotate(rms_norm(k))
+        # Heads are transposed as views only, so that no pass over memory moves them.
+        y = self.attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+        return self.proj(y.transpose(1, 2).flatten(2))
 
 
 class MLP(nn.Module):
@@ -132,7 +131,7 @@ class GPT(nn.Module):
 
     def hidden(self, ids_BT: Tensor, tail: int | None = None) -> Tensor:
         """Normalised last hidden state (B, T, C), or (B, tail, C)."""
-        x = first = rms_norm(self.tok_emb(ids_BT))
+        x = first = rms_norm(in_autocast_dtype(self.tok_emb(ids_BT)))
         pushed: list[Tensor] = []
         last = len(self.blocks) - 1
         for index, block in enumerate(self.blocks):

@@ -16,16 +16,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qat.model.attention import causal_attention, rotary_angles
+from qat.model.attention import causal_attention
+from qat.model.layers import in_autocast_dtype, products, rotary_angles
 from qat.model.spec import ModelSpec
 
 INIT_STD = 0.02  # of matrices; those that write into the residual stream 1 / sqrt(2 * layers) of it
 
 
-def rotate_halves(x_BHTD: Tensor, base: float) -> Tensor:
+def rotate_halves(x_BTHD: Tensor, base: float) -> Tensor:
     """Each pair (i, i + D / 2) turned by position * base ** (-2 i / D)."""
-    cos, sin = rotary_angles(x_BHTD, base)
-    a, b = x_BHTD.chunk(2, dim=-1)
+    cos, sin = rotary_angles(x_BTHD, base)
+    a, b = x_BTHD.chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
 
 
@@ -40,13 +41,10 @@ class LlamaAttention(nn.Module):
         self.o_proj = nn.Linear(dim, dim, bias=False)
 
     def forward(self, x_BTC: Tensor) -> Tensor:
-        q, k, v = (
-            layer(x_BTC).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-            for layer in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        y_BHTD = causal_attention(
-            rotate_halves(q, self.rope_base), rotate_halves(k, self.rope_base), v
-        )
+        projected = products(x_BTC, self.q_proj, self.k_proj, self.v_proj)
+        q, k, v = (x.unflatten(-1, (-1, self.head_dim)) for x in projected)
+        q, k = rotate_halves(q, self.rope_base), rotate_halves(k, self.rope_base)
+        y_BHTD = causal_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
         return self.o_proj(y_BHTD.transpose(1, 2).flatten(2))
 
 
@@ -58,7 +56,8 @@ class SwiGLU(nn.Module):
         self.down_proj = nn.Linear(mlp_dim, dim, bias=False)
 
     def forward(self, x_BTC: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x_BTC)) * self.up_proj(x_BTC))
+        gate, up = products(x_BTC, self.gate_proj, self.up_proj)
+        return self.down_proj(F.silu(gate) * up)
 
 
 class LlamaBlock(nn.Module):
@@ -87,7 +86,7 @@ class LlamaTrunk(nn.Module):
         self.norm = nn.RMSNorm(spec.dim, sizes["norm_eps"])
 
     def forward(self, ids_BT: Tensor) -> Tensor:
-        x_BTC = self.embed_tokens(ids_BT)
+        x_BTC = in_autocast_dtype(self.embed_tokens(ids_BT))
         for layer in self.layers:
             x_BTC = layer(x_BTC)
         return self.norm(x_BTC)

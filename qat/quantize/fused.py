@@ -50,16 +50,14 @@ class FusedSnap:
             self._snapped = {name: torch.empty_like(w) for name, w in weights.items()}
         codings = [
             coding_from(found, batch.grid, batch.columns)
-            for batch, found in zip(
-                self.batches, self._passes.look(weights, self.batches), strict=True
-            )
+            for batch, found in zip(self.batches, self._passes.look(weights), strict=True)
         ]
-        self._passes.write(weights, self.batches, codings, self._snapped)
+        self._passes.write(weights, codings, self._snapped)
         return self._snapped
 
     def _passes_for(self, weights: dict[str, Tensor]) -> CompiledPasses | TritonPasses:
         if weights[self.names[0]].device.type != "cuda":
-            return CompiledPasses()
+            return CompiledPasses(self.batches)
         from qat.quantize.triton_kernels import TritonPasses  # is there with CUDA only
 
         return TritonPasses(weights, self.batches)

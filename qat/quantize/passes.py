@@ -6,11 +6,12 @@ On CUDA their place is taken by Triton kernels (``triton_kernels.py``) that give
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from qat.compiled import compiled
 from qat.quantize.grid import Grid
 from qat.quantize.plan import Entry
 from qat.quantize.rounding import (
@@ -22,9 +23,6 @@ from qat.quantize.rounding import (
     order_statistics,
 )
 
-if TYPE_CHECKING:
-    pass
-
 Found = tuple[Tensor, ...]  # order statistics of a batch, each (groups of the batch,)
 
 
@@ -33,7 +31,10 @@ class GroupBatch(NamedTuple):
 
     grid: Grid
     columns: int
-    views: list[tuple[str, int]]  # tensor and index of the view in ``group_views``
+    views: tuple[tuple[str, int], ...]  # tensor and index of the view in ``group_views``
+
+
+Batches = tuple[GroupBatch, ...]
 
 
 def _shapes_of_views(entry: Entry) -> list[Tensor]:
@@ -48,17 +49,17 @@ def is_fusable(entry: Entry) -> bool:
     return all(order_statistics(view, grid) for view in _shapes_of_views(entry))
 
 
-def batches_of(entries: list[Entry]) -> list[GroupBatch]:
-    batches: dict[tuple[Grid, int], GroupBatch] = {}
+def batches_of(entries: list[Entry]) -> Batches:
+    views: dict[tuple[Grid, int], list[tuple[str, int]]] = {}
     for entry in entries:
         assert entry.grid is not None
         for index, view in enumerate(_shapes_of_views(entry)):
             key = entry.grid, view.size(-1)
-            batches.setdefault(key, GroupBatch(*key, [])).views.append((entry.name, index))
-    return list(batches.values())
+            views.setdefault(key, []).append((entry.name, index))
+    return tuple(GroupBatch(*key, tuple(found)) for key, found in views.items())
 
 
-def _look(weights: Mapping[str, Tensor], batches: list[GroupBatch]) -> list[Found]:
+def _look(weights: Mapping[str, Tensor], batches: Batches) -> list[Found]:
     """Order statistics of every batch, tensor after tensor."""
     found = []
     for grid, _, views in batches:
@@ -70,9 +71,9 @@ def _look(weights: Mapping[str, Tensor], batches: list[GroupBatch]) -> list[Foun
 
 def _write(
     weights: Mapping[str, Tensor],
-    batches: list[GroupBatch],
     codings: list[Coding],
     into: Mapping[str, Tensor],
+    batches: Batches,
 ) -> None:
     """Write every tensor's snapped weights."""
     parts: dict[str, dict[int, Tensor]] = {name: {} for name in weights}
@@ -91,8 +92,16 @@ def _write(
 
 
 class CompiledPasses:
-    """The two big passes on a CPU."""
+    """The two big passes on a CPU, compiled once for all runs with such tensors on such grids."""
 
-    def __init__(self) -> None:
-        self.look = torch.compile(_look, dynamic=False, fullgraph=True)
-        self.write = torch.compile(_write, dynamic=False, fullgraph=True)
+    def __init__(self, batches: Batches) -> None:
+        def look(weights: Mapping[str, Tensor]) -> list[Found]:
+            return _look(weights, batches)
+
+        def write(
+            weights: Mapping[str, Tensor], codings: list[Coding], into: Mapping[str, Tensor]
+        ) -> None:
+            _write(weights, codings, into, batches)
+
+        self.look = compiled(("look", batches), lambda: look)
+        self.write = compiled(("write", batches), lambda: write)

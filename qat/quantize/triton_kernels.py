@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qat.quantize.passes import Found, GroupBatch
+from qat.quantize.passes import Batches, Found, GroupBatch
 from qat.quantize.rounding import Coding, group_views, order_statistics
 
 MAX_BLOCK = 1024
@@ -94,7 +94,8 @@ def _write_kernel(
 class TritonPasses:
     """``look`` and ``write`` of one plan; tables of addresses are made once."""
 
-    def __init__(self, weights: Mapping[str, Tensor], batches: list[GroupBatch]) -> None:
+    def __init__(self, weights: Mapping[str, Tensor], batches: Batches) -> None:
+        self._batches = batches
         self._device = next(iter(weights.values())).device
         self._tables = [self._table(weights, batch) for batch in batches]
         self._pointers: dict[tuple[int, ...], Tensor] = {}
@@ -116,11 +117,11 @@ class TritonPasses:
             self._pointers[addresses] = torch.tensor(addresses, device=self._device)
         return self._pointers[addresses]
 
-    def look(self, weights: Mapping[str, Tensor], batches: list[GroupBatch]) -> list[Found]:
+    def look(self, weights: Mapping[str, Tensor]) -> list[Found]:
         """As ``fused._look``."""
         found: list[Found] = []
         pointers = self._addresses(weights)
-        for batch, (tensor_of, offset_of) in zip(batches, self._tables, strict=True):
+        for batch, (tensor_of, offset_of) in zip(self._batches, self._tables, strict=True):
             probe = torch.empty(1, 1, batch.columns, device="meta")
             count = len(order_statistics(probe, batch.grid))
             is_range = batch.grid.range == "asymmetric"
@@ -136,14 +137,13 @@ class TritonPasses:
     def write(
         self,
         weights: Mapping[str, Tensor],
-        batches: list[GroupBatch],
         codings: list[Coding],
         into: Mapping[str, Tensor],
     ) -> None:
         """As ``fused._write``."""
         pointers, into_pointers = self._addresses(weights), self._addresses(into)
         for batch, coding, (tensor_of, offset_of) in zip(
-            batches, codings, self._tables, strict=True
+            self._batches, codings, self._tables, strict=True
         ):
             low, high = batch.grid.table.limits
             scale = coding.stored_scale.float()

@@ -29,8 +29,8 @@ from qat.settings.checks import micro_batches
 from qat.settings.schema import TrainSettings
 from qat.text.batches import BatchShape, TrainingBatches
 from qat.text.shards import TokenStream
-from qat.training.build import build_schedule
-from qat.training.loop import Pace, TrainingLoop, UpdateHook
+from qat.training.build import build_schedule, spec_of
+from qat.training.loop import Pace, TrainingLoop, UpdateHook, compiled_loss
 from qat.training.schedule import Schedule
 
 log = logging.getLogger("qat")
@@ -174,10 +174,9 @@ def build_loop(
     gradient = s.qat.gradient if s.qat.enabled else "identity"
     is_compiled = s.compile == "true"
     model = QatModel(module, plan, gradient, s.seed, fused=is_compiled)
-    pace = Pace(
-        micro_batches(s), s.schedule.warmup_steps, s.precision, is_compiled, s.logger.every_steps
-    )
-    return TrainingLoop(model, build_schedule(s), s.optimizer, pace, hooks)
+    pace = Pace(micro_batches(s), s.schedule.warmup_steps, s.precision, s.logger.every_steps)
+    loss = compiled_loss(spec_of(s.model)) if is_compiled else None
+    return TrainingLoop(model, build_schedule(s), s.optimizer, pace, hooks, loss)
 
 
 def price_control(

@@ -18,17 +18,20 @@ import logging
 import math
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from lightning import LightningModule
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from qat.compiled import compiled
 from qat.errors import PreemptedError, TrainingError
+from qat.model.registry import empty_model
+from qat.model.spec import ModelSpec
 from qat.qat_model import QatModel
 from qat.settings.schema import OptimizerSettings
 from qat.training.clock import TrainingClock
@@ -37,6 +40,7 @@ from qat.training.schedule import Schedule
 
 log = logging.getLogger("qat")
 Batch = tuple[Tensor, Tensor]  # ids and targets (B, T)
+LossFunction = Callable[[dict[str, Tensor], Tensor, Tensor], Tensor]  # of weights, ids and targets
 
 
 @dataclass
@@ -58,7 +62,6 @@ class Pace:
     micro_batches: int = 1  # forward passes of an update, on each rank
     warmup_steps: int = 1
     precision: str = "fp32"  # or bf16: autocast over float32 masters
-    compile: bool = False
     log_every_steps: int = 10
 
 
@@ -105,6 +108,20 @@ class UpdateHook:
 
     def load_state(self, state: Mapping[str, Any], loop: TrainingLoop) -> None:
         """The inverse of ``state``; the loop's own state is loaded already."""
+
+
+def loss_of(model: nn.Module) -> LossFunction:
+    """The loss of a module of this kind; its own weights are not looked at."""
+
+    def loss(weights: dict[str, Tensor], ids_BT: Tensor, targets_BT: Tensor) -> Tensor:
+        return torch.func.functional_call(model, weights, (ids_BT, targets_BT))
+
+    return loss
+
+
+def compiled_loss(spec: ModelSpec) -> LossFunction:
+    """Of any model of this spec, shared by all runs of this process."""
+    return compiled(("loss", spec), lambda: loss_of(empty_model(spec)))
 
 
 class _Snapshot:
@@ -169,7 +186,10 @@ class _Losses:
 
 
 class TrainingLoop(LightningModule):
-    """Trains ``model`` until ``schedule`` says stop."""
+    """Trains ``model`` until ``schedule`` says stop.
+
+    ``loss`` is that of the model's module, perhaps compiled (default: as it is).
+    """
 
     def __init__(
         self,
@@ -178,6 +198,7 @@ class TrainingLoop(LightningModule):
         optimizer_settings: OptimizerSettings,
         pace: Pace,
         hooks: Sequence[UpdateHook] = (),
+        loss: LossFunction | None = None,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
@@ -195,14 +216,14 @@ class TrainingLoop(LightningModule):
         self._resumed_optimizers: list[dict] = []
         self._micro = 0
         self._is_first_batch = True
-        if pace.compile:
-            torch.compiler.reset()  # graphs of earlier runs of a sweep count against a limit
-        self.loss = torch.compile(self._loss, fullgraph=True) if pace.compile else self._loss
+        self._loss = loss or loss_of(model.model)
 
-    def _loss(self, weights: dict[str, Tensor], ids_BT: Tensor, targets_BT: Tensor) -> Tensor:
+    def loss(self, weights: dict[str, Tensor], ids_BT: Tensor, targets_BT: Tensor) -> Tensor:
+        """Mean loss in nats of a model of these weights."""
+        # Around the compiled function, not in it: torch keeps no graph that enters autocast.
         enabled = self.pace.precision == "bf16"
         with torch.autocast(ids_BT.device.type, torch.bfloat16, enabled=enabled):
-            return torch.func.functional_call(self.model.model, weights, (ids_BT, targets_BT))
+            return self._loss(weights, ids_BT, targets_BT)
 
     @property
     def is_over(self) -> bool:

@@ -7,11 +7,14 @@ import os
 import shutil
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
 from torch import Tensor
 
+from qat.compiled import forget
+from qat.quantize import passes
 from qat.quantize.fused import FusedSnap
 from qat.quantize.grid import Grid
 from qat.quantize.passes import CompiledPasses
@@ -74,16 +77,15 @@ def check(fused: FusedSnap, masters: dict[str, Tensor], plan: Plan) -> None:
 
 
 class _PlainPasses(CompiledPasses):
-    def __init__(self) -> None:
-        from qat.quantize import passes
-
-        self.look, self.write = passes._look, passes._write
+    def __init__(self, batches: passes.Batches) -> None:
+        self.look = partial(passes._look, batches=batches)
+        self.write = partial(passes._write, batches=batches)
 
 
 def test_taken_apart_and_put_together_in_plain_torch() -> None:
     masters = weights()
     fused = FusedSnap(plan_of(masters))
-    fused._passes_for = lambda weights: _PlainPasses()  # type: ignore[method-assign]
+    fused._passes_for = lambda weights: _PlainPasses(fused.batches)  # type: ignore[method-assign]
     check(fused, masters, plan_of(masters))
 
 
@@ -94,10 +96,10 @@ def test_taken_apart_and_put_together_in_plain_torch() -> None:
 )
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 def test_compiled() -> None:
-    torch._dynamo.reset()
+    forget()
     masters = weights()
     check(FusedSnap(plan_of(masters)), masters, plan_of(masters))
-    torch._dynamo.reset()
+    forget()
 
 
 @pytest.mark.skipif(
@@ -125,7 +127,7 @@ def triton_check() -> None:
 
 
 def test_the_switch_gives_the_same_weights_fused_or_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(FusedSnap, "_passes_for", lambda self, weights: _PlainPasses())
+    monkeypatch.setattr(FusedSnap, "_passes_for", lambda self, _: _PlainPasses(self.batches))
     masters = {name: w.requires_grad_() for name, w in weights().items()}
     plain, fused = QatSwitch(plan_of(masters)), QatSwitch(plan_of(masters), fused=True)
     for switch in (plain, fused):

@@ -13,6 +13,7 @@ import torch
 from torch._dynamo.utils import counters
 
 from qat.artifact.container import read_artifact
+from qat.compiled import forget
 from qat.errors import TrainingError
 from qat.model.gpt import GPT
 from qat.model.spec import ModelSpec
@@ -28,7 +29,7 @@ from qat.text.shards import TokenStream
 from qat.training.clock import TrainingClock
 from qat.training.fit import build_trainer
 from qat.training.liveness import LivenessProof
-from qat.training.loop import Pace, TrainingLoop
+from qat.training.loop import Pace, TrainingLoop, compiled_loss
 from qat.training.schedule import Schedule
 from tests.conftest import GOLF, Done, result_of
 
@@ -183,13 +184,15 @@ def module(
     compile_model: bool, start_step: int | None, max_steps: int, grid: Grid = INT4
 ) -> TrainingLoop:
     torch.manual_seed(0)
-    gpt = GPT(ModelSpec(512, 2, 32, 4, 2, 2, True))
+    spec = ModelSpec(512, 2, 32, 4, 2, 2, True)
+    gpt = GPT(spec)
     shapes = {name: tuple(p.shape) for name, p in gpt.named_parameters()}
     plan = build_plan(shapes, {"grid": grid}, {"*.weight": "grid", "*": "fp16"})
     schedule = Schedule(None, max_steps, 2, 0.85, 0.95, 500, start_step)
-    pace = Pace(compile=compile_model, log_every_steps=1)
+    pace = Pace(log_every_steps=1)
+    loss = compiled_loss(spec) if compile_model else None
     model = QatModel(gpt, plan, fused=compile_model)
-    return TrainingLoop(model, schedule, OptimizerSettings(), pace, [LivenessProof()])
+    return TrainingLoop(model, schedule, OptimizerSettings(), pace, [LivenessProof()], loss)
 
 
 def proof_of(loop: TrainingLoop) -> LivenessProof:
@@ -214,7 +217,7 @@ def test_one_model_graph_before_and_after_the_switch(
 ) -> None:
     """Promise 3 in the real training loop: Lightning, compiled model, switch at step 3."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
-    torch._dynamo.reset()
+    forget()
     counters.clear()
     under_test = module(compile_model=True, start_step=3, max_steps=6)
     with torch._dynamo.config.patch(error_on_recompile=True):
@@ -222,7 +225,10 @@ def test_one_model_graph_before_and_after_the_switch(
     assert under_test.progress.qat_steps == 3
     assert counters["stats"]["unique_graphs"] == 3  # the model, and the two passes of the snap
     assert proof_of(under_test).on_grid_share == 1.0
-    torch._dynamo.reset()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        fit(module(compile_model=True, start_step=3, max_steps=6))
+    assert counters["stats"]["unique_graphs"] == 3  # the next run of a sweep compiles nothing
+    forget()
 
 
 def test_masters_stay_off_the_grid_while_the_model_sees_it() -> None:
