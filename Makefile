@@ -19,6 +19,7 @@ train: setup
 
 test: setup
 	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m 'cuda and not slow' tests/cuda
 
 test-slow: setup
 	$(BIN)/python -m pytest -m 'slow or hypothesis' --hypothesis-profile=thorough

@@ -44,6 +44,12 @@ settings.register_profile("thorough", max_examples=100, deadline=None)
 settings.load_profile("quick")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """No test sees a GPU but those of ``-m cuda``, in a run of their own: torch asks once."""
+    if not config.option.markexpr.startswith("cuda"):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     """A worker per core; none for files named one by one, so that what they print is seen."""
     if any(Path(name.partition("::")[0]).is_file() for name in config.args):
