@@ -33,6 +33,11 @@ TINY = (
     "schedule.warmup_steps=1", "eval.batch_tokens=2048", "precision=fp32",
 )  # fmt: skip
 
+# Where somebody has switched compilation off for all of torch, nothing can be counted.
+compiles = pytest.mark.skipif(
+    os.environ.get("TORCHDYNAMO_DISABLE") == "1", reason="TORCHDYNAMO_DISABLE=1 compiles nothing"
+)
+
 # Read when torch is first imported, which is later than this, and by every process started here.
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # more are processes, each importing torch
@@ -85,6 +90,12 @@ def _call(script: str, arguments: list[str]) -> Done:
     finally:
         sys.argv = argv
     return Done(code, out.getvalue(), err.getvalue())
+
+
+def first_on_path(folder: Path) -> dict[str, str]:
+    """For the environment of another process; packages may lie on this one's path too."""
+    paths = [str(folder), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {"PYTHONPATH": os.pathsep.join(paths)}
 
 
 @contextlib.contextmanager

@@ -58,7 +58,9 @@ def _num_visible_devices() -> int:
         return there
     visible = 0
     for name in said.split(","):
-        is_number = name.strip().removeprefix("-").isdigit()  # else the name of a device, or of a part
+        is_number = (
+            name.strip().removeprefix("-").isdigit()
+        )  # else the name of a device, or of a part
         if not name.strip() or (is_number and not 0 <= int(name) < there):
             break
         visible += 1

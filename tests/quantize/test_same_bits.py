@@ -43,7 +43,9 @@ def every_grid() -> dict[str, Grid]:
             grids |= {f"{name} {way.label} {rule}": way for way in ways}
     for bits in (2, 3, 5, 8):
         for dtype in ("fp16", "bf16", "fp32"):
-            ranges = {r: Grid(bits=bits, range=r, scale_dtype=dtype) for r in ("full", "asymmetric")}
+            ranges = {
+                r: Grid(bits=bits, range=r, scale_dtype=dtype) for r in ("full", "asymmetric")
+            }
             ranges["grouped"] = replace(ranges["asymmetric"], group_size=13)
             grids |= {f"{name} {grid.label}": grid for name, grid in ranges.items()}
     return grids
@@ -70,7 +72,8 @@ def hard_weights(grid: Grid) -> dict[str, Masters]:
     def draw(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator)
 
-    huge = 1e4 if "fp16" in (grid.scale_dtype, grid.code_scale_dtype) else 1e37
+    has_fp16 = "fp16" in (grid.scale_dtype, grid.code_scale_dtype)
+    huge = 1e4 if has_fp16 or grid.scale_rule in SUMS else 1e37
     rows = 0.1 * draw(400, 77)
     rows[1], rows[2], rows[3] = 0.0, -0.25, rows[3].abs().max() * rows[3].sign()
     rows[4:20] *= 10.0 ** -torch.arange(1, 17)[:, None]  # scales below what fp16 holds
@@ -138,7 +141,9 @@ class _AsElsewhere(TorchDispatchMode):
         if "lerp" in name:  # with a fused multiply-add on this CPU
             self.asked.append(name)
             share = args[2]
-            return x + (args[1] - x) * share if share < 0.5 else args[1] - (args[1] - x) * (1 - share)
+            return (
+                x + (args[1] - x) * share if share < 0.5 else args[1] - (args[1] - x) * (1 - share)
+            )
         if any(word in name for word in ("mean", "std", "var", "addc", "addmm", "baddbmm")):
             self.asked.append(name)
         return function(*args, **(kwargs or {}))
