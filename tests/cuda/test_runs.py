@@ -15,7 +15,7 @@ from tests.budget.test_price_control import (  # noqa: F401
     test_the_file_reads_back_what_training_saw,
     test_where_bits_are_free_it_is_learned_scale_qat,
 )
-from tests.conftest import result_of
+from tests.conftest import compiles, result_of
 from tests.quantize.test_fused import test_triton_kernels  # noqa: F401
 from tests.runs.test_resume import test_resumed_runs_end_in_the_same_bits  # noqa: F401
 from tests.runs.test_storing import (  # noqa: F401
@@ -57,6 +57,7 @@ def test_runs_are_on_the_gpu(train) -> None:
     assert torch.cuda.get_device_name() in result_of(RUNS / "r")["hardware"]
 
 
+@compiles
 @pytest.mark.slow
 def test_a_compiled_run_sees_and_stores_the_same_weights(train) -> None:
     """The model by inductor, snapping by Triton's kernels; nothing is compiled at the switch."""
