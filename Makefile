@@ -19,9 +19,11 @@ train: setup
 
 test: setup
 	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m 'cuda and not slow' tests/cuda
 
 test-slow: setup
-	$(BIN)/python -m pytest -m 'slow or hypothesis' --hypothesis-profile=thorough
+	$(BIN)/python -m pytest -m '(slow or hypothesis) and not cuda' --hypothesis-profile=thorough
+	$(BIN)/python -m pytest -m 'cuda and slow' tests/cuda
 
 lint: setup
 	$(BIN)/ruff check .

@@ -105,6 +105,7 @@ def train(s: TrainSettings, training_run) -> int:
     from qat.training.progress_bar import ProgressBar
     from qat.training.to_bytes import TrainToBytes
 
+    machine.check_cuda(torch.cuda.is_available())
     # Text, and what is scored on it.
     source = from_settings(s.data, s.model.vocab_size)
     tokenizer = Tokenizer(source.tokenizer)

@@ -33,6 +33,11 @@ TINY = (
     "schedule.warmup_steps=1", "eval.batch_tokens=2048", "precision=fp32",
 )  # fmt: skip
 
+# Where somebody has switched compilation off for all of torch, nothing can be counted.
+compiles = pytest.mark.skipif(
+    os.environ.get("TORCHDYNAMO_DISABLE") == "1", reason="TORCHDYNAMO_DISABLE=1 compiles nothing"
+)
+
 # Read when torch is first imported, which is later than this, and by every process started here.
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # more are processes, each importing torch
@@ -42,6 +47,12 @@ MOST_WORKERS = 4  # each takes a gigabyte of memory and imports torch for itself
 settings.register_profile("quick", max_examples=40, deadline=None)
 settings.register_profile("thorough", max_examples=100, deadline=None)
 settings.load_profile("quick")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """No test sees a GPU but those of ``-m cuda``, in a run of their own: torch asks once."""
+    if not config.option.markexpr.startswith("cuda"):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
@@ -79,6 +90,12 @@ def _call(script: str, arguments: list[str]) -> Done:
     finally:
         sys.argv = argv
     return Done(code, out.getvalue(), err.getvalue())
+
+
+def first_on_path(folder: Path) -> dict[str, str]:
+    """For the environment of another process; packages may lie on this one's path too."""
+    paths = [str(folder), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {"PYTHONPATH": os.pathsep.join(paths)}
 
 
 @contextlib.contextmanager

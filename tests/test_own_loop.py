@@ -16,6 +16,7 @@ from torch._dynamo.utils import counters
 
 from qat import Grid, Plan, QatModel, load
 from qat.errors import UserError
+from tests.conftest import compiles
 
 VOCAB, WIDTH, LENGTH = 64, 32, 16
 INT4 = Grid(bits=4)
@@ -174,6 +175,7 @@ def test_a_copy_and_a_state_dict_go_on_alike(grid: Grid) -> None:
         assert torch.equal(w, loaded.snapped()[name]), name
 
 
+@compiles
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 @pytest.mark.parametrize("gradient", ["identity", "clipped"])
 def test_compiled_nothing_recompiles_at_the_switch(gradient: str) -> None:

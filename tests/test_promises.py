@@ -41,7 +41,8 @@ def last_seen(monkeypatch: pytest.MonkeyPatch) -> dict[str, torch.Tensor]:
 
     def spy(self: LivenessProof, loop: TrainingLoop) -> None:
         measure(self, loop)
-        seen.update(weights_seen(loop.model.model, loop.model.weights(), loop.last_batch[0][:1]))
+        held = weights_seen(loop.model.model, loop.model.weights(), loop.last_batch[0][:1])
+        seen.update({name: w.cpu() for name, w in held.items()})
 
     monkeypatch.setattr(LivenessProof, "at_qat_end", spy)
     return seen

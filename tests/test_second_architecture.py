@@ -14,7 +14,7 @@ import pytest
 
 from qat.artifact.container import read_artifact
 from qat.golf.bundle import code_files
-from tests.conftest import ROOT, result_of
+from tests.conftest import ROOT, first_on_path, result_of
 
 LLAMA = ("model=llama_4x288", "model.num_layers=2", "model.dim=64", "model.num_heads=4",
          "model.num_kv_heads=2", "max_steps=6", "schedule.warmdown_steps=2")  # fmt: skip
@@ -142,7 +142,7 @@ def test_the_documented_model_is_two_files(tiny: list[str], tmp_path: Path) -> N
     for command in commands:
         done = subprocess.run(
             [sys.executable, *command], cwd=tmp_path, capture_output=True, text=True,
-            env=os.environ | {"PYTHONPATH": str(tmp_path)},
+            env=os.environ | first_on_path(tmp_path),
         )  # fmt: skip
         assert done.returncode == 0, (command, done.stderr)
     row = result_of(tmp_path / RUNS / "r")

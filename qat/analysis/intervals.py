@@ -95,7 +95,12 @@ def is_real(interval: Interval, num_flipped: int) -> bool:
 
 
 def wilson_interval(successes: int, trials: int, level: float = 0.95) -> tuple[float, float]:
-    """Bounds of a share at a confidence level; without trials it may be anything: (0.0, 1.0)."""
+    """Bounds of a share at a confidence level; without trials it may be anything: (0.0, 1.0).
+
+    ValueError for more successes than trials, or fewer than none.
+    """
+    if not 0 <= successes <= trials:  # scipy 1.18 gives NaN
+        raise ValueError(f"{successes} of {trials} is no share")
     if not trials:
         return 0.0, 1.0
     found = binomtest(successes, trials).proportion_ci(level, method="wilson")

@@ -67,13 +67,14 @@ class BudgetSolver:
             self.reference = model.plan.snap(self.masters, model.scales)
         shown = self._track(batches, "sensitivities")
         sensitivity = fisher_diagonal(self.empty, self.reference, shown, precision)
+        scales = {name: found.detach().cpu() for name, found in model.scales.items()}
         sources = [
             TrainedTensor(
                 entry,
                 self.masters[entry.name].cpu(),
                 self.reference[entry.name].cpu(),
                 sensitivity[entry.name].cpu(),
-                model.scales.get(entry.name),
+                scales.get(entry.name),
             )
             for entry in model.plan.on_grid
         ]

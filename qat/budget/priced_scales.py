@@ -21,7 +21,7 @@ from torch import Tensor
 
 from qat.artifact.bit_cost import classes_of, count_codes
 from qat.quantize.plan import Entry
-from qat.quantize.rounding import products_in_scale_units, round_to_levels
+from qat.quantize.rounding import products_in_scale_units, quotient, round_to_levels
 
 SENSITIVITY_FLOOR = 0.01  # of the tensor's mean: few batches prove nothing to be without effect
 
@@ -41,7 +41,7 @@ def least_row_scales(w: Tensor, column_scales: Tensor, largest_code: float) -> T
 
     ``column_scales`` (1, columns).
     """
-    return (w / column_scales).abs().amax(1, keepdim=True) / largest_code
+    return quotient((w / column_scales).abs().amax(1, keepdim=True), largest_code)
 
 
 COLUMN_SHARE = 0.9  # of a column's weights that must have a code, else the column is widened
@@ -103,4 +103,4 @@ def _widen_columns(entry: Entry, w: Tensor, scales: Tensor) -> None:
     sizes = (w.detach().reshape(entry.num_rows, -1)[some] / scales[some]).abs()
     place = max(math.ceil(COLUMN_SHARE * len(sizes)), 1)
     largest = sizes.kthvalue(place, 0).values[:, None]
-    columns.copy_(columns.maximum(largest / (HEADROOM * entry.grid.table.limits[1])))
+    columns.copy_(columns.maximum(quotient(largest, HEADROOM * entry.grid.table.limits[1])))

@@ -25,6 +25,10 @@ than they code with, on purpose: ``code_scale_dtype`` (the challenge's own int8 
 float32 scale and decodes with its float16 rounding) and ``refit`` (ternary: the stored scale is
 divided by mean|code|, which undoes the shrinkage of mean|w|).
 
+Scales by amax and percentile, and those that are fixed or handed in, give the same bits on a CPU
+and on CUDA. sigma, mse and absmean depend on the order of sums, and so does a learned scale when it
+is first found: there a device may find another last digit of a scale, and so other codes.
+
 ``scale_floor`` is a lower bound of the scale. In the challenge's file it is 1/127: a row is treated
 as if max|w| >= 1, so one with max|w| = 0.2 keeps 51 levels of 255. SDClip: PR 1394.
 """

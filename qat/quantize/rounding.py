@@ -6,8 +6,14 @@ artifact stores, bit for bit.
 
 A scale that is zero after rounding (an all-zero row, or one too small for fp16) gives zero codes
 and zero weights. What is not finite is an error of ``check_finite``, which names the tensor; the
-hot path does not look, since looking would stall a GPU. Division by the scale, not multiplication
-by its reciprocal: the two differ in the last bit.
+hot path does not look, since looking would stall a GPU.
+
+The bits are the same on every device, whoever snaps or encodes, for scales that need no sums: each
+operation is one that rounds alike everywhere. So there is division by the scale, not multiplication
+by its reciprocal, which differs in the last bit; and products are rounded before they are added to.
+CUDA hides both: a tensor divided by a Python number is multiplied by its reciprocal there, and
+``torch.lerp`` (or ``torch.mean``) is one kernel that a compiler fuses as the device likes. Hence
+``quotient`` and ``between``.
 
 The percentile clip needs no sort: the linear-interpolated quantile of a row shorter than 1 / (1 -
 q) lies between its two largest entries, so those two are all that has to be found; only longer rows
@@ -39,6 +45,21 @@ def _rank(n: int, q: float) -> tuple[int, float]:
     return below, float(rank - below)
 
 
+def quotient(x: Tensor, divisor: float) -> Tensor:
+    """x / divisor, rounded once on every device."""
+    return x / x.new_full((), divisor)  # on x's device: one of a CPU counts as a Python number
+
+
+def between(low: Tensor, high: Tensor, share: float) -> Tensor:
+    """As ``torch.lerp`` with a fused multiply-add, float32, on every device.
+
+    The product of two float32 numbers is exact in float64, so nothing hangs on what is fused.
+    """
+    reach = (high - low).double()
+    found = low + reach * share if share < 0.5 else high - reach * (1.0 - share)
+    return found.float()
+
+
 def is_among_top_two(n: int, q: float) -> bool:
     return _rank(n, q)[0] >= n - 2
 
@@ -60,15 +81,17 @@ def top_two(magnitude: Tensor) -> tuple[Tensor, Tensor]:
 def between_top_two(first: Tensor, second: Tensor, n: int, q: float) -> Tensor:
     """The quantile of rows of n entries from their largest two."""
     below, share = _rank(n, q)
-    return first if below >= n - 1 else torch.lerp(second, first, share)
+    return first if below >= n - 1 else between(second, first, share)
 
 
 def row_quantile(magnitude: Tensor, q: float) -> Tensor:
-    """``torch.quantile(magnitude, q, dim=-1)``, bit for bit; (..., n) -> (...), n up to 2^24."""
+    """``torch.quantile(magnitude, q, dim=-1)``, bit for bit; (..., n) -> (...)."""
     n = magnitude.size(-1)
     if is_among_top_two(n, q):
         return between_top_two(*top_two(magnitude), n, q)
-    return torch.quantile(magnitude, q, dim=-1)
+    below, share = _rank(n, q)
+    ordered = torch.sort(magnitude, dim=-1).values
+    return between(ordered[..., below], ordered[..., below + 1], share)
 
 
 MSE_SHARES = tuple(1.0 - 0.04 * k for k in range(16))  # of max|w|, tried by the mse rule
@@ -123,7 +146,7 @@ def in_scale_units(view: Tensor, scale: Tensor) -> Tensor:
 
 def _clip_to_scale(clip: Tensor, grid: Grid) -> Tensor:
     low, high = grid.table.limits
-    return (clip / ((high - low) / 2)).clamp_min(grid.scale_floor)
+    return quotient(clip, (high - low) / 2).clamp_min(grid.scale_floor)
 
 
 def stored_scales(scales: Tensor, grid: Grid) -> Tensor:
@@ -172,7 +195,8 @@ def coding_from(found: tuple[Tensor, ...], grid: Grid, columns: int) -> Coding:
     if grid.range == "asymmetric":
         low, high = grid.table.limits
         lowest, highest = found[0].clamp_max(0.0), found[1].clamp_min(0.0)
-        coding = _coding(((highest - lowest) / (high - low)).clamp_min(grid.scale_floor), grid)
+        scale = quotient(highest - lowest, high - low).clamp_min(grid.scale_floor)
+        coding = _coding(scale, grid)
         zero = (low - in_scale_units(lowest, coding.stored_scale.float())).round().clamp(low, high)
         return coding._replace(zero=zero)
     if grid.scale_rule == "amax":
@@ -248,7 +272,7 @@ def decode_view(code: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
 
 def _refitted(code: Tensor, coding: Coding) -> Tensor:
     """The stored scale that undoes the shrinkage of mean|w|."""
-    mean = code.abs().mean(-1)
+    mean = quotient(code.abs().sum(-1), code.size(-1))  # of whole numbers: exact in any order
     scale = torch.where(mean > 0, coding.code_scale / mean, coding.code_scale)
     return scale.to(coding.stored_scale.dtype)
 

@@ -10,6 +10,8 @@ import re
 from functools import cache
 from pathlib import Path
 
+from qat.errors import UserError
+
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 KEPT_BYTES = 2**30
 # CPU flags that make bfloat16 matrix products at least as fast as float32 ones.
@@ -37,8 +39,7 @@ def _torch_has_cuda() -> bool:
 
 # Not nvidia-ml-py, which says the same two calls through ctypes and is one package more.
 def _num_nvidia_devices() -> int:
-    if os.environ.get("CUDA_VISIBLE_DEVICES", "visible").strip() in ("", "-1"):
-        return 0
+    """Of the machine, those too that CUDA_VISIBLE_DEVICES hides."""
     try:
         nvml = ctypes.CDLL("libnvidia-ml.so.1")
     except OSError:
@@ -49,9 +50,36 @@ def _num_nvidia_devices() -> int:
     return count.value
 
 
+def _num_visible_devices() -> int:
+    """As CUDA reads CUDA_VISIBLE_DEVICES: what comes after a device that is not there is hidden."""
+    there = _num_nvidia_devices()
+    said = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if said is None:
+        return there
+    visible = 0
+    for name in said.split(","):
+        is_number = (
+            name.strip().removeprefix("-").isdigit()
+        )  # else the name of a device, or of a part
+        if not name.strip() or (is_number and not 0 <= int(name) < there):
+            break
+        visible += 1
+    return min(visible, there)
+
+
 @cache
 def has_cuda() -> bool:
-    return _num_nvidia_devices() > 0 and _torch_has_cuda()
+    return _num_visible_devices() > 0 and _torch_has_cuda()
+
+
+def check_cuda(torch_has_it: bool) -> None:
+    """UserError where torch does not use the devices that the settings were chosen for."""
+    if has_cuda() and not torch_has_it:
+        raise UserError(
+            f"torch cannot use the {_num_visible_devices()} CUDA device(s) of this machine "
+            "(its driver may be older than torch wants); to train on the CPU, set "
+            "CUDA_VISIBLE_DEVICES=''"
+        )
 
 
 def keep_freed_memory() -> None:
@@ -84,7 +112,10 @@ def faster_precision() -> str:
 def detect_profile() -> tuple[str, str]:
     """(profile, why)."""
     if has_cuda():
-        return "golf", f"{_num_nvidia_devices()} CUDA device(s) found"
-    if _num_nvidia_devices():
+        return "golf", f"{_num_visible_devices()} CUDA device(s) found"
+    if _num_visible_devices():
         return "laptop", "an NVIDIA device is there, but the installed torch has no CUDA"
+    if there := _num_nvidia_devices():
+        said = os.environ["CUDA_VISIBLE_DEVICES"]
+        return "laptop", f"CUDA_VISIBLE_DEVICES={said!r} hides all of {there} CUDA device(s)"
     return "laptop", "no CUDA device found"

@@ -32,7 +32,7 @@ def test_wilson_edges() -> None:
     low, high = wilson_interval(5, 10, level=0.5)
     assert 0.3 < low < high < 0.7
     for successes, trials in ((-1, 10), (11, 10)):
-        with pytest.raises(ValueError, match=r"k"):
+        with pytest.raises(ValueError, match=f"{successes} of 10 is no share"):
             wilson_interval(successes, trials)
 
 

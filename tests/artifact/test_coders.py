@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from qat.artifact import class_coder, mix_coder
 from qat.artifact.coder import CODERS, GENERAL, encode_section
 from qat.artifact.sections import Matrix
-from tests.conftest import ROOT
+from tests.conftest import ROOT, first_on_path
 
 
 def draw_codes(seed: int, matrices: list[Matrix]) -> bytes:
@@ -184,7 +184,7 @@ except UserError as error:
 """
     done = subprocess.run(
         [sys.executable, "-c", program, "", *(name for name in CODERS if name != "zlib"), "auto"],
-        cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
+        cwd=tmp_path, env=os.environ | first_on_path(ROOT), capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("zstandard is not installed")

@@ -13,7 +13,7 @@ from qat.artifact.container import read_artifact
 from qat.errors import TrainingError
 from qat.golf.bundle import count_code_bytes
 from qat.training import checkpoint
-from tests.conftest import Done, result_of
+from tests.conftest import Done, compiles, result_of
 from tests.test_torchrun import torchrun
 
 RUNS = Path("logs/runs")
@@ -60,6 +60,7 @@ def test_two_ranks_end_at_the_limit(tiny: list[str], tmp_path: Path) -> None:
     assert row["on_grid_share"] == 1.0
 
 
+@compiles
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 def test_nothing_of_the_model_is_compiled_again(train: Callable[..., Done]) -> None:

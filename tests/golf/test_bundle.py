@@ -12,6 +12,7 @@ import pytest
 from qat.errors import UserError
 from qat.golf import bundle_head
 from qat.golf.bundle import ROOT, SLOT_CHARS, bundle, code_files, count_code_bytes
+from tests.conftest import first_on_path
 
 OVERRIDES = ["profile=laptop", "data.files=['/a b/it\\'s \u00e9\U0001f600.txt']", "seed=7"]
 MAKE_IT_AGAIN = """
@@ -40,7 +41,7 @@ def call(file: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
         (other / name).write_text("raise ImportError('not what the file holds')\n")
     return subprocess.run(
         [sys.executable, str(file), *arguments], cwd=file.parent, capture_output=True, text=True,
-        env=os.environ | {"PYTHONPATH": str(other)},
+        env=os.environ | first_on_path(other),
     )  # fmt: skip
 
 
@@ -71,7 +72,7 @@ def test_unpacked_it_is_the_project_and_makes_itself_again(file: Path) -> None:
     assert written >= {path.relative_to(ROOT) for path in (ROOT / "conf").rglob("*.yaml")}
     again = subprocess.run(
         [sys.executable, "-c", MAKE_IT_AGAIN, repr(OVERRIDES)], cwd=folder, capture_output=True,
-        env=os.environ | {"PYTHONPATH": str(folder), "PYTHONHASHSEED": "3"},
+        env=os.environ | first_on_path(folder) | {"PYTHONHASHSEED": "3"},
     )  # fmt: skip
     assert again.returncode == 0, again.stderr
     assert again.stdout == file.read_bytes()

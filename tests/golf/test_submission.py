@@ -18,7 +18,7 @@ import pytest
 from qat.golf import submission_task as submission
 from qat.golf.bundle import ROOT, code_files, count_code_bytes
 from qat.model.spec import architectures
-from tests.conftest import _call, result_of
+from tests.conftest import _call, first_on_path, result_of
 from tests.test_torchrun import ENVIRONMENT
 
 CHALLENGE_KEYS = ["author", "github_id", "name", "blurb", "date", "val_loss", "val_bpb",
@@ -62,7 +62,7 @@ def run_alone(
     empty.mkdir()
     return subprocess.run(
         command, cwd=empty, capture_output=True, text=True,
-        env=(environment or dict(os.environ)) | {"PYTHONPATH": str(other), "HOME": "/nonexistent"},
+        env=(environment or dict(os.environ)) | first_on_path(other) | {"HOME": "/nonexistent"},
     )  # fmt: skip
 
 
@@ -325,7 +325,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
     command = [sys.executable, "-c", program, str(ROOT / "train.py"), *tiny, "qat=int6"]
     done = subprocess.run(
-        command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True,
+        command, cwd=tmp_path, env=os.environ | first_on_path(ROOT), capture_output=True,
         text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

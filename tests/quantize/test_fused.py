@@ -20,7 +20,7 @@ from qat.quantize.grid import Grid
 from qat.quantize.passes import CompiledPasses
 from qat.quantize.plan import Plan, build_plan
 from qat.quantize.switch import QatSwitch
-from tests.conftest import ROOT
+from tests.conftest import ROOT, compiles
 
 GRIDS = {
     "percentile": Grid(bits=8, scale_rule="percentile"),
@@ -89,6 +89,7 @@ def test_taken_apart_and_put_together_in_plain_torch() -> None:
     check(fused, masters, plan_of(masters))
 
 
+@compiles
 @pytest.mark.slow
 @pytest.mark.skipif(
     not (os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,7 +17,7 @@ from qat.quantize import levels
 from qat.quantize.grid import Grid
 from qat.quantize.levels import all_levels
 from qat.quantize.plan import Entry
-from qat.quantize.rounding import decode, encode, snap
+from qat.quantize.rounding import encode, snap
 from tests.conftest import code_in, result_of
 
 
@@ -81,24 +80,6 @@ def test_nearest_is_the_nearest(
     assert torch.isin(found, levels).all()
     least = (x[:, None].double() - levels.double()).abs().amin(1)
     assert torch.allclose((x.double() - found.double()).abs(), least, rtol=1e-6, atol=1e-7)
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="compares with CUDA; there is none")
-@formats
-def test_the_same_bits_on_cuda(grid: Grid, values: list[float], magnitude_bits: int) -> None:
-    """Promise 10: scales from maxima, or given ones."""
-    w = torch.randn(64, 200, generator=torch.Generator().manual_seed(0))
-    w[1], w[2], w[3] = 0.0, 1e-6 * w[2], 1e4 * w[3]
-    for size in (None, 64, 7):
-        given = torch.full((64, -(-200 // (size or 200))), 0.3)
-        rule = "amax" if "amax" in grid.table.scale_rules else "given"
-        own = replace(grid, group_size=size, scale_rule=rule)
-        scales = given if rule == "given" else None
-        here = encode(w, own, scales)
-        there = encode(w.cuda(), own, None if scales is None else scales.cuda())
-        assert torch.equal(here.codes, there.codes.cpu())
-        one, two = decode(here, own), decode(there, own).cpu()
-        assert torch.equal(one.view(torch.int32), two.view(torch.int32))
 
 
 def by_bitsandbytes(w: Tensor, size: int) -> tuple[Tensor, Tensor]:

@@ -13,6 +13,7 @@ from qat.model.spec import ModelSpec
 from qat.quantize.grid import Grid
 from qat.quantize.plan import Plan, build_plan
 from qat.quantize.switch import QatSwitch, on_grid_share
+from tests.conftest import compiles
 
 SHAPE = ModelSpec(128, 2, 32, 4, 2, 2, True)
 RULES = {"*.weight": "grid", "*": "fp16"}
@@ -71,6 +72,7 @@ def _fresh_dynamo() -> Iterator[None]:
 
 
 # torch's own compiler modules warn about themselves when first imported.
+@compiles
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 @pytest.mark.usefixtures("_fresh_dynamo")
 def test_the_switch_recompiles_nothing(model: GPT, plan: Plan) -> None:
@@ -94,6 +96,7 @@ def test_the_switch_recompiles_nothing(model: GPT, plan: Plan) -> None:
     assert counters["stats"]["unique_graphs"] == graphs
 
 
+@compiles
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 @pytest.mark.usefixtures("_fresh_dynamo")
 def test_the_check_above_sees_a_switch_inside_the_graph(model: GPT, plan: Plan) -> None:

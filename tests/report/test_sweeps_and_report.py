@@ -16,7 +16,7 @@ from qat.artifact.container import read_artifact
 from qat.golf.bundle import count_code_bytes
 from qat.settings import command_line
 from qat.study.find_out import find_out_runs
-from tests.conftest import GOLF, ROOT, result_of
+from tests.conftest import GOLF, ROOT, first_on_path, result_of
 
 RUNS = Path("logs/runs")
 
@@ -117,7 +117,7 @@ def test_a_launchers_processes_make_the_same_rows(
     outside this machine is listened to."""
     asked = ["qat=none,int6", "model.init_from=null,no.pt", "max_steps=8"]
     mark = f"SWEEP_OF_TEST={tmp_path}"
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "SWEEP_OF_TEST": str(tmp_path)}
+    environment = os.environ | first_on_path(ROOT) | {"SWEEP_OF_TEST": str(tmp_path)}
     process = subprocess.Popen(
         [sys.executable, str(ROOT / "train.py"), "-m", *tiny, f"hydra/launcher={launcher}", *asked,
          "sweep_name=apart"],

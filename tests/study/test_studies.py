@@ -30,7 +30,7 @@ from qat.settings.schema import TrainSettings
 from qat.study.find_out import find_out
 from qat.study.findings import Findings
 from qat.study.study import Study
-from tests.conftest import ROOT, Done, _call, result_of
+from tests.conftest import ROOT, Done, _call, first_on_path, result_of
 from tests.offline_run import read_offline_run
 
 RUNS = Path("logs/runs")
@@ -307,7 +307,7 @@ def test_a_study_on_all_ranks_of_a_node(
     again, only a run that failed is tried again."""
     command = [sys.executable, str(ROOT / "launch" / "study.py"), "2", "experiment=pair",
                "arm=none,int6", "seed=1", *tiny, "max_steps=4"]  # fmt: skip
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | first_on_path(ROOT) | {"OMP_NUM_THREADS": "1"}
 
     def launch(*more: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
@@ -411,7 +411,7 @@ def test_a_launcher_runs_the_arms(tiny: list[str], tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, str(ROOT / "train.py"), "-m", *tiny, "experiment=pair", "seed=1,2",
          "max_steps=8", "hydra/launcher=parallel"],
-        cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
+        cwd=tmp_path, env=os.environ | first_on_path(ROOT), capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert len(list((tmp_path / RUNS).glob("pair/*/result.json"))) == 4

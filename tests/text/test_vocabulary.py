@@ -130,12 +130,14 @@ def test_a_fault_is_found_and_real(settings: dict, fault: str, text: str, tmp_pa
 def test_without_a_space_piece_nothing_is_counted(
     more: list[tuple[str, int]], tmp_path: Path
 ) -> None:
-    """Byte fallback would spell a space as U+2581, in 3 bytes."""
+    """Byte fallback would spell a space as U+2581, in 3 bytes; older versions of sentencepiece use
+    an unused piece all the same, which counts for none."""
     tokenizer = Tokenizer(assembled(tmp_path / "t.model", more))
     assert vocabulary.faults(tokenizer.pieces) == [vocabulary.NO_SPACE_PIECE]
     ids = torch.tensor(tokenizer.encode_document("b c"))
     counts = vocabulary.byte_table(tokenizer.pieces).count(ids[:-1], ids[1:])
-    assert int(counts.sum()) > len("b c")
+    uses_unused = SPACE in (tokenizer.pieces.id_to_piece(token) for token in ids.tolist())
+    assert int(counts.sum()) < len("b c") if uses_unused else int(counts.sum()) > len("b c")
     with pytest.raises(UserError, match=r"data\.tokenizer=.*t\.model: it has no piece for a"):
         _ = tokenizer.byte_table
 

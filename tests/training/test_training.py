@@ -31,7 +31,7 @@ from qat.training.fit import build_trainer
 from qat.training.liveness import LivenessProof
 from qat.training.loop import Pace, TrainingLoop, compiled_loss
 from qat.training.schedule import Schedule
-from tests.conftest import GOLF, Done, result_of
+from tests.conftest import GOLF, Done, compiles, result_of
 
 RUNS = Path("logs/runs")
 INT4 = Grid(bits=4)
@@ -210,6 +210,7 @@ def fit(module: TrainingLoop) -> None:
 
 # What is captured, and what makes it be captured again, is the same whatever compiles it: C++ in
 # half a minute, or nothing.
+@compiles
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 def test_one_model_graph_before_and_after_the_switch(
@@ -223,7 +224,8 @@ def test_one_model_graph_before_and_after_the_switch(
     with torch._dynamo.config.patch(error_on_recompile=True):
         fit(under_test)
     assert under_test.progress.qat_steps == 3
-    assert counters["stats"]["unique_graphs"] == 3  # the model, and the two passes of the snap
+    # The model, and on a CPU the two passes of the snap; on CUDA these are Triton's.
+    assert counters["stats"]["unique_graphs"] == (1 if torch.cuda.is_available() else 3)
     assert proof_of(under_test).on_grid_share == 1.0
     with torch._dynamo.config.patch(error_on_recompile=True):
         fit(module(compile_model=True, start_step=3, max_steps=6))
@@ -235,7 +237,9 @@ def test_masters_stay_off_the_grid_while_the_model_sees_it() -> None:
     under_test = module(compile_model=False, start_step=0, max_steps=4)
     fit(under_test)
     ids = torch.zeros(1, 8, dtype=torch.long)
-    seen = weights_seen(under_test.model.model, under_test.switch.weights(under_test.masters), ids)
+    # Lightning has taken the masters back to the CPU; what was seen stays where it was.
+    given = {n: w.cpu() for n, w in under_test.switch.weights(under_test.masters).items()}
+    seen = weights_seen(under_test.model.model, given, ids)
     assert set(seen) == set(under_test.masters)
     stored = under_test.switch.plan.snap(under_test.masters)
     for name, w in seen.items():

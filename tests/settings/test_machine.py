@@ -1,0 +1,63 @@
+"""Which machine this is: torch, the driver and CUDA_VISIBLE_DEVICES may say different things."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from qat.errors import UserError
+from qat.settings import machine
+from tests.conftest import Done
+
+
+@pytest.fixture(autouse=True)
+def _asked_anew() -> Iterator[None]:
+    machine.has_cuda.cache_clear()
+    yield
+    machine.has_cuda.cache_clear()
+
+
+@pytest.fixture
+def two_devices(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """A machine of two devices, with a torch for them."""
+    monkeypatch.setattr(machine, "_num_nvidia_devices", lambda: 2)
+    monkeypatch.setattr(machine, "_torch_has_cuda", lambda: True)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    return monkeypatch
+
+
+@pytest.mark.parametrize(
+    ("said", "count"),
+    [("0", 1), ("1,0", 2), ("7", 0), ("0,7,1", 1), ("", 0), (" ", 0), ("-1", 0), ("0,-1", 1),
+     ("GPU-8932f937-d72c", 1), (None, 2)],
+)  # fmt: skip
+def test_hidden_devices_do_not_count(
+    said: str | None, count: int, two_devices: pytest.MonkeyPatch
+) -> None:
+    if said is not None:
+        two_devices.setenv("CUDA_VISIBLE_DEVICES", said)
+    profile, reason = machine.detect_profile()
+    assert machine.has_cuda() == (count > 0)
+    if count:
+        assert (profile, reason) == ("golf", f"{count} CUDA device(s) found")
+    else:
+        hidden = f"CUDA_VISIBLE_DEVICES={said!r} hides all of 2 CUDA device(s)"
+        assert (profile, reason) == ("laptop", hidden)
+
+
+def test_a_torch_that_cannot_use_them_is_refused(two_devices: pytest.MonkeyPatch) -> None:
+    machine.check_cuda(True)
+    with pytest.raises(UserError, match=r"^torch cannot use the 2 CUDA .*CUDA_VISIBLE_DEVICES=''$"):
+        machine.check_cuda(False)
+    two_devices.setenv("CUDA_VISIBLE_DEVICES", "")
+    machine.has_cuda.cache_clear()
+    machine.check_cuda(False)
+
+
+def test_a_run_ends_in_that_line(
+    two_devices: pytest.MonkeyPatch, train: Callable[..., Done]
+) -> None:
+    two_devices.setattr("torch.cuda.is_available", lambda: False)
+    done = train("compile=false")
+    assert (done.code, done.err.count("error: torch cannot use the 2 CUDA device(s)")) == (2, 1)
