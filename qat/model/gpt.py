@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qat.model.attention import causal_attention
-from qat.model.layers import in_autocast_dtype, products, rotary_angles
+from qat.model.layers import asks_for_kernels, heads_fit, in_autocast_dtype, mlp_fits, rotary_angles
 from qat.model.losses import softcap, softcap_cross_entropy
 from qat.model.spec import ModelSpec
 
@@ -44,6 +44,7 @@ class Attention(nn.Module):
     def __init__(self, dim: int, num_heads: int, num_kv_heads: int) -> None:
         super().__init__()
         self.head_dim = dim // num_heads
+        self.has_kernel = heads_fit(self.head_dim)
         kv_dim = num_kv_heads * self.head_dim
         self.c_q = nn.Linear(dim, dim, bias=False)
         self.c_k = nn.Linear(dim, kv_dim, bias=False)
@@ -53,17 +54,26 @@ class Attention(nn.Module):
 
     def forward(self, x_BTC: Tensor, tail: int | None = None) -> Tensor:
         time = x_BTC.size(1)
-        if tail is None or tail == time:
-            first, projected = 0, products(x_BTC, self.c_q, self.c_k, self.c_v)
+        first = 0 if tail is None else time - tail
+        if first == 0 and self.has_kernel and asks_for_kernels(x_BTC):
+            q, k, v = self._fused_heads(x_BTC)
         else:
-            first = time - tail
-            projected = [self.c_q(x_BTC[:, first:]), *products(x_BTC, self.c_k, self.c_v)]
-        q, k, v = (x.unflatten(-1, (-1, self.head_dim)) for x in projected)
-        q = rotate(rms_norm(q), first) * self.q_gain.to(q.dtype)[:, None]
-        k = rotate(rms_norm(k))
+            projected = self.c_q(x_BTC[:, first:]), self.c_k(x_BTC), self.c_v(x_BTC)
+            q, k, v = (x.unflatten(-1, (-1, self.head_dim)) for x in projected)
+            q = rotate(rms_norm(q), first) * self.q_gain.to(q.dtype)[:, None]
+            k = rotate(rms_norm(k))
         # Heads are transposed as views only, so that no pass over memory moves them.
         y = self.attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
         return self.proj(y.transpose(1, 2).flatten(2))
+
+    def _fused_heads(self, x_BTC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The same, by one product with all three matrices, and one kernel after it."""
+        matrices = [layer.weight for layer in (self.c_q, self.c_k, self.c_v)]
+        joined = F.linear(x_BTC, torch.cat(matrices))
+        angles = rotary_angles(joined.unflatten(-1, (-1, self.head_dim)), ROPE_BASE)
+        cos, sin = (table.flatten(1) for table in angles)
+        kv_heads = self.c_k.out_features // self.head_dim
+        return torch.ops.qat.turned_heads(joined, self.q_gain, cos, sin, kv_heads)
 
 
 class MLP(nn.Module):
@@ -71,8 +81,13 @@ class MLP(nn.Module):
         super().__init__()
         self.fc = nn.Linear(dim, mult * dim, bias=False)
         self.proj = nn.Linear(mult * dim, dim, bias=False)
+        self.has_kernels = mlp_fits(dim, mult * dim)
 
     def forward(self, x_BTC: Tensor) -> Tensor:
+        if self.has_kernels and asks_for_kernels(x_BTC):
+            matrices = (in_autocast_dtype(layer.weight) for layer in (self.fc, self.proj))
+            x_NC = in_autocast_dtype(x_BTC).flatten(0, 1)
+            return torch.ops.qat.relu_squared_mlp(x_NC, *matrices)[0].view_as(x_BTC)
         return self.proj(F.relu(self.fc(x_BTC)).square())
 
 

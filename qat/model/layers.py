@@ -7,10 +7,14 @@ step of a small model is bound by memory as much as by products (docs/price.md).
 from __future__ import annotations
 
 from functools import lru_cache
+from importlib.util import find_spec
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
+
+HAS_KERNELS = torch.cuda.is_available() and find_spec("triton") is not None
+if HAS_KERNELS:
+    from qat.model import triton_ops  # whose operations are torch.ops.qat from here on
 
 
 def in_autocast_dtype(x: Tensor) -> Tensor:
@@ -56,13 +60,24 @@ def rotary_angles(x_BTHD: Tensor, base: float, first_position: int = 0) -> tuple
     return cos, sin
 
 
-def products(x: Tensor, *layers: nn.Linear) -> list[Tensor]:
-    """What each of several layers without bias makes of one input.
+def heads_fit(head_dim: int) -> bool:
+    """Whether there is a kernel that turns heads of this size."""
+    return HAS_KERNELS and head_dim in triton_ops.HEAD_DIMS
 
-    Compiled on CUDA it is one product with all their matrices, which reads the input once and sums
-    its gradient inside.
+
+def mlp_fits(dim: int, mlp_dim: int) -> bool:
+    """Whether there are kernels for products of these widths."""
+    return HAS_KERNELS and triton_ops.fits_tiles(dim, mlp_dim)
+
+
+def asks_for_kernels(x: Tensor) -> bool:
+    """Whether the kernels of triton_ops.py are to compute a block: compiled, CUDA, bfloat16.
+
+    Everywhere else the same sums are plain torch, which is what they are checked against.
     """
-    if torch.compiler.is_compiling() and x.device.type == "cuda":
-        joined = F.linear(x, torch.cat([layer.weight for layer in layers]))
-        return list(joined.split([layer.out_features for layer in layers], dim=-1))
-    return [layer(x) for layer in layers]
+    return (
+        torch.compiler.is_compiling()
+        and x.device.type == "cuda"
+        and torch.is_autocast_enabled("cuda")
+        and torch.get_autocast_dtype("cuda") == torch.bfloat16
+    )

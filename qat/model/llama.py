@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qat.model.attention import causal_attention
-from qat.model.layers import in_autocast_dtype, products, rotary_angles
+from qat.model.layers import in_autocast_dtype, rotary_angles
 from qat.model.spec import ModelSpec
 
 INIT_STD = 0.02  # of matrices; those that write into the residual stream 1 / sqrt(2 * layers) of it
@@ -41,8 +41,10 @@ class LlamaAttention(nn.Module):
         self.o_proj = nn.Linear(dim, dim, bias=False)
 
     def forward(self, x_BTC: Tensor) -> Tensor:
-        projected = products(x_BTC, self.q_proj, self.k_proj, self.v_proj)
-        q, k, v = (x.unflatten(-1, (-1, self.head_dim)) for x in projected)
+        q, k, v = (
+            layer(x_BTC).unflatten(-1, (-1, self.head_dim))
+            for layer in (self.q_proj, self.k_proj, self.v_proj)
+        )
         q, k = rotate_halves(q, self.rope_base), rotate_halves(k, self.rope_base)
         y_BHTD = causal_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
         return self.o_proj(y_BHTD.transpose(1, 2).flatten(2))
@@ -56,8 +58,7 @@ class SwiGLU(nn.Module):
         self.down_proj = nn.Linear(mlp_dim, dim, bias=False)
 
     def forward(self, x_BTC: Tensor) -> Tensor:
-        gate, up = products(x_BTC, self.gate_proj, self.up_proj)
-        return self.down_proj(F.silu(gate) * up)
+        return self.down_proj(F.silu(self.gate_proj(x_BTC)) * self.up_proj(x_BTC))
 
 
 class LlamaBlock(nn.Module):

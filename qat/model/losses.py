@@ -1,9 +1,9 @@
 """Cross-entropy of softcapped logits: a head and its loss in one.
 
-Tokens are taken in chunks, so that all logits are never held. Each chunk's gradients are computed right after its loss, while its
-logits are at hand (the loss is the last operation, so backward only scales them): nothing is
-computed twice and nothing of size (tokens, vocabulary) is kept. As in Liger Kernel (arXiv
-2410.10989), with the tanh softcap of the challenge's baseline.
+Tokens are taken in chunks, so that all logits are never held. Each chunk's gradients are computed
+right after its loss, while its logits are at hand (the loss is the last operation, so backward only
+scales them): nothing is computed twice and nothing of size (tokens, vocabulary) is kept. As in
+Liger Kernel (arXiv 2410.10989), with the tanh softcap of the challenge's baseline.
 
 Compiled on CUDA, logits that are few enough are made whole: a compiler fuses all passes over them,
 and chunks cost 3 % of a step (9x512 model, H100).

@@ -229,7 +229,8 @@ def test_one_model_graph_before_and_after_the_switch(
     assert proof_of(under_test).on_grid_share == 1.0
     with torch._dynamo.config.patch(error_on_recompile=True):
         fit(module(compile_model=True, start_step=3, max_steps=6))
-    assert counters["stats"]["unique_graphs"] == 3  # the next run of a sweep compiles nothing
+    # The next run of a sweep compiles nothing.
+    assert counters["stats"]["unique_graphs"] == (1 if torch.cuda.is_available() else 3)
     forget()
 
 
