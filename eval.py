@@ -26,22 +26,28 @@ from qat.errors import UserError
 from qat.golf.bundle import count_code_bytes
 from qat.settings.checks import resolve_eval
 from qat.settings.command_line import Job, Program, main
-from qat.settings.schema import EvalTaskSettings
+from qat.settings.schema import EvalTaskSettings, require
 
-GOLF_MODULE, GOLF_SUFFIX = "qat.golf.ptz_model", ".ptz"  # imported by name: see above
+# Imported by name: see above.
+GOLF_MODULE, GOLF_SUFFIX = "qat.golf.ptz_model", ".ptz"
+FULL = "qat.analysis.full_task"  # task=score, in more respects than val_bpb
 TASKS = {
     "score": "qat.evaluation.score_task",
-    "full": "qat.analysis.full_task",  # task=score, in more respects than val_bpb
     "sample": "qat.evaluation.sample_task",
     "inspect": "qat.evaluation.inspect_task",
     "fill": "qat.runs.fill_task",
-    "cabinet": "qat.cabinet.cabinet_task",
     "audit": "qat.evaluation.audit_task",
+    "cabinet": "qat.cabinet.cabinet_task",
     "report": "qat.report.report_task",
     "choose": "qat.cabinet.choose_task",
     "convert": "qat.golf.convert_task",
     "submission": "qat.golf.submission_task",
 }
+
+
+def resolve(settings: EvalTaskSettings, choices) -> EvalTaskSettings:
+    require(settings.task in TASKS, "task", settings.task, f"choose from {', '.join(TASKS)}")
+    return resolve_eval(settings, choices)
 
 
 def run(s: EvalTaskSettings, job: Job) -> int:
@@ -50,7 +56,7 @@ def run(s: EvalTaskSettings, job: Job) -> int:
     reader = (GOLF_MODULE,) if (s.artifact or "").endswith(GOLF_SUFFIX) else ()
     budget = Budget(s.limit_bytes, count_code_bytes(reader))
     try:
-        return import_module(TASKS["full" if in_full else s.task]).run(s, budget)
+        return import_module(FULL if in_full else TASKS[s.task]).run(s, budget)
     except ModuleNotFoundError as missing:
         if not str(missing.name).startswith("qat."):
             raise
@@ -60,7 +66,7 @@ def run(s: EvalTaskSettings, job: Job) -> int:
         ) from None
 
 
-PROGRAM = Program("eval", resolve_eval, run)
+PROGRAM = Program("eval", resolve, run)
 
 if __name__ == "__main__":
     sys.exit(main(PROGRAM))

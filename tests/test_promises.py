@@ -15,12 +15,13 @@ import torch
 from qat.artifact.container import read_artifact
 from qat.golf.bundle import count_code_bytes
 from qat.runs.store_again import stored_tensors
+from qat.settings.options import options
 from qat.training.liveness import weights_seen
 from qat.training.module import QatModule
 from tests.conftest import GOLF, ROOT, result_of
 
 RUNS = Path("logs/runs")
-GRIDS = sorted(path.stem for path in (ROOT / "conf/qat").glob("*.yaml") if path.stem != "none")
+GRIDS = [qat for qat in options("qat") if qat != "none"]
 
 
 def value(text: str, key: str) -> float:

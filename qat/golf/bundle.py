@@ -22,8 +22,8 @@ from qat.errors import UserError
 ROOT = Path(__file__).resolve().parents[2]
 HEAD = Path(__file__).with_name("bundle_head.py")
 NAME = "train_gpt.py"
-# Programs, and the task that eval.py imports by name.
-ENTRY_MODULES = ("train", "eval", "qat.evaluation.score_task")
+# Programs, the task that eval.py imports by name, and what Hydra does.
+ENTRY_MODULES = ("train", "eval", "qat.evaluation.score_task", "hydra_plugins.qat_sweeper")
 SLOT_CHARS = 2_048  # for the run's settings, as a Python list padded with spaces
 LINE_CHARS = 100
 # The dictionary of preset 9 (64 MiB) would be memory for nothing; pb=0 is for text.

@@ -7,8 +7,6 @@ run is what ran.
 
 from __future__ import annotations
 
-import math
-import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -16,27 +14,24 @@ from pathlib import Path
 from qat.errors import UserError
 from qat.settings import machine
 from qat.settings.ranges import (
-    at_least,
     check_artifact,
-    check_averaging,
     check_constraints,
     check_eval,
-    check_logger,
     check_model,
-    check_optimizer,
     check_parts,
     check_schedule,
     check_to_bytes,
     check_vocab_size,
-    one_of,
+)
+from qat.settings.schema import (
+    DataSettings,
+    EvalTaskSettings,
+    QatSettings,
+    TrainSettings,
+    check_each,
     require,
 )
-from qat.settings.schema import DataSettings, EvalTaskSettings, QatSettings, TrainSettings
 
-TASKS = (
-    "score", "sample", "inspect", "fill", "audit", "cabinet", "choose", "convert", "submission",
-    "report",
-)  # fmt: skip
 TEXT_SOURCES = ("web_bible", "text", "hub")
 
 
@@ -45,46 +40,23 @@ def resolve_train(settings: TrainSettings, choices: Mapping[str, str | None]) ->
 
     UserError for anything impossible or contradictory.
     """
-    s = settings
-    _check_seed(s.seed)
-    check_optimizer(s.optimizer)
-    require(
-        s.budget_seconds is not None or s.max_steps is not None,
-        "budget_seconds",
-        None,
-        "max_steps is null too, so the run would never end; give one of them",
-    )
-    require(
-        s.budget_seconds is None or 0 < s.budget_seconds < math.inf,
-        "budget_seconds",
-        s.budget_seconds,
-        "give more than 0 seconds, or null",
-    )
-    at_least("max_steps", s.max_steps, 1)
-    at_least("limit_bytes", s.limit_bytes, 1)
+    s = replace(settings, compile=settings.compile.lower())
+    check_each(s)
+    forever = "max_steps is null too, so the run would never end; give one of them"
+    is_bounded = s.budget_seconds is not None or s.max_steps is not None
+    require(is_bounded, "budget_seconds", None, forever)
     check_schedule(s.schedule)
-    check_averaging(s.averaging)
     check_artifact(s.artifact)
-    check_logger(s.logger)
-    one_of("precision", s.precision, ("auto", "bf16", "fp32"))
     check_eval(s.eval, s.seq_len)
-    compile_choice = s.compile.lower()
-    one_of("compile", compile_choice, ("auto", "true", "false"))
-    one_of("ledger", s.ledger, ("estimate", "full"))
-    at_least("checkpoint.every_steps", s.checkpoint.every_steps, 1)
-    at_least("checkpoint.every_seconds", s.checkpoint.every_seconds, 0)
-    _check_name("run_name", s.run_name)
-    _check_name("sweep_name", s.sweep_name)
     check_model(s.model)
     _check_batches(s)
-    _check_data(s.data)
-    one_of("data.source", s.data.source, TEXT_SOURCES)
+    _check_data(s.data, TEXT_SOURCES)
     _check_implied_choices(s.qat, choices)
     check_to_bytes(s)
     return replace(
         s,
         precision=machine.faster_precision() if s.precision == "auto" else s.precision,
-        compile=str(machine.has_cuda()).lower() if compile_choice == "auto" else compile_choice,
+        compile=str(machine.has_cuda()).lower() if s.compile == "auto" else s.compile,
         qat=_resolve_start(s),
     )
 
@@ -97,41 +69,14 @@ def find_run(setting: str, run: str, runs_dir: str) -> Path:
     return folder
 
 
-def _check_seed(seed: int) -> None:
-    require(0 <= seed < 2**63, "seed", seed, "give 0 to 2^63 - 1")
-
-
-def _check_name(setting: str, name: str | None) -> None:
-    require(
-        name is None or re.fullmatch(r"[\w][\w.+-]*", name) is not None,
-        setting,
-        name,
-        "use letters, digits, '.', '_', '+' and '-' only",
-    )
-
-
 def _check_batches(s: TrainSettings) -> None:
-    at_least("seq_len", s.seq_len, 1)
-    at_least("batch_tokens", s.batch_tokens, 1)
-    require(
-        s.batch_tokens % s.seq_len == 0,
-        "batch_tokens",
-        s.batch_tokens,
-        f"must be a multiple of seq_len = {s.seq_len}",
-    )
-    world_size = machine.world_size()
-    require(
-        s.batch_tokens % (s.seq_len * world_size) == 0,
-        "batch_tokens",
-        s.batch_tokens,
-        f"must be a multiple of seq_len * ranks = {s.seq_len} * {world_size}",
-    )
-    require(
-        s.micro_batch_tokens >= s.seq_len,
-        "micro_batch_tokens",
-        s.micro_batch_tokens,
-        f"must hold one sequence of seq_len = {s.seq_len}",
-    )
+    tokens, ranks = s.batch_tokens, machine.world_size()
+    multiple = f"must be a multiple of seq_len = {s.seq_len}"
+    require(tokens % s.seq_len == 0, "batch_tokens", tokens, multiple)
+    shared = f"must be a multiple of seq_len * ranks = {s.seq_len} * {ranks}"
+    require(tokens % (s.seq_len * ranks) == 0, "batch_tokens", tokens, shared)
+    one = f"must hold one sequence of seq_len = {s.seq_len}"
+    require(s.micro_batch_tokens >= s.seq_len, "micro_batch_tokens", s.micro_batch_tokens, one)
 
 
 def micro_batches(s: TrainSettings) -> int:
@@ -141,14 +86,8 @@ def micro_batches(s: TrainSettings) -> int:
     return next(n for n in range(1, sequences + 1) if sequences % n == 0 and sequences // n <= most)
 
 
-def _check_data(d: DataSettings) -> None:
-    require(
-        0.0 < d.val_fraction < 1.0,
-        "data.val_fraction",
-        d.val_fraction,
-        "give a fraction between 0 and 1",
-    )
-    at_least("data.train_shards", d.train_shards, 1)
+def _check_data(d: DataSettings, sources: tuple[str, ...]) -> None:
+    require(d.source in sources, "data.source", d.source, f"choose from {', '.join(sources)}")
     require(d.files != [], "data.files", "[]", "name a file, or give null")
     shards = [name for name in ("train_files", "val_files", "tokenizer") if getattr(d, name)]
     if d.files and shards:
@@ -172,16 +111,6 @@ def _check_implied_choices(q: QatSettings, choices: Mapping[str, str | None]) ->
 def _resolve_start(s: TrainSettings) -> QatSettings:
     """QAT settings with the default start filled in; ``qat=none`` accepts and ignores them."""
     q = s.qat
-    for name in ("start_step", "stop_step", "ramp_steps"):
-        at_least(f"qat.{name}", getattr(q, name), 0)
-    for name in ("start_fraction", "start_lr_scale", "default_start_fraction"):
-        value = getattr(q, name)
-        require(
-            value is None or 0.0 <= value <= 1.0,
-            f"qat.{name}",
-            value,
-            "give a fraction between 0 and 1",
-        )
     if not q.enabled:
         return q
     starts = ("start_step", "start_fraction", "start_lr_scale")
@@ -207,7 +136,7 @@ def _resolve_start(s: TrainSettings) -> QatSettings:
 def resolve_eval(settings: EvalTaskSettings, choices: Mapping[str, str | None]) -> EvalTaskSettings:
     """Checked settings of eval.py, ``data.*`` included."""
     s = settings
-    one_of("task", s.task, TASKS)
+    check_each(s)
     if s.task != "score" and machine.world_size() > 1:
         raise UserError(f"task={s.task}: runs in one process; start it without torchrun")
     if s.task == "fill":
@@ -248,15 +177,9 @@ def resolve_eval(settings: EvalTaskSettings, choices: Mapping[str, str | None]) 
         s = replace(s, run=str(find_run("run", s.run, s.runs_dir)))
     if s.study:
         s = replace(s, study=str(find_run("study", s.study, s.runs_dir)))
-    _check_seed(s.seed)
-    at_least("sample.max_tokens", s.sample.max_tokens, 1)
-    at_least("sample.temperature", s.sample.temperature, 0)
-    check_logger(s.logger)
     check_eval(s.eval)
     check_parts(s.eval)
-    _check_data(s.data)
-    one_of("data.source", s.data.source, (*TEXT_SOURCES, "from_artifact"))
-    at_least("limit_bytes", s.limit_bytes, 1)
+    _check_data(s.data, (*TEXT_SOURCES, "from_artifact"))
     check_vocab_size(s.model.vocab_size)
     _check_golf_file(s)
     return s

@@ -1,8 +1,12 @@
-"""Every setting, its type and its unit. Values live in ``conf/``; a key missing here is a typo."""
+"""Every setting: type, unit, and what it may hold, whatever the others say (``ranges.py`` relates
+them). Values live in ``conf/``; a key missing here is a typo."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
 from omegaconf import MISSING, OmegaConf
@@ -10,6 +14,66 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from qat.errors import UserError
+
+MAX_TAG_LENGTH = 64  # of W&B
+TAGS = f"give tags of 1 to {MAX_TAG_LENGTH} characters"
+AT_MOST = "give a number above 0"
+EVAL_PARTS = ("reliability", "damage", "layers", "pairs", "cost")
+
+
+def checked(default: Any, holds: Callable[[Any], bool], remedy: str) -> Any:
+    """A field whose value must hold, unless it is null; of a list, each of its values."""
+    return field(default=default, metadata={"check": (holds, remedy)})
+
+
+def at_least_1(default: Any = MISSING) -> Any:
+    return checked(default, lambda value: value >= 1, "give 1 or more")
+
+
+def at_least_0(default: Any = MISSING) -> Any:
+    return checked(default, lambda value: 0 <= value < math.inf, "give 0 or more")
+
+
+def below_1(default: Any) -> Any:
+    return checked(default, lambda value: 0 <= value < 1, "give 0 or more, below 1")
+
+
+def fraction(default: Any = None) -> Any:
+    return checked(default, lambda value: 0 <= value <= 1, "give a fraction between 0 and 1")
+
+
+def above_0(default: Any, remedy: str) -> Any:
+    return checked(default, lambda value: 0 < value < math.inf, remedy)
+
+
+def one_of(options: tuple[str, ...], default: Any) -> Any:
+    return checked(default, lambda value: value in options, f"choose from {', '.join(options)}")
+
+
+def folder_name(default: str | None) -> Any:
+    remedy = "use letters, digits, '.', '_', '+' and '-' only"
+    return checked(default, lambda name: bool(re.fullmatch(r"\w[\w.+-]*", name)), remedy)
+
+
+def seed() -> Any:
+    return checked(1337, lambda value: 0 <= value < 2**63, "give 0 to 2^63 - 1")
+
+
+def require(condition: bool, setting: str, value: object, remedy: str) -> None:
+    if not condition:
+        raise UserError(f"{setting} = {'null' if value is None else value}: {remedy}")
+
+
+def check_each(settings: Any, prefix: str = "") -> None:
+    """Every field by itself. UserError names the first that does not hold, with its groups."""
+    for of in fields(settings):
+        value, name = getattr(settings, of.name), prefix + of.name
+        if is_dataclass(value):
+            check_each(value, f"{name}.")
+        elif check := of.metadata.get("check"):
+            holds, remedy = check
+            for one in value if isinstance(value, list) else [value]:
+                require(one is None or holds(one), name, one, remedy)
 
 
 @dataclass
@@ -26,40 +90,41 @@ class ModelSettings:
 
 @dataclass
 class OptimizerSettings:
-    name: str = "muon"  # muon | normuon | adamw, for the matrices of the blocks
-    matrix_lr: float = 0.04  # of these matrices
-    weight_decay: float = 0.0  # of these matrices, decoupled: times the learning rate
-    tied_embedding_lr: float = 0.05  # Adam, all else
-    embedding_lr: float = 0.6  # when untied
-    head_lr: float = 0.008
-    scalar_lr: float = 0.04  # vectors and scalars
-    learned_scale_lr: float = 1e-4  # scales of grids with scale_rule=learned
-    momentum_start: float = 0.85  # Muon momentum grows from here ...
-    momentum: float = 0.95  # ... to here ...
-    momentum_warmup_steps: int = 500  # ... over so many steps
-    newton_schulz_dtype: str = "bf16"  # bf16 | fp32, of Muon's iteration
-    neuron_beta: float = 0.95  # of NorMuon's mean square per row
-    adam_beta1: float = 0.9
-    adam_beta2: float = 0.95
+    name: str = one_of(("muon", "normuon", "adamw"), "muon")  # for the matrices of the blocks
+    matrix_lr: float = at_least_0(0.04)  # of these matrices
+    weight_decay: float = below_1(0.0)  # of these matrices, decoupled: times the learning rate
+    tied_embedding_lr: float = at_least_0(0.05)  # Adam, all else
+    embedding_lr: float = at_least_0(0.6)  # when untied
+    head_lr: float = at_least_0(0.008)
+    scalar_lr: float = at_least_0(0.04)  # vectors and scalars
+    learned_scale_lr: float = at_least_0(1e-4)  # scales of grids with scale_rule=learned
+    momentum_start: float = below_1(0.85)  # Muon momentum grows from here ...
+    momentum: float = below_1(0.95)  # ... to here ...
+    momentum_warmup_steps: int = at_least_0(500)  # ... over so many steps
+    newton_schulz_dtype: str = one_of(("bf16", "fp32"), "bf16")  # of Muon's iteration
+    neuron_beta: float = below_1(0.95)  # of NorMuon's mean square per row
+    adam_beta1: float = below_1(0.9)
+    adam_beta2: float = below_1(0.95)
 
 
 @dataclass
 class ScheduleSettings:
-    warmdown_steps: int | None = MISSING  # the rate falls over so many last steps
+    warmdown_steps: int | None = at_least_0()  # the rate falls over so many last steps
     # ... or over this share of the clock, or of max_steps; above 1 it falls from the start, from
     # 1 / warmdown_fraction of its peak
-    warmdown_fraction: float | None = None
-    floor: float = 0.0  # where it falls to, as a share of its peak
-    warmup_steps: int = MISSING  # untimed priming steps; everything is restored after them
+    warmdown_fraction: float | None = above_0(None, "give more than 0")
+    floor: float = below_1(0.0)  # where it falls to, as a share of its peak
+    warmup_steps: int = at_least_0()  # untimed priming steps; everything is restored after them
 
 
 @dataclass
 class AveragingSettings:  # what is stored instead of the last weights
-    kind: str = MISSING  # none | ema | swa
-    decay: float = 0.98  # of ema
-    start_fraction: float = 0.0  # of the clock, or of max_steps
-    every_steps: int = 1
-    of: str = "masters"  # masters | snapped: weights as a file would hold them while QAT is on
+    kind: str = one_of(("none", "ema", "swa"), MISSING)
+    decay: float = below_1(0.98)  # of ema
+    start_fraction: float = below_1(0.0)  # of the clock, or of max_steps
+    every_steps: int = at_least_1(1)
+    # snapped: weights as a file would hold them while QAT is on
+    of: str = one_of(("masters", "snapped"), "masters")
 
 
 @dataclass
@@ -69,12 +134,14 @@ class DataSettings:
     val_files: str | None = None  # glob of challenge shards
     tokenizer: str | None = None  # a SentencePiece .model
     files: list[str] | None = None  # .txt, .jsonl, .parquet (globs)
-    val_fraction: float = 0.05  # share of documents held out, by hash
+    val_fraction: float = checked(  # share of documents held out, by hash
+        0.05, lambda share: 0 < share < 1, "give a fraction between 0 and 1"
+    )
     cache_dir: str = "~/.cache/qat"
     repo_id: str = "willdepueoai/parameter-golf"
     revision: str = "main"
     dataset: str = "fineweb10B_sp1024"
-    train_shards: int = 80
+    train_shards: int = at_least_1(80)
 
 
 @dataclass
@@ -109,15 +176,16 @@ class QatSettings:
     grid: str | None = None  # the grid= and plan= options that this arm stands for
     plan: str | None = None
     gradient: str = "identity"  # identity | clipped | soft_round | noise
-    start_step: int | None = None  # so many updates use float weights first
-    start_fraction: float | None = None  # of the clock, or of max_steps
-    start_lr_scale: float | None = None  # once the rate has fallen to this share of its peak
-    stop_step: int | None = None  # updates after this one use float weights again
-    ramp_steps: int = 0  # blend from float to snapped weights over so many updates
-    default_start_fraction: float = 0.5  # used when no start is given
+    start_step: int | None = at_least_0(None)  # so many updates use float weights first
+    start_fraction: float | None = fraction()  # of the clock, or of max_steps
+    start_lr_scale: float | None = fraction()  # once the rate has fallen to this share of its peak
+    stop_step: int | None = at_least_0(None)  # updates after this one use float weights again
+    ramp_steps: int = at_least_0(0)  # blend from float to snapped weights over so many updates
+    default_start_fraction: float = fraction(0.5)  # used when no start is given
     # Train to limit_bytes: what the codes will cost is part of the loss (learned scales only)
     to_bytes: bool = False
-    bit_price: float | None = None  # nats per token and bit; null = so that the limit is met
+    # nats per token and bit; null = so that the limit is met
+    bit_price: float | None = at_least_0(None)
 
 
 @dataclass
@@ -125,47 +193,55 @@ class ArtifactSettings:
     coder: str = (
         "mix"  # zlib | zstd | lzma | brotli | constriction | mix | auto (all of them, the smallest)
     )
-    method: str = "round"  # round | gptq (full-Hessian, calibrated on training text)
+    # gptq: full-Hessian, calibrated on training text
+    method: str = one_of(("round", "gptq"), "round")
     # What a bit counts in GPTQ's choices, of the price that scales imply; 0 = errors alone
-    gptq_bit_price: float = 0.0
+    gptq_bit_price: float = at_least_0(0.0)
     fill: bool = False  # fill limit_bytes: choose each tensor's grid by what its errors cost
-    sensitivity_tokens: int = 32_768  # ... of training text, to find out what errors cost
+    sensitivity_tokens: int = at_least_1(32_768)  # ... of training text, to find it out
 
 
 @dataclass
 class CheckpointSettings:  # off the clock; the last one is written when training ends
-    every_steps: int | None = None
-    every_seconds: float | None = 60.0  # of the training clock
+    every_steps: int | None = at_least_1(None)
+    every_seconds: float | None = at_least_0(60.0)  # of the training clock
 
 
 @dataclass
 class EvalSettings:
-    precision: str = "fp32"  # fp32 | bf16 (autocast)
-    batch_tokens: int = 4_096  # tokens per forward pass; more than a CPU's caches hold is slower
-    seq_len: int | None = None  # of a window; null = as trained
-    stride: int | None = None  # of windows that slide; null = they do not overlap
+    precision: str = one_of(("fp32", "bf16"), "fp32")  # bf16: autocast
+    # per forward pass; more than a CPU's caches hold is slower
+    batch_tokens: int = at_least_1(4_096)
+    seq_len: int | None = at_least_1(None)  # of a window; null = as trained
+    stride: int | None = at_least_1(None)  # of windows that slide; null = they do not overlap
     by_document: bool = False  # no window reaches from one document into the next
 
 
 @dataclass
 class FullEvalSettings(EvalSettings):
-    # reliability | damage | layers | pairs | cost, beside val_bpb; eval=full takes all of them
-    parts: list[str] = field(default_factory=list)
+    # beside val_bpb; eval=full takes all of them
+    parts: list[str] = field(
+        default_factory=list,
+        metadata={"check": (EVAL_PARTS.__contains__, f"choose from {', '.join(EVAL_PARTS)}")},
+    )
     pairs_file: str | None = None  # .jsonl of minimal pairs; null = those made from templates
-    layers_tokens: int = 16_384  # validation tokens per tensor, of the part layers
-    num_bins: int = 15  # of reliability diagrams
-    resamples: int = 2_000  # of the bootstrap over documents
-    repeats: int = 5  # of each timing
+    layers_tokens: int = at_least_1(16_384)  # validation tokens per tensor, of the part layers
+    num_bins: int = at_least_1(15)  # of reliability diagrams
+    resamples: int = at_least_1(2_000)  # of the bootstrap over documents
+    repeats: int = at_least_1(5)  # of each timing
 
 
 @dataclass
 class LoggerSettings:
-    name: str = MISSING  # csv | wandb (beside csv)
+    name: str = one_of(("csv", "wandb"), MISSING)  # wandb: beside csv
     project: str = "qat"
     group: str | None = None  # null = the sweep's name
-    tags: list[str] = field(default_factory=list)
+    tags: list[str] = field(
+        default_factory=list,
+        metadata={"check": (lambda tag: 1 <= len(tag) <= MAX_TAG_LENGTH, TAGS)},
+    )
     offline: bool = True
-    every_steps: int = 10  # write metrics.csv after so many steps
+    every_steps: int = at_least_1(10)  # write metrics.csv after so many steps
 
 
 @dataclass
@@ -195,22 +271,24 @@ class StudySettings:  # of an experiment that is one; only its sweep reads them
 @dataclass
 class TrainSettings:
     profile: str = MISSING
-    seed: int = 1337
-    budget_seconds: float | None = MISSING  # training only; null = none
-    max_steps: int | None = None  # null = none
-    batch_tokens: int = MISSING  # per optimizer step, over all ranks
+    seed: int = seed()
+    # training only; null = none
+    budget_seconds: float | None = above_0(MISSING, "give more than 0 seconds, or null")
+    max_steps: int | None = at_least_1(None)  # null = none
+    batch_tokens: int = at_least_1()  # per optimizer step, over all ranks
     micro_batch_tokens: int = MISSING  # largest forward pass of one rank
-    seq_len: int = MISSING
-    precision: str = "auto"  # auto | bf16 | fp32 (autocast over fp32 masters)
-    compile: str = "auto"  # auto (on with CUDA) | true | false
-    limit_bytes: int = 16_000_000  # artifact + code, decimal
-    run_name: str | None = None  # null = time, qat, grid, seed
+    seq_len: int = at_least_1()
+    # bf16: autocast over fp32 masters
+    precision: str = one_of(("auto", "bf16", "fp32"), "auto")
+    compile: str = one_of(("auto", "true", "false"), "auto")  # auto: on with CUDA
+    limit_bytes: int = at_least_1(16_000_000)  # artifact + code, decimal
+    run_name: str | None = folder_name(None)  # null = time, qat, grid, seed
     resume: str | None = None  # a run's folder or name: go on with it, settings and all
-    sweep_name: str = "sweep-${now:%Y%m%d-%H%M%S}"
+    sweep_name: str = folder_name("sweep-${now:%Y%m%d-%H%M%S}")
     runs_dir: str = "logs/runs"
     # Of a study, the split of a QAT arm's effect. full: train a baseline of as many steps for it;
     # estimate: from the baseline's loss curve.
-    ledger: str = "estimate"
+    ledger: str = one_of(("estimate", "full"), "estimate")
     study: StudySettings = field(default_factory=StudySettings)
     model: ModelSettings = field(default_factory=ModelSettings)
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
@@ -233,8 +311,8 @@ class VocabularySettings:  # named as in training; an artifact says its own
 
 @dataclass
 class SampleSettings:
-    max_tokens: int = 100
-    temperature: float = 0.8  # 0 = always the likeliest token
+    max_tokens: int = at_least_1(100)
+    temperature: float = at_least_0(0.8)  # 0 = always the likeliest token
 
 
 @dataclass
@@ -247,18 +325,18 @@ class SubmissionSettings:  # what submission.json says beside the run's numbers
 
 @dataclass
 class ConstraintSettings:  # of task=choose: the most that a variant may have; null = any
-    latency_ms: float | None = None  # forward pass of one sequence
-    artifact_bytes: float | None = None  # of the file
-    memory_bytes: float | None = None  # of the tensors as they are held
-    val_bpb: float | None = None
-    perplexity: float | None = None
-    ece: float | None = None  # expected calibration error, without a temperature
-    peak_memory_bytes: float | None = None  # of the process
+    latency_ms: float | None = above_0(None, AT_MOST)  # forward pass of one sequence
+    artifact_bytes: float | None = above_0(None, AT_MOST)  # of the file
+    memory_bytes: float | None = above_0(None, AT_MOST)  # of the tensors as they are held
+    val_bpb: float | None = above_0(None, AT_MOST)
+    perplexity: float | None = above_0(None, AT_MOST)
+    ece: float | None = above_0(None, AT_MOST)  # expected calibration error, without a temperature
+    peak_memory_bytes: float | None = above_0(None, AT_MOST)  # of the process
 
 
 @dataclass
 class EvalTaskSettings:
-    task: str = "score"  # what to do; all of them: TASKS in qat/settings/checks.py
+    task: str = "score"  # what to do; all of them: TASKS in eval.py
     artifact: str | None = None  # file: a .qat, or a .ptz of the challenge
     out: str | None = None  # what is written: convert's .ptz, fill's .qat, submission's folder
     run: str | None = None  # run folder or run name; stands for its artifact
@@ -268,8 +346,8 @@ class EvalTaskSettings:
     cabinet: str | None = None  # folder with the results.json of task=cabinet
     runs_dir: str = "logs/runs"
     prompt: str = ""
-    seed: int = 1337
-    limit_bytes: int = 16_000_000  # artifact + code, decimal; of task=inspect and task=fill
+    seed: int = seed()
+    limit_bytes: int = at_least_1(16_000_000)  # artifact + code, of tasks inspect and fill
     model: VocabularySettings = field(default_factory=VocabularySettings)
     sample: SampleSettings = field(default_factory=SampleSettings)
     constraints: ConstraintSettings = field(default_factory=ConstraintSettings)
