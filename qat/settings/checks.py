@@ -14,12 +14,8 @@ from pathlib import Path
 from qat.errors import UserError
 from qat.settings import machine
 from qat.settings.ranges import (
-    check_artifact,
-    check_constraints,
     check_eval,
     check_model,
-    check_parts,
-    check_schedule,
     check_to_bytes,
     check_vocab_size,
 )
@@ -45,8 +41,15 @@ def resolve_train(settings: TrainSettings, choices: Mapping[str, str | None]) ->
     forever = "max_steps is null too, so the run would never end; give one of them"
     is_bounded = s.budget_seconds is not None or s.max_steps is not None
     require(is_bounded, "budget_seconds", None, forever)
-    check_schedule(s.schedule)
-    check_artifact(s.artifact)
+    if s.schedule.warmdown_fraction is not None and s.schedule.warmdown_steps is not None:
+        raise UserError(
+            f"schedule.warmdown_fraction = {s.schedule.warmdown_fraction} and "
+            f"schedule.warmdown_steps = {s.schedule.warmdown_steps}: two warmdowns; add "
+            "schedule.warmdown_steps=null"
+        )
+    price, is_read = s.artifact.gptq_bit_price, s.artifact.method == "gptq"
+    only = "only with artifact.method=gptq"
+    require(price == 0.0 or is_read, "artifact.gptq_bit_price", price, only)
     check_eval(s.eval, s.seq_len)
     check_model(s.model)
     _check_batches(s)
@@ -156,7 +159,11 @@ def resolve_eval(settings: EvalTaskSettings, choices: Mapping[str, str | None]) 
         require(
             bool(s.cabinet), "cabinet", s.cabinet, "give the folder of a cabinet, cabinet=FOLDER"
         )
-        check_constraints(s.constraints)
+        most = (
+            "give the most of something, constraints='{latency_ms: 10, artifact_bytes: 16000000}'"
+        )
+        is_given = any(limit is not None for limit in vars(s.constraints).values())
+        require(is_given, "constraints", None, most)
     elif s.task == "submission":
         require(not s.artifact, "artifact", s.artifact, "a submission is made of run=RUN")
         require(bool(s.run), "run", s.run, "give the run to submit, run=RUN")
@@ -178,7 +185,9 @@ def resolve_eval(settings: EvalTaskSettings, choices: Mapping[str, str | None]) 
     if s.study:
         s = replace(s, study=str(find_run("study", s.study, s.runs_dir)))
     check_eval(s.eval)
-    check_parts(s.eval)
+    is_used = s.eval.pairs_file is None or "pairs" in s.eval.parts
+    pairs = "add eval.parts='[pairs]' or eval=full"
+    require(is_used, "eval.pairs_file", s.eval.pairs_file, pairs)
     _check_data(s.data, (*TEXT_SOURCES, "from_artifact"))
     check_vocab_size(s.model.vocab_size)
     _check_golf_file(s)

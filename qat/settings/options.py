@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import cast
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
@@ -48,13 +49,10 @@ def no_such_option(typed: str, group: str) -> UserError:
 
 def read_grid(option: str) -> GridSettings:
     """UserError if there is no such option."""
-    file = files("grid").get(option)
-    if file is None:
+    if (file := files("grid").get(option)) is None:
         raise no_such_option(f"grid={option}", "grid")
     grid = OmegaConf.merge(OmegaConf.structured(GridSettings), OmegaConf.load(file))
-    found = OmegaConf.to_object(grid)
-    assert isinstance(found, GridSettings)
-    return found
+    return cast(GridSettings, OmegaConf.to_object(grid))
 
 
 def read_study(experiment: str) -> StudySettings | None:
@@ -62,19 +60,15 @@ def read_study(experiment: str) -> StudySettings | None:
 
     UserError if it says something else than a study can.
     """
-    file = files("experiment").get(experiment)
-    if file is None:
+    if (file := files("experiment").get(experiment)) is None:
         return None
-    experiment_settings = OmegaConf.load(file)
-    assert isinstance(experiment_settings, DictConfig)
-    said = experiment_settings.get("study")
-    if said is None:
+    if (said := cast(DictConfig, OmegaConf.load(file)).get("study")) is None:
         return None
     try:
-        study = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(StudySettings), said))
+        merged = OmegaConf.merge(OmegaConf.structured(StudySettings), said)
+        study = cast(StudySettings, OmegaConf.to_object(merged))
     except OmegaConfBaseException as error:
         raise UserError(f"{file.name}: study: {str(error).splitlines()[0]}") from None
-    assert isinstance(study, StudySettings)
     if study.baseline not in study.arms:
         raise UserError(f"{file.name}: study.baseline = {study.baseline}: not among study.arms")
     for grid in (study.grid, *(store.grid for store in study.stores.values())):

@@ -4,31 +4,13 @@ from __future__ import annotations
 
 from qat.errors import UserError
 from qat.settings.schema import (
-    ArtifactSettings,
-    ConstraintSettings,
     EvalSettings,
-    FullEvalSettings,
     ModelSettings,
-    ScheduleSettings,
     TrainSettings,
     require,
 )
 
 MAX_VOCAB_SIZE = 65_536  # token ids are stored as uint16
-
-
-def check_schedule(s: ScheduleSettings) -> None:
-    if s.warmdown_fraction is not None and s.warmdown_steps is not None:
-        raise UserError(
-            f"schedule.warmdown_fraction = {s.warmdown_fraction} and schedule.warmdown_steps = "
-            f"{s.warmdown_steps}: two warmdowns; add schedule.warmdown_steps=null"
-        )
-
-
-def check_artifact(a: ArtifactSettings) -> None:
-    price = a.gptq_bit_price
-    is_read = price == 0.0 or a.method == "gptq"
-    require(is_read, "artifact.gptq_bit_price", price, "only with artifact.method=gptq")
 
 
 def check_to_bytes(s: TrainSettings) -> None:
@@ -71,16 +53,6 @@ def check_eval(e: EvalSettings, trained_seq_len: int | None = None) -> None:
             f"eval.stride = {e.stride}: must be at most eval.seq_len = {seq_len}, or tokens "
             "between windows would not be scored"
         )
-
-
-def check_parts(e: FullEvalSettings) -> None:
-    is_used = e.pairs_file is None or "pairs" in e.parts
-    require(is_used, "eval.pairs_file", e.pairs_file, "add eval.parts='[pairs]' or eval=full")
-
-
-def check_constraints(c: ConstraintSettings) -> None:
-    needed = "give the most of something, constraints='{latency_ms: 10, artifact_bytes: 16000000}'"
-    require(any(limit is not None for limit in vars(c).values()), "constraints", None, needed)
 
 
 def check_model(m: ModelSettings) -> None:

@@ -215,7 +215,7 @@ def test_rows_that_are_refused(program, finished: Path, tmp_path: Path, values, 
 def test_folders_that_are_refused(program, finished: Path, tmp_path: Path) -> None:
     run = copy_of(finished, tmp_path)
     with open(run / "overrides.yaml", "a") as file:
-        file.write(json.dumps("data.repo_id=" + "x" * 2_048))
+        file.write("- " + json.dumps("data.repo_id=" + "x" * 2_048))
     assert "has 2048 for them; shorten them" in refused(program, run)
     (run / "overrides.yaml").write_text("no list\n")
     assert "not the folder of a run" in refused(program, run)
