@@ -28,7 +28,9 @@ ON_DEMAND = {
     "qat.artifact.class_coder", "eval", "qat.evaluation.score_task",
 }  # fmt: skip
 # What the file itself imports by name; Python lists only what import statements do.
-BY_NAME = {"qat", "qat.settings", "qat.settings.command_line", "train"}
+BY_NAME = {
+    "qat", "qat.settings", "qat.settings.command_line", "train", "hydra_plugins.qat_sweeper",
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
