@@ -39,8 +39,10 @@ class CheckedSweeper(BasicSweeper):
         if config.hydra.launcher._target_.endswith(".SlurmLauncher") and which("srun") is None:
             raise UserError("hydra/launcher: no srun here; give the command where SLURM is")
         folder = Path(config.hydra.sweep.dir)  # asked first: jobs take over the time in its name
-        parsed = OverridesParser.create().parse_overrides([*self._parse_config(), *arguments])
-        (jobs,) = self.split_arguments(parsed, None)
+        parser = OverridesParser.create(loader)
+        (jobs,) = self.split_arguments(
+            parser.parse_overrides([*self._parse_config(), *arguments]), None
+        )
         configs = [loader.load_sweep_config(config, list(job)) for job in jobs]
         sweep = self.task_function.begin_sweep(folder, configs)
         super().sweep(arguments)

@@ -6,15 +6,13 @@ import difflib
 import re
 import sys
 from argparse import Namespace
-from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
-from functools import reduce
 from pathlib import Path
-from typing import Any, get_origin, get_type_hints
+from typing import get_origin, get_type_hints
 
 from hydra._internal.utils import get_args_parser
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import ChoiceSweep
+from hydra.core.override_parser.types import ChoiceSweep, Quote, QuotedString
 from omegaconf import DictConfig, OmegaConf
 
 from qat.errors import UserError
@@ -73,18 +71,16 @@ def users_folders(config_dir: str | None, settings: list[str]) -> list[Path]:
     return [Path(path.removeprefix("file://")).resolve() for _, path in asked]
 
 
-def take_verbatim(arguments: list[str]) -> tuple[list[str], dict[str, str]]:
-    """(arguments for Hydra, settings that are prose or paths: whatever follows the '=')."""
-    parts = [argument.partition("=") for argument in arguments]
-    verbatim = {key: value for key, equals, value in parts if equals and key in VERBATIM_KEYS}
-    return ["".join(part) for part in parts if not (part[1] and part[0] in verbatim)], verbatim
+def quoted(arguments: list[str]) -> list[str]:
+    """Settings that are prose or paths in quotes, as Hydra reads whatever follows their '='."""
 
+    def quote(key: str, equals: str, value: str) -> str:
+        if not equals or key not in VERBATIM_KEYS:
+            return f"{key}{equals}{value}"
+        plain = re.sub(r"(\\*)\$\{", r"\1\1\\${", value)  # it refers to no setting
+        return f"{key}={QuotedString(plain, Quote.single).with_quotes()}"
 
-def put_verbatim(settings: Any, verbatim: Mapping[str, str]) -> None:
-    """Set what ``take_verbatim`` took, by dotted name."""
-    for key, value in verbatim.items():
-        *groups_of_it, name = key.split(".")
-        setattr(reduce(getattr, groups_of_it, settings), name, value)
+    return [quote(*argument.partition("=")) for argument in arguments]
 
 
 def with_profile(arguments: list[str], say: bool = True) -> list[str]:
@@ -119,18 +115,18 @@ def groups(config_name: str) -> set[str]:
     return {key for key in keys if not key.startswith("override ")}
 
 
-def unknown(key: str, config_name: str) -> str:
-    known = sorted(
-        k for k in known_keys(SCHEMAS[config_name]) | groups(config_name) if k[-1] != "."
-    )
-    close = difflib.get_close_matches(key, known, n=1)
+def unknown(key: str, known: set[str], config_name: str) -> str:
+    parent = key.rpartition(".")[0]
+    if parent in known and not any(name.startswith(f"{parent}.") for name in known):
+        return f"{parent} takes one value, it has no parts"
+    close = difflib.get_close_matches(key, sorted(n for n in known if n[-1] != "."), n=1)
     hint = f"did you mean {close[0]}?" if close else f"see `python {config_name}.py --cfg job`"
     return f"unknown setting; {hint}"
 
 
 def check_settings(arguments: list[str], config_name: str) -> None:
-    """Hydra adds ``+foo=1`` silently, removes by ``~foo`` what the program needs, and lets a group
-    be a list or null."""
+    """Hydra adds ``+foo=1`` silently, removes by ``~foo`` what the program needs, lets a group be a
+    list or null, and of what it does not know it does not say what was meant."""
     known = known_keys(SCHEMAS[config_name]) | groups(config_name)
     for override in OverridesParser.create().parse_overrides(arguments):
         key, typed = override.key_or_group, override.input_line
@@ -138,13 +134,14 @@ def check_settings(arguments: list[str], config_name: str) -> None:
             raise UserError(f"{typed}: sweeps are products of values here; drop it")
         if key.startswith("hydra"):
             continue
-        is_change = override.is_add() or override.is_force_add() or override.is_delete()
-        if is_change and key not in known and key[: key.rfind(".") + 1] not in known:
-            raise UserError(f"{typed}: {unknown(key, config_name)}")
+        value = override.value()
+        for name in [f"{key}.{part}" for part in value] if isinstance(value, dict) else [key]:
+            if name not in known and name[: name.rfind(".") + 1] not in known:
+                at = typed if name == key else name
+                raise UserError(f"{at}: {unknown(name, known, config_name)}")
         if override.is_delete():
             raise UserError(f"{typed}: settings cannot be removed; give another value")
-        value = override.value()
         for option in value.list if isinstance(value, ChoiceSweep) else [value]:
-            is_name = option not in (None, "") and not isinstance(option, list | dict)
-            if key in groups(config_name) - {ARM} and not is_name:
+            is_none = option in (None, "") or isinstance(option, list | dict | int | float)
+            if key in groups(config_name) - {ARM} and is_none:
                 raise no_such_option(str(typed), key)

@@ -31,6 +31,8 @@ def with_arms(arguments: list[str], groups: Collection[str], is_sweep: bool) -> 
     experiment = typed.get("experiment", "")
     study = read_study(experiment)
     if study is None:
+        if any(read_study(one) for one in experiment.split(",")):
+            raise UserError(f"experiment={experiment}: give one study at a time")
         if ARM in typed:
             raise UserError(f"arm={typed[ARM]}: goes with an experiment that has arms")
         return arguments

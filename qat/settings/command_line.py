@@ -33,10 +33,8 @@ from qat.settings.arguments import (
     SCHEMAS,
     check_settings,
     groups,
-    put_verbatim,
+    quoted,
     split_flags,
-    take_verbatim,
-    unknown,
     users_folders,
     with_profile,
 )
@@ -93,7 +91,7 @@ def main(program: Program) -> int:
     except UserError as error:
         say_error(str(error))
     except (HydraException, OmegaConfBaseException) as error:
-        say_error(explain(error, program.config_name))
+        say_error(explain(error))
     except OSError as error:  # Hydra makes the sweep's folder
         say_error(f"runs_dir: cannot write {error.filename} ({error.strerror})")
     _let_rank_0_speak()
@@ -123,11 +121,11 @@ def register(users_folders: list[Path]) -> None:
 def _main(program: Program) -> int:
     name, typed = program.config_name, sys.argv[1:]
     settings, flags, args = split_flags(typed, name)
-    verbatim: dict[str, str] = {}
     if name == "eval":
-        settings, verbatim = take_verbatim(settings)
+        settings = quoted(settings)
     register(folders := users_folders(args.config_dir, settings))
-    check_settings(settings, name)
+    if not args.shell_completion:  # its words are no settings
+        check_settings(settings, name)
     if name == "train":
         # Hydra's own settings have no profile, and a run that goes on takes its own.
         if not args.hydra_help and not any(word.startswith("resume=") for word in settings):
@@ -136,7 +134,7 @@ def _main(program: Program) -> int:
         is_sweep = args.multirun or "hydra.mode=MULTIRUN" in settings
         settings = with_arms(settings, groups(name), is_sweep)
     sys.argv[1:] = [*settings, *flags]
-    jobs = Jobs(program, verbatim, folders, shlex.join(["python", f"{name}.py", *typed]))
+    jobs = Jobs(program, folders, shlex.join(["python", f"{name}.py", *typed]))
     hydra.main(version_base="1.3", config_path=str(options.CONF), config_name=name)(jobs)()
     return max(jobs.exit_codes, default=0)
 
@@ -146,7 +144,6 @@ class Jobs:
     """What Hydra calls for each job, here or, pickled, in a launcher's process."""
 
     program: Program
-    verbatim: dict[str, str]
     users_folders: list[Path]
     command: str  # as typed
     exit_codes: list[int] = field(default_factory=list)  # of this process
@@ -161,9 +158,7 @@ class Jobs:
         )
         # Nothing but an interrupt may leave: Hydra would add lines of its own.
         try:
-            settings = as_settings(config)
-            put_verbatim(settings, self.verbatim)
-            settings = self.program.resolve(settings, job.choices)
+            settings = self.program.resolve(as_settings(config), job.choices)
             self.exit_codes.append(self.program.run(settings, job))
         except (UserError, TrainingError) as error:
             say_error(str(error))
@@ -208,7 +203,7 @@ def _choices(of_hydra: Any) -> dict[str, str | None]:
     return {k: v for k, v in of_hydra.runtime.choices.items() if not k.startswith("hydra/")}
 
 
-def explain(error: Exception, config_name: str) -> str:
+def explain(error: Exception) -> str:
     """One line for a mistake that Hydra or OmegaConf found, naming the setting as typed."""
     text = str(error)
     cause = error.__cause__
@@ -220,19 +215,16 @@ def explain(error: Exception, config_name: str) -> str:
     if isinstance(error, MissingConfigException) and error.options:
         group, _, option = str(error.missing_cfg_file).rpartition("/")
         return f"{group}={option}: no such option; choose from {', '.join(error.options)}"
+    if match := re.match(r"In '(.+)': \w+ raised while composing config:\n(.+)", text):
+        key = re.search(r"full_key: (\S+)", text)
+        return f"{match[1]}.yaml: {key[1] if key else 'it'}: {match[2]}"
     if match := re.search(r"Could not override '([^']+)'", text):
-        if match[1].startswith("hydra.") or "@" in match[1]:
-            return f"{match[1]}: not there yet; add it, +{match[1]}=..."
-        key = match[1]
-        inner = re.search(r"Key '([^']+)'", detail)
-        if inner and inner[1] != key.split(".")[-1]:  # group={key: value}
-            key = f"{key}.{inner[1]}"
-        return f"{key}: {unknown(key, config_name)}"
+        return f"{match[1]}: not there yet; add it, +{match[1]}=..."
+    if match := re.search(r"Multiple values for (\S+)\.", text):
+        return f"{match[1]}: it has a place already; give it once, without '+'"
     if match := re.search(r"Error merging override (.+)", text):
         if "ListConfig" in detail:
             detail = "give a list, [a,b]"
-        if "Cannot convert 'dict'" in detail:
-            detail = f"{match[1].split('.')[0]} takes one value, it has no parts"
         return f"{match[1]}: {detail or 'not a usable value'}"
     if match := re.search(r"Ambiguous value for argument '(.+)'", text):
         return f"{match[1]}: several values; add -m to run each of them, or [..] for a list"

@@ -62,6 +62,18 @@ def test_options_of_a_users_folder(setting: str, program, users_folder: Path) ->
     assert program("train.py", "--config-dir=my conf", "--help").out.count("mine") == 3
 
 
+def test_a_mistake_in_a_users_file_is_named(program, users_folder: Path) -> None:
+    for name, text, message in (
+        ("typo", "bitz: 4", "grid/typo.yaml: grid.bitz: Key 'bitz' not in 'Grid'"),
+        ("word", "bits: four", "grid/word.yaml: grid.bits: Value 'four' of type 'str' could not"),
+        ("far", "bits: 99", "grid.bits = 99: give 2 to 8"),
+    ):
+        (users_folder / f"grid/{name}.yaml").write_text(text)
+        done = program("train.py", "profile=laptop", f"qat={name}", "--config-dir=my conf")
+        assert (done.code, len(done.err.splitlines())) == (2, 1), done.err
+        assert done.err.startswith(f"error: {message}")
+
+
 def test_a_study_of_a_users_folder_runs(train, users_folder: Path) -> None:
     asked = ("experiment=mine", "max_steps=2", "sweep_name=s")
     done = train("-m", *asked, f"--config-dir={users_folder}")
@@ -86,6 +98,7 @@ def test_a_study_of_a_users_folder_runs(train, users_folder: Path) -> None:
         (("--magic",), "--magic: no such flag; see `python train.py --hydra-help`"),
         (("-m", "hydra/sweeper=ax"), "hydra/sweeper=ax: sweeps are products of values here"),
         (("hydra.mode=MULTIRUN", "seed=1,-2"), "seed = -2: give 0 to 2^63"),
+        (("-m", "qat=glob(int4*)", "seed=range(0,-2,-1)"), "seed = -1: give 0 to 2^63"),
         (("-m", "+hydra.sweeper.params.seed='1,-2'"), "seed = -2: give 0 to 2^63"),
         (("-m", "hydra.sweeper.params.seed='1,2'"), "add it, +hydra.sweeper.params.seed="),
         (("grid@plan.grids.fine=int8",), "add it, +grid@plan.grids.fine="),
@@ -179,7 +192,7 @@ def test_what_is_out_of_range_is_named_as_typed(schema: type) -> None:
             here = getattr(here, group)
         for of in (settings, *(getattr(settings, f.name) for f in dataclasses.fields(schema))):
             for field in dataclasses.fields(of) if dataclasses.is_dataclass(of) else ():
-                if getattr(of, field.name) == "???":
+                if "check" in field.metadata and getattr(of, field.name) == "???":
                     setattr(of, field.name, None)
         if isinstance(settings, TrainSettings):
             settings.sweep_name = "s"
