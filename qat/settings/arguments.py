@@ -71,16 +71,19 @@ def users_folders(config_dir: str | None, settings: list[str]) -> list[Path]:
     return [Path(path.removeprefix("file://")).resolve() for _, path in asked]
 
 
+def in_quotes(text: str) -> str:
+    """``text`` itself in the grammar of Hydra's overrides, whatever stands in it."""
+    plain = re.sub(r"(\\*)\$\{", r"\1\1\\${", text)  # it refers to no setting
+    return QuotedString(plain, Quote.single).with_quotes()
+
+
 def quoted(arguments: list[str]) -> list[str]:
-    """Settings that are prose or paths in quotes, as Hydra reads whatever follows their '='."""
-
-    def quote(key: str, equals: str, value: str) -> str:
-        if not equals or key not in VERBATIM_KEYS:
-            return f"{key}{equals}{value}"
-        plain = re.sub(r"(\\*)\$\{", r"\1\1\\${", value)  # it refers to no setting
-        return f"{key}={QuotedString(plain, Quote.single).with_quotes()}"
-
-    return [quote(*argument.partition("=")) for argument in arguments]
+    """Settings that are prose or paths in quotes: whatever follows their '='."""
+    parts = [argument.partition("=") for argument in arguments]
+    return [
+        key + equals + (in_quotes(value) if equals and key in VERBATIM_KEYS else value)
+        for key, equals, value in parts
+    ]
 
 
 def with_profile(arguments: list[str], say: bool = True) -> list[str]:

@@ -6,9 +6,8 @@ from collections.abc import Mapping
 from functools import reduce
 from typing import Any
 
-from hydra.core.override_parser.types import Quote, QuotedString
-
 from qat.errors import UserError
+from qat.settings.arguments import in_quotes
 from qat.settings.arms import ARM
 from qat.settings.options import options
 from qat.settings.schema import EvalTaskSettings, TrainSettings
@@ -30,7 +29,7 @@ def _spelled(value: Any) -> str:
     if isinstance(value, list):
         return "[" + ",".join(_spelled(item) for item in value) + "]"
     if isinstance(value, str):
-        return QuotedString(value, Quote.single).with_quotes()
+        return in_quotes(value)
     return "null" if value is None else str(value).lower()
 
 
