@@ -8,7 +8,7 @@ import sys
 from argparse import Namespace
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import get_origin, get_type_hints
+from typing import NoReturn, get_origin, get_type_hints
 
 from hydra._internal.utils import get_args_parser
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -29,13 +29,19 @@ VERBATIM_KEYS = (
 )  # fmt: skip
 
 
+def _refuse(message: str) -> NoReturn:
+    raise UserError(message)
+
+
 def split_flags(arguments: list[str], config_name: str) -> tuple[list[str], list[str], Namespace]:
     """(settings, flags as typed, flags as Hydra reads them). UserError for those refused here.
 
     Settings come first: argparse refuses them on both sides of a flag.
     """
     words = sorted(arguments, key=lambda word: "=" not in word or word.startswith("-"))
-    args, rest = get_args_parser().parse_known_args(words)
+    parser = get_args_parser()
+    parser.error = _refuse  # type: ignore[method-assign]
+    args, rest = parser.parse_known_args(words)
     settings = [*args.overrides, *(word for word in rest if not word.startswith("-"))]
     if wrong := [word for word in rest if word.startswith("-")]:
         raise UserError(f"{wrong[0]}: no such flag; see `python {config_name}.py --hydra-help`")
@@ -144,6 +150,9 @@ def check_settings(arguments: list[str], config_name: str) -> None:
                 raise UserError(f"{at}: {unknown(name, known, config_name)}")
         if override.is_delete():
             raise UserError(f"{typed}: settings cannot be removed; give another value")
+        has_parts = key not in groups(config_name) and any(n.startswith(f"{key}.") for n in known)
+        if has_parts and isinstance(value, str) and "$" not in value:
+            raise UserError(f"{typed}: {key} has parts and no options here; give {key}.NAME=VALUE")
         for option in value.list if isinstance(value, ChoiceSweep) else [value]:
             is_none = option in (None, "") or isinstance(option, list | dict | int | float)
             if key in groups(config_name) - {ARM} and is_none:

@@ -88,6 +88,9 @@ def main(program: Program) -> int:
     except KeyboardInterrupt:
         say_error("interrupted")
         return INTERRUPTED
+    except BrokenPipeError:  # of ``--help | head``; what is left to write goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except UserError as error:
         say_error(str(error))
     except (HydraException, OmegaConfBaseException) as error:

@@ -95,6 +95,9 @@ def test_a_study_of_a_users_folder_runs(train, users_folder: Path) -> None:
         (("--experimental-rerun=a.pickle",), "--experimental-rerun: a run goes on, or is"),
         (("-m", "seed=1,2", "--cfg=job"), "--multirun --cfg: give one of them"),
         (("--resolve",), "--resolve: goes with --cfg"),
+        (("--cfg",), "argument --cfg/-c: expected one argument"),
+        (("--info=plans",), "argument --info/-i: invalid choice: 'plans' (choose from 'all',"),
+        (("eval=full",), "eval=full: eval has parts and no options here; give eval.NAME=VALUE"),
         (("--magic",), "--magic: no such flag; see `python train.py --hydra-help`"),
         (("-m", "hydra/sweeper=ax"), "hydra/sweeper=ax: sweeps are products of values here"),
         (("hydra.mode=MULTIRUN", "seed=1,-2"), "seed = -2: give 0 to 2^63"),
@@ -109,6 +112,16 @@ def test_habits_that_are_refused(arguments: tuple[str, ...], message: str, progr
     assert (done.code, len(done.err.splitlines())) == (2, 1), done.err
     assert message in done.err
     assert not Path("logs").exists()
+
+
+def test_help_is_cut_short_in_silence(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "train.py"), "--help"]
+    asked = subprocess.Popen(
+        command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert asked.stdout is not None
+    asked.stdout.close()  # as head does
+    assert asked.communicate()[1] == ""
 
 
 def test_a_sweep_by_an_experiment_alone(program, users_folder: Path) -> None:
