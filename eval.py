@@ -26,8 +26,7 @@ from qat.errors import UserError
 from qat.golf.bundle import count_code_bytes
 from qat.settings.checks import resolve_eval
 from qat.settings.command_line import Job, Program, main
-from qat.settings.ranges import one_of
-from qat.settings.schema import EvalTaskSettings
+from qat.settings.schema import EvalTaskSettings, require
 
 GOLF_MODULE, GOLF_SUFFIX = "qat.golf.ptz_model", ".ptz"  # imported by name: see above
 FULL = "qat.analysis.full_task"  # task=score, in more respects than val_bpb
@@ -46,7 +45,7 @@ TASKS = {
 
 
 def resolve(settings: EvalTaskSettings, choices) -> EvalTaskSettings:
-    one_of("task", settings.task, tuple(TASKS))
+    require(settings.task in TASKS, "task", settings.task, f"choose from {', '.join(TASKS)}")
     return resolve_eval(settings, choices)
 
 

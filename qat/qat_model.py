@@ -119,12 +119,19 @@ class QatModel(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return torch.func.functional_call(self.model, self.weights(), args, kwargs)
 
-    def get_extra_state(self) -> dict[str, bool]:
-        return {"is_on": self._is_on, "has_scales": bool(self.switch.learned_scales)}
+    def get_extra_state(self) -> dict[str, Any]:
+        return {
+            "is_on": self._is_on,
+            "num_snaps": self._num_snaps,
+            "has_scales": bool(self.switch.learned_scales),
+            "gradient_rule": self.switch.gradient.state(),
+        }
 
-    def set_extra_state(self, state: dict[str, bool]) -> None:
+    def set_extra_state(self, state: dict[str, Any]) -> None:
         self.qat(state["is_on"])
+        self._num_snaps = state["num_snaps"]
         self.switch.has_scales = state["has_scales"]
+        self.switch.gradient.load_state(state["gradient_rule"])
 
     def snapped(self) -> dict[str, Tensor]:
         """Name -> the weight that a file written now gives back, QAT on or off."""

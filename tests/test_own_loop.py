@@ -16,7 +16,8 @@ from torch._dynamo.utils import counters
 
 from qat import Grid, Plan, QatModel, load
 from qat.errors import UserError
-from tests.conftest import compiles
+from qat.quantize import gradients
+from tests.conftest import code_in, compiles
 
 VOCAB, WIDTH, LENGTH = 64, 32, 16
 INT4 = Grid(bits=4)
@@ -161,12 +162,24 @@ def test_autocast_goes_around_the_call() -> None:
     assert torch.equal(logits, expected)
 
 
-@pytest.mark.parametrize("grid", [INT4, Grid(bits=4, scale_rule="learned", scale_floor=1e-3)])
-def test_a_copy_and_a_state_dict_go_on_alike(grid: Grid) -> None:
-    model = wrapped(grid).qat(True)
+@pytest.mark.parametrize(
+    ("grid", "gradient"),
+    [
+        (INT4, "identity"),
+        (Grid(bits=4, scale_rule="learned", scale_floor=1e-3), "identity"),
+        (INT4, "noise"),  # it draws by how often was snapped
+        (INT4, "freeze"),  # it remembers every weight's flips
+    ],
+)
+def test_a_copy_and_a_state_dict_go_on_alike(
+    grid: Grid, gradient: str, plug_in, tmp_path: Path
+) -> None:
+    plug_in(gradients, gradients.rule_kinds, "freeze", code_in("add_a_gradient.md")[0])
+    model = wrapped(grid, gradient).qat(True)
     train(model, range(3))
-    twin, loaded = copy.deepcopy(model), wrapped(grid)
-    loaded.load_state_dict(model.state_dict())
+    twin, loaded = copy.deepcopy(model), wrapped(grid, gradient)
+    torch.save(model.state_dict(), tmp_path / "state.pt")
+    loaded.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
     assert twin.is_on
     assert loaded.is_on
     losses = [train(each, range(3, 6)) for each in (model, twin, loaded)]

@@ -16,12 +16,13 @@ from qat.artifact.container import read_artifact
 from qat.golf.bundle import count_code_bytes
 from qat.qat_model import weights_seen
 from qat.runs.store_again import stored_tensors
+from qat.settings.options import options
 from qat.training.liveness import LivenessProof
 from qat.training.loop import TrainingLoop
 from tests.conftest import GOLF, ROOT, result_of
 
 RUNS = Path("logs/runs")
-GRIDS = sorted(path.stem for path in (ROOT / "conf/qat").glob("*.yaml") if path.stem != "none")
+GRIDS = [qat for qat in options("qat") if qat != "none"]
 # One of each way to scales or levels by training itself; the others when there is time for them,
 # and all of them without training in artifact/test_container.py.
 TRAINED_ALWAYS = ("fp8_e4m3", "int4_asymmetric", "int6", "int8_golf", "lsq4", "rd", "ternary")

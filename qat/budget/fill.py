@@ -184,7 +184,7 @@ def choices_table(solution: Solution) -> str:
             choice.name,
             grid.label if grid else entry.dtype,
             f"{choice.size * solution.zoom:.3f}" if choice.rule else "",
-            f"{cost.bits / entry.num_elements:.2f}",
+            f"{cost.bits / entry.num_elements:.2f}" if entry.num_elements else "",
             f"{loss:+.6f}",
         )
     return as_text(table)

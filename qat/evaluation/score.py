@@ -25,7 +25,7 @@ from qat.evaluation.ranks import add_over_ranks, rank_and_ranks
 from qat.evaluation.windows import Batch, Windows, document_windows, read_batches, stream_windows
 from qat.model.registry import empty_model, last_logits
 from qat.model.spec import ModelSpec
-from qat.settings.ranges import check_eval
+from qat.settings.checks import check_eval
 from qat.text.byte_table import ByteTable, bits_per_byte
 from qat.text.shards import TokenStream
 from qat.text.tokenizer import BOS_ID

@@ -24,9 +24,10 @@ ROOT = Path(__file__).resolve().parents[2]
 HEAD = Path(__file__).with_name("bundle_head.py")
 NAME = "train_gpt.py"
 # Programs, and what they import by name: the task of eval.py, architectures (all of them, so that
-# the size is the same for all runs).
+# the size is the same for all runs), and what Hydra does.
 ENTRY_MODULES = (
-    "train", "eval", "qat.evaluation.score_task", *(f"qat.model.{n}" for n in architectures()),
+    "train", "eval", "qat.evaluation.score_task", "hydra_plugins.qat_sweeper",
+    *(f"qat.model.{n}" for n in architectures()),
 )  # fmt: skip
 SLOT_CHARS = 2_048  # for the run's settings, as a Python list padded with spaces
 LINE_CHARS = 100

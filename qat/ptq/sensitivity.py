@@ -37,7 +37,8 @@ def fisher_diagonal(
         logits_NV = logits_BTV.float().flatten(0, 1)
         drawn = torch.multinomial(logits_NV.detach().softmax(-1), 1, generator=generator)[:, 0]
         loss = F.cross_entropy(logits_NV, drawn)
-        gradients = torch.autograd.grad(loss, list(placed.values()))
+        # Zeros of what is in no product: the skips of a model of one layer are an empty tensor.
+        gradients = torch.autograd.grad(loss, list(placed.values()), materialize_grads=True)
         for name, gradient in zip(placed, gradients, strict=True):
             sums[name].addcmul_(gradient, gradient, value=ids.numel())
         count += 1

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import filelock
+import yaml
 
 from qat.artifact.container import write_whole
 from qat.errors import UserError
@@ -75,9 +76,11 @@ def read_config(folder: Path, typed: str = "resume") -> tuple[str, dict[str, str
 def read_overrides(folder: Path) -> list[str]:
     """What the run was asked for with. UserError if the folder is not a run's."""
     try:
-        lines = (folder / OVERRIDES).read_text(encoding="utf-8").splitlines()
-        return [json.loads(line.removeprefix("- ")) for line in lines]
-    except (OSError, ValueError) as error:
+        overrides = yaml.safe_load((folder / OVERRIDES).read_text(encoding="utf-8")) or []
+        if not isinstance(overrides, list):
+            raise ValueError(f"{OVERRIDES} is no list")
+        return overrides
+    except (OSError, ValueError, yaml.YAMLError) as error:
         raise UserError(f"run={folder}: not the folder of a run ({error})") from None
 
 
@@ -97,7 +100,7 @@ def describe(
     """Write everything needed to know what this run is, before it starts."""
     (folder / CHOICES).write_text(json.dumps(dict(choices)))
     (folder / CONFIG).write_text(config_yaml)
-    (folder / OVERRIDES).write_text("".join(f"- {json.dumps(line)}\n" for line in overrides))
+    (folder / OVERRIDES).write_text(yaml.safe_dump(overrides))
     (folder / "provenance.json").write_text(json.dumps(provenance.collect(world_size), indent=1))
     if diff := provenance.dirty_diff():
         (folder / "dirty.diff").write_text(diff)

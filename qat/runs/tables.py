@@ -25,7 +25,7 @@ def plan_table(plan: Plan) -> str:
     def add(name: str, storage: str, entries: list[Entry]) -> None:
         parameters = sum(entry.num_elements for entry in entries)
         packed = sum(entry.packed_bytes for entry in entries)
-        bits = f"{8 * packed / parameters:.2f}"
+        bits = f"{8 * packed / parameters:.2f}" if parameters else ""
         table.add_row(name, storage, str(len(entries)), f"{parameters:,}", bits, f"{packed:,}")
 
     for (name, storage), entries in kinds.items():

@@ -19,8 +19,7 @@ from wandb.sdk.lib.service.service_connection import WandbApiFailedError
 
 from qat.errors import UserError
 from qat.runs.result import Result
-from qat.settings.ranges import MAX_TAG_LENGTH
-from qat.settings.schema import LoggerSettings, TrainSettings
+from qat.settings.schema import MAX_TAG_LENGTH, LoggerSettings, TrainSettings
 
 TRAIN_JOB = "train"
 

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import difflib
+import re
 import sys
-from collections.abc import Mapping
+from argparse import Namespace
 from dataclasses import fields, is_dataclass
-from functools import reduce
-from typing import Any, get_origin, get_type_hints
+from pathlib import Path
+from typing import NoReturn, get_origin, get_type_hints
 
+from hydra._internal.utils import get_args_parser
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import ChoiceSweep
+from hydra.core.override_parser.types import ChoiceSweep, Quote, QuotedString
 from omegaconf import DictConfig, OmegaConf
 
 from qat.errors import UserError
 from qat.settings import machine
 from qat.settings.arms import ARM
-from qat.settings.options import CONF
+from qat.settings.options import CONF, no_such_option
 from qat.settings.schema import EvalTaskSettings, TrainSettings
 
 SCHEMAS = {"train": TrainSettings, "eval": EvalTaskSettings}
@@ -25,52 +27,81 @@ VERBATIM_KEYS = (
     "prompt", "artifact", "out", "run", "runs", "study", "cabinet", "submission.author",
     "submission.github_id", "submission.name", "submission.blurb",
 )  # fmt: skip
-QUIET_FLAGS = ("-h", "--help", "--version", "-c", "--cfg", "-i", "--info")
 
 
-def overrides_together(arguments: list[str]) -> list[str]:
-    """Settings first, flags after them: argparse refuses settings on both sides of a flag."""
-    return sorted(arguments, key=lambda a: not is_setting(a))
+def _refuse(message: str) -> NoReturn:
+    raise UserError(message)
 
 
-def is_setting(argument: str) -> bool:
-    return "=" in argument and not argument.startswith("-")
+def split_flags(arguments: list[str], config_name: str) -> tuple[list[str], list[str], Namespace]:
+    """(settings, flags as typed, flags as Hydra reads them). UserError for those refused here.
+
+    Settings come first: argparse refuses them on both sides of a flag.
+    """
+    words = sorted(arguments, key=lambda word: "=" not in word or word.startswith("-"))
+    parser = get_args_parser()
+    parser.error = _refuse  # type: ignore[method-assign]
+    args, rest = parser.parse_known_args(words)
+    settings = [*args.overrides, *(word for word in rest if not word.startswith("-"))]
+    if wrong := [word for word in rest if word.startswith("-")]:
+        raise UserError(f"{wrong[0]}: no such flag; see `python {config_name}.py --hydra-help`")
+    if args.config_path or args.config_name not in (None, config_name):
+        raise UserError(
+            f"--config-{'path' if args.config_path else 'name'}: {config_name}.py is made of "
+            f"conf/{config_name}.yaml; add options to it by --config-dir=DIR, in DIR/experiment/"
+        )
+    if args.experimental_rerun:
+        raise UserError("--experimental-rerun: a run goes on, or is repeated, by resume=RUN")
+    commands = ("run", "multirun", "cfg", "info", "shell_completion")
+    if len(both := [f"--{name.replace('_', '-')}" for name in commands if getattr(args, name)]) > 1:
+        raise UserError(f"{' '.join(both)}: give one of them")
+    if args.resolve and not (args.cfg or args.help):
+        raise UserError("--resolve: goes with --cfg")
+    for setting in settings:
+        words.remove(setting)
+    return settings, words, args
 
 
-def take_verbatim(arguments: list[str]) -> tuple[list[str], dict[str, str]]:
-    """(arguments for Hydra, settings that are prose or paths: whatever follows the '=')."""
+def users_folders(config_dir: str | None, settings: list[str]) -> list[Path]:
+    """Folders of ``--config-dir`` and ``hydra.searchpath``; of the latter Hydra takes ``pkg://``
+    too, whose options are no ``qat`` options. UserError for one that is not there."""
+    asked = [("--config-dir", config_dir)] if config_dir is not None else []
+    typed = [line for line in settings if line.startswith("hydra.searchpath=")]
+    for override in OverridesParser.create().parse_overrides(typed):
+        value = override.value()
+        paths = value if isinstance(value, list) else []
+        asked += [("hydra.searchpath", str(p)) for p in paths if not str(p).startswith("pkg:")]
+    for name, path in asked:
+        if not Path(path.removeprefix("file://")).is_dir():
+            raise UserError(f"{name}={path}: no such folder")
+    return [Path(path.removeprefix("file://")).resolve() for _, path in asked]
+
+
+def in_quotes(text: str) -> str:
+    """``text`` itself in the grammar of Hydra's overrides, whatever stands in it."""
+    plain = re.sub(r"(\\*)\$\{", r"\1\1\\${", text)  # it refers to no setting
+    return QuotedString(plain, Quote.single).with_quotes()
+
+
+def quoted(arguments: list[str]) -> list[str]:
+    """Settings that are prose or paths in quotes: whatever follows their '='."""
     parts = [argument.partition("=") for argument in arguments]
-    verbatim = {key: value for key, equals, value in parts if equals and key in VERBATIM_KEYS}
-    return ["".join(part) for part in parts if not (part[1] and part[0] in verbatim)], verbatim
+    return [
+        key + equals + (in_quotes(value) if equals and key in VERBATIM_KEYS else value)
+        for key, equals, value in parts
+    ]
 
 
-def put_verbatim(settings: Any, verbatim: Mapping[str, str]) -> None:
-    """Set what ``take_verbatim`` took, by dotted name."""
-    for key, value in verbatim.items():
-        *groups_of_it, name = key.split(".")
-        setattr(reduce(getattr, groups_of_it, settings), name, value)
-
-
-def with_profile(arguments: list[str]) -> list[str]:
-    """Put the detected profile where ``auto`` was typed, or first if no profile was typed."""
-    if "--hydra-help" in arguments or any(a.startswith("resume=") for a in arguments):
-        return arguments  # composed from Hydra's own settings, or from the run's
-    profile, reason = machine.detect_profile()
-    typed = [a for a in arguments if a.startswith("profile=")]
-    if typed and not any("auto" in a.removeprefix("profile=").split(",") for a in typed):
+def with_profile(arguments: list[str], say: bool = True) -> list[str]:
+    """Put the detected profile where ``auto`` was typed, or last if no profile was typed."""
+    typed = [word for word in arguments if word.startswith("profile=")]
+    if typed and not any(re.search(r"\bauto\b", word) for word in typed):
         return arguments
-    if machine.rank() == 0 and not any(a.split("=")[0] in QUIET_FLAGS for a in arguments):
+    profile, reason = machine.detect_profile()
+    if say and machine.rank() == 0:
         print(f"profile={profile}: {reason}", file=sys.stderr)
-    if not typed:
-        return [*arguments, f"profile={profile}"]
-
-    def concrete(argument: str) -> str:
-        if not argument.startswith("profile="):
-            return argument
-        options = argument.removeprefix("profile=").split(",")
-        return "profile=" + ",".join(profile if o == "auto" else o for o in options)
-
-    return [concrete(a) for a in arguments]
+    words = arguments if typed else [*arguments, "profile=auto"]
+    return [re.sub(r"\bauto\b", profile, w) if w.startswith("profile=") else w for w in words]
 
 
 def known_keys(schema: type, prefix: str = "") -> set[str]:
@@ -93,38 +124,36 @@ def groups(config_name: str) -> set[str]:
     return {key for key in keys if not key.startswith("override ")}
 
 
-def check_options(arguments: list[str], config_name: str) -> None:
-    """A group takes the name of one option, never a list or null."""
-    names = groups(config_name) - {ARM}
-    settings = [a for a in arguments if is_setting(a) and a.split("=")[0] in names]
-    for override in OverridesParser.create().parse_overrides(settings):
-        options = [path.stem for path in sorted((CONF / override.key_or_group).glob("*.yaml"))]
-        value = override.value()
-        for option in value.list if isinstance(value, ChoiceSweep) else [value]:
-            if isinstance(option, list) or str(option) not in options:
-                typed = override.input_line
-                raise UserError(f"{typed}: no such option; choose from {', '.join(options)}")
-
-
-def unknown(key: str, config_name: str) -> str:
-    known = sorted(
-        k for k in known_keys(SCHEMAS[config_name]) | groups(config_name) if k[-1] != "."
-    )
-    close = difflib.get_close_matches(key, known, n=1)
+def unknown(key: str, known: set[str], config_name: str) -> str:
+    parent = key.rpartition(".")[0]
+    if parent in known and not any(name.startswith(f"{parent}.") for name in known):
+        return f"{parent} takes one value, it has no parts"
+    close = difflib.get_close_matches(key, sorted(n for n in known if n[-1] != "."), n=1)
     hint = f"did you mean {close[0]}?" if close else f"see `python {config_name}.py --cfg job`"
     return f"unknown setting; {hint}"
 
 
-def refuse_unknown_additions(arguments: list[str], config_name: str) -> None:
-    """Hydra adds ``+foo=1`` silently, and ``~foo`` removes settings the program needs."""
-    for argument in arguments:
-        if argument[:1] not in ("+", "~"):
-            continue
-        key = argument.lstrip("+~").partition("=")[0]
+def check_settings(arguments: list[str], config_name: str) -> None:
+    """Hydra adds ``+foo=1`` silently, removes by ``~foo`` what the program needs, lets a group be a
+    list or null, and of what it does not know it does not say what was meant."""
+    known = known_keys(SCHEMAS[config_name]) | groups(config_name)
+    for override in OverridesParser.create().parse_overrides(arguments):
+        key, typed = override.key_or_group, override.input_line
+        if key == "hydra/sweeper":
+            raise UserError(f"{typed}: sweeps are products of values here; drop it")
         if key.startswith("hydra"):
             continue
-        known = known_keys(SCHEMAS[config_name]) | groups(config_name)
-        if key not in known and key[: key.rfind(".") + 1] not in known:
-            raise UserError(f"{argument}: {unknown(key, config_name)}")
-        if argument.startswith("~"):
-            raise UserError(f"{argument}: settings cannot be removed; give another value")
+        value = override.value()
+        for name in [f"{key}.{part}" for part in value] if isinstance(value, dict) else [key]:
+            if name not in known and name[: name.rfind(".") + 1] not in known:
+                at = typed if name == key else name
+                raise UserError(f"{at}: {unknown(name, known, config_name)}")
+        if override.is_delete():
+            raise UserError(f"{typed}: settings cannot be removed; give another value")
+        has_parts = key not in groups(config_name) and any(n.startswith(f"{key}.") for n in known)
+        if has_parts and isinstance(value, str) and "$" not in value:
+            raise UserError(f"{typed}: {key} has parts and no options here; give {key}.NAME=VALUE")
+        for option in value.list if isinstance(value, ChoiceSweep) else [value]:
+            is_none = option in (None, "") or isinstance(option, list | dict | int | float)
+            if key in groups(config_name) - {ARM} and is_none:
+                raise no_such_option(str(typed), key)

@@ -15,7 +15,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
 from qat.errors import UserError
-from qat.settings.options import CONF, read_study
+from qat.settings.options import options, read_study
 
 ARM = "arm"
 
@@ -31,12 +31,13 @@ def with_arms(arguments: list[str], groups: Collection[str], is_sweep: bool) -> 
     experiment = typed.get("experiment", "")
     study = read_study(experiment)
     if study is None:
+        if any(read_study(one) for one in experiment.split(",")):
+            raise UserError(f"experiment={experiment}: give one study at a time")
         if ARM in typed:
             raise UserError(f"arm={typed[ARM]}: goes with an experiment that has arms")
         return arguments
     chosen = typed.get(ARM, ",".join(study.arms) if is_sweep else "")
-    implied = {path.stem: {"qat": path.stem} for path in sorted((CONF / "qat").glob("*.yaml"))}
-    arms = study.arms | {name: arm for name, arm in implied.items() if name not in study.arms}
+    arms = study.arms | {qat: {"qat": qat} for qat in options("qat") if qat not in study.arms}
     for name in filter(None, chosen.split(",")):
         if name not in arms:
             raise UserError(f"arm={name}: choose from {', '.join(arms)}")

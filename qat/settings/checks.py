@@ -7,32 +7,27 @@ run is what ran.
 
 from __future__ import annotations
 
-import math
-import re
 from collections.abc import Mapping
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 from qat.errors import UserError
+from qat.model.spec import architectures
 from qat.settings import machine
-from qat.settings.ranges import (
-    at_least,
-    check_artifact,
-    check_averaging,
-    check_constraints,
-    check_eval,
-    check_logger,
-    check_model,
-    check_optimizer,
-    check_parts,
-    check_schedule,
-    check_to_bytes,
-    check_vocab_size,
-    one_of,
+from qat.settings.schema import (
+    DataSettings,
+    EvalSettings,
+    EvalTaskSettings,
+    LoggerSettings,
+    ModelSettings,
+    QatSettings,
+    TrainSettings,
+    check_each,
     require,
 )
-from qat.settings.schema import DataSettings, EvalTaskSettings, QatSettings, TrainSettings
 
+MAX_VOCAB_SIZE = 65_536  # token ids are stored as uint16
 TEXT_SOURCES = ("web_bible", "text", "hub")
 
 
@@ -41,48 +36,106 @@ def resolve_train(settings: TrainSettings, choices: Mapping[str, str | None]) ->
 
     UserError for anything impossible or contradictory.
     """
-    s = settings
-    _check_seed(s.seed)
-    check_optimizer(s.optimizer)
-    require(
-        s.budget_seconds is not None or s.max_steps is not None,
-        "budget_seconds",
-        None,
-        "max_steps is null too, so the run would never end; give one of them",
-    )
-    require(
-        s.budget_seconds is None or 0 < s.budget_seconds < math.inf,
-        "budget_seconds",
-        s.budget_seconds,
-        "give more than 0 seconds, or null",
-    )
-    at_least("max_steps", s.max_steps, 1)
-    at_least("limit_bytes", s.limit_bytes, 1)
-    check_schedule(s.schedule)
-    check_averaging(s.averaging)
-    check_artifact(s.artifact)
-    check_logger(s.logger)
-    one_of("precision", s.precision, ("auto", "bf16", "fp32"))
+    s = replace(settings, compile=settings.compile.lower())
+    check_each(s)
+    forever = "max_steps is null too, so the run would never end; give one of them"
+    is_bounded = s.budget_seconds is not None or s.max_steps is not None
+    require(is_bounded, "budget_seconds", None, forever)
+    if s.schedule.warmdown_fraction is not None and s.schedule.warmdown_steps is not None:
+        raise UserError(
+            f"schedule.warmdown_fraction = {s.schedule.warmdown_fraction} and "
+            f"schedule.warmdown_steps = {s.schedule.warmdown_steps}: two warmdowns; add "
+            "schedule.warmdown_steps=null"
+        )
+    price, is_read = s.artifact.gptq_bit_price, s.artifact.method == "gptq"
+    only = "only with artifact.method=gptq"
+    require(price == 0.0 or is_read, "artifact.gptq_bit_price", price, only)
+    _check_logger(s.logger)
     check_eval(s.eval, s.seq_len)
-    compile_choice = s.compile.lower()
-    one_of("compile", compile_choice, ("auto", "true", "false"))
-    one_of("ledger", s.ledger, ("estimate", "full"))
-    at_least("checkpoint.every_steps", s.checkpoint.every_steps, 1)
-    at_least("checkpoint.every_seconds", s.checkpoint.every_seconds, 0)
-    _check_name("run_name", s.run_name)
-    _check_name("sweep_name", s.sweep_name)
-    check_model(s.model)
+    _check_model(s.model)
     _check_batches(s)
-    _check_data(s.data)
-    one_of("data.source", s.data.source, TEXT_SOURCES)
+    _check_data(s.data, TEXT_SOURCES)
     _check_implied_choices(s.qat, choices)
-    check_to_bytes(s)
+    _check_to_bytes(s)
     return replace(
         s,
         precision=machine.faster_precision() if s.precision == "auto" else s.precision,
-        compile=str(machine.has_cuda()).lower() if compile_choice == "auto" else compile_choice,
+        compile=str(machine.has_cuda()).lower() if s.compile == "auto" else s.compile,
         qat=_resolve_start(s),
     )
+
+
+def _check_logger(s: LoggerSettings) -> None:
+    is_there = s.name != "wandb" or find_spec("wandb") is not None
+    require(is_there, "logger.name", s.name, "it is not installed; pip install 'qat[wandb]'")
+
+
+def _check_to_bytes(s: TrainSettings) -> None:
+    """Training to a number of bytes decides alone how the last weights are stored."""
+    if not (s.qat.enabled and s.qat.to_bytes):
+        return
+    learned = "takes learned scales of rows and columns; give qat=rd"
+    one_of_learned = s.grid.scale_rule == "learned" and s.grid.column_scales
+    require(one_of_learned, "qat.to_bytes", "true", learned)
+    late = (
+        "qat.to_bytes = true learns first what matters to the loss; start after an update or more"
+    )
+    for start in ("start_step", "start_fraction"):
+        value = getattr(s.qat, start)
+        require(value is None or value > 0, f"qat.{start}", value, late)
+    scale = s.qat.start_lr_scale
+    require(scale is None or scale < 1, "qat.start_lr_scale", scale, late)
+    for setting, value, allowed in (
+        ("artifact.fill", s.artifact.fill, False),
+        ("artifact.method", s.artifact.method, "round"),
+        ("averaging", s.averaging.kind, "none"),
+        ("qat.stop_step", s.qat.stop_step, None),
+    ):
+        require(value == allowed, setting, value, "not with qat.to_bytes = true; drop it")
+
+
+def _check_vocab_size(vocab_size: int) -> None:
+    require(
+        1 < vocab_size <= MAX_VOCAB_SIZE,
+        "model.vocab_size",
+        vocab_size,
+        f"give 2 to {MAX_VOCAB_SIZE}; shards store tokens in 16 bits",
+    )
+
+
+def check_eval(e: EvalSettings, trained_seq_len: int | None = None) -> None:
+    seq_len = e.seq_len or trained_seq_len
+    if e.stride is not None and seq_len is not None and e.stride > seq_len:
+        raise UserError(
+            f"eval.stride = {e.stride}: must be at most eval.seq_len = {seq_len}, or tokens "
+            "between windows would not be scored"
+        )
+
+
+def _check_model(m: ModelSettings) -> None:
+    known = architectures()
+    require(m.name in known, "model.name", m.name, f"choose from {', '.join(known)}")
+    for name in ("num_layers", "dim", "num_heads", "num_kv_heads", "mlp_mult"):
+        require(getattr(m, name) >= 1, f"model.{name}", getattr(m, name), "give 1 or more")
+    require(
+        m.dim % m.num_heads == 0,
+        "model.dim",
+        m.dim,
+        f"must be a multiple of model.num_heads = {m.num_heads}",
+    )
+    require(
+        m.dim // m.num_heads % 2 == 0,
+        "model.dim",
+        m.dim,
+        f"gives odd heads of {m.dim // m.num_heads}; rotary embedding needs an even size",
+    )
+    require(
+        m.num_heads % m.num_kv_heads == 0,
+        "model.num_kv_heads",
+        m.num_kv_heads,
+        f"must divide model.num_heads = {m.num_heads}",
+    )
+    _check_vocab_size(m.vocab_size)
 
 
 def find_run(setting: str, run: str, runs_dir: str) -> Path:
@@ -93,41 +146,14 @@ def find_run(setting: str, run: str, runs_dir: str) -> Path:
     return folder
 
 
-def _check_seed(seed: int) -> None:
-    require(0 <= seed < 2**63, "seed", seed, "give 0 to 2^63 - 1")
-
-
-def _check_name(setting: str, name: str | None) -> None:
-    require(
-        name is None or re.fullmatch(r"[\w][\w.+-]*", name) is not None,
-        setting,
-        name,
-        "use letters, digits, '.', '_', '+' and '-' only",
-    )
-
-
 def _check_batches(s: TrainSettings) -> None:
-    at_least("seq_len", s.seq_len, 1)
-    at_least("batch_tokens", s.batch_tokens, 1)
-    require(
-        s.batch_tokens % s.seq_len == 0,
-        "batch_tokens",
-        s.batch_tokens,
-        f"must be a multiple of seq_len = {s.seq_len}",
-    )
-    world_size = machine.world_size()
-    require(
-        s.batch_tokens % (s.seq_len * world_size) == 0,
-        "batch_tokens",
-        s.batch_tokens,
-        f"must be a multiple of seq_len * ranks = {s.seq_len} * {world_size}",
-    )
-    require(
-        s.micro_batch_tokens >= s.seq_len,
-        "micro_batch_tokens",
-        s.micro_batch_tokens,
-        f"must hold one sequence of seq_len = {s.seq_len}",
-    )
+    tokens, ranks = s.batch_tokens, machine.world_size()
+    multiple = f"must be a multiple of seq_len = {s.seq_len}"
+    require(tokens % s.seq_len == 0, "batch_tokens", tokens, multiple)
+    shared = f"must be a multiple of seq_len * ranks = {s.seq_len} * {ranks}"
+    require(tokens % (s.seq_len * ranks) == 0, "batch_tokens", tokens, shared)
+    one = f"must hold one sequence of seq_len = {s.seq_len}"
+    require(s.micro_batch_tokens >= s.seq_len, "micro_batch_tokens", s.micro_batch_tokens, one)
 
 
 def micro_batches(s: TrainSettings) -> int:
@@ -137,14 +163,8 @@ def micro_batches(s: TrainSettings) -> int:
     return next(n for n in range(1, sequences + 1) if sequences % n == 0 and sequences // n <= most)
 
 
-def _check_data(d: DataSettings) -> None:
-    require(
-        0.0 < d.val_fraction < 1.0,
-        "data.val_fraction",
-        d.val_fraction,
-        "give a fraction between 0 and 1",
-    )
-    at_least("data.train_shards", d.train_shards, 1)
+def _check_data(d: DataSettings, sources: tuple[str, ...]) -> None:
+    require(d.source in sources, "data.source", d.source, f"choose from {', '.join(sources)}")
     require(d.files != [], "data.files", "[]", "name a file, or give null")
     shards = [name for name in ("train_files", "val_files", "tokenizer") if getattr(d, name)]
     if d.files and shards:
@@ -168,16 +188,6 @@ def _check_implied_choices(q: QatSettings, choices: Mapping[str, str | None]) ->
 def _resolve_start(s: TrainSettings) -> QatSettings:
     """QAT settings with the default start filled in; ``qat=none`` accepts and ignores them."""
     q = s.qat
-    for name in ("start_step", "stop_step", "ramp_steps"):
-        at_least(f"qat.{name}", getattr(q, name), 0)
-    for name in ("start_fraction", "start_lr_scale", "default_start_fraction"):
-        value = getattr(q, name)
-        require(
-            value is None or 0.0 <= value <= 1.0,
-            f"qat.{name}",
-            value,
-            "give a fraction between 0 and 1",
-        )
     if not q.enabled:
         return q
     starts = ("start_step", "start_fraction", "start_lr_scale")
@@ -203,6 +213,7 @@ def _resolve_start(s: TrainSettings) -> QatSettings:
 def resolve_eval(settings: EvalTaskSettings, choices: Mapping[str, str | None]) -> EvalTaskSettings:
     """Checked settings of eval.py, ``data.*`` included."""
     s = settings
+    check_each(s)
     if s.task != "score" and machine.world_size() > 1:
         raise UserError(f"task={s.task}: runs in one process; start it without torchrun")
     if s.task == "fill":
@@ -222,7 +233,11 @@ def resolve_eval(settings: EvalTaskSettings, choices: Mapping[str, str | None]) 
         require(
             bool(s.cabinet), "cabinet", s.cabinet, "give the folder of a cabinet, cabinet=FOLDER"
         )
-        check_constraints(s.constraints)
+        most = (
+            "give the most of something, constraints='{latency_ms: 10, artifact_bytes: 16000000}'"
+        )
+        is_given = any(limit is not None for limit in vars(s.constraints).values())
+        require(is_given, "constraints", None, most)
     elif s.task == "submission":
         require(not s.artifact, "artifact", s.artifact, "a submission is made of run=RUN")
         require(bool(s.run), "run", s.run, "give the run to submit, run=RUN")
@@ -243,16 +258,13 @@ def resolve_eval(settings: EvalTaskSettings, choices: Mapping[str, str | None]) 
         s = replace(s, run=str(find_run("run", s.run, s.runs_dir)))
     if s.study:
         s = replace(s, study=str(find_run("study", s.study, s.runs_dir)))
-    _check_seed(s.seed)
-    at_least("sample.max_tokens", s.sample.max_tokens, 1)
-    at_least("sample.temperature", s.sample.temperature, 0)
-    check_logger(s.logger)
+    _check_logger(s.logger)
     check_eval(s.eval)
-    check_parts(s.eval)
-    _check_data(s.data)
-    one_of("data.source", s.data.source, (*TEXT_SOURCES, "from_artifact"))
-    at_least("limit_bytes", s.limit_bytes, 1)
-    check_vocab_size(s.model.vocab_size)
+    is_used = s.eval.pairs_file is None or "pairs" in s.eval.parts
+    pairs = "add eval.parts='[pairs]' or eval=full"
+    require(is_used, "eval.pairs_file", s.eval.pairs_file, pairs)
+    _check_data(s.data, (*TEXT_SOURCES, "from_artifact"))
+    _check_vocab_size(s.model.vocab_size)
     _check_golf_file(s)
     return s
 

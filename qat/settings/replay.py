@@ -6,8 +6,10 @@ from collections.abc import Mapping
 from functools import reduce
 from typing import Any
 
-from hydra.core.override_parser.types import Quote, QuotedString
-
+from qat.errors import UserError
+from qat.settings.arguments import in_quotes
+from qat.settings.arms import ARM
+from qat.settings.options import options
 from qat.settings.schema import EvalTaskSettings, TrainSettings
 
 # Names and places of that run, and how it was watched.
@@ -27,7 +29,7 @@ def _spelled(value: Any) -> str:
     if isinstance(value, list):
         return "[" + ",".join(_spelled(item) for item in value) + "]"
     if isinstance(value, str):
-        return QuotedString(value, Quote.single).with_quotes()
+        return in_quotes(value)
     return "null" if value is None else str(value).lower()
 
 
@@ -43,7 +45,7 @@ def replayed(
     ``overrides`` are those the run was asked for with (in a sweep, its job's own), ``settings``
     those saved with it, whose paths are absolute, ``choices`` its options, group -> option. Paths
     and environment variables are taken from the settings; the profile is always named, since
-    without one the machine decides.
+    without one the machine decides. UserError for an option of a user's own folder.
     """
     kept = [f"profile={choices['profile']}"]
     named = [path for path in TEXT_PATHS if _value(settings, path) is not None]
@@ -57,6 +59,8 @@ def replayed(
             kept.append(f"{key}={choices[key]}")
         else:
             kept.append(f"{key}={_spelled(_value(settings, key))}")
+        if key in choices and choices[key] not in (None, *options(key)) and key != ARM:
+            raise UserError(f"{key}={choices[key]}: not in conf/{key}/; copy it there, too")
     kept += [f"{path}={_spelled(_value(settings, path))}" for path in named]
     return kept
 

@@ -1,8 +1,12 @@
-"""Every setting, its type and its unit. Values live in ``conf/``; a key missing here is a typo."""
+"""Every setting: type, unit, and what it may hold, whatever the others say (``checks.py`` relates
+them). Values live in ``conf/``; a key missing here is a typo."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
 from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
@@ -13,6 +17,54 @@ from qat.errors import UserError
 from qat.model.spec import ModelSpec
 from qat.quantize.grid import Grid
 
+MAX_TAG_LENGTH = 64  # of W&B
+EVAL_PARTS = ("reliability", "damage", "layers", "pairs", "cost")
+
+Check = tuple[Callable[[Any], bool], str]  # whether a value will do, and what to do if not
+AT_LEAST_1: Check = (lambda value: value >= 1, "give 1 or more")
+AT_LEAST_0: Check = (lambda value: 0 <= value < math.inf, "give 0 or more")
+ABOVE_0: Check = (lambda value: 0 < value < math.inf, "give more than 0")
+SECONDS: Check = (ABOVE_0[0], "give more than 0 seconds, or null")
+MOST: Check = (ABOVE_0[0], "give a number above 0")
+BELOW_1: Check = (lambda value: 0 <= value < 1, "give 0 or more, below 1")
+FRACTION: Check = (lambda value: 0 <= value <= 1, "give a fraction between 0 and 1")
+SHARE: Check = (lambda value: 0 < value < 1, "give a fraction between 0 and 1")
+SEED: Check = (lambda value: 0 <= value < 2**63, "give 0 to 2^63 - 1")
+TAG: Check = (
+    lambda tag: 1 <= len(tag) <= MAX_TAG_LENGTH,
+    f"give tags of 1 to {MAX_TAG_LENGTH} characters",
+)
+NAME: Check = (
+    lambda name: re.fullmatch(r"\w[\w.+-]*", name) is not None,
+    "use letters, digits, '.', '_', '+' and '-' only",
+)
+
+
+def one_of(*options: str) -> Check:
+    return options.__contains__, f"choose from {', '.join(options)}"
+
+
+def checked(default: Any, check: Check) -> Any:
+    """A field whose value must hold, unless it is null; of a list, each of its values."""
+    return field(default=default, metadata={"check": check})
+
+
+def require(condition: bool, setting: str, value: object, remedy: str) -> None:
+    if not condition:
+        raise UserError(f"{setting} = {'null' if value is None else value}: {remedy}")
+
+
+def check_each(settings: Any, prefix: str = "") -> None:
+    """Every field by itself. UserError names the first that does not hold, with its groups."""
+    for of in fields(settings):
+        value, name = getattr(settings, of.name), prefix + of.name
+        if is_dataclass(value):
+            check_each(value, f"{name}.")
+        elif check := of.metadata.get("check"):
+            holds, remedy = check
+            for one in value if isinstance(value, list) else [value]:
+                require(one is None or holds(one), name, one, remedy)
+
 
 @dataclass
 class ModelSettings(ModelSpec):  # sizes and architecture: qat/model/spec.py
@@ -21,40 +73,41 @@ class ModelSettings(ModelSpec):  # sizes and architecture: qat/model/spec.py
 
 @dataclass
 class OptimizerSettings:
-    name: str = "muon"  # muon | normuon | adamw, for the matrices of the blocks
-    matrix_lr: float = 0.04  # of these matrices
-    weight_decay: float = 0.0  # of these matrices, decoupled: times the learning rate
-    tied_embedding_lr: float = 0.05  # Adam, all else
-    embedding_lr: float = 0.6  # when untied
-    head_lr: float = 0.008
-    scalar_lr: float = 0.04  # vectors and scalars
-    learned_scale_lr: float = 1e-4  # scales of grids with scale_rule=learned
-    momentum_start: float = 0.85  # Muon momentum grows from here ...
-    momentum: float = 0.95  # ... to here ...
-    momentum_warmup_steps: int = 500  # ... over so many steps
-    newton_schulz_dtype: str = "bf16"  # bf16 | fp32, of Muon's iteration
-    neuron_beta: float = 0.95  # of NorMuon's mean square per row
-    adam_beta1: float = 0.9
-    adam_beta2: float = 0.95
+    name: str = checked("muon", one_of("muon", "normuon", "adamw"))  # of blocks' matrices
+    matrix_lr: float = checked(0.04, AT_LEAST_0)  # of these matrices
+    weight_decay: float = checked(0.0, BELOW_1)  # of these, times the learning rate
+    tied_embedding_lr: float = checked(0.05, AT_LEAST_0)  # Adam, all else
+    embedding_lr: float = checked(0.6, AT_LEAST_0)  # when untied
+    head_lr: float = checked(0.008, AT_LEAST_0)
+    scalar_lr: float = checked(0.04, AT_LEAST_0)  # vectors and scalars
+    learned_scale_lr: float = checked(1e-4, AT_LEAST_0)  # scales of grids with scale_rule=learned
+    momentum_start: float = checked(0.85, BELOW_1)  # Muon momentum grows from here ...
+    momentum: float = checked(0.95, BELOW_1)  # ... to here ...
+    momentum_warmup_steps: int = checked(500, AT_LEAST_0)  # ... over so many steps
+    newton_schulz_dtype: str = checked("bf16", one_of("bf16", "fp32"))  # of Muon's iteration
+    neuron_beta: float = checked(0.95, BELOW_1)  # of NorMuon's mean square per row
+    adam_beta1: float = checked(0.9, BELOW_1)
+    adam_beta2: float = checked(0.95, BELOW_1)
 
 
 @dataclass
 class ScheduleSettings:
-    warmdown_steps: int | None = MISSING  # the rate falls over so many last steps
+    warmdown_steps: int | None = checked(MISSING, AT_LEAST_0)  # the rate falls so many last steps
     # ... or over this share of the clock, or of max_steps; above 1 it falls from the start, from
     # 1 / warmdown_fraction of its peak
-    warmdown_fraction: float | None = None
-    floor: float = 0.0  # where it falls to, as a share of its peak
-    warmup_steps: int = MISSING  # untimed priming steps; everything is restored after them
+    warmdown_fraction: float | None = checked(None, ABOVE_0)
+    floor: float = checked(0.0, BELOW_1)  # where it falls to, as a share of its peak
+    warmup_steps: int = checked(MISSING, AT_LEAST_0)  # untimed priming steps, undone after them
 
 
 @dataclass
 class AveragingSettings:  # what is stored instead of the last weights
-    kind: str = MISSING  # none | ema | swa
-    decay: float = 0.98  # of ema
-    start_fraction: float = 0.0  # of the clock, or of max_steps
-    every_steps: int = 1
-    of: str = "masters"  # masters | snapped: weights as a file would hold them while QAT is on
+    kind: str = checked(MISSING, one_of("none", "ema", "swa"))
+    decay: float = checked(0.98, BELOW_1)  # of ema
+    start_fraction: float = checked(0.0, BELOW_1)  # of the clock, or of max_steps
+    every_steps: int = checked(1, AT_LEAST_1)
+    # snapped: weights as a file would hold them while QAT is on
+    of: str = checked("masters", one_of("masters", "snapped"))
 
 
 @dataclass
@@ -64,12 +117,12 @@ class DataSettings:
     val_files: str | None = None  # glob of challenge shards
     tokenizer: str | None = None  # a SentencePiece .model
     files: list[str] | None = None  # .txt, .jsonl, .parquet (globs)
-    val_fraction: float = 0.05  # share of documents held out, by hash
+    val_fraction: float = checked(0.05, SHARE)  # share of documents held out, by hash
     cache_dir: str = "~/.cache/qat"
     repo_id: str = "willdepueoai/parameter-golf"
     revision: str = "main"
     dataset: str = "fineweb10B_sp1024"
-    train_shards: int = 80
+    train_shards: int = checked(80, AT_LEAST_1)
 
 
 @dataclass
@@ -86,15 +139,17 @@ class QatSettings:
     grid: str | None = None  # the grid= and plan= options that this arm stands for
     plan: str | None = None
     gradient: str = "identity"  # a file in qat/quantize/gradients
-    start_step: int | None = None  # so many updates use float weights first
-    start_fraction: float | None = None  # of the clock, or of max_steps
-    start_lr_scale: float | None = None  # once the rate has fallen to this share of its peak
-    stop_step: int | None = None  # updates after this one use float weights again
-    ramp_steps: int = 0  # blend from float to snapped weights over so many updates
-    default_start_fraction: float = 0.5  # used when no start is given
+    start_step: int | None = checked(None, AT_LEAST_0)  # so many updates use float weights first
+    start_fraction: float | None = checked(None, FRACTION)  # of the clock, or of max_steps
+    # once the rate has fallen to this share of its peak
+    start_lr_scale: float | None = checked(None, FRACTION)
+    stop_step: int | None = checked(None, AT_LEAST_0)  # later updates use float weights again
+    ramp_steps: int = checked(0, AT_LEAST_0)  # blend from float to snapped over so many updates
+    default_start_fraction: float = checked(0.5, FRACTION)  # used when no start is given
     # Train to limit_bytes: what the codes will cost is part of the loss (learned scales only)
     to_bytes: bool = False
-    bit_price: float | None = None  # nats per token and bit; null = so that the limit is met
+    # nats per token and bit; null = so that the limit is met
+    bit_price: float | None = checked(None, AT_LEAST_0)
 
 
 @dataclass
@@ -102,47 +157,49 @@ class ArtifactSettings:
     coder: str = (
         "mix"  # zlib | zstd | brotli | constriction | mix | auto (all of them, the smallest)
     )
-    method: str = "round"  # round | gptq (full-Hessian, calibrated on training text)
+    # gptq: full-Hessian, calibrated on training text
+    method: str = checked("round", one_of("round", "gptq"))
     # What a bit counts in GPTQ's choices, of the price that scales imply; 0 = errors alone
-    gptq_bit_price: float = 0.0
+    gptq_bit_price: float = checked(0.0, AT_LEAST_0)
     fill: bool = False  # fill limit_bytes: choose each tensor's grid by what its errors cost
-    sensitivity_tokens: int = 32_768  # ... of training text, to find out what errors cost
+    sensitivity_tokens: int = checked(32_768, AT_LEAST_1)  # ... of training text, to find it out
 
 
 @dataclass
 class CheckpointSettings:  # off the clock; the last one is written when training ends
-    every_steps: int | None = None
-    every_seconds: float | None = 60.0  # of the training clock
+    every_steps: int | None = checked(None, AT_LEAST_1)
+    every_seconds: float | None = checked(60.0, AT_LEAST_0)  # of the training clock
 
 
 @dataclass
 class EvalSettings:
-    precision: str = "fp32"  # fp32 | bf16 (autocast)
-    batch_tokens: int = 4_096  # tokens per forward pass; more than a CPU's caches hold is slower
-    seq_len: int | None = None  # of a window; null = as trained
-    stride: int | None = None  # of windows that slide; null = they do not overlap
+    precision: str = checked("fp32", one_of("fp32", "bf16"))  # bf16: autocast
+    # per forward pass; more than a CPU's caches hold is slower
+    batch_tokens: int = checked(4_096, AT_LEAST_1)
+    seq_len: int | None = checked(None, AT_LEAST_1)  # of a window; null = as trained
+    stride: int | None = checked(None, AT_LEAST_1)  # null = windows do not overlap
     by_document: bool = False  # no window reaches from one document into the next
 
 
 @dataclass
 class FullEvalSettings(EvalSettings):
-    # reliability | damage | layers | pairs | cost, beside val_bpb; eval=full takes all of them
-    parts: list[str] = field(default_factory=list)
+    # beside val_bpb; eval=full takes all of them
+    parts: list[str] = field(default_factory=list, metadata={"check": one_of(*EVAL_PARTS)})
     pairs_file: str | None = None  # .jsonl of minimal pairs; null = those made from templates
-    layers_tokens: int = 16_384  # validation tokens per tensor, of the part layers
-    num_bins: int = 15  # of reliability diagrams
-    resamples: int = 2_000  # of the bootstrap over documents
-    repeats: int = 5  # of each timing
+    layers_tokens: int = checked(16_384, AT_LEAST_1)  # of validation text per tensor
+    num_bins: int = checked(15, AT_LEAST_1)  # of reliability diagrams
+    resamples: int = checked(2_000, AT_LEAST_1)  # of the bootstrap over documents
+    repeats: int = checked(5, AT_LEAST_1)  # of each timing
 
 
 @dataclass
 class LoggerSettings:
-    name: str = MISSING  # csv | wandb (beside csv)
+    name: str = checked(MISSING, one_of("csv", "wandb"))  # wandb: beside csv
     project: str = "qat"
     group: str | None = None  # null = the sweep's name
-    tags: list[str] = field(default_factory=list)
+    tags: list[str] = field(default_factory=list, metadata={"check": TAG})
     offline: bool = True
-    every_steps: int = 10  # write metrics.csv after so many steps
+    every_steps: int = checked(10, AT_LEAST_1)  # write metrics.csv after so many steps
 
 
 @dataclass
@@ -172,22 +229,24 @@ class StudySettings:  # of an experiment that is one; only its sweep reads them
 @dataclass
 class TrainSettings:
     profile: str = MISSING
-    seed: int = 1337
-    budget_seconds: float | None = MISSING  # training only; null = none
-    max_steps: int | None = None  # null = none
-    batch_tokens: int = MISSING  # per optimizer step, over all ranks
+    seed: int = checked(1337, SEED)
+    # training only; null = none
+    budget_seconds: float | None = checked(MISSING, SECONDS)
+    max_steps: int | None = checked(None, AT_LEAST_1)  # null = none
+    batch_tokens: int = checked(MISSING, AT_LEAST_1)  # per optimizer step, over all ranks
     micro_batch_tokens: int = MISSING  # largest forward pass of one rank
-    seq_len: int = MISSING
-    precision: str = "auto"  # auto | bf16 | fp32 (autocast over fp32 masters)
-    compile: str = "auto"  # auto (on with CUDA) | true | false
-    limit_bytes: int = 16_000_000  # artifact + code, decimal
-    run_name: str | None = None  # null = time, qat, grid, seed
+    seq_len: int = checked(MISSING, AT_LEAST_1)
+    # bf16: autocast over fp32 masters
+    precision: str = checked("auto", one_of("auto", "bf16", "fp32"))
+    compile: str = checked("auto", one_of("auto", "true", "false"))  # auto: on with CUDA
+    limit_bytes: int = checked(16_000_000, AT_LEAST_1)  # artifact + code, decimal
+    run_name: str | None = checked(None, NAME)  # null = time, qat, grid, seed
     resume: str | None = None  # a run's folder or name: go on with it, settings and all
-    sweep_name: str = "sweep-${now:%Y%m%d-%H%M%S}"
+    sweep_name: str = checked("sweep-${now:%Y%m%d-%H%M%S}", NAME)
     runs_dir: str = "logs/runs"
     # Of a study, the split of a QAT arm's effect. full: train a baseline of as many steps for it;
     # estimate: from the baseline's loss curve.
-    ledger: str = "estimate"
+    ledger: str = checked("estimate", one_of("estimate", "full"))
     study: StudySettings = field(default_factory=StudySettings)
     model: ModelSettings = field(default_factory=lambda: ModelSettings(*[MISSING] * 6))
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
@@ -210,8 +269,8 @@ class VocabularySettings:  # named as in training; an artifact says its own
 
 @dataclass
 class SampleSettings:
-    max_tokens: int = 100
-    temperature: float = 0.8  # 0 = always the likeliest token
+    max_tokens: int = checked(100, AT_LEAST_1)
+    temperature: float = checked(0.8, AT_LEAST_0)  # 0 = always the likeliest token
 
 
 @dataclass
@@ -224,13 +283,13 @@ class SubmissionSettings:  # what submission.json says beside the run's numbers
 
 @dataclass
 class ConstraintSettings:  # of task=choose: the most that a variant may have; null = any
-    latency_ms: float | None = None  # forward pass of one sequence
-    artifact_bytes: float | None = None  # of the file
-    memory_bytes: float | None = None  # of the tensors as they are held
-    val_bpb: float | None = None
-    perplexity: float | None = None
-    ece: float | None = None  # expected calibration error, without a temperature
-    peak_memory_bytes: float | None = None  # of the process
+    latency_ms: float | None = checked(None, MOST)  # forward pass of one sequence
+    artifact_bytes: float | None = checked(None, MOST)  # of the file
+    memory_bytes: float | None = checked(None, MOST)  # of the tensors as they are held
+    val_bpb: float | None = checked(None, MOST)
+    perplexity: float | None = checked(None, MOST)
+    ece: float | None = checked(None, MOST)  # expected calibration error, without a temperature
+    peak_memory_bytes: float | None = checked(None, MOST)  # of the process
 
 
 @dataclass
@@ -245,8 +304,8 @@ class EvalTaskSettings:
     cabinet: str | None = None  # folder with the results.json of task=cabinet
     runs_dir: str = "logs/runs"
     prompt: str = ""
-    seed: int = 1337
-    limit_bytes: int = 16_000_000  # artifact + code, decimal; of task=inspect and task=fill
+    seed: int = checked(1337, SEED)
+    limit_bytes: int = checked(16_000_000, AT_LEAST_1)  # artifact + code, of tasks inspect and fill
     model: VocabularySettings = field(default_factory=VocabularySettings)
     sample: SampleSettings = field(default_factory=SampleSettings)
     constraints: ConstraintSettings = field(default_factory=ConstraintSettings)

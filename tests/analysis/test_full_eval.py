@@ -251,7 +251,7 @@ def test_an_artifact_elsewhere_takes_its_float_model_from_run(
         (("eval=full", "out=bad.jsonl"), "out=bad.jsonl: a file; give the folder to write"),
         (("eval.stride=999",), "eval.stride = 999: must be at most eval.seq_len = 32"),
         (("eval.seq_len=9999999",), "eval.seq_len = 9999999: the validation text"),
-        (("seq_len=16",), "seq_len: unknown setting; did you mean eval.seq_len"),
+        (("seq_len=16",), "seq_len=16: unknown setting; did you mean eval.seq_len"),
     ],
 )
 def test_mistakes_get_one_line(

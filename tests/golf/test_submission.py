@@ -29,7 +29,9 @@ ON_DEMAND = {
     "qat.artifact.class_coder", "eval", "qat.evaluation.score_task",
 }  # fmt: skip
 # What the file itself imports by name; Python lists only what import statements do.
-BY_NAME = {"qat", "qat.settings", "qat.settings.command_line", "train"}
+BY_NAME = {
+    "qat", "qat.settings", "qat.settings.command_line", "train", "hydra_plugins.qat_sweeper",
+}  # fmt: skip
 FOUND_BY_LOOKING = {f"qat.model.{name}" for name in architectures()} | {
     f"qat.quantize.{folder}.{path.stem}"
     for folder in ("levels", "gradients")
@@ -225,7 +227,7 @@ def test_rows_that_are_refused(program, finished: Path, tmp_path: Path, values, 
 def test_folders_that_are_refused(program, finished: Path, tmp_path: Path) -> None:
     run = copy_of(finished, tmp_path)
     with open(run / "overrides.yaml", "a") as file:
-        file.write(json.dumps("data.repo_id=" + "x" * 2_048))
+        file.write("- " + json.dumps("data.repo_id=" + "x" * 2_048))
     assert "has 2048 for them; shorten them" in refused(program, run)
     (run / "overrides.yaml").write_text("no list\n")
     assert "not the folder of a run" in refused(program, run)

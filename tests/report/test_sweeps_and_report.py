@@ -70,14 +70,14 @@ def test_the_fields_own_sweep(train, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_sweep_named_by_its_time_keeps_that_name(train, monkeypatch: pytest.MonkeyPatch) -> None:
-    check = command_line._check_sweep
+    check = command_line.Jobs.begin_sweep
 
     def slow_check(*asked):
         checked = check(*asked)
         time.sleep(1.1)
         return checked
 
-    monkeypatch.setattr(command_line, "_check_sweep", slow_check)
+    monkeypatch.setattr(command_line.Jobs, "begin_sweep", slow_check)
     done = train("-m", "qat=none,int6", "max_steps=2")
     assert done.code == 0, done.err
     assert len(sweep_folders()) == 2

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from qat.report import wandb_view
-from qat.settings import ranges
+from qat.settings import checks
 from tests.conftest import _call, result_of
 from tests.made_up_study import made_up
 from tests.offline_run import OfflineRun, read_offline_run
@@ -89,7 +89,7 @@ def test_tags_are_checked_before_a_run_starts(train, tmp_path: Path) -> None:
 
 
 def test_without_wandb_it_is_one_line(train, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ranges, "find_spec", lambda name: None)
+    monkeypatch.setattr(checks, "find_spec", lambda name: None)
     done = train("logger=wandb", "max_steps=1")
     assert (done.code, done.err.count("\n")) == (2, 1)
     assert "pip install 'qat[wandb]'" in done.err

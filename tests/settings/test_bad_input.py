@@ -18,7 +18,7 @@ from qat.errors import UserError
 from qat.settings.arguments import groups
 from qat.settings.checks import resolve_eval
 from qat.settings.command_line import INTERRUPTED, Program, main
-from qat.settings.schema import TrainSettings
+from qat.settings.schema import EvalTaskSettings, TrainSettings
 from qat.text.shards import ShardWriter
 from tests.conftest import GOLF, ROOT
 from train import resolve
@@ -29,8 +29,11 @@ SHARDS = (
     f"data.val_files={GOLF}/fineweb_val_*.bin",
 )
 CASES: list[tuple[tuple[str, ...], str]] = [
-    (("seeed=1",), "seeed: unknown setting; did you mean seed?"),
-    (("model.dimm=3",), "model.dimm: unknown setting; did you mean model.dim?"),
+    (("seeed=1",), "seeed=1: unknown setting; did you mean seed?"),
+    (("model.dimm=3",), "model.dimm=3: unknown setting; did you mean model.dim?"),
+    (("seed.more=1",), "seed.more=1: seed takes one value, it has no parts"),
+    (("model.more.x=1",), "model.more.x: not there yet; add it, +model.more.x="),
+    (("+qat=int6",), "qat: it has a place already; give it once, without '+'"),
     (("+unknown=1",), "+unknown=1: unknown setting"),
     (("+qat.foo=1",), "+qat.foo=1: unknown setting"),
     (("++qat.foo=1",), "++qat.foo=1: unknown setting"),
@@ -49,6 +52,7 @@ CASES: list[tuple[tuple[str, ...], str]] = [
     (("qat=null",), "qat=null: no such option; choose from binary, "),
     (("qat=",), "qat=: no such option"),
     (("qat=[int6]",), "qat=[int6]: no such option"),
+    (("qat=6",), "qat=6: no such option; choose from binary, "),
     (("-m", "qat=none,[int6]"), "no such option"),
     (("averaging=ema", "averaging.decay=1"), "averaging.decay = 1.0"),
     (("optimizer.name=sgd",), "optimizer.name = sgd: choose from muon, normuon, adamw"),
@@ -71,6 +75,7 @@ CASES: list[tuple[tuple[str, ...], str]] = [
     (("model.init_from=none.pt",), "model.init_from=none.pt: not weights of this model"),
     (("plan.rules={skip_weights: int9}",), "plan.rules: 'int9' for skip_weights"),
     (("-m", "seed=1,2", "run_name=same"), "run_name=same: 2 jobs would share it"),
+    (("-m", "experiment=pair,bits"), "experiment=pair,bits: give one study at a time"),
     (("-m", "seed=1,-2"), "seed = -2: give 0 to 2^63"),
     (("-m", "qat=none,int6", "grid=int4"), "qat=int6 grid=int4"),
 ]  # fmt: skip
@@ -189,10 +194,10 @@ EVAL_CASES: list[tuple[tuple[str, ...], str]] = [
     ((), "artifact = null: give artifact=PATH or run=RUN"),
     (("task=scoer",),
      "task = scoer: choose from score, sample, inspect, fill, audit, cabinet"),
-    (("artefact=x",), "artefact: unknown setting; did you mean artifact?"),
+    (("artefact=x",), "artefact=x: unknown setting; did you mean artifact?"),
     (("artifact=none.qat",), "artifact=none.qat: No such file"),
     (("artifact=it's (a) [file], ${seed}",), "artifact=it's (a) [file], ${seed}: No such file"),
-    (("qat=int6",), "qat: unknown setting; see"),
+    (("qat=int6",), "qat=int6: unknown setting; see"),
     (("-m", "seed=1,2"), "-m: eval.py does one thing at a time"),
     (("artifact.coder=mix",), "artifact.coder=mix: artifact takes one value, it has no parts"),
     (("run=nobody",), "run=nobody: no such folder"),
@@ -255,13 +260,17 @@ def test_profile_is_concrete_before_hydra_composes(program, monkeypatch) -> None
 
 
 @pytest.mark.parametrize(
-    "prompt", ["Hello, (world): it's", r"a\b\\c", "${seed}", "'quoted", "null"]
-)
-def test_prose_is_taken_as_typed(prompt: str) -> None:
-    from qat.settings.arguments import take_verbatim
-
-    typed = ["seed=3", f"prompt={prompt}", "--cfg=job"]
-    assert take_verbatim(typed) == (["seed=3", "--cfg=job"], {"prompt": prompt})
+    "prose",
+    ["Hello, (world): it's", r"a\b\\c", "${seed}", "'quoted", "null", "", "\\", r"\'\${a}\\${b}\\",
+     "a\n${oc.env:'HOME'}", '"${', "[1, {a: 2}]"],
+)  # fmt: skip
+def test_prose_is_taken_as_typed(prose: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[EvalTaskSettings] = []
+    typed = ["eval.py", f"prompt={prose}", f"submission.name={prose}"]
+    monkeypatch.setattr(sys, "argv", typed)
+    look = Program("eval", lambda settings, _: seen.append(settings), lambda settings, job: 0)
+    assert main(look) == 0
+    assert (seen[0].prompt, seen[0].submission.name) == (prose, prose)
 
 
 @pytest.mark.parametrize("flag", ["--help", "--hydra-help", "--version", "--cfg=job", "--info=all"])

@@ -16,7 +16,6 @@ from pathlib import Path
 
 import hydra
 import pytest
-from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 from rich.console import Console
 
@@ -25,8 +24,8 @@ from qat.runs.result import Result
 from qat.settings import checks
 from qat.settings.arguments import groups
 from qat.settings.arms import with_arms
+from qat.settings.command_line import register
 from qat.settings.options import CONF, read_study
-from qat.settings.schema import TrainSettings
 from qat.study.find_out import find_out
 from qat.study.findings import Findings
 from qat.study.study import Study
@@ -66,7 +65,7 @@ def change(run: Path, **values: object) -> None:
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_every_design_composes(experiment: str) -> None:
     """All its arms, and what they say is what is set."""
-    ConfigStore.instance().store(name="train_schema", node=TrainSettings)
+    register([])
     study = read_study(experiment)
     assert study is not None
     for name, arm in study.arms.items():
