@@ -183,6 +183,26 @@ def _prepare(
         raise UserError(f"data={name}: there is no text to train on; give more, or other files")
     first = _FirstBytes(train_side(), TOKENIZER_BYTES)
     tokenizer = train_tokenizer(first, vocab_size, folder / "tokenizer.model")
+    notes = write_shards(name, documents, tokenizer, val_fraction, folder, num_processes())
+    if first.num_bytes < notes["train_bytes"]:
+        log.info(
+            "data=%s: the tokenizer was trained on the first %s of %s bytes of training text, in "
+            "the order of its documents",
+            name, f"{first.num_bytes:,}", f"{notes['train_bytes']:,}",
+        )  # fmt: skip
+    (folder / NOTES_FILE).write_text(json.dumps(notes, indent=1))
+
+
+def write_shards(
+    name: str,
+    documents: corpus.Documents,
+    tokenizer: Tokenizer,
+    val_fraction: float,
+    folder: Path,
+    processes: int,
+) -> dict[str, Any]:
+    """Shards of both sides into ``folder``; the notes on them. UserError if a side is empty or its
+    bytes do not add up."""
     notes: dict[str, Any] = {"tokenizer_sha256": tokenizer.sha256}
     writers = {side: ShardWriter(folder, side) for side in ("train", "val")}
     for side in writers:
@@ -190,7 +210,7 @@ def _prepare(
     sample = bytearray()
     counted = dict.fromkeys(writers, 0)
     batches = _batches(documents(), val_fraction)
-    for (side, texts), encoded in encode_batches(tokenizer, batches, num_processes()):
+    for (side, texts), encoded in encode_batches(tokenizer, batches, processes):
         raw = "".join(texts).encode()
         notes[f"{side}_documents"] += len(texts)
         notes[f"{side}_bytes"] += len(raw)
@@ -214,14 +234,8 @@ def _prepare(
                 "model.vocab_size"
             )
         notes[f"{side}_tokens"] = writer.num_tokens
-    if first.num_bytes < notes["train_bytes"]:
-        log.info(
-            "data=%s: the tokenizer was trained on the first %s of %s bytes of training text, in "
-            "the order of its documents",
-            name, f"{first.num_bytes:,}", f"{notes['train_bytes']:,}",
-        )  # fmt: skip
     notes["val_xz_bits_per_byte"] = 8 * len(lzma.compress(bytes(sample), preset=9)) / len(sample)
-    (folder / NOTES_FILE).write_text(json.dumps(notes, indent=1))
+    return notes
 
 
 class _FirstBytes:
