@@ -72,7 +72,7 @@ RULES = {"*.weight": "grid", "*": "fp32"}
 CODER = "mix"
 BITS_PER_WEIGHT = 4.0  # of the solver's limit
 CALIBRATION = (32, 64)  # sequences, tokens each
-SENSITIVITY = (2, 512)  # batches of one sequence, tokens each
+SENSITIVITY = (2, 64)  # batches of one sequence, tokens each
 SOLVER_SIZES = candidates.SIZES[::13]
 # Shorter operations are run again, for half a second
 LONG_SECONDS, REPEAT_SECONDS = 2.0, 0.5
@@ -144,6 +144,10 @@ def _release_freed() -> None:
 
 def _gpu_bytes() -> int:
     return torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
+
+
+def num_weights(spec: ModelSpec) -> int:
+    return sum(math.prod(shape) for shape in tensor_shapes(spec).values())
 
 
 def weights_of(spec: ModelSpec) -> dict[str, Tensor]:
@@ -310,7 +314,7 @@ class Growth:
 
     def rows(self, size: str, folder: Path) -> list[Row]:
         """Measured now, or one that says how long it would take."""
-        weights = sum(math.prod(shape) for shape in tensor_shapes(SIZES[size]).values())
+        weights = num_weights(SIZES[size])
         expected = self.expected_seconds(weights)
         found: list[Row] = []
         if expected <= self.limit_seconds:

@@ -39,6 +39,7 @@ NODES = 256
 SIGN_CONTEXTS = 32 + 9  # drift of the column's sign; signs to the left and above
 COUNT_LIMIT = 1023  # in the lower 10 bits of a counter; the upper 22 are a probability
 MAX_BITS = 8  # of a magnitude
+USUAL_BYTES = 1.25  # more than codes that look like noise take
 CODE_BYTES = 18  # most for a code: its 9 bits cost at most 12 each; and the 4 that end a stream
 SIGN_MIXER = MAX_BITS * ROLES * INPUTS  # after the mixers of every depth and role
 ONE = 1 << 16
@@ -305,8 +306,8 @@ def encode(raw: bytes, matrices: Matrices) -> bytes:
     def work(number: int) -> bytes:
         own = codes[ends[number - 1] if number else 0 : ends[number]]
         # Room for the worst takes more memory than the model, and the worst does not come up.
-        for room in (own.size + own.size // 4, CODE_BYTES * own.size):
-            data = np.zeros(room + CODE_BYTES, np.uint8)
+        for room in (USUAL_BYTES, CODE_BYTES):
+            data = np.zeros(int(room * own.size) + CODE_BYTES, np.uint8)
             coder = _run(matrices[streams[number]], roles, data, own, decoding=False)
             if coder[3] <= data.size:
                 break
