@@ -71,7 +71,7 @@ GRID = Grid(bits=6)
 RULES = {"*.weight": "grid", "*": "fp32"}
 CODER = "mix"
 BITS_PER_WEIGHT = 4.0  # of the solver's limit
-CALIBRATION = (32, 64)  # sequences, tokens each
+CALIBRATION = (128, 16)  # sequences, tokens each
 SENSITIVITY = (2, 64)  # batches of one sequence, tokens each
 SOLVER_SIZES = candidates.SIZES[::13]
 # Shorter operations are run again, for half a second
