@@ -32,14 +32,14 @@ AHEAD = 3  # batches in the works for each process, so that none waits
 MAX_PROCESSES = 16
 
 
-class Batch(NamedTuple):
+class SideTexts(NamedTuple):
     """Documents of one side, ``train`` or ``val``."""
 
     side: str
     texts: list[str]
 
 
-class Encoded(NamedTuple):
+class SideTokens(NamedTuple):
     tokens: np.ndarray  # uint16, each document after its BOS
     num_bytes: int  # of the text that they stand for
 
@@ -52,8 +52,8 @@ def num_processes() -> int:
 
 
 def encode_batches(
-    tokenizer: Tokenizer, batches: Iterable[Batch], processes: int
-) -> Iterator[tuple[Batch, Encoded]]:
+    tokenizer: Tokenizer, batches: Iterable[SideTexts], processes: int
+) -> Iterator[tuple[SideTexts, SideTokens]]:
     """Every batch with its tokens, in order. UserError if a process dies."""
     left = iter(batches)
     first = list(islice(left, FEW_BATCHES))
@@ -62,14 +62,14 @@ def encode_batches(
         for batch in left:
             yield batch, _encode(tokenizer, batch.texts)
         return
-    works: deque[tuple[Batch, Future[Encoded]]] = deque()
+    works: deque[tuple[SideTexts, Future[SideTokens]]] = deque()
     with ExitStack() as stack:
         idle: SimpleQueue[_Process] = SimpleQueue()
         for _ in range(processes):
             idle.put(stack.enter_context(_Process(tokenizer.path)))
         threads = stack.enter_context(ThreadPoolExecutor(processes))
 
-        def encode_there(texts: list[str]) -> Encoded:
+        def encode_there(texts: list[str]) -> SideTokens:
             process = idle.get()
             try:
                 return process.encode(texts)
@@ -85,13 +85,13 @@ def encode_batches(
             yield done, future.result()
 
 
-def _encode(tokenizer: Tokenizer, texts: list[str]) -> Encoded:
+def _encode(tokenizer: Tokenizer, texts: list[str]) -> SideTokens:
     tokens = np.array([i for ids in tokenizer.encode_documents(texts) for i in ids], np.uint16)
-    return Encoded(tokens, tokenizer.count_bytes(tokens))
+    return SideTokens(tokens, tokenizer.count_bytes(tokens))
 
 
 class _Process:
-    """This module as a program: lists of texts in, ``Encoded`` out, until there are no more."""
+    """This module as a program: lists of texts in, ``SideTokens`` out, until there are no more."""
 
     def __init__(self, tokenizer: Path) -> None:
         path = os.pathsep.join(folder or os.getcwd() for folder in sys.path)
@@ -111,13 +111,13 @@ class _Process:
         with suppress(BrokenPipeError), self.program:  # closes the pipes and waits
             pass
 
-    def encode(self, texts: list[str]) -> Encoded:
+    def encode(self, texts: list[str]) -> SideTokens:
         assert self.program.stdin is not None
         assert self.program.stdout is not None
         try:
             pickle.dump(texts, self.program.stdin)
             self.program.stdin.flush()
-            return Encoded(*pickle.load(self.program.stdout))
+            return SideTokens(*pickle.load(self.program.stdout))
         except (EOFError, OSError, pickle.UnpicklingError):
             raise UserError(
                 "data: a process that turns text into tokens died; was there enough memory?"

@@ -27,7 +27,7 @@ import filelock
 
 from qat.errors import UserError
 from qat.text import corpus
-from qat.text.encoding import Batch, encode_batches, num_processes
+from qat.text.encoding import SideTexts, encode_batches, num_processes
 from qat.text.shards import ShardWriter
 from qat.text.tokenizer import Tokenizer, train_tokenizer
 
@@ -252,7 +252,7 @@ class _FirstBytes:
                 return
 
 
-def _batches(documents: Iterable[str], val_fraction: float) -> Iterator[Batch]:
+def _batches(documents: Iterable[str], val_fraction: float) -> Iterator[SideTexts]:
     """Documents in order, those of each side by themselves; bounded by bytes, as documents may have
     any number of them."""
     texts: dict[str, list[str]] = {"train": [], "val": []}
@@ -262,9 +262,9 @@ def _batches(documents: Iterable[str], val_fraction: float) -> Iterator[Batch]:
         texts[side].append(text)
         num_bytes[side] += len(text.encode())
         if num_bytes[side] >= BATCH_BYTES:
-            yield Batch(side, texts[side])
+            yield SideTexts(side, texts[side])
             texts[side], num_bytes[side] = [], 0
-    yield from (Batch(side, left) for side, left in texts.items() if left)
+    yield from (SideTexts(side, left) for side, left in texts.items() if left)
 
 
 def _cache_dir(data: DataSettings) -> Path:

@@ -13,7 +13,7 @@ import pytest
 
 from qat.errors import UserError
 from qat.text import corpus, encoding, source
-from qat.text.encoding import Batch, encode_batches
+from qat.text.encoding import SideTexts, encode_batches
 from qat.text.tokenizer import Tokenizer
 
 Patch = pytest.MonkeyPatch
@@ -79,11 +79,11 @@ def test_little_text_starts_no_process(
 def test_few_batches_are_in_memory(tokenizer: Tokenizer, started: list, processes: int) -> None:
     taken = 0
 
-    def batches() -> Iterator[Batch]:
+    def batches() -> Iterator[SideTexts]:
         nonlocal taken
         for number in range(60):
             taken += 1
-            yield Batch("train", [f"text {number}"])
+            yield SideTexts("train", [f"text {number}"])
 
     most = 0
     for done, (batch, _) in enumerate(encode_batches(tokenizer, batches(), processes)):
@@ -95,7 +95,7 @@ def test_few_batches_are_in_memory(tokenizer: Tokenizer, started: list, processe
 
 
 def test_a_process_that_dies_is_one_line(tokenizer: Tokenizer, started: list) -> None:
-    batches = (Batch("train", [f"text {number}"]) for number in range(60))
+    batches = (SideTexts("train", [f"text {number}"]) for number in range(60))
     encoded = encode_batches(tokenizer, batches, 2)
     next(encoded)
     started[0].program.kill()
@@ -136,6 +136,8 @@ def test_parquet_is_streamed(tmp_path: Path) -> None:
 def test_how_much_of_the_text_trained_the_tokenizer_is_said(
     words: str, tmp_path: Path, monkeypatch: Patch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    monkeypatch.setattr(logging.getLogger("qat"), "propagate", True)  # programs switch it off
+
     def said(limit: int) -> list[str]:
         caplog.clear()
         monkeypatch.setattr(source, "TOKENIZER_BYTES", limit)
