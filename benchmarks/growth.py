@@ -393,7 +393,8 @@ def main() -> None:
             rows += found
             print("\n".join(line_of(row) for row in found), flush=True)
     missed = goals(rows)
-    print("\n".join(missed) or "all goals hold")
+    if rows:
+        print("\n".join(missed) or "all goals hold")
     texts: list[Row] = []
     if TEXT in parts:
         print(f"\n{'':32}{'MB/s':>8}{'peak MB':>9}")
