@@ -26,11 +26,12 @@ import math
 import os
 import stat
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -193,19 +194,26 @@ def pack(encoded: list[Encoded], plan: Plan, meta: Mapping[str, Any], coder: str
     return body + hashlib.sha256(body).digest()
 
 
-def write_whole(path: Path, data: bytes | memoryview) -> None:
+@contextmanager
+def whole_file(path: Path) -> Iterator[BinaryIO]:
     """How every file is written that a reader could meet half done: it has its name when all bytes
     are on the disk, and what had that name stays until then. OSError if the disk does not take it;
     nothing else is left."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
-            file.write(data)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """``whole_file`` of bytes that are there already."""
+    with whole_file(path) as file:
+        file.write(data)
 
 
 def read_artifact(path: Path) -> Artifact:

@@ -39,6 +39,8 @@ NODES = 256
 SIGN_CONTEXTS = 32 + 9  # drift of the column's sign; signs to the left and above
 COUNT_LIMIT = 1023  # in the lower 10 bits of a counter; the upper 22 are a probability
 MAX_BITS = 8  # of a magnitude
+USUAL_BYTES = 1.25  # more than codes that look like noise take
+CODE_BYTES = 18  # most for a code: its 9 bits cost at most 12 each; and the 4 that end a stream
 SIGN_MIXER = MAX_BITS * ROLES * INPUTS  # after the mixers of every depth and role
 ONE = 1 << 16
 
@@ -122,8 +124,8 @@ def code_tensor(
     magnitudes, negatives, bits, zero_has_sign, role, counters, sign_counters, weights,
     squash, stretch, reciprocals, coder, data, decoding,
 ):  # fmt: skip
-    """Encode or decode one (rows, columns) tensor; decoding fills the first two arrays, and ends
-    early with its position beyond ``data`` if that is too short.
+    """Encode or decode one (rows, columns) tensor; decoding fills the first two arrays. Ends early
+    with its position beyond ``data`` if that is too short.
 
     Means are of magnitudes, times 2^8 (``row_mean``, ``tensor_mean``) or 2^16 (``columns_seen``,
     ``row_seen``); a row is measured in units of its columns and a column in units of its rows.
@@ -136,11 +138,13 @@ def code_tensor(
     logits = np.zeros(INPUTS, np.int64)
     shift = max(bits - 5, 0)
     tensor_mean = 0
+    last = data.size if decoding else data.size - CODE_BYTES
     for i in range(rows):
         row_mean, row_seen = tensor_mean, tensor_mean << 8
         for j in range(columns):
-            if coder[3] > data.size:
-                return  # damaged: no true stream is read beyond its end
+            if coder[3] > last:
+                coder[3] = data.size + 1
+                return  # damaged (no true stream is read beyond its end), or no room for a code
             left = int(magnitudes[i, j - 1]) if j > 0 else 0
             left2 = int(magnitudes[i, j - 2]) if j > 1 else left
             up = int(magnitudes[i - 1, j]) if i > 0 else left
@@ -301,9 +305,12 @@ def encode(raw: bytes, matrices: Matrices) -> bytes:
 
     def work(number: int) -> bytes:
         own = codes[ends[number - 1] if number else 0 : ends[number]]
-        # A bit costs at most 12, so a code of 9 bits stays below 14 bytes.
-        data = np.zeros(14 * own.size + 16, np.uint8)
-        coder = _run(matrices[streams[number]], roles, data, own, decoding=False)
+        # Room for the worst takes more memory than the model, and the worst does not come up.
+        for room in (USUAL_BYTES, CODE_BYTES):
+            data = np.zeros(int(room * own.size) + CODE_BYTES, np.uint8)
+            coder = _run(matrices[streams[number]], roles, data, own, decoding=False)
+            if coder[3] <= data.size:
+                break
         used = int(coder[3])
         data[used : used + 4] = np.frombuffer(int(coder[0]).to_bytes(4, "big"), np.uint8)
         return data[: used + 4].tobytes()

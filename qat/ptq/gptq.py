@@ -47,10 +47,12 @@ def row_output_errors(error: Tensor, hessian: Tensor) -> Tensor:
 
     ``error`` is (rows, columns) and ``hessian`` (columns, columns), the mean of x x^T over tokens.
     """
-    wide = error.double()
-    return (wide @ hessian.double()).mul_(wide).sum(1)
+    hessian = hessian.double()
+    parts = (rows.double() for rows in error.split(BLOCK_ROWS))
+    return torch.cat([(wide @ hessian).mul_(wide).sum(1) for wide in parts])
 
 
+BLOCK_ROWS = 4096  # as float64 at a time: a head has many
 BLOCK_COLUMNS = 64  # rounded between two large matrix products; the codes do not depend on it
 
 
@@ -153,22 +155,22 @@ class GptqFactor:
         return in_place
 
     def _fed_codes(self, w: Tensor, grid: Grid, nearest: Codes, prices: BitPrices | None) -> Tensor:
-        trained = w.T[self._order].double()  # a column of weights is a row here: contiguous
-        targets, errors = trained.clone(), torch.zeros_like(trained)
-        codes = torch.empty_like(trained, dtype=torch.float32)
+        trained = w.T[self._order]  # a column of weights is a row here: contiguous
+        errors = torch.zeros_like(trained, dtype=torch.float64)
+        codes = torch.empty_like(trained)
         levels = _ColumnLevels(nearest, grid)
         order = self._order.tolist()
         for start in range(0, len(order), BLOCK_COLUMNS):
             block = slice(start, min(start + BLOCK_COLUMNS, len(order)))
-            targets[block].addmm_(self._feedback[block, :start], errors[:start])
+            targets = trained[block].double().addmm_(self._feedback[block, :start], errors[:start])
             for k in range(block.start, block.stop):
                 feedback = self._feedback[k, start:k]
-                target = torch.addmv(targets[k], errors[start:k].T, feedback).float()
+                target = torch.addmv(targets[k - start], errors[start:k].T, feedback).float()
                 codes[k] = levels.nearest(target, order[k])
                 if prices is not None:
                     own = float(self._own_errors[k])
                     codes[k] = _cheaper(target, codes[k], order[k], levels, own, prices)
-                torch.sub(trained[k], levels.weights(codes[k], order[k]), out=errors[k])
+                torch.sub(trained[k].double(), levels.weights(codes[k], order[k]), out=errors[k])
         in_place = torch.empty_like(w)
         in_place[:, self._order] = codes.T
         return grid.table.to_codes(in_place)

@@ -73,16 +73,19 @@ def gptq(
     """Full-Hessian GPTQ; with ``by_inputs`` scales that are not given minimise the error weighted
     by the inputs' mean squares. ``bit_price``: of what a row's scales say that a bit is worth. What
     multiplies nothing, as an untied embedding, is rounded to nearest."""
-    factors: dict[int, GptqFactor] = {}  # by the sums that matrices share
+    # Of the last sums seen: matrices that share them follow each other, and the factors of all
+    # would take several times the weights' memory.
+    last: tuple[Tensor, GptqFactor] | None = None
 
     def method(entry: Entry, w: Tensor, scales: Tensor | None) -> tuple[Entry, Codes]:
+        nonlocal last
         assert entry.grid is not None
         if entry.name not in inputs.of:
             return nearest(entry, w, scales)
-        hessian = inputs.hessian(entry.name)
-        key = id(inputs.of[entry.name].products)
-        if key not in factors:
-            factors[key] = GptqFactor(hessian, act_order=act_order)
+        hessian, sums = inputs.hessian(entry.name), inputs.of[entry.name].products
+        if last is None or last[0] is not sums:
+            last = None  # freed before the next is made
+            last = sums, GptqFactor(hessian, act_order=act_order)
         if (
             scales is None
             and by_inputs
@@ -92,7 +95,7 @@ def gptq(
             scales = weighted_scales(w, entry.grid, hessian.diagonal())
         counts_bits = bit_price and entry.grid.levels == "int" and entry.grid.range == "symmetric"
         prices_of = _bit_prices(entry.grid, bit_price) if counts_bits else None
-        return entry, factors[key].quantize(w, entry.grid, scales, prices_of)
+        return entry, last[1].quantize(w, entry.grid, scales, prices_of)
 
     return method
 

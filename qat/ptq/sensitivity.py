@@ -28,7 +28,7 @@ def fisher_diagonal(
     """
     device = next(iter(weights.values())).device
     generator = torch.Generator(device).manual_seed(0)
-    placed = {name: w.detach().clone().requires_grad_() for name, w in weights.items()}
+    placed = {name: w.detach().requires_grad_() for name, w in weights.items()}
     sums = {name: torch.zeros_like(w) for name, w in weights.items()}
     count = 0
     for ids, _ in batches:

@@ -24,6 +24,7 @@ PASSAGE_BYTES = 4_096  # a text file is cut at the first blank line after this m
 LONGEST_PASSAGE_BYTES = 16_384  # ... at any line end after this many ...
 LONGEST_LINE_CHARS = 65_536  # ... and inside a line only if the line is longer than this
 READ_BYTES = 1 << 20
+PARQUET_ROWS = 64  # at a time: documents of any length
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can spell it, UTF-8 cannot
 
 Documents = Callable[[], Iterable[str]]
@@ -97,8 +98,9 @@ def _parquet(path: Path) -> Iterator[str]:
     import pyarrow.parquet
 
     try:
-        with pyarrow.parquet.ParquetFile(path) as table:
-            for batch in table.iter_batches(columns=["text"]):
+        # Streamed: as it is, whole row groups are in memory, and their texts once more.
+        with pyarrow.parquet.ParquetFile(path, buffer_size=READ_BYTES, pre_buffer=False) as table:
+            for batch in table.iter_batches(PARQUET_ROWS, columns=["text"]):
                 yield from batch.column("text").to_pylist()
     except (pyarrow.ArrowException, KeyError) as error:
         reason = " ".join(str(error).split())[:200]

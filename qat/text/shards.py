@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from qat.errors import UserError
 
@@ -36,9 +37,9 @@ class ShardWriter:
         self._in_shard = 0
         self._index = 0
 
-    def write(self, ids: list[int]) -> None:
-        self.num_tokens += len(ids)
+    def write(self, ids: ArrayLike) -> None:
         tokens = np.asarray(ids, dtype="<u2")
+        self.num_tokens += len(tokens)
         while len(tokens):
             if self._file is None:
                 path = self.folder / f"{self.prefix}_{self._index:06d}.bin"

@@ -12,14 +12,14 @@ from __future__ import annotations
 import glob
 import hashlib
 import json
+import logging
 import lzma
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from importlib import metadata
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,14 +27,18 @@ import filelock
 
 from qat.errors import UserError
 from qat.text import corpus
+from qat.text.encoding import SideTexts, encode_batches, num_processes
 from qat.text.shards import ShardWriter
 from qat.text.tokenizer import Tokenizer, train_tokenizer
 
 if TYPE_CHECKING:
     from qat.settings.schema import DataSettings
 
+log = logging.getLogger("qat")
+
 LAYOUT = 3  # of the cache; raise it when the preparation below changes what it writes
-ENCODE_DOCUMENTS = 1_024
+BATCH_BYTES = 1_000_000  # of text, and a document more, that are encoded at a time
+TOKENIZER_BYTES = 64_000_000  # of text, and a document more, train the tokenizer
 YARDSTICK_BYTES = 8_000_000
 SPLIT_HASH_BYTES = 8
 NOTES_FILE = "notes.json"
@@ -177,27 +181,43 @@ def _prepare(
 
     if next(iter(train_side()), None) is None:
         raise UserError(f"data={name}: there is no text to train on; give more, or other files")
-    tokenizer = train_tokenizer(train_side(), vocab_size, folder / "tokenizer.model")
+    first = _FirstBytes(train_side(), TOKENIZER_BYTES)
+    tokenizer = train_tokenizer(first, vocab_size, folder / "tokenizer.model")
+    notes = write_shards(name, documents, tokenizer, val_fraction, folder, num_processes())
+    if first.num_bytes < notes["train_bytes"]:
+        log.info(
+            "data=%s: the tokenizer was trained on the first %s of %s bytes of training text, in "
+            "the order of its documents",
+            name, f"{first.num_bytes:,}", f"{notes['train_bytes']:,}",
+        )  # fmt: skip
+    (folder / NOTES_FILE).write_text(json.dumps(notes, indent=1))
+
+
+def write_shards(
+    name: str,
+    documents: corpus.Documents,
+    tokenizer: Tokenizer,
+    val_fraction: float,
+    folder: Path,
+    processes: int,
+) -> dict[str, Any]:
+    """Shards of both sides into ``folder``; the notes on them. UserError if a side is empty or its
+    bytes do not add up."""
     notes: dict[str, Any] = {"tokenizer_sha256": tokenizer.sha256}
     writers = {side: ShardWriter(folder, side) for side in ("train", "val")}
     for side in writers:
         notes |= {f"{side}_documents": 0, f"{side}_bytes": 0}
     sample = bytearray()
     counted = dict.fromkeys(writers, 0)
-    remaining = iter(documents())
-    while texts := list(islice(remaining, ENCODE_DOCUMENTS)):
-        tokens: dict[str, list[int]] = {side: [] for side in writers}
-        for text, ids in zip(texts, tokenizer.encode_documents(texts), strict=True):
-            side = "val" if is_validation(text, val_fraction) else "train"
-            tokens[side] += ids
-            raw = text.encode()
-            notes[f"{side}_documents"] += 1
-            notes[f"{side}_bytes"] += len(raw)
-            if side == "val" and len(sample) < YARDSTICK_BYTES:
-                sample += raw
-        for side, ids in tokens.items():
-            writers[side].write(ids)
-            counted[side] += tokenizer.count_bytes(ids)
+    batches = _batches(documents(), val_fraction)
+    for (side, texts), encoded in encode_batches(tokenizer, batches, processes):
+        raw = "".join(texts).encode()
+        notes[f"{side}_documents"] += len(texts)
+        notes[f"{side}_bytes"] += len(raw)
+        if side == "val" and len(sample) < YARDSTICK_BYTES:
+            sample += raw[: YARDSTICK_BYTES - len(sample)]
+        writers[side].write(encoded.tokens)
+        counted[side] += encoded.num_bytes
     for writer in writers.values():
         writer.close()
     for side, writer in writers.items():
@@ -215,7 +235,36 @@ def _prepare(
             )
         notes[f"{side}_tokens"] = writer.num_tokens
     notes["val_xz_bits_per_byte"] = 8 * len(lzma.compress(bytes(sample), preset=9)) / len(sample)
-    (folder / NOTES_FILE).write_text(json.dumps(notes, indent=1))
+    return notes
+
+
+class _FirstBytes:
+    """Texts until there are ``limit_bytes`` of them; ``num_bytes``: how many were taken."""
+
+    def __init__(self, texts: Iterable[str], limit_bytes: int) -> None:
+        self.texts, self.limit_bytes, self.num_bytes = texts, limit_bytes, 0
+
+    def __iter__(self) -> Iterator[str]:
+        for text in self.texts:
+            self.num_bytes += len(text.encode())
+            yield text
+            if self.num_bytes >= self.limit_bytes:
+                return
+
+
+def _batches(documents: Iterable[str], val_fraction: float) -> Iterator[SideTexts]:
+    """Documents in order, those of each side by themselves; bounded by bytes, as documents may have
+    any number of them."""
+    texts: dict[str, list[str]] = {"train": [], "val": []}
+    num_bytes = dict.fromkeys(texts, 0)
+    for text in documents:
+        side = "val" if is_validation(text, val_fraction) else "train"
+        texts[side].append(text)
+        num_bytes[side] += len(text.encode())
+        if num_bytes[side] >= BATCH_BYTES:
+            yield SideTexts(side, texts[side])
+            texts[side], num_bytes[side] = [], 0
+    yield from (SideTexts(side, left) for side, left in texts.items() if left)
 
 
 def _cache_dir(data: DataSettings) -> Path:

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
 
+import numpy as np
 import sentencepiece
 import torch
+from numpy.typing import ArrayLike
 
 from qat.errors import UserError
 from qat.text import byte_table as vocabulary
@@ -22,7 +24,6 @@ from qat.text.shards import TokenStream
 BOS_ID = 1
 # Appended to a model it is merged into it: normalizer_spec (3) { add_dummy_prefix (3): false }.
 WITHOUT_PREFIX = b"\x1a\x02\x18\x00"
-TRAINING_TEXT_BYTES = 64_000_000
 SAMPLE_TOKENS = 1_000_000
 
 
@@ -98,12 +99,12 @@ class Tokenizer:
 
     def tokens_per_byte(self, stream: TokenStream) -> float:
         """Tokens per UTF-8 byte over the first million tokens of a stream."""
-        ids = stream.take(0, min(len(stream), SAMPLE_TOKENS)).tolist()
+        ids = stream.take(0, min(len(stream), SAMPLE_TOKENS))
         return len(ids) / max(self.count_bytes(ids), 1)
 
-    def count_bytes(self, ids: list[int]) -> int:
+    def count_bytes(self, ids: ArrayLike) -> int:
         """Bytes of tokens after the first one, which is only what comes before them."""
-        tokens = torch.tensor(ids, dtype=torch.int64)
+        tokens = torch.from_numpy(np.asarray(ids, np.int64))
         return int(self.byte_table.count(tokens[:-1], tokens[1:]).sum())
 
     @cached_property
@@ -117,17 +118,8 @@ class Tokenizer:
         return vocabulary.byte_table(self.pieces)
 
 
-def _first_bytes(texts: Iterable[str], limit_bytes: int) -> Iterator[str]:
-    taken = 0
-    for text in texts:
-        if taken >= limit_bytes:
-            return
-        taken += len(text.encode())
-        yield text
-
-
 def train_tokenizer(texts: Iterable[str], vocab_size: int, path: Path) -> Tokenizer:
-    """Train BPE with byte fallback on (at most the first 64 MB of) ``texts``; write it to ``path``.
+    """Train BPE with byte fallback on ``texts``, all of them in memory; write it to ``path``.
 
     No normalisation and no dropped spaces: decoding gives back exactly the text encoded.
     UserError if the text does not support ``vocab_size`` pieces.
@@ -135,7 +127,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, path: Path) -> Tokeni
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=_first_bytes(texts, TRAINING_TEXT_BYTES),
+            sentence_iterator=iter(texts),
             model_writer=model,
             model_type="bpe",
             vocab_size=vocab_size,

@@ -6,7 +6,6 @@ renamed, so that a crash at any moment leaves the last complete one.
 
 from __future__ import annotations
 
-import io
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any
 
 import torch
 
-from qat.artifact.container import write_whole
+from qat.artifact.container import whole_file
 from qat.errors import TrainingError
 from qat.training.loop import TrainingLoop, UpdateHook
 
@@ -62,12 +61,15 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
         if not bool(weight.isfinite().all()):
             step = state["progress"]["step"]
             raise TrainingError(f"{name} is not finite after step {step}; try lower learning rates")
-    raw = io.BytesIO()
-    torch.save(state, raw)
     try:
-        write_whole(path, raw.getbuffer())
-    except OSError as error:
-        raise TrainingError(f"cannot write {path}: {error.strerror}; the run stops here") from None
+        with whole_file(path) as file:
+            torch.save(state, file)  # a tensor at a time: whole, it would be in memory twice
+    except (OSError, RuntimeError) as error:
+        # Told by the disk that it is full, torch says something about positions.
+        told = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(told, OSError):
+            raise
+        raise TrainingError(f"cannot write {path}: {told.strerror}; the run stops here") from None
 
 
 def load_checkpoint(path: Path) -> dict[str, Any] | None:

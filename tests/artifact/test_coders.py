@@ -6,6 +6,7 @@ import hashlib
 import os
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -188,3 +189,32 @@ except UserError as error:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("zstandard is not installed")
+
+
+def test_codes_without_room_are_coded_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    matrices = [Matrix(50, 40, 5, False, str(i)) for i in range(7)]
+    raw = draw_codes(2, matrices)
+    coded, runs, run = mix_coder.encode(raw, matrices), [], mix_coder._run
+
+    def counted(*args, **kwargs):
+        runs.append(len(args[2]))
+        return run(*args, **kwargs)
+
+    monkeypatch.setattr(mix_coder, "_run", counted)
+    for share in (0.9, 0.5, 0.01, 0.0):  # of the bytes that the codes take
+        monkeypatch.setattr(mix_coder, "USUAL_BYTES", share * len(coded) / len(raw))
+        assert mix_coder.encode(raw, matrices) == coded
+        assert len(runs) == 2
+        runs.clear()
+
+
+def test_encoding_takes_no_room_for_the_worst() -> None:
+    matrices = [Matrix(1000, 1000, 8, False, "w")]
+    raw = np.random.default_rng(0).integers(-127, 128, 1_000_000, np.int8).tobytes()
+    mix_coder.encode(raw[:1000], [Matrix(1, 1000, 8, False, "w")])  # compiles, makes its tables
+    tracemalloc.start()
+    mix_coder.encode(raw, matrices)
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    model = sum(array.nbytes for array in mix_coder.new_model())
+    assert most < 7 * len(raw) + model

@@ -290,3 +290,11 @@ def test_own_errors_sum_up_to_the_output_error() -> None:
         expected = torch.empty(16, dtype=torch.float64)
         expected[order] = lower.diagonal().square()
         torch.testing.assert_close(factor.own_errors, expected)
+
+
+def test_errors_of_many_rows_are_found_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    error, hessian = normal(50, 12, 0), correlated(12, 1)
+    whole = gptq.row_output_errors(error, hessian)
+    monkeypatch.setattr(gptq, "BLOCK_ROWS", 7)
+    torch.testing.assert_close(gptq.row_output_errors(error, hessian), whole)
+    assert len(gptq.row_output_errors(error[:0], hessian)) == 0

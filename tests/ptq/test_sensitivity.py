@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from qat.model.gpt import GPT
@@ -43,3 +44,19 @@ def test_equal_weights_give_equal_sensitivities() -> None:
     ids = torch.arange(32).view(2, 16)
     first, second = (fisher_diagonal(gpt, weights, [(ids, ids)], "fp32") for _ in "12")
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_weights_are_read_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpt = GPT(SHAPE)
+    weights = {name: w.detach() for name, w in gpt.named_parameters()}
+    ids, call = torch.arange(32).view(2, 16), torch.func.functional_call
+
+    def watched(model, placed, *args):
+        assert {n: w.data_ptr() for n, w in placed.items()} == {
+            n: w.data_ptr() for n, w in weights.items()
+        }
+        return call(model, placed, *args)
+
+    monkeypatch.setattr("torch.func.functional_call", watched)
+    assert fisher_diagonal(gpt, weights, [(ids, ids)], "fp32")
+    assert not any(w.requires_grad for w in weights.values())
