@@ -180,12 +180,15 @@ def train(s: TrainSettings, training_run) -> int:
     scores = {
         "float": scorer.score(weights, "float weights"),
         "snapped": scorer.score(snapped, "snapped weights"),
-        "artifact": scorer.score(exported.artifact.weights, "artifact"),
     }
+    read_back = placed(exported.artifact.weights)
+    is_snapped = all(torch.equal(w, snapped[name].to(device)) for name, w in read_back.items())
+    # The same weights have the same score.
+    scores["artifact"] = scores["snapped"] if is_snapped else scorer.score(read_back, "artifact")
     if averaging.weights.count:
         scores["last_float"] = scorer.score(last, "last float weights")
         scores["last_snapped"] = scorer.score(plan.snap(last, last_scales), "last snapped weights")
-    return training_run.finish(outcome, proof, len(train_stream), exported, scores)
+    return training_run.finish(outcome, proof, len(train_stream), exported, scores, is_snapped)
 
 
 def before_sweep(sweep: Sweep) -> None:

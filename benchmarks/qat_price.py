@@ -45,7 +45,7 @@ from qat.settings.schema import OptimizerSettings  # noqa: E402
 from qat.training.optimizers import build_optimizers  # noqa: E402
 
 PROFILES = {
-    "tiny": (ModelSpec(64, 1, 16, 1, 1, 1, True), 1, 16),
+    "tiny": (ModelSpec(512, 1, 16, 1, 1, 1, True), 1, 16),
     "laptop": (ModelSpec(1024, 4, 288, 6, 3, 2, True), 16, 256),  # shape, sequences, length
     "golf": (ModelSpec(1024, 9, 512, 8, 4, 2, True), 64, 1024),
 }

@@ -1,17 +1,22 @@
-"""Training steps: this engine against a plain loop of the same model and optimizers.
+"""Training steps: this engine against the challenge's own trainer.
 
     .venv/bin/python benchmarks/train_step.py [laptop|golf] [--compile] [--steps N] [--turns N]
 
-Arms, in turns of N steps each, so that a noisy machine slows them alike; tokens/s of the medians:
+Arms, in turns of N updates each, so that a noisy machine slows them alike; ratios are medians over
+turns, against the challenge's trainer:
 
-    engine       TrainingLoop under Lightning's Trainer, as train.py runs it
-    plain        the simplest loop: the same sums by torch's attention and cross-entropy, as the
-                 challenge's baseline writes them, torch.optim.Muon matrix by matrix, torch's Adam
-    plain, ours  the same loop with this project's model and optimizers: what is left is what
-                 Lightning, the QAT switch and the clock add
+    challenge    ``challenge_trainer.py``: the challenge's baseline in a loop of its own
+    engine       TrainingLoop under Lightning's Trainer, as train.py runs it, QAT off
+    engine, int6 the same with int6 QAT on from the first update; runs of one shape share a graph
+    bare loop    this project's model and optimizers in the simplest loop: what is left is what
+                 Lightning, the switch and the clock add
 
-MFU counts 6 * parameters * tokens, of ``--peak-tflops`` (dense bf16; 989 for an H100 or H200).
-Table on stdout, JSON in ``logs/train_step.json``.
+``--micro-tokens`` are the tokens of a forward pass of the engine (several: an arm each); the
+challenge's are 65,536 at the golf shapes, as its script takes them on one GPU.
+
+Then engine and challenge train 20 updates from the same weights on the same tokens, and the largest
+distance of their losses is said. MFU counts 6 * parameters * tokens, of ``--peak-tflops`` (dense
+bf16; 989 for an H100 or H200). Table on stdout, JSON in ``logs/train_step.json``.
 """
 
 from __future__ import annotations
@@ -24,114 +29,164 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import torch
-import torch.nn.functional as F
+from lightning.pytorch.loggers import Logger
 from torch import Tensor
+from torch._dynamo.utils import counters
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
+from challenge_trainer import ChallengeTrainer  # noqa: E402
 from qat_price import PROFILES  # noqa: E402
 
-from qat.model.gpt import GPT, Attention  # noqa: E402
+from qat.model.gpt import GPT  # noqa: E402
 from qat.model.spec import ModelSpec  # noqa: E402
 from qat.qat_model import QatModel  # noqa: E402
 from qat.quantize.grid import Grid  # noqa: E402
 from qat.quantize.plan import Plan  # noqa: E402
 from qat.settings.schema import OptimizerSettings  # noqa: E402
 from qat.text.batches import BatchShape, TrainingBatches, micro_batch  # noqa: E402
-from qat.text.shards import ShardWriter, TokenStream  # noqa: E402
+from qat.text.shards import TokenStream  # noqa: E402
 from qat.training.fit import build_trainer  # noqa: E402
-from qat.training.loop import Pace, TrainingLoop  # noqa: E402
+from qat.training.loop import Pace, TrainingLoop, compiled_loss, loss_of  # noqa: E402
 from qat.training.optimizers import build_optimizers  # noqa: E402
 from qat.training.schedule import Schedule  # noqa: E402
 
+TEXT = ROOT / "tests" / "data" / "golf" / "fineweb_train_000000.bin"
 PRIMING_STEPS = 2
-Turn = Callable[[int], float]  # number of steps -> seconds a step
+UPDATES_COMPARED = 20
+GOLF_STEP_TOKENS = 524_288
+Turn = Callable[[int], float]  # number of updates -> seconds an update
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def engine(shape: ModelSpec, stream: TokenStream, batch: BatchShape, compiled: bool) -> Turn:
+def schedule(steps: int, starts_qat: bool) -> Schedule:
+    return Schedule(None, steps, 0, 0.85, 0.95, 500, 0 if starts_qat else None)
+
+
+class Losses(Logger):
+    """Keeps the losses of a run."""
+
+    name = version = "losses"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[float] = []
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        self.found.append(metrics["train_loss"])
+
+    def log_hyperparams(self, *_: object, **__: object) -> None:
+        pass
+
+
+def trained(
+    model: GPT, spec: ModelSpec, stream: TokenStream, batch: BatchShape, steps: int,
+    compiled: bool, qat: bool = False, losses: Losses | None = None,
+) -> TrainingLoop:  # fmt: skip
+    loop = TrainingLoop(
+        QatModel(model, Plan.for_model(model, Grid(bits=6)), fused=compiled),
+        schedule(steps, qat),
+        OptimizerSettings(),
+        Pace(batch.micro_batches, PRIMING_STEPS, "bf16"),
+        loss=compiled_loss(spec) if compiled else None,
+    )
+    loader = torch.utils.data.DataLoader(
+        TrainingBatches(stream, batch, 0, PRIMING_STEPS), batch_size=None
+    )
+    build_trainer([losses] if losses else [], []).fit(loop, loader)
+    return loop
+
+
+def engine(
+    spec: ModelSpec, stream: TokenStream, batch: BatchShape, compiled: bool, qat: bool
+) -> Turn:
     torch.manual_seed(0)
-    gpt = GPT(shape)
-    plan = Plan.for_model(gpt, Grid(bits=8))
-    pace = Pace(batch.micro_batches, PRIMING_STEPS, "bf16", compiled)
+    model = GPT(spec)
 
     def turn(steps: int) -> float:
-        schedule = Schedule(None, steps, 0, 0.85, 0.95, 500)
-        loop = TrainingLoop(QatModel(gpt, plan), schedule, OptimizerSettings(), pace)
-        batches = TrainingBatches(stream, batch, 0, PRIMING_STEPS)
-        loader = torch.utils.data.DataLoader(batches, batch_size=None)
-        build_trainer([], []).fit(loop, loader)
+        loop = trained(model, spec, stream, batch, steps, compiled, qat)
+        assert loop.progress.qat_steps == (steps if qat else 0)
         return loop.progress.elapsed_seconds / steps
 
     return turn
 
 
-class PlainAttention(Attention):
-    def attend(self, q_BHTD: Tensor, k_BGTD: Tensor, v_BGTD: Tensor) -> Tensor:
-        return F.scaled_dot_product_attention(
-            q_BHTD, k_BGTD, v_BGTD, is_causal=True, enable_gqa=True
-        )
+def wait() -> float:
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
-class PlainGPT(GPT):
-    """The same weights and sums, written with torch's own operations."""
+def timed(update: Callable[[int], object]) -> Turn:
+    def turn(steps: int) -> float:
+        for number in range(PRIMING_STEPS):
+            update(number)
+        started = wait()
+        for number in range(steps):
+            update(number)
+        return (wait() - started) / steps
 
-    def __init__(self, shape: ModelSpec) -> None:
-        super().__init__(shape)
-        for block in self.blocks:
-            block.attn.__class__ = PlainAttention
-
-    def forward(self, ids_BT: Tensor, targets_BT: Tensor | None = None) -> Tensor:
-        logits_BTV = super().forward(ids_BT)
-        if targets_BT is None:
-            return logits_BTV
-        return F.cross_entropy(logits_BTV.flatten(0, 1), targets_BT.flatten())
+    return turn
 
 
-def plain(
-    shape: ModelSpec, stream: TokenStream, batch: BatchShape, compiled: bool, ours: bool
-) -> Turn:
+def challenge_trainer(spec: ModelSpec, length: int, compiled: bool) -> ChallengeTrainer:
     torch.manual_seed(0)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    gpt = (GPT(shape) if ours else PlainGPT(shape)).to(device)
-    forward = torch.compile(gpt) if compiled else gpt
-    matrices = [p for name, p in gpt.named_parameters() if "blocks" in name and p.dim() == 2]
-    matrices = [p for p in matrices if min(p.shape) > 2]
-    taken = {id(p) for p in matrices}
-    others = [p for p in gpt.parameters() if id(p) not in taken]
-    settings = OptimizerSettings()
-    optimizers = [
-        torch.optim.Muon(matrices, lr=0.04, weight_decay=0.0, adjust_lr_fn="original"),
-        torch.optim.Adam(others, lr=0.04, betas=(settings.adam_beta1, settings.adam_beta2)),
-    ]
-    if ours:
-        optimizers = build_optimizers(gpt, settings, [])
+    sizes = (
+        spec.vocab_size, spec.num_layers, spec.dim, spec.num_heads, spec.num_kv_heads,
+        spec.mlp_mult, spec.tie_embeddings, length,
+    )  # fmt: skip
+    return ChallengeTrainer(sizes, GPT(spec).state_dict(), DEVICE, True, compiled)
 
-    def step(number: int) -> None:
+
+def challenge_update(
+    trainer: ChallengeTrainer, stream: TokenStream, batch: BatchShape, number: int, momentum: float
+) -> Tensor:
+    count = batch.micro_batches
+    pieces = (micro_batch(stream, batch, number, 0, micro) for micro in range(count))
+    return trainer.update(pieces, count, 1.0, momentum)
+
+
+def challenge(spec: ModelSpec, stream: TokenStream, batch: BatchShape, compiled: bool) -> Turn:
+    trainer = challenge_trainer(spec, batch.seq_len, compiled)
+    return timed(lambda number: challenge_update(trainer, stream, batch, number, 0.95))
+
+
+def bare(spec: ModelSpec, stream: TokenStream, batch: BatchShape, compiled: bool) -> Turn:
+    torch.manual_seed(0)
+    model = GPT(spec).to(DEVICE)
+    weights = dict(model.named_parameters())
+    loss = compiled_loss(spec) if compiled else loss_of(model)
+    optimizers = build_optimizers(model, OptimizerSettings(), [])
+
+    def update(number: int) -> None:
         for micro in range(batch.micro_batches):
             ids, targets = micro_batch(stream, batch, number, 0, micro)
-            with torch.autocast(device.type, torch.bfloat16):
-                loss: Tensor = forward(ids.to(device), targets.to(device))
-            (loss / batch.micro_batches).backward()
+            with torch.autocast(DEVICE.type, torch.bfloat16):
+                found = loss(dict(weights), ids.to(DEVICE), targets.to(DEVICE))
+            (found / batch.micro_batches).backward()
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
 
-    def turn(steps: int) -> float:
-        for number in range(PRIMING_STEPS):
-            step(number)
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        started = time.perf_counter()
-        for number in range(steps):
-            step(number)
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        return (time.perf_counter() - started) / steps
+    return timed(update)
 
-    return turn
+
+def largest_distance(
+    spec: ModelSpec, stream: TokenStream, batch: BatchShape, compiled: bool
+) -> tuple[float, float]:
+    """Of the losses of the first updates, in nats; and the last loss."""
+    torch.manual_seed(0)
+    losses = Losses()
+    trained(GPT(spec), spec, stream, batch, UPDATES_COMPARED, compiled, losses=losses)
+    trainer = challenge_trainer(spec, batch.seq_len, compiled)
+    pace = schedule(UPDATES_COMPARED, False)
+    theirs = [
+        float(challenge_update(trainer, stream, batch, number, pace.momentum(number)))
+        for number in range(UPDATES_COMPARED)
+    ]
+    return max(abs(a - b) for a, b in zip(losses.found, theirs, strict=True)), theirs[-1]
 
 
 def main() -> None:
@@ -140,48 +195,73 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--steps", type=int, default=6, help="of every arm in a turn")
     parser.add_argument("--turns", type=int, default=6)
+    parser.add_argument("--micro-tokens", default="", help="of the engine: 65536,131072")
     parser.add_argument("--peak-tflops", type=float, help="to say MFU")
     asked = parser.parse_args()
-    shape, sequences, length = PROFILES[asked.profile]
-    batch = BatchShape(sequences * length, length)
-    folder = ROOT / "logs"
-    writer = ShardWriter(folder, "train_step")
-    writer.write(np.random.default_rng(0).integers(shape.vocab_size, size=1_000_000).tolist())
-    writer.close()
-    stream = TokenStream([folder / "train_step_000000.bin"], "benchmark")
-    arms = {
-        "engine": engine(shape, stream, batch, asked.compile),
-        "plain": plain(shape, stream, batch, asked.compile, ours=False),
-        "plain, ours": plain(shape, stream, batch, asked.compile, ours=True),
-    }
+    spec, sequences, length = PROFILES[asked.profile]
+    pass_tokens = sequences * length
+    step_tokens = GOLF_STEP_TOKENS if asked.profile == "golf" else pass_tokens
+    stream = TokenStream([TEXT], "the text of this benchmark")
+    sizes = [int(size) for size in asked.micro_tokens.split(",") if size] or [pass_tokens]
+    if odd := [size for size in sizes if step_tokens % size or size % length]:
+        parser.error(f"--micro-tokens: {odd[0]} does not divide {step_tokens} into {length}s")
+
+    def cut(size: int) -> BatchShape:
+        return BatchShape(step_tokens, length, 1, step_tokens // size)
+
+    arms = {"challenge": challenge(spec, stream, cut(pass_tokens), asked.compile)}
+    for size in sizes:
+        label = f", {size:,}" if len(sizes) > 1 else ""
+        arms[f"engine{label}"] = engine(spec, stream, cut(size), asked.compile, False)
+        arms[f"engine, int6{label}"] = engine(spec, stream, cut(size), asked.compile, True)
+    arms["bare loop"] = bare(spec, stream, cut(sizes[0]), asked.compile)
     seconds: dict[str, list[float]] = {name: [] for name in arms}
     peak_bytes = dict.fromkeys(arms, 0)
+    graphs: dict[str, int] = {}
     for turn in range(asked.turns + 1):  # the first one compiles
         for name, arm in arms.items():
-            if torch.cuda.is_available():
+            before = counters["stats"]["unique_graphs"]
+            if DEVICE.type == "cuda":
+                torch.cuda.empty_cache()
                 torch.cuda.reset_peak_memory_stats()
-            taken = arm(asked.steps)
+            taken = arm(asked.steps if turn else 1)
+            graphs.setdefault(name, counters["stats"]["unique_graphs"] - before)
             if turn:
                 seconds[name].append(taken)
-            if torch.cuda.is_available():
+            if DEVICE.type == "cuda":
                 peak_bytes[name] = torch.cuda.max_memory_allocated()
-    flops = 6 * sum(p.numel() for p in GPT(shape).parameters()) * batch.batch_tokens
-    where = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    flops = 6 * sum(p.numel() for p in GPT(spec).parameters()) * step_tokens
+    where = torch.cuda.get_device_name() if DEVICE.type == "cuda" else "CPU"
     how = "compiled" if asked.compile else "eager"
     print(
         f"{asked.profile}, {how}, {where}, {torch.get_num_threads()} threads, {torch.__version__}"
     )
-    print(f"{'arm':14} {'ms/step':>9} {'tokens/s':>10} {'x plain':>8} {'MFU':>6} {'peak MB':>8}")
+    print(
+        f"{'arm':22} {'ms/update':>9} {'tokens/s':>10} {'x challenge':>11} {'MFU':>6} "
+        f"{'peak MB':>8} {'new graphs':>10}"
+    )
+    ratios = {}
     for name, times in seconds.items():
         median = statistics.median(times)
-        pairs = zip(seconds["plain"], times, strict=True)
-        ratio = statistics.median(base / own for base, own in pairs)
+        pairs = zip(seconds["challenge"], times, strict=True)
+        ratios[name] = statistics.median(base / own for base, own in pairs)
         mfu = f"{flops / median / asked.peak_tflops / 1e12:6.1%}" if asked.peak_tflops else "     -"
         peak = f"{peak_bytes[name] / 1e6:8.0f}" if peak_bytes[name] else "       -"
-        rate = batch.batch_tokens / median
-        print(f"{name:14} {1e3 * median:9.1f} {rate:10,.0f} {ratio:8.3f} {mfu} {peak}")
-    row = {"profile": asked.profile, "how": how, "where": where, "seconds": seconds}
-    (folder / "train_step.json").write_text(json.dumps(row, indent=1) + "\n")
+        print(
+            f"{name:22} {1e3 * median:9.1f} {step_tokens / median:10,.0f} {ratios[name]:11.3f} "
+            f"{mfu} {peak} {graphs[name]:10d}"
+        )
+    distance, last = largest_distance(spec, stream, cut(sizes[0]), asked.compile)
+    print(
+        f"losses of {UPDATES_COMPARED} updates, engine to challenge: at most {distance:.4f} nats "
+        f"apart (the last is {last:.3f})"
+    )
+    row = {
+        "profile": asked.profile, "how": how, "where": where, "torch": torch.__version__,
+        "seconds": seconds, "ratio_to_challenge": ratios, "new_graphs": graphs,
+        "peak_bytes": peak_bytes, "largest_distance_nats": distance,
+    }  # fmt: skip
+    (ROOT / "logs" / "train_step.json").write_text(json.dumps(row, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -47,6 +47,7 @@ class Result:
     val_bpb_float: float | None = None  # bits per UTF-8 byte, masters
     val_bpb_snapped: float | None = None  # the plan applied to the masters in memory
     val_bpb_artifact: float | None = None  # weights read back from the file
+    artifact_is_snapped: bool | None = None  # bit for bit; then both have one score, made once
     val_bpb_last_float: float | None = None  # with averaging: the last masters instead
     val_bpb_last_snapped: float | None = None  # ... and what a file of them would score
     quant_gap_bpb: float | None = None  # artifact - float

@@ -170,6 +170,8 @@ class TrainingRun:
         if warning := tokenizer.warning:
             log.warning("warning: %s", warning)
         compiled = "compiled" if s.compile == "true" else "eager"
+        if s.compile == "false" and machine.has_cuda() and (missing := machine.no_compiler()):
+            compiled = f"eager, for want of a compiler ({missing})"
         log.info(
             "%s, %s; the plan (bits with steps):\n%s", s.precision, compiled, plan_table(self.plan)
         )
@@ -203,11 +205,13 @@ class TrainingRun:
         train_tokens: int,
         exported: Export,
         scores: dict[str, Score],
+        is_snapped: bool,
     ) -> int:
         """Fill in the row, write it, print it; returns the exit code.
 
         ``scores``: of the float, snapped and artifact weights; with averaging, of the
-        last_float and last_snapped ones too.
+        last_float and last_snapped ones too. ``is_snapped``: the file gave back the very bits of
+        the snapped weights, so one score is both.
         """
         row, s = self.row, self.settings
         row.status, row.exit_code = "finished", 0
@@ -221,6 +225,7 @@ class TrainingRun:
         row.train_loss = outcome.train_loss
         for name, score in scores.items():
             setattr(row, f"val_bpb_{name}", score.val_bpb)
+        row.artifact_is_snapped = is_snapped
         row.val_loss_float = scores["float"].val_loss
         row.val_loss_artifact = scores["artifact"].val_loss
         row.quant_gap_bpb = scores["artifact"].val_bpb - scores["float"].val_bpb

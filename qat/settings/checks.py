@@ -57,10 +57,14 @@ def resolve_train(settings: TrainSettings, choices: Mapping[str, str | None]) ->
     _check_data(s.data, TEXT_SOURCES)
     _check_implied_choices(s.qat, choices)
     _check_to_bytes(s)
+    missing = machine.no_compiler() if s.compile == "true" or machine.has_cuda() else None
+    if s.compile == "true" and missing:
+        raise UserError(f"compile = true: {missing}; install a compiler, or give compile=false")
+    is_compiled = machine.has_cuda() and not missing if s.compile == "auto" else s.compile == "true"
     return replace(
         s,
         precision=machine.faster_precision() if s.precision == "auto" else s.precision,
-        compile=str(machine.has_cuda()).lower() if s.compile == "auto" else s.compile,
+        compile=str(is_compiled).lower(),
         qat=_resolve_start(s),
     )
 

@@ -7,6 +7,8 @@ import importlib.util
 import os
 import platform
 import re
+import shutil
+import subprocess
 from functools import cache
 from pathlib import Path
 
@@ -80,6 +82,31 @@ def check_cuda(torch_has_it: bool) -> None:
             "(its driver may be older than torch wants); to train on the CPU, set "
             "CUDA_VISIBLE_DEVICES=''"
         )
+
+
+def no_compiler() -> str | None:
+    """Why nothing can be compiled here, None if it can.
+
+    torch.compile calls a C++ compiler on a CPU (CXX, else g++), Triton on CUDA a C compiler (CC,
+    else gcc or clang).
+    """
+    variable, usual = ("CC", ("gcc", "clang")) if has_cuda() else ("CXX", ("g++",))
+    typed = os.environ.get(variable)
+    for name in (typed,) if typed else usual:
+        found = shutil.which(name)
+        if found and not subprocess.run([found, "--version"], capture_output=True).returncode:
+            return None
+    return f"{variable}={typed} does not work" if typed else f"there is no {' or '.join(usual)}"
+
+
+def seconds_since_start() -> float | None:
+    """Age of this process, where the system says it."""
+    try:
+        after_name = Path("/proc/self/stat").read_text(encoding="utf-8").rpartition(")")[2]
+        uptime = float(Path("/proc/uptime").read_text(encoding="utf-8").split()[0])
+    except OSError:
+        return None
+    return uptime - int(after_name.split()[19]) / os.sysconf("SC_CLK_TCK")
 
 
 def keep_freed_memory() -> None:

@@ -33,6 +33,7 @@ from qat.errors import PreemptedError, TrainingError
 from qat.model.registry import empty_model
 from qat.model.spec import ModelSpec
 from qat.qat_model import QatModel
+from qat.settings import machine
 from qat.settings.schema import OptimizerSettings
 from qat.training.clock import TrainingClock
 from qat.training.optimizers import build_optimizers, set_rates
@@ -322,6 +323,8 @@ class TrainingLoop(LightningModule):
 
     def _start_timing(self) -> None:
         self._wait_for_device()
+        if (seconds := machine.seconds_since_start()) is not None:
+            log.info("the clock starts, %.1f s after the command", seconds)
         self._switch_for_next_step()
         self.clock.start()
         self.progress.elapsed_seconds = self.clock.agree()
