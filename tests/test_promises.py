@@ -59,7 +59,8 @@ def test_seen_scored_and_stored_weights_are_one(qat: str, train, last_seen) -> N
     assert train(f"qat={qat}", "qat.start_step=4", "run_name=r", *smallest).code == 0
     result = result_of(RUNS / "r")
     assert result["on_grid_share"] == 1.0
-    assert abs(result["val_bpb_snapped"] - result["val_bpb_artifact"]) < 1e-9
+    assert result["artifact_is_snapped"] is True
+    assert result["val_bpb_snapped"] == result["val_bpb_artifact"]
     gap = result["val_bpb_artifact"] - result["val_bpb_float"]
     assert result["quant_gap_bpb"] == pytest.approx(gap, abs=1e-12)
     assert result["quant_gap_bpb"] != 0.0

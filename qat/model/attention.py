@@ -41,6 +41,8 @@ def _by_blocks(q_BHTD: Tensor, k_BGTD: Tensor, v_BGTD: Tensor) -> Tensor:
     batch, heads, time, dim = q_BHTD.shape
     groups, before = k_BGTD.size(1), k_BGTD.size(2) - time
     queries = (q_BHTD * dim**-0.5).reshape(batch, groups, heads // groups, time, dim)
+    # Once: a product of many matrices would copy them anew for every block.
+    k_BGTD, v_BGTD = k_BGTD.contiguous(), v_BGTD.contiguous()
     blocks = []
     for start in range(0, time, QUERY_BLOCK):
         end = min(start + QUERY_BLOCK, time)
@@ -48,8 +50,8 @@ def _by_blocks(q_BHTD: Tensor, k_BGTD: Tensor, v_BGTD: Tensor) -> Tensor:
         q = queries[:, :, :, start:end].reshape(batch, groups, -1, dim)
         seen = before + end
         scores = (q @ k_BGTD[:, :, :seen].mT).unflatten(2, (-1, end - start)).float()
-        at = torch.arange(seen, device=q.device)
-        scores = scores.masked_fill(at > at[before + start :, None], float("-inf"))
-        share = scores.softmax(-1).to(v_BGTD.dtype).flatten(2, 3)
+        # Added, since a sum's gradient is no pass over memory; that of filling in is.
+        unseen = scores.new_full((end - start, seen), float("-inf")).triu(before + start + 1)
+        share = (scores + unseen).softmax(-1).to(v_BGTD.dtype).flatten(2, 3)
         blocks.append((share @ v_BGTD[:, :, :seen]).unflatten(2, (-1, end - start)))
     return torch.cat(blocks, dim=3).reshape(batch, heads, time, dim)

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from qat.artifact.container import read_artifact
+from qat.artifact.container import Artifact, read_artifact
 from qat.golf.bundle import count_code_bytes
+from qat.runs import storing
 from tests.conftest import Done, result_of
 
 RUNS = Path("logs/runs")
@@ -76,3 +77,20 @@ def test_the_solvers_scales_are_made_finer_until_gptq_fills_the_limit(
     files = [read_artifact(RUNS / name / "artifact.qat") for name in ("rounded", "by_gptq")]
     codes = [{i.entry.name: i.coded.codes for i in f.encoded if i.coded} for f in files]
     assert any(not torch.equal(codes[0][name], codes[1][name]) for name in codes[0])
+
+
+def test_a_file_that_gives_back_other_weights_is_scored_itself(
+    train: Callable[..., Done], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The planted fault: reading moves one weight. Equal weights are scored once."""
+
+    def read_wrongly(path: Path) -> Artifact:
+        artifact = read_artifact(path)
+        artifact.weights["tok_emb.weight"][3] += 1.0
+        return artifact
+
+    monkeypatch.setattr(storing, "read_artifact", read_wrongly)
+    assert train("qat=int4", "run_name=moved").code == 0
+    row = result_of(RUNS / "moved")
+    assert row["artifact_is_snapped"] is False
+    assert row["val_bpb_artifact"] != row["val_bpb_snapped"]

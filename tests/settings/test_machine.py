@@ -61,3 +61,30 @@ def test_a_run_ends_in_that_line(
     two_devices.setattr("torch.cuda.is_available", lambda: False)
     done = train("compile=false")
     assert (done.code, done.err.count("error: torch cannot use the 2 CUDA device(s)")) == (2, 1)
+
+
+def test_without_a_compiler_nothing_is_compiled(
+    monkeypatch: pytest.MonkeyPatch, train: Callable[..., Done]
+) -> None:
+    monkeypatch.setattr(machine, "has_cuda", lambda: False)
+    monkeypatch.setenv("CXX", "/bin/false")
+    done = train("compile=true", "run_name=r")
+    assert done.code == 2
+    assert "compile = true: CXX=/bin/false does not work; install a compiler" in done.err
+    monkeypatch.delenv("CXX")
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert machine.no_compiler() == "there is no g++"
+    monkeypatch.setattr(machine, "has_cuda", lambda: True)
+    assert machine.no_compiler() == "there is no gcc or clang"
+    monkeypatch.setenv("CC", "/bin/true")
+    assert machine.no_compiler() is None
+
+
+def test_the_age_of_this_process() -> None:
+    first = machine.seconds_since_start()
+    if first is None:
+        pytest.skip("no /proc here")
+    assert 0 < first < 24 * 3600
+    second = machine.seconds_since_start()
+    assert second is not None
+    assert second >= first
