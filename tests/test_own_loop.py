@@ -222,6 +222,9 @@ def _rank(rank: int, port: int, out: str) -> None:
         optimizer.step()
         optimizer.zero_grad()
     torch.save(model.snapped(), f"{out}/{rank}.pt")
+    # Both have all they need; what holds the group goes before it, or ending may wait for ever.
+    torch.distributed.barrier()
+    del parallel
     torch.distributed.destroy_process_group()
 
 

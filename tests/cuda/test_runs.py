@@ -18,9 +18,9 @@ from tests.budget.test_price_control import (  # noqa: F401
 from tests.conftest import compiles, result_of
 from tests.quantize.test_fused import test_triton_kernels  # noqa: F401
 from tests.runs.test_resume import test_resumed_runs_end_in_the_same_bits  # noqa: F401
-
-# Not the one that compares GPTQ's gap with rounding's: after so few updates it is chance.
 from tests.runs.test_storing import (  # noqa: F401
+    stored,
+    test_gptq_stores_other_codes_on_the_same_grid,
     test_the_solvers_scales_are_made_finer_until_gptq_fills_the_limit,
 )
 from tests.test_promises import (  # noqa: F401
