@@ -144,7 +144,7 @@ def test_how_much_of_the_text_trained_the_tokenizer_is_said(
         caplog.clear()
         monkeypatch.setattr(source, "TOKENIZER_BYTES", limit)
         source.from_text([words], 300, 0.2, tmp_path / str(limit))
-        return [line for line in caplog.messages if "tokenizer" in line]
+        return [line for line in caplog.messages if "the tokenizer was trained" in line]
 
     with caplog.at_level(logging.INFO, "qat"):
         (line,) = said(40_000)
