@@ -25,7 +25,7 @@ CHALLENGE_KEYS = ["author", "github_id", "name", "blurb", "date", "val_loss", "v
                   "bytes_total", "bytes_code"]  # fmt: skip
 # In the file for runs that ask for them: W&B, CUDA, resume=RUN, and scoring.
 ON_DEMAND = {
-    "qat.runs.wandb_log", "qat.quantize.triton_kernels", "qat.runs.resume",
+    "qat.runs.wandb_log", "qat.quantize.triton_kernels", "qat.model.triton_ops", "qat.runs.resume",
     "qat.artifact.class_coder", "eval", "qat.evaluation.score_task",
 }  # fmt: skip
 # What the file itself imports by name; Python lists only what import statements do.
