@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -134,22 +133,20 @@ def test_parquet_is_streamed(tmp_path: Path) -> None:
 
 
 def test_how_much_of_the_text_trained_the_tokenizer_is_said(
-    words: str, tmp_path: Path, monkeypatch: Patch, caplog: pytest.LogCaptureFixture
+    words: str, tmp_path: Path, monkeypatch: Patch
 ) -> None:
-    log = logging.getLogger("qat")  # as programs leave it, it says nothing here
-    monkeypatch.setattr(log, "propagate", True)
-    monkeypatch.setattr(log, "disabled", False)
+    lines: list[str] = []
+    monkeypatch.setattr(source.log, "info", lambda text, *values: lines.append(text % values))
 
     def said(limit: int) -> list[str]:
-        caplog.clear()
+        lines.clear()
         monkeypatch.setattr(source, "TOKENIZER_BYTES", limit)
         source.from_text([words], 300, 0.2, tmp_path / str(limit))
-        return [line for line in caplog.messages if "the tokenizer was trained" in line]
+        return [line for line in lines if "the tokenizer was trained" in line]
 
-    with caplog.at_level(logging.INFO, "qat"):
-        (line,) = said(40_000)
-        assert said(40_000) == []  # it is in the cache
-        assert said(64_000_000) == []
+    (line,) = said(40_000)
+    assert said(40_000) == []  # it is in the cache
+    assert said(64_000_000) == []
     notes = json.loads(next((tmp_path / "40000").glob("*/notes.json")).read_text())
     assert line.startswith("data=text: the tokenizer was trained on the first 40,0")
     assert line.endswith(
