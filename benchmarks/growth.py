@@ -83,7 +83,7 @@ GIVEN_BACK_BYTES = 1 << 17  # what is larger goes back to the system at once
 CUBIC = ("gptq, codes",)
 START_SECONDS = 60  # of a process: imports, random weights, what it warms up
 TEXT = "text"
-TEXTS = ((20, 1), (80, 1), (80, 2), (200, 2))  # MB, processes
+TEXTS = (20, 80, 200)  # MB
 
 Row = dict[str, Any]
 
@@ -262,7 +262,7 @@ def _documents(num_bytes: int) -> Iterator[str]:
         yield text
 
 
-def measure_text(measure: Meter, megabytes: int, processes: int, folder: Path) -> None:
+def measure_text(measure: Meter, megabytes: int, folder: Path) -> None:
     """A tokenizer, trained elsewhere, and text in a file -> shards."""
     path = folder / "a.jsonl"
     with open(path, "w") as file:
@@ -270,9 +270,9 @@ def measure_text(measure: Meter, megabytes: int, processes: int, folder: Path) -
             file.write(json.dumps({"text": text}) + "\n")
     tokenizer = train_tokenizer(_documents(4_000_000), 1024, folder / "t.model")
     measure(
-        f"text, {megabytes} MB, {processes} process{'es' if processes > 1 else ''}",
+        f"text, {megabytes} MB",
         lambda: write_shards(
-            "text", lambda: corpus.text_documents([path]), tokenizer, 0.05, folder, processes
+            "text", lambda: corpus.text_documents([path]), tokenizer, 0.05, folder
         ),
     )
 
@@ -281,7 +281,7 @@ def one(part: str, size: str, folder: Path) -> None:
     """What a process of its own does: rows as JSON, one a line."""
     measure = Meter()
     if part == TEXT:
-        measure_text(measure, *(int(number) for number in size.split(",")), folder)
+        measure_text(measure, int(size), folder)
     else:
         PARTS[part](measure, SIZES[size], folder)
     print(json.dumps(measure.rows))
@@ -398,9 +398,9 @@ def main() -> None:
     texts: list[Row] = []
     if TEXT in parts:
         print(f"\n{'':32}{'MB/s':>8}{'peak MB':>9}")
-        for megabytes, processes in TEXTS:
+        for megabytes in TEXTS:
             with tempfile.TemporaryDirectory() as folder:
-                (row,) = measured(TEXT, f"{megabytes},{processes}", Path(folder), 600)
+                (row,) = measured(TEXT, str(megabytes), Path(folder), 600)
             texts.append(row)
             speed = megabytes / row["seconds"]
             print(f"{row['name']:32}{speed:8.1f}{row['peak_bytes'] / 1e6:9.0f}", flush=True)

@@ -7,11 +7,13 @@ What takes seconds to make is made by the worker that needs it first and read by
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import io
 import json
 import os
 import random
 import re
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -37,6 +39,25 @@ TINY = (
 compiles = pytest.mark.skipif(
     os.environ.get("TORCHDYNAMO_DISABLE") == "1", reason="TORCHDYNAMO_DISABLE=1 compiles nothing"
 )
+
+needs_triton = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None,
+    reason="triton is not installed: it comes with the CUDA builds of torch",
+)
+
+
+def run_with_triton(module: str, check: str) -> None:
+    """Call ``check()`` of a module in a fresh process: on the GPU if there is one, else in Triton's
+    interpreter, which must be asked for before Triton is imported."""
+    import torch
+
+    interpret = {} if torch.cuda.is_available() else {"TRITON_INTERPRET": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", f"from {module} import {check}; {check}()"],
+        cwd=ROOT, env=os.environ | interpret, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+
 
 # Read when torch is first imported, which is later than this, and by every process started here.
 os.environ["OMP_NUM_THREADS"] = "1"

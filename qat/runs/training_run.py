@@ -171,7 +171,7 @@ class TrainingRun:
             log.warning("warning: %s", warning)
         compiled = "compiled" if s.compile == "true" else "eager"
         if s.compile == "false" and machine.has_cuda() and (missing := machine.no_compiler()):
-            compiled = f"eager, for want of a compiler ({missing})"
+            compiled = f"eager (nothing compiles here: {missing})"
         log.info(
             "%s, %s; the plan (bits with steps):\n%s", s.precision, compiled, plan_table(self.plan)
         )

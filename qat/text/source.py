@@ -20,14 +20,15 @@ import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from importlib import metadata
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import filelock
+import numpy as np
 
 from qat.errors import UserError
 from qat.text import corpus
-from qat.text.encoding import SideTexts, encode_batches, num_processes
 from qat.text.shards import ShardWriter
 from qat.text.tokenizer import Tokenizer, train_tokenizer
 
@@ -183,7 +184,7 @@ def _prepare(
         raise UserError(f"data={name}: there is no text to train on; give more, or other files")
     first = _FirstBytes(train_side(), TOKENIZER_BYTES)
     tokenizer = train_tokenizer(first, vocab_size, folder / "tokenizer.model")
-    notes = write_shards(name, documents, tokenizer, val_fraction, folder, num_processes())
+    notes = write_shards(name, documents, tokenizer, val_fraction, folder)
     if first.num_bytes < notes["train_bytes"]:
         log.info(
             "data=%s: the tokenizer was trained on the first %s of %s bytes of training text, in "
@@ -199,7 +200,6 @@ def write_shards(
     tokenizer: Tokenizer,
     val_fraction: float,
     folder: Path,
-    processes: int,
 ) -> dict[str, Any]:
     """Shards of both sides into ``folder``; the notes on them. UserError if a side is empty or its
     bytes do not add up."""
@@ -209,15 +209,16 @@ def write_shards(
         notes |= {f"{side}_documents": 0, f"{side}_bytes": 0}
     sample = bytearray()
     counted = dict.fromkeys(writers, 0)
-    batches = _batches(documents(), val_fraction)
-    for (side, texts), encoded in encode_batches(tokenizer, batches, processes):
+    for side, texts in _batches(documents(), val_fraction):
+        ids = chain.from_iterable(tokenizer.encode_documents(texts))
+        tokens = np.fromiter(ids, np.uint16)
         raw = "".join(texts).encode()
         notes[f"{side}_documents"] += len(texts)
         notes[f"{side}_bytes"] += len(raw)
         if side == "val" and len(sample) < YARDSTICK_BYTES:
             sample += raw[: YARDSTICK_BYTES - len(sample)]
-        writers[side].write(encoded.tokens)
-        counted[side] += encoded.num_bytes
+        writers[side].write(tokens)
+        counted[side] += tokenizer.count_bytes(tokens)
     for writer in writers.values():
         writer.close()
     for side, writer in writers.items():
@@ -252,9 +253,9 @@ class _FirstBytes:
                 return
 
 
-def _batches(documents: Iterable[str], val_fraction: float) -> Iterator[SideTexts]:
-    """Documents in order, those of each side by themselves; bounded by bytes, as documents may have
-    any number of them."""
+def _batches(documents: Iterable[str], val_fraction: float) -> Iterator[tuple[str, list[str]]]:
+    """A side and documents of it, in order; bounded by bytes, as documents may have any number of
+    them."""
     texts: dict[str, list[str]] = {"train": [], "val": []}
     num_bytes = dict.fromkeys(texts, 0)
     for text in documents:
@@ -262,9 +263,9 @@ def _batches(documents: Iterable[str], val_fraction: float) -> Iterator[SideText
         texts[side].append(text)
         num_bytes[side] += len(text.encode())
         if num_bytes[side] >= BATCH_BYTES:
-            yield SideTexts(side, texts[side])
+            yield side, texts[side]
             texts[side], num_bytes[side] = [], 0
-    yield from (SideTexts(side, left) for side, left in texts.items() if left)
+    yield from ((side, left) for side, left in texts.items() if left)
 
 
 def _cache_dir(data: DataSettings) -> Path:

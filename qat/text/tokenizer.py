@@ -54,7 +54,7 @@ class Tokenizer:
         return ids
 
     def encode_documents(self, texts: list[str]) -> list[list[int]]:
-        """The same of each, faster."""
+        """The same of each, faster: SentencePiece takes a list with a thread for each core."""
         return [
             self.encode_document(text) if SPACE in text else [BOS_ID, *ids]
             for text, ids in zip(texts, self.pieces.encode(texts), strict=True)

@@ -11,11 +11,8 @@ from qat.model.gpt import GPT
 from qat.model.spec import ModelSpec
 from qat.training.loop import compiled_loss, loss_of
 from tests.conftest import compiles
+from tests.cuda.test_bits import pytestmark  # noqa: F401
 
-pytestmark = [
-    pytest.mark.cuda,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device"),
-]
 SPEC = ModelSpec(512, 2, 256, 4, 2, 2, True)
 
 

@@ -16,6 +16,7 @@ from tests.budget.test_price_control import (  # noqa: F401
     test_where_bits_are_free_it_is_learned_scale_qat,
 )
 from tests.conftest import compiles, result_of
+from tests.cuda.test_bits import pytestmark  # noqa: F401
 from tests.quantize.test_fused import test_triton_kernels  # noqa: F401
 from tests.runs.test_resume import test_resumed_runs_end_in_the_same_bits  # noqa: F401
 from tests.runs.test_storing import (  # noqa: F401
@@ -41,11 +42,6 @@ from tests.training.test_training import (  # noqa: F401
     test_one_model_graph_before_and_after_the_switch,
     test_priming_leaves_no_trace,
 )
-
-pytestmark = [
-    pytest.mark.cuda,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device"),
-]
 
 
 def test_runs_are_on_the_gpu(train) -> None:

@@ -2,15 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
-import subprocess
-import sys
-
-import pytest
 import torch
 
-from tests.conftest import ROOT
+from tests.conftest import needs_triton, run_with_triton
 
 SPEC = (64, 2, 64, 2, 1, 2, True)  # heads of 32
 
@@ -48,15 +42,6 @@ def whole_model_check() -> None:
     assert not by_name["blocks.0.attn.q_gain"].any()
 
 
-@pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None,
-    reason="triton is not installed: it comes with the CUDA builds of torch",
-)
+@needs_triton
 def test_a_model_by_kernels_is_the_plain_one() -> None:
-    """On the GPU if there is one, else in Triton's interpreter, which wants a fresh process."""
-    interpret = {} if torch.cuda.is_available() else {"TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-c", f"from {__name__} import whole_model_check as c; c()"]
-    done = subprocess.run(
-        command, cwd=ROOT, env=os.environ | interpret, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
+    run_with_triton(__name__, "whole_model_check")

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import shutil
-import subprocess
-import sys
 from functools import partial
 
 import pytest
@@ -20,7 +17,7 @@ from qat.quantize.grid import Grid
 from qat.quantize.passes import CompiledPasses
 from qat.quantize.plan import Plan, build_plan
 from qat.quantize.switch import QatSwitch
-from tests.conftest import ROOT, compiles
+from tests.conftest import compiles, needs_triton, run_with_triton
 
 GRIDS = {
     "percentile": Grid(bits=8, scale_rule="percentile"),
@@ -103,18 +100,9 @@ def test_compiled() -> None:
     forget()
 
 
-@pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None,
-    reason="triton is not installed: it comes with the CUDA builds of torch",
-)
+@needs_triton
 def test_triton_kernels() -> None:
-    """On the GPU if there is one, else in Triton's interpreter, which wants a fresh process."""
-    interpret = {} if torch.cuda.is_available() else {"TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-c", f"from {__name__} import triton_check; triton_check()"]
-    done = subprocess.run(
-        command, cwd=ROOT, env=os.environ | interpret, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
+    run_with_triton(__name__, "triton_check")
 
 
 def triton_check() -> None:

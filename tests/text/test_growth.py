@@ -1,19 +1,15 @@
-"""Any amount of text takes bounded memory; any number of processes makes the same shards."""
+"""Any amount of text takes bounded memory, and makes the same shards however it is cut."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet
 import pytest
 
-from qat.errors import UserError
-from qat.text import corpus, encoding, source
-from qat.text.encoding import SideTexts, encode_batches
-from qat.text.tokenizer import Tokenizer
+from qat.text import corpus, source
 
 Patch = pytest.MonkeyPatch
 
@@ -26,81 +22,20 @@ def words(tmp_path: Path) -> str:
     return str(path)
 
 
-@pytest.fixture
-def tokenizer(words: str, cache_dir: Path) -> Tokenizer:
-    return Tokenizer(source.from_text([words], 300, 0.2, cache_dir).tokenizer)
-
-
-@pytest.fixture
-def started(monkeypatch: Patch) -> list[encoding._Process]:
-    """Processes as they start; two batches are worth some."""
-    found: list[encoding._Process] = []
-
-    class Counted(encoding._Process):
-        def __init__(self, tokenizer: Path) -> None:
-            super().__init__(tokenizer)
-            found.append(self)
-
-    monkeypatch.setattr(encoding, "_Process", Counted)
-    monkeypatch.setattr(encoding, "FEW_BATCHES", 2)
-    return found
-
-
-def test_the_same_shards_whatever_the_number_of_processes(
-    words: str, tmp_path: Path, started: list, monkeypatch: Patch
+def test_the_same_shards_whatever_is_encoded_at_a_time(
+    words: str, tmp_path: Path, monkeypatch: Patch
 ) -> None:
-    monkeypatch.setattr(source, "BATCH_BYTES", 5_000)
     found = []
-    for processes in (1, 2, 3):
-        monkeypatch.setattr(source, "num_processes", lambda n=processes: n)
-        source.from_text([words], 300, 0.2, tmp_path / str(processes))
-        (notes,) = (tmp_path / str(processes)).glob("*/notes.json")
+    for batch_bytes in (1, 5_000, 1_000_000):
+        monkeypatch.setattr(source, "BATCH_BYTES", batch_bytes)
+        source.from_text([words], 300, 0.2, tmp_path / str(batch_bytes))
+        (notes,) = (tmp_path / str(batch_bytes)).glob("*/notes.json")
         files = sorted(notes.parent.iterdir())
         found.append([(file.name, file.read_bytes()) for file in files])
     assert [name for name, _ in found[0]] == [
         "notes.json", "tokenizer.model", "train_000000.bin", "val_000000.bin",
     ]  # fmt: skip
     assert found[0] == found[1] == found[2]
-    assert len(started) == 2 + 3
-    assert all(process.program.poll() is not None for process in started)
-
-
-def test_little_text_starts_no_process(
-    words: str, tmp_path: Path, started: list, monkeypatch: Patch
-) -> None:
-    monkeypatch.setattr(encoding, "FEW_BATCHES", 3)
-    monkeypatch.setattr(source, "num_processes", lambda: 2)
-    source.from_text([words], 300, 0.2, tmp_path)
-    assert not started
-
-
-@pytest.mark.parametrize("processes", [1, 2])
-def test_few_batches_are_in_memory(tokenizer: Tokenizer, started: list, processes: int) -> None:
-    taken = 0
-
-    def batches() -> Iterator[SideTexts]:
-        nonlocal taken
-        for number in range(60):
-            taken += 1
-            yield SideTexts("train", [f"text {number}"])
-
-    most = 0
-    for done, (batch, _) in enumerate(encode_batches(tokenizer, batches(), processes)):
-        assert batch.texts == [f"text {done}"]
-        most = max(most, taken - done)
-    assert taken == 60
-    assert most <= encoding.FEW_BATCHES + encoding.AHEAD * processes
-    assert len(started) == (processes if processes > 1 else 0)
-
-
-def test_a_process_that_dies_is_one_line(tokenizer: Tokenizer, started: list) -> None:
-    batches = (SideTexts("train", [f"text {number}"]) for number in range(60))
-    encoded = encode_batches(tokenizer, batches, 2)
-    next(encoded)
-    started[0].program.kill()
-    with pytest.raises(UserError, match="data: a process that turns text into tokens died"):
-        list(encoded)
-    assert all(process.program.poll() is not None for process in started)
 
 
 def test_batches_hold_so_many_bytes_and_a_document_more(monkeypatch: Patch) -> None:
@@ -109,8 +44,8 @@ def test_batches_hold_so_many_bytes_and_a_document_more(monkeypatch: Patch) -> N
     batches = list(source._batches(texts, 0.3))
     for side in ("train", "val"):
         own = [text for text in texts if source.is_validation(text, 0.3) == (side == "val")]
-        assert [text for batch in batches if batch.side == side for text in batch.texts] == own
-    sizes = [sum(len(text.encode()) for text in batch.texts) for batch in batches]
+        assert [text for of, batch in batches if of == side for text in batch] == own
+    sizes = [sum(len(text.encode()) for text in batch) for _, batch in batches]
     assert max(sizes) < 1_000 + 310
     assert sum(size < 1_000 for size in sizes) <= 2  # the last of each side
 
