@@ -92,7 +92,12 @@ def train(s: TrainSettings, training_run) -> int:
     from qat.text.tokenizer import Tokenizer
     from qat.training.averaging import Averaging
     from qat.training.build import build_model
-    from qat.training.checkpoint import Checkpoints, load_checkpoint, save_checkpoint
+    from qat.training.checkpoint import (
+        Checkpoints,
+        KeptCheckpoints,
+        load_checkpoint,
+        save_checkpoint,
+    )
     from qat.training.fit import (
         Forecast,
         StopAtSigterm,
@@ -122,6 +127,7 @@ def train(s: TrainSettings, training_run) -> int:
     scorer = Scorer(
         spec, val_stream, tokenizer.byte_table, s.seq_len, s.eval, device, training_run.console
     )
+    forked = training_run.forked_state()
     training_run.start(source, tokenizer, train_stream, val_stream)
 
     # How the weights will be stored.
@@ -135,6 +141,7 @@ def train(s: TrainSettings, training_run) -> int:
 
     # Training, until the clock says stop.
     state = load_checkpoint(training_run.checkpoint) if s.resume is not None else None
+    state = state or forked
     first_step = state["progress"]["step"] if state is not None else 0
     trainer = build_trainer(
         training_run.loggers(first_step),
@@ -149,12 +156,17 @@ def train(s: TrainSettings, training_run) -> int:
         if trainer.is_global_zero:
             save_checkpoint(training_run.checkpoint, state)
 
+    def keep(step, state) -> None:
+        if trainer.is_global_zero:
+            save_checkpoint(training_run.kept_checkpoint(step), state)
+
     averaging, proof = Averaging(**vars(s.averaging)), LivenessProof()
     control = price_control(s, plan, budget, file_bytes, trainer)
     hooks = [
         averaging,
         proof,
         *([TrainToBytes(control)] if control is not None else []),
+        KeptCheckpoints(keep, s.fork.keep_steps),
         Checkpoints(write, s.checkpoint.every_steps, s.checkpoint.every_seconds),
     ]
     loop = build_loop(s, module, plan, hooks)

@@ -59,7 +59,11 @@ from qat.text import corpus  # noqa: E402
 from qat.text.source import write_shards  # noqa: E402
 from qat.text.tokenizer import train_tokenizer  # noqa: E402
 from qat.training.checkpoint import load_checkpoint, save_checkpoint  # noqa: E402
-from qat.training.optimizers import build_optimizers  # noqa: E402
+from qat.training.optimizers import (  # noqa: E402
+    build_optimizers,
+    load_states,
+    states_by_name,
+)
 
 SIZES = {
     "2.6M": ModelSpec(1024, 4, 288, 6, 3, 2),
@@ -226,7 +230,7 @@ def measure_checkpoint(measure: Meter, spec: ModelSpec, folder: Path) -> None:
             )
     state = {
         "weights": {name: p.detach() for name, p in model.named_parameters()},
-        "optimizers": [optimizer.state_dict() for optimizer in (muon, adam)],
+        "optimizers": states_by_name((muon, adam), dict(model.named_parameters())),
         "progress": {"step": 1},
     }
     path = folder / "a.ckpt"
@@ -240,8 +244,7 @@ def measure_checkpoint(measure: Meter, spec: ModelSpec, folder: Path) -> None:
         with torch.no_grad():
             for name, parameter in again.named_parameters():
                 parameter.copy_(found["weights"][name])
-        for optimizer, saved in zip(optimizers, found["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
+        load_states(optimizers, dict(again.named_parameters()), found["optimizers"])
 
     measure("resume", resume)
 

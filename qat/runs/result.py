@@ -35,6 +35,8 @@ class Result:
     data: dict[str, str] | None  # fingerprints of train and val tokens, hash of the tokenizer
     limit_bytes: int  # for artifact and code together, decimal
     steps: int | None = None  # optimizer updates
+    forked_from: str | None = None  # the run that its first updates were made in ...
+    forked_steps: int | None = None  # ... and how many they are
     tokens: int | None = None  # trained on, repeats counted
     epochs: float | None = None  # tokens / tokens of the training split
     train_seconds: float | None = None  # on the training clock
@@ -87,10 +89,14 @@ class Result:
 
 
 # What tells a QAT run from its baseline. Float weights have no learned scales.
-QUANTIZATION = ("qat", "grid", "plan", "artifact", "limit_bytes", "optimizer.learned_scale_lr")
+QUANTIZATION = (
+    "qat", "grid", "plan", "artifact", "limit_bytes", "optimizer.learned_scale_lr",
+    "schedule.qat_update_price",
+)  # fmt: skip
 # Where a run goes and what is made of it: of no effect on it.
 BOOKKEEPING = (
-    "run_name", "sweep_name", "runs_dir", "logger", "resume", "checkpoint", "study", "ledger",
+    "run_name", "sweep_name", "runs_dir", "logger", "resume", "checkpoint", "fork", "study",
+    "ledger",
 )  # fmt: skip
 
 

@@ -18,7 +18,7 @@ from qat.runs import provenance
 
 CONFIG, OVERRIDES, LOG, CHECKPOINT = "config.yaml", "overrides.yaml", "train.log", "checkpoint.ckpt"
 CHOICES, EXPORTS, LOCK = "choices.json", "exports", ".lock"
-METRICS = "metrics.csv"
+METRICS, KEPT = "metrics.csv", "kept"
 
 
 def claim(parent: Path, typed_name: str | None, default_name: str) -> Path:
@@ -82,6 +82,15 @@ def read_overrides(folder: Path) -> list[str]:
         return overrides
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise UserError(f"run={folder}: not the folder of a run ({error})") from None
+
+
+def kept_checkpoint(folder: Path, step: int) -> Path:
+    """Where a run keeps its state after ``step`` updates."""
+    return folder / KEPT / f"{step}.ckpt"
+
+
+def kept_steps(folder: Path) -> list[int]:
+    return sorted(int(path.stem) for path in (folder / KEPT).glob("*.ckpt") if path.stem.isdigit())
 
 
 def read_metrics(path: Path) -> list[dict[str, str]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import logging
+import shutil
 import tempfile
 import time
 from dataclasses import asdict, replace
@@ -24,6 +25,7 @@ from qat.budget.fill import stored_label
 from qat.errors import TrainingError, UserError
 from qat.evaluation.score import Score
 from qat.runs import provenance, run_folder
+from qat.runs.fork import fork_folder, forked_state
 from qat.runs.result import Result, row_of
 from qat.runs.run_folder import read_metrics, write_atomically
 from qat.runs.storing import Export
@@ -100,6 +102,7 @@ class TrainingRun:
         self.plan = plan_of(self.spec, s.grid, s.plan)
         self.speaks = machine.rank() == 0
         self.folder: Path | None = None
+        self._trunk: Path | None = None  # folder of the run that this one goes on from
         self._lock: FileLock | None = None
         self.console = Console(stderr=True, quiet=not self.speaks)
         self._handlers: list[logging.Handler] = [_ConsoleHandler(self.console)]
@@ -181,6 +184,21 @@ class TrainingRun:
         """On every rank the same file of a resumed run; written by rank 0 only."""
         return Path(self.settings.resume or self.path("")) / run_folder.CHECKPOINT
 
+    def forked_state(self) -> dict[str, Any] | None:
+        """What this run goes on from; None if it has updates of its own only. UserError if it
+        cannot."""
+        s = self.settings
+        if s.fork.run is None:
+            return None
+        self._trunk = fork_folder(s, self.job.sweep_dir)
+        self.row.forked_from, self.row.forked_steps = self._trunk.name, s.fork.step
+        return forked_state(s, self._trunk)
+
+    def kept_checkpoint(self, step: int) -> Path:
+        path = run_folder.kept_checkpoint(self.path(""), step)
+        path.parent.mkdir(exist_ok=True)
+        return path
+
     def path(self, name: str) -> Path:
         """A file of this run. Ranks that write nothing get a path that they never touch."""
         return (self.folder or Path(tempfile.gettempdir())) / name
@@ -190,7 +208,10 @@ class TrainingRun:
         if self.folder is None:
             return []
         s = self.settings.logger
-        csv = MetricsFile(self.folder / run_folder.METRICS, first_step)
+        path = self.folder / run_folder.METRICS
+        if self._trunk is not None and not path.is_file():
+            shutil.copyfile(self._trunk / run_folder.METRICS, path)  # its first updates are ours
+        csv = MetricsFile(path, first_step)
         if s.name == "csv":
             return [csv]
         from qat.runs.wandb_log import wandb_logger

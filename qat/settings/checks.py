@@ -55,6 +55,9 @@ def resolve_train(settings: TrainSettings, choices: Mapping[str, str | None]) ->
     _check_model(s.model)
     _check_batches(s)
     _check_data(s.data, TEXT_SOURCES)
+    _check_prices(s)
+    is_whole = (s.fork.run is None) == (s.fork.step is None)
+    require(is_whole, "fork.step", s.fork.step, "give fork.run=RUN and fork.step=N, or neither")
     _check_implied_choices(s.qat, choices)
     _check_to_bytes(s)
     missing = machine.no_compiler() if s.compile == "true" or machine.has_cuda() else None
@@ -72,6 +75,14 @@ def resolve_train(settings: TrainSettings, choices: Mapping[str, str | None]) ->
 def _check_logger(s: LoggerSettings) -> None:
     is_there = s.name != "wandb" or find_spec("wandb") is not None
     require(is_there, "logger.name", s.name, "it is not installed; pip install 'qat[wandb]'")
+
+
+def _check_prices(s: TrainSettings) -> None:
+    for name in ("update_price", "qat_update_price"):
+        price = getattr(s.schedule, name)
+        counted = price == 1.0 or (s.budget_seconds is None and s.max_steps is not None)
+        only = "a priced run has no clock; give budget_seconds=null max_steps=N"
+        require(counted, f"schedule.{name}", price, only)
 
 
 def _check_to_bytes(s: TrainSettings) -> None:

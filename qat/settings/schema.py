@@ -98,6 +98,9 @@ class ScheduleSettings:
     warmdown_fraction: float | None = checked(None, ABOVE_0)
     floor: float = checked(0.0, BELOW_1)  # where it falls to, as a share of its peak
     warmup_steps: int = checked(MISSING, AT_LEAST_0)  # untimed priming steps, undone after them
+    # What an update takes of max_steps, which are then updates of a baseline (study.clock=priced)
+    update_price: float = checked(1.0, ABOVE_0)
+    qat_update_price: float = checked(1.0, ABOVE_0)  # ... with QAT on
 
 
 @dataclass
@@ -169,6 +172,14 @@ class ArtifactSettings:
 class CheckpointSettings:  # off the clock; the last one is written when training ends
     every_steps: int | None = checked(None, AT_LEAST_1)
     every_seconds: float | None = checked(60.0, AT_LEAST_0)  # of the training clock
+
+
+@dataclass
+class ForkSettings:
+    # keep a checkpoint after so many updates, for other runs to go on from
+    keep_steps: list[int] = field(default_factory=list, metadata={"check": AT_LEAST_1})
+    run: str | None = None  # go on from this run's, ...
+    step: int | None = checked(None, AT_LEAST_1)  # ... kept after so many updates
 
 
 @dataclass
@@ -258,6 +269,7 @@ class TrainSettings:
     qat: QatSettings = field(default_factory=QatSettings)
     artifact: ArtifactSettings = field(default_factory=ArtifactSettings)
     checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
+    fork: ForkSettings = field(default_factory=ForkSettings)
     eval: EvalSettings = field(default_factory=EvalSettings)
     logger: LoggerSettings = field(default_factory=LoggerSettings)
 

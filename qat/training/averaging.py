@@ -78,8 +78,10 @@ class Averaging(UpdateHook):
             self.learned_scales.add(switch.learned_scales)
 
     def state(self) -> dict[str, Any]:
-        return {name: vars(getattr(self, name)) for name in MEANS}
+        means = {name: getattr(self, name) for name in MEANS}
+        return {name: {"count": m.count, "tensors": m.tensors} for name, m in means.items()}
 
     def load_state(self, state: Mapping[str, Any], loop: TrainingLoop) -> None:
-        for name in MEANS:
-            setattr(self, name, Mean(**state[name]))
+        for name in MEANS:  # the decay is a setting, and that of this run
+            mean = getattr(self, name)
+            mean.count, mean.tensors = state[name]["count"], state[name]["tensors"]

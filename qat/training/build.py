@@ -88,6 +88,8 @@ def build_schedule(s: TrainSettings) -> Schedule:
         warmdown_steps=s.schedule.warmdown_steps,
         warmdown_fraction=s.schedule.warmdown_fraction,
         floor=s.schedule.floor,
+        update_price=s.schedule.update_price,
+        qat_update_price=s.schedule.qat_update_price,
         momentum_start=s.optimizer.momentum_start,
         momentum_end=s.optimizer.momentum,
         momentum_warmup_steps=s.optimizer.momentum_warmup_steps,

@@ -7,7 +7,7 @@ renamed, so that a crash at any moment leaves the last complete one.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -19,6 +19,20 @@ from qat.errors import TrainingError
 from qat.training.loop import TrainingLoop, UpdateHook
 
 log = logging.getLogger("qat")
+
+
+class KeptCheckpoints(UpdateHook):
+    """Calls ``write`` with the number of updates and the loop's state after each of ``steps``."""
+
+    def __init__(self, write: Callable[[int, dict[str, Any]], None], steps: Iterable[int]) -> None:
+        self.write, self.steps = write, frozenset(steps)
+
+    def before_next_update(self, loop: TrainingLoop) -> None:
+        if (step := loop.progress.step) in self.steps:
+            loop.clock.pause()
+            loop.write_losses()
+            self.write(step, loop.state())
+            loop.clock.start()
 
 
 class Checkpoints(UpdateHook):

@@ -36,7 +36,7 @@ from qat.qat_model import QatModel
 from qat.settings import machine
 from qat.settings.schema import OptimizerSettings
 from qat.training.clock import TrainingClock
-from qat.training.optimizers import build_optimizers, set_rates
+from qat.training.optimizers import build_optimizers, load_states, set_rates, states_by_name
 from qat.training.schedule import Schedule
 
 log = logging.getLogger("qat")
@@ -214,7 +214,7 @@ class TrainingLoop(LightningModule):
         self._priming_seconds: list[float] = []
         self._micro_losses: list[Tensor] = []
         self._losses = _Losses()
-        self._resumed_optimizers: list[dict] = []
+        self._resumed_optimizers: dict[str, dict[str, Any]] = {}
         self._micro = 0
         self._is_first_batch = True
         self._loss = loss or loss_of(model.model)
@@ -233,7 +233,8 @@ class TrainingLoop(LightningModule):
     @property
     def done(self) -> float:
         """Share of the run that is over."""
-        return self.schedule.progress(self.progress.step, self.progress.elapsed_seconds)
+        p = self.progress
+        return self.schedule.progress(p.step, p.elapsed_seconds, p.qat_steps)
 
     @property
     def done_since_switch(self) -> float:
@@ -250,9 +251,8 @@ class TrainingLoop(LightningModule):
         return build_optimizers(self.model.model, self._optimizer_settings, learned_scales)
 
     def on_train_start(self) -> None:
-        optimizers = self.trainer.optimizers
-        for optimizer, state in zip(optimizers, self._resumed_optimizers, strict=False):
-            optimizer.load_state_dict(state)
+        load_states(self.trainer.optimizers, self._parameters_by_name(), self._resumed_optimizers)
+        self._resumed_optimizers = {}
         for hook in self.hooks:
             hook.prime(self)
         if self.is_priming:
@@ -288,7 +288,7 @@ class TrainingLoop(LightningModule):
 
     def _update(self) -> None:
         p = self.progress
-        rate = self.schedule.rate(p.step, p.elapsed_seconds)
+        rate = self.schedule.rate(p.step, p.elapsed_seconds, p.qat_steps)
         optimizers = self.trainer.optimizers
         set_rates(optimizers, rate, self.schedule.momentum(p.step))
         if not self.is_priming:
@@ -334,6 +334,10 @@ class TrainingLoop(LightningModule):
         p, s = self.progress, self.schedule
         if self.switched_at is None and s.qat_starts(p.step, p.elapsed_seconds):
             self.switched_at = self.done
+            # Scales had gradients of zero so far, as DDP waits for every parameter: they start now.
+            for optimizer in self.trainer.optimizers:
+                for scale in self.switch.parameters():
+                    optimizer.state.pop(scale, None)
             for hook in self.hooks:
                 hook.at_switch(self)
         self.model.qat(self.switched_at is not None and not s.qat_stopped(p.step))
@@ -405,11 +409,15 @@ class TrainingLoop(LightningModule):
             hook.after_training(self)
         self.trainer.should_stop = True
 
+    def _parameters_by_name(self) -> dict[str, Tensor]:
+        scales = {f"scale of {name}": scale for name, scale in self.switch.named_parameters()}
+        return self.masters | scales
+
     def state(self) -> dict[str, Any]:
         """What another process needs to go on with the same bits; tensors are not copied."""
         return {
             "weights": {name: p.detach() for name, p in self.masters.items()},
-            "optimizers": [optimizer.state_dict() for optimizer in self.trainer.optimizers],
+            "optimizers": states_by_name(self.trainer.optimizers, self._parameters_by_name()),
             "learned_scales": {n: s.detach() for n, s in self.switch.learned_scales.items()},
             "gradient_rule": self.switch.gradient.state(),
             "progress": asdict(self.progress),

@@ -5,10 +5,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from qat.model.wiring import wiring_in
@@ -69,3 +70,31 @@ def set_rates(optimizers: list[Optimizer], rate: float, momentum: float) -> None
             group["lr"] = rate * group["base_lr"]
             if "momentum" in group:
                 group["momentum"] = momentum
+
+
+def states_by_name(
+    optimizers: Sequence[Optimizer], parameters: Mapping[str, Tensor]
+) -> dict[str, dict[str, Any]]:
+    """What they remember of each parameter; tensors are not copied.
+
+    By name, not by place: a run that goes on from another's checkpoint may have scales to learn.
+    """
+    return {
+        name: dict(optimizer.state[parameter])
+        for name, parameter in parameters.items()
+        for optimizer in optimizers
+        if parameter in optimizer.state
+    }
+
+
+def load_states(
+    optimizers: Sequence[Optimizer],
+    parameters: Mapping[str, Tensor],
+    states: Mapping[str, Mapping[str, Any]],
+) -> None:
+    """The inverse; parameters without a state start anew. Rates are the optimizers' own."""
+    names = {parameter: name for name, parameter in parameters.items()}
+    for optimizer in optimizers if states else []:
+        members = [names[p] for group in optimizer.param_groups for p in group["params"]]
+        kept = {place: states[name] for place, name in enumerate(members) if name in states}
+        optimizer.load_state_dict(optimizer.state_dict() | {"state": kept})

@@ -24,7 +24,7 @@ class TrainToBytes(UpdateHook):
     def before_update(self, loop: TrainingLoop) -> None:
         if loop.model.is_on:
             self.control.add_gradients(loop.masters, loop.switch.learned_scales)
-        else:
+        elif loop.schedule.nears_qat(loop.progress.step, loop.progress.elapsed_seconds):
             self.control.observe(loop.masters)
 
     def at_switch(self, loop: TrainingLoop) -> None:

@@ -1,0 +1,124 @@
+"""A forked run has the bits of the same run in one piece; what cannot be forked is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from qat.quantize.gradients import rule_kinds
+from qat.runs.fork import shared_updates
+from qat.runs.run_folder import METRICS, kept_steps, read_config, read_metrics
+from qat.settings.schema import from_yaml
+from qat.training.schedule import OBSERVED_STEPS
+from tests.conftest import result_of
+
+RUNS = Path("logs/runs")
+
+
+def weights_of(folder: Path) -> dict[str, torch.Tensor]:
+    return torch.load(folder / "checkpoint.ckpt", weights_only=True)["weights"]
+
+
+def same_run(one: Path, other: Path) -> bool:
+    """To the last bit: masters, file and the losses of all updates."""
+    ours, theirs = weights_of(one), weights_of(other)
+    losses = [
+        [row["train_loss"] for row in read_metrics(folder / METRICS)] for folder in (one, other)
+    ]
+    files = [(folder / "artifact.qat").read_bytes() for folder in (one, other)]
+    return (
+        all(torch.equal(ours[name], theirs[name]) for name in ours | theirs)
+        and losses[0] == losses[1]
+        and files[0] == files[1]
+    )
+
+
+def settings_of(name: str):
+    return from_yaml(read_config(RUNS / name)[0], "resume")
+
+
+def fork_is_whole(train, arm: tuple[str, ...], step: int, common: tuple[str, ...] = ()) -> None:
+    trunk = train("qat=none", "run_name=trunk", f"fork.keep_steps=[2,{step}]", *common)
+    assert trunk.code == 0, trunk.err
+    assert kept_steps(RUNS / "trunk") == [2, step]
+    whole = train(*common, *arm, "run_name=whole")
+    assert whole.code == 0, whole.err
+    assert shared_updates(settings_of("trunk"), settings_of("whole")) == step
+    forked = train(*common, *arm, "run_name=forked", "fork.run=trunk", f"fork.step={step}")
+    assert forked.code == 0, forked.err
+    assert same_run(RUNS / "whole", RUNS / "forked")
+    row = result_of(RUNS / "forked")
+    assert (row["forked_from"], row["forked_steps"]) == ("trunk", step)
+    assert row["steps"] == result_of(RUNS / "whole")["steps"]
+
+
+@pytest.mark.parametrize(
+    "arm",
+    [
+        ("qat=int4", "averaging=ema", "averaging.start_fraction=0.6", "qat.ramp_steps=2"),
+        ("qat=lsq4", "optimizer.learned_scale_lr=0.01", "schedule.qat_update_price=1.3"),
+    ],
+    ids=" ".join,
+)
+def test_a_forked_run_has_the_bits_of_one_piece(train, arm: tuple[str, ...]) -> None:
+    fork_is_whole(train, (*arm, "qat.start_step=6"), 6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("gradient", sorted(set(rule_kinds()) - {"learned"}))
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_with_every_gradient_rule(train, gradient: str, optimizer: str) -> None:
+    arm = ("qat=int4", f"qat.gradient={gradient}", "qat.start_step=6", "qat.stop_step=9")
+    fork_is_whole(train, arm, 6, (f"optimizer={optimizer}",))
+
+
+@pytest.mark.slow
+def test_trained_to_bytes(train) -> None:
+    """Its last updates before the switch are observed, so they are its own."""
+    arm = ("qat=rd", "limit_bytes=300000", "qat.start_step=70")
+    fork_is_whole(train, arm, 70 - OBSERVED_STEPS, ("max_steps=80",))
+
+
+def test_a_fork_of_a_fork_resumes_to_the_same_bits(train, program) -> None:
+    assert train("qat=none", "run_name=trunk", "fork.keep_steps=[4]").code == 0
+    ema = ("averaging=ema", "averaging.start_fraction=0.8")
+    assert train("qat=int4", "qat.start_step=4", *ema, "run_name=whole").code == 0
+    first = ("qat=int4", "qat.start_step=4", "run_name=branch", "fork.run=trunk", "fork.step=4")
+    assert train(*first, "fork.keep_steps=[8]").code == 0
+    twig = ("qat=int4", "qat.start_step=4", *ema, "run_name=twig", "fork.run=branch")
+    assert train(*twig, "fork.step=8", "checkpoint.every_steps=1").code == 0
+    assert same_run(RUNS / "whole", RUNS / "twig")
+    # Killed before its first checkpoint it goes on from the fork.
+    folder = RUNS / "twig"
+    (folder / "result.json").unlink()
+    (folder / "checkpoint.ckpt").unlink()
+    assert program("train.py", "resume=twig").code == 0
+    assert same_run(RUNS / "whole", folder)
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        (("qat=int4", "qat.start_step=3", "fork.step=6"), "the two runs share 3 updates"),
+        (("seed=2", "fork.step=6"), "that run has another seed"),
+        (("qat=int4", "fork.step=5"), "no checkpoint was kept there (kept: 2, 6)"),
+        (("fork.step=6", "budget_seconds=9"), "not with a clock"),
+    ],
+)
+def test_what_cannot_be_forked_is_refused(train, asked: tuple[str, ...], said: str) -> None:
+    assert train("qat=none", "run_name=trunk", "fork.keep_steps=[2,6]").code == 0
+    done = train(*asked, "fork.run=trunk", "run_name=tail")
+    assert done.code == 2
+    assert said in done.err
+    assert "fork.run=trunk fork.step=" in done.err
+    assert not (RUNS / "tail").exists()
+
+
+def test_half_a_fork_is_refused(train) -> None:
+    done = train("fork.run=trunk")
+    assert (done.code, "fork.step = null: give fork.run=RUN and fork.step=N" in done.err) == (
+        2,
+        True,
+    )
