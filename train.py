@@ -16,7 +16,7 @@ from pathlib import Path
 
 from qat.errors import PreemptedError, TrainingError, UserError
 from qat.settings import checks, machine
-from qat.settings.command_line import INTERRUPTED, Job, Program, Sweep, main
+from qat.settings.command_line import INTERRUPTED, Job, Program, Start, Sweep, main
 from qat.settings.schema import TrainSettings
 
 log = logging.getLogger("qat")
@@ -203,9 +203,10 @@ def train(s: TrainSettings, training_run) -> int:
     return training_run.finish(outcome, proof, len(train_stream), exported, scores, is_snapped)
 
 
-def before_sweep(sweep: Sweep) -> None:
-    if sweep.study is not None:
-        import_module(STUDY_RUNS).begin(sweep)
+def before_sweep(sweep: Sweep) -> list[Start]:
+    if sweep.study is None:
+        return [Start() for _ in sweep.jobs]
+    return import_module(STUDY_RUNS).begin(sweep)
 
 
 def after_sweep(sweep: Sweep) -> int:

@@ -22,7 +22,12 @@ RAY_KEEPS_TO_ITSELF = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_USAGE_STAT
 class CheckedSweeper(BasicSweeper):
     def setup(self, *, task_function: Any, **others: Any) -> None:
         self.task_function: Jobs = task_function
+        self.batches: list[list[list[str]]] = []
         super().setup(task_function=task_function, **others)
+
+    def split_arguments(self, overrides: Any, max_batch_size: Any) -> Any:  # type: ignore[override]
+        """Into batches that are launched one after another; as planned, once they are."""
+        return self.batches or super().split_arguments(overrides, max_batch_size)
 
     def validate_batch_is_legal(self, batch: Sequence[Sequence[str]]) -> None:
         """Done in ``sweep``, which composes each job for its check."""
@@ -44,6 +49,13 @@ class CheckedSweeper(BasicSweeper):
             parser.parse_overrides([*self._parse_config(), *arguments]), None
         )
         configs = [loader.load_sweep_config(config, list(job)) for job in jobs]
-        sweep = self.task_function.begin_sweep(folder, configs)
+        sweep, starts = self.task_function.begin_sweep(folder, configs)
+        for stage in sorted({start.stage for start in starts}):
+            of_stage = [
+                [*job, *start.overrides]
+                for job, start in zip(jobs, starts, strict=True)
+                if start.stage == stage
+            ]
+            self.batches += self.split_overrides_to_chunks(of_stage, self.max_batch_size)
         super().sweep(arguments)
         self.task_function.end_sweep(sweep)

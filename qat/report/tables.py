@@ -161,6 +161,8 @@ def audit_table(rows: Sequence[Row]) -> ReportTable:
             _share(row.get("nonzero_gradient_share")),
             _share(row.get("movable_share")),
             _qat_steps(row),
+            _qat_share(row),
+            text.fixed(row.get("tokens_per_parameter_byte"), 2),
             text.fixed(row.get("train_seconds"), 2),
             text.fixed(row.get("overshoot_seconds"), 3),
             row["status"],
@@ -169,7 +171,8 @@ def audit_table(rows: Sequence[Row]) -> ReportTable:
     ]
     columns = {
         "run": False, "finding": False, "arm": False, "seed": True, "on grid": True,
-        "with gradient": True, "movable": True, "QAT steps": True, "training s": True,
+        "with gradient": True, "movable": True, "QAT steps": True, "QAT share": True,
+        "tokens / parameter byte": True, "training s": True,
         "overshoot s": True, "status": False,
     }  # fmt: skip
     bad = frozenset(at for at, what in enumerate(found) if what)
@@ -186,6 +189,11 @@ def _share(value: float | None) -> str:
 def _qat_steps(row: Row) -> str:
     first, last = row.get("qat_first_step"), row.get("qat_last_step")
     return text.NOTHING if first is None else f"{first:,}..{text.count(last)}"
+
+
+def _qat_share(row: Row) -> str:
+    steps, on = row.get("steps"), row.get("qat_steps")
+    return text.NOTHING if not steps or on is None else f"{100 * on / steps:.1f} %"
 
 
 def _off_grid_by_nature(row: Row) -> bool:

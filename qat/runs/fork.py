@@ -1,7 +1,7 @@
 """Runs that share their first updates: what is equal so far is trained once.
 
-Until its switch a QAT run is its baseline, bit for bit, where it is bounded by counting and not by a
-clock. So a run may keep checkpoints (``fork.keep_steps``), and another may go on from one of them
+Until its switch a QAT run is its baseline, bit for bit, where it is bounded by counting and not by
+a clock. So a run may keep checkpoints (``fork.keep_steps``), and another may go on from one of them
 (``fork.run``, ``fork.step``) with other settings, if not a single update before it would have
 differed. The result has the bits of a run in one piece.
 """
@@ -9,7 +9,7 @@ differed. The result has the bits of a run in one piece.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +23,39 @@ from qat.training.averaging import Averaging
 from qat.training.build import build_schedule
 from qat.training.checkpoint import load_checkpoint
 
-# What may differ between runs of equal updates; that it does not differ too early is counted out.
+# What may differ between runs whose updates are equal; whether it makes them differ is worked out.
 APART = (
     "qat", "grid", "plan", "artifact", "limit_bytes", "optimizer.learned_scale_lr", "averaging",
     "schedule", "max_steps", "eval",
 )  # fmt: skip
 
 
-def updates(s: TrainSettings) -> Iterator[tuple[Any, ...]]:
-    """Every update of a run without a clock: all that makes it what it is, beside the data and the
-    settings not ``APART``."""
+@dataclass(frozen=True)
+class Course:
+    """The updates of a run, known before they are made: it has no clock."""
+
+    conditions: dict[str, Any]
+    updates: list[tuple[Any, ...]]  # of each all that makes it what it is, beside the conditions
+
+    @staticmethod
+    def of(s: TrainSettings) -> Course:
+        settings = asdict(s) | {"data": asdict(absolute_paths(s.data))}
+        return Course(conditions(settings), list(_updates(s)))
+
+    def difference(self, other: Course) -> str | None:
+        """A condition that makes even the first update another, if there is one."""
+        return next(iter(differing(self.conditions, other.conditions, APART)), None)
+
+    def shared(self, other: Course) -> int:
+        """How many updates both make from their first, leaving each at least one of its own."""
+        if self.difference(other):
+            return 0
+        most = min(len(self.updates), len(other.updates)) - 1
+        pairs = zip(self.updates[:most], other.updates, strict=False)
+        return next((step for step, (ours, theirs) in enumerate(pairs) if ours != theirs), most)
+
+
+def _updates(s: TrainSettings) -> Iterator[tuple[Any, ...]]:
     schedule, averaging = build_schedule(s), Averaging(**vars(s.averaging))
     quantization = (s.qat, s.grid, s.plan, s.optimizer.learned_scale_lr)
     for step, update in enumerate(schedule.updates(), 1):
@@ -46,55 +69,34 @@ def updates(s: TrainSettings) -> Iterator[tuple[Any, ...]]:
         )
 
 
-def shared_updates(one: TrainSettings, other: TrainSettings) -> int:
-    """How many updates the runs share from their first, leaving each at least one of its own.
-
-    0 for a run with a clock: nobody knows its updates before it has ended.
-    """
-    if one.budget_seconds is not None or other.budget_seconds is not None:
-        return 0
-    if differing(_conditions(one), _conditions(other), APART):
-        return 0
-    shared = 0
-    for ours, theirs in zip(updates(one), updates(other), strict=False):
-        if ours != theirs:
-            return shared
-        shared += 1
-    return max(shared - 1, 0)
-
-
-def _conditions(s: TrainSettings) -> dict[str, Any]:
-    return conditions(asdict(s) | {"data": asdict(absolute_paths(s.data))})
-
-
-def fork_folder(s: TrainSettings, sweep_dir: Path | None) -> Path:
-    """Of the run that this one goes on from."""
+def trunk_folder(s: TrainSettings, sweep_dir: Path | None) -> Path:
+    """Of the run that this one goes on from: one beside it, or found as any run is."""
     assert s.fork.run
-    beside = sweep_dir / s.fork.run if sweep_dir is not None else None
-    if beside is not None and beside.is_dir():
-        return beside
+    if sweep_dir is not None and (sweep_dir / s.fork.run).is_dir():
+        return sweep_dir / s.fork.run
     return find_run("fork.run", s.fork.run, s.runs_dir)
 
 
 def forked_state(s: TrainSettings, folder: Path) -> dict[str, Any]:
     """What the run in ``folder`` kept after ``fork.step`` updates.
 
-    UserError if it kept nothing there, or is another run by then.
+    UserError if it kept nothing there, or has made other updates by then.
     """
     typed, step = f"fork.run={s.fork.run} fork.step={s.fork.step}", s.fork.step
     assert step is not None
     trunk = from_yaml(read_config(folder, "fork.run")[0], f"fork.run={folder}")
-    if s.budget_seconds is not None:
-        raise UserError(f"{typed}: not with a clock; give budget_seconds=null max_steps=N")
-    if names := differing(_conditions(trunk), _conditions(s), APART):
-        raise UserError(f"{typed}: that run has another {names[0]}")
-    if (most := shared_updates(trunk, s)) < step:
+    if s.budget_seconds is not None or trunk.budget_seconds is not None:
+        raise UserError(f"{typed}: not with a clock; give both budget_seconds=null max_steps=N")
+    ours, theirs = Course.of(s), Course.of(trunk)
+    if (name := ours.difference(theirs)) is not None:
+        raise UserError(f"{typed}: that run has another {name}")
+    if (most := ours.shared(theirs)) < step:
         raise UserError(f"{typed}: the two runs share {most} updates; fork there or before")
     state = load_checkpoint(kept_checkpoint(folder, step))
     if state is None:
         kept = ", ".join(map(str, kept_steps(folder))) or "none"
         raise UserError(
-            f"{typed}: no checkpoint was kept there (kept: {kept}); run it with "
+            f"{typed}: no checkpoint was kept there (kept: {kept}); run that one with "
             f"fork.keep_steps=[{step}]"
         )
     return state

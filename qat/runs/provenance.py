@@ -66,7 +66,11 @@ def hash_of_statements(files: Iterable[Path], root: Path) -> str:
 def storing_code(*more_rooms: str) -> str:
     """The same in the repository and in an unpacked ``train_gpt.py``. ``more_rooms``: whose files
     count too."""
-    rooms = (*STORING_ROOMS, *more_rooms)
+    return hash_of_rooms((*STORING_ROOMS, *more_rooms))
+
+
+def hash_of_rooms(rooms: Iterable[str]) -> str:
+    """Of what the rooms' files do, without the methods that only the cabinet has."""
     files = [file for room in rooms for file in sorted((ROOT / "qat" / room).rglob("*.py"))]
     return hash_of_statements([f for f in files if f.stem not in CABINETS_METHODS], ROOT)
 

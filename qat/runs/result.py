@@ -39,6 +39,7 @@ class Result:
     forked_steps: int | None = None  # ... and how many they are
     tokens: int | None = None  # trained on, repeats counted
     epochs: float | None = None  # tokens / tokens of the training split
+    tokens_per_parameter_byte: float | None = None  # tokens / bytes of the plan's codes and scales
     train_seconds: float | None = None  # on the training clock
     overshoot_seconds: float | None = None  # beyond budget_seconds: the rest of the last step
     ms_per_step: float | None = None
@@ -91,7 +92,7 @@ class Result:
 # What tells a QAT run from its baseline. Float weights have no learned scales.
 QUANTIZATION = (
     "qat", "grid", "plan", "artifact", "limit_bytes", "optimizer.learned_scale_lr",
-    "schedule.qat_update_price",
+    "schedule.update_price", "schedule.qat_update_price",
 )  # fmt: skip
 # Where a run goes and what is made of it: of no effect on it.
 BOOKKEEPING = (
@@ -152,6 +153,8 @@ def row_of(result: Result) -> dict[str, Any]:
     notes = [] if result.status == "finished" else [result.status.upper()]
     notes += ["QAT NEVER STARTED"] if result.qat_never_started else []
     notes += [result.error] if result.error else []
+    if result.forked_from is not None:
+        notes.append(f"first {result.forked_steps} updates made by {result.forked_from}")
     row["note"] = "; ".join(notes)
     return row
 

@@ -25,7 +25,7 @@ from qat.budget.fill import stored_label
 from qat.errors import TrainingError, UserError
 from qat.evaluation.score import Score
 from qat.runs import provenance, run_folder
-from qat.runs.fork import fork_folder, forked_state
+from qat.runs.fork import forked_state, trunk_folder
 from qat.runs.result import Result, row_of
 from qat.runs.run_folder import read_metrics, write_atomically
 from qat.runs.storing import Export
@@ -190,7 +190,7 @@ class TrainingRun:
         s = self.settings
         if s.fork.run is None:
             return None
-        self._trunk = fork_folder(s, self.job.sweep_dir)
+        self._trunk = trunk_folder(s, self.job.sweep_dir)
         self.row.forked_from, self.row.forked_steps = self._trunk.name, s.fork.step
         return forked_state(s, self._trunk)
 
@@ -238,6 +238,7 @@ class TrainingRun:
         row.status, row.exit_code = "finished", 0
         row.steps, row.tokens = outcome.steps, outcome.tokens
         row.epochs = outcome.tokens / train_tokens
+        row.tokens_per_parameter_byte = outcome.tokens / self.plan.packed_bytes
         row.train_seconds = outcome.train_seconds
         row.ms_per_step = 1000 * outcome.train_seconds / outcome.steps
         if s.budget_seconds is not None:

@@ -124,6 +124,12 @@ def groups(config_name: str) -> set[str]:
     return {key for key in keys if not key.startswith("override ")}
 
 
+def opened(arguments: list[str], config_name: str) -> list[str]:
+    """Settings that take any names get what is typed, also where Hydra asks for a '+'."""
+    takes_any = tuple(key for key in known_keys(SCHEMAS[config_name]) if key.endswith("."))
+    return [f"++{a}" if f"{a.partition('=')[0]}.".startswith(takes_any) else a for a in arguments]
+
+
 def unknown(key: str, known: set[str], config_name: str) -> str:
     parent = key.rpartition(".")[0]
     if parent in known and not any(name.startswith(f"{parent}.") for name in known):

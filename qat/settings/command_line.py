@@ -33,6 +33,7 @@ from qat.settings.arguments import (
     SCHEMAS,
     check_settings,
     groups,
+    opened,
     quoted,
     split_flags,
     users_folders,
@@ -66,13 +67,21 @@ class Sweep:
 
 
 @dataclass(frozen=True)
+class Start:
+    """How a job of a sweep is started, beside what was typed."""
+
+    stage: int = 0  # when the jobs of all earlier stages have ended
+    overrides: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
 class Program:
     """train.py or eval.py: ``resolve`` completes settings, ``run`` returns an exit code."""
 
     config_name: str
     resolve: Callable[[Any, Mapping[str, str | None]], Any]
     run: Callable[[Any, Job], int]
-    before_sweep: Callable[[Sweep], None] | None = None
+    before_sweep: Callable[[Sweep], list[Start]] | None = None  # of each job
     after_sweep: Callable[[Sweep], int] | None = None
 
 
@@ -136,7 +145,7 @@ def _main(program: Program) -> int:
             settings = with_profile(settings, say=not is_question)
         is_sweep = args.multirun or "hydra.mode=MULTIRUN" in settings
         settings = with_arms(settings, groups(name), is_sweep)
-    sys.argv[1:] = [*settings, *flags]
+    sys.argv[1:] = [*opened(settings, name), *flags]
     jobs = Jobs(program, folders, shlex.join(["python", f"{name}.py", *typed]))
     hydra.main(version_base="1.3", config_path=str(options.CONF), config_name=name)(jobs)()
     return max(jobs.exit_codes, default=0)
@@ -170,8 +179,8 @@ class Jobs:
             traceback.print_exc()
             self.exit_codes.append(1)
 
-    def begin_sweep(self, folder: Path, configs: list[DictConfig]) -> Sweep:
-        """Check every job, before the first starts."""
+    def begin_sweep(self, folder: Path, configs: list[DictConfig]) -> tuple[Sweep, list[Start]]:
+        """Check every job, before the first starts; how each is started."""
         if self.program.after_sweep is None:
             name = self.program.config_name
             raise UserError(f"-m: {name}.py does one thing at a time; drop -m")
@@ -193,9 +202,9 @@ class Jobs:
                 f"run_name={min(shared)}: {len(jobs)} jobs would share it; leave it out"
             )
         sweep = Sweep(folder, study, jobs, self.command)
-        if self.program.before_sweep is not None:
-            self.program.before_sweep(sweep)
-        return sweep
+        if self.program.before_sweep is None:
+            return sweep, [Start() for _ in jobs]
+        return sweep, self.program.before_sweep(sweep)
 
     def end_sweep(self, sweep: Sweep) -> None:
         assert self.program.after_sweep is not None

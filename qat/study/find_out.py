@@ -11,20 +11,23 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from rich.console import Console
 
 from qat.errors import TrainingError, UserError
-from qat.runs.result import Result, arm_label, row_of, row_without_result
+from qat.runs.result import Result, arm_label, differing, row_of, row_without_result
 from qat.study.curves import curve_of
 from qat.study.files import NO_ARM, ArmRun, StoredFile, StudyFiles, Target, as_large, mean_file
 from qat.study.findings import Contrast, Findings, Treatment, headline_of
+from qat.study.law import BestShare, best_share
 from qat.study.ledger import Twin, ledger_of
 from qat.study.significance import bar_in_bpb, verdict
 from qat.study.study import EQUAL_STEPS, Study
 
 Row = dict[str, Any]
+FEWEST_SHARES = 3  # that are a curve
 
 
 @dataclass
@@ -182,7 +185,8 @@ def _findings(files: StudyFiles, commands: list[str]) -> Findings:
     return Findings(
         name=study.name,
         question=study.settings.question,
-        headline=headline_of(treatments, ledgers),
+        headline=headline_of(treatments, ledgers, shares := _best_shares(files)),
+        best_shares=shares,
         baseline=study.settings.baseline,
         seeds=sorted({run.seed for run in files.runs if run.arm != NO_ARM}),
         budget_seconds=results[0].settings["budget_seconds"] if results else None,
@@ -196,6 +200,41 @@ def _findings(files: StudyFiles, commands: list[str]) -> Findings:
     )
 
 
+def _best_shares(files: StudyFiles) -> dict[str, BestShare]:
+    """Grid -> the best share of QAT, where three arms or more differ in the start alone. Seeds that
+    one of them lacks are left out."""
+    starts = ("qat.start_step", "qat.start_fraction", "qat.start_lr_scale", "schedule.update_price",
+              "schedule.qat_update_price")  # fmt: skip
+    first: dict[str, ArmRun] = {}
+    found: dict[str, dict[float, dict[int, float]]] = {}
+    tokens: dict[str, list[float]] = {}
+    for arm in files.study.settings.arms and files.study.arms:
+        runs = [run for run in files.of(arm) if run.is_qat]
+        if not runs:
+            continue
+        grid = runs[0].row.grid
+        if not _of_same_kind(runs[0], first.setdefault(grid, runs[0]), starts):
+            continue
+        share = mean(run.row.qat_steps / run.row.steps for run in runs)  # type: ignore[operator]
+        found.setdefault(grid, {})[share] = {
+            run.seed: run.row.val_bpb_artifact for run in runs if run.row.val_bpb_artifact
+        }
+        tokens.setdefault(grid, []).extend(
+            run.row.tokens_per_parameter_byte for run in runs if run.row.tokens_per_parameter_byte
+        )
+    best = {}
+    for grid, by_share in found.items():
+        seeds = sorted(set.intersection(*map(set, by_share.values())))
+        if len(by_share) >= FEWEST_SHARES and seeds and tokens[grid]:
+            scores = {share: [of[seed] for seed in seeds] for share, of in by_share.items()}
+            best[grid] = best_share(scores, mean(tokens[grid]))
+    return best
+
+
+def _of_same_kind(one: ArmRun, other: ArmRun, apart_from: Sequence[str]) -> bool:
+    return not differing(one.row.conditions, other.row.conditions, ("seed", *apart_from))
+
+
 def _twins(files: StudyFiles, arm: str) -> list[Twin]:
     """Each run of the arm beside the one that differs in QAT alone, and that of equal steps."""
     twins = []
@@ -207,9 +246,17 @@ def _twins(files: StudyFiles, arm: str) -> list[Twin]:
                 files.console.print(f"no ledger of {run.folder.name}: {error}", highlight=False)
                 continue
             equal = Result.read(run.folder / EQUAL_STEPS)
+            if equal is None and _counts_as_many(run.row, other.row):
+                equal = other.row
             equal_bpb = equal.val_bpb_float if equal is not None else None
             twins.append(Twin(run.row, other.row, other.folder, stored.val_bpb, equal_bpb))
     return twins
+
+
+def _counts_as_many(one: Result, other: Result) -> bool:
+    """Runs that no clock ends, of as many updates."""
+    has_clock = any(row.settings["budget_seconds"] is not None for row in (one, other))
+    return not has_clock and one.steps == other.steps
 
 
 def _rows(files: StudyFiles, pairs: dict[Path, PairedRun]) -> list[Row]:

@@ -6,10 +6,11 @@ All differences are in bits per byte, treatment - reference: below 0 the treatme
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from qat.study.law import BestShare
 from qat.study.significance import Effect, Verdict
 
 
@@ -84,14 +85,21 @@ class Findings:
     ledgers: list[Ledger]
     curves: list[Curve]
     rows: list[dict[str, Any]] = field(default_factory=list)  # every started run: report.json
+    # of QAT in a run, by grid: where arms differ in the start
+    best_shares: dict[str, BestShare] = field(default_factory=dict)
 
 
 Effects = Sequence[tuple[str, Effect]]
 
 
-def headline_of(treatments: Sequence[Treatment], ledgers: Sequence[Ledger]) -> str:
+def headline_of(
+    treatments: Sequence[Treatment],
+    ledgers: Sequence[Ledger],
+    best_shares: Mapping[str, BestShare] | None = None,
+) -> str:
     """The verdict in a sentence: of QAT stored as the baseline is, as if it took no time, and
-    against as many bytes; then of what changed without QAT. Numbers of what is decided at 95 %."""
+    against as many bytes; then of what changed without QAT, and how long QAT should last. Numbers
+    of what is decided at 95 %."""
     alike = [(t, _interval(t.alike)) for t in treatments if t.alike is not None]
     measured = [(ledger.name, ledger.at_equal_steps) for ledger in ledgers if ledger.is_measured]
     as_large = [(t.name, _interval(t.equal_bytes)) for t in treatments if t.equal_bytes is not None]
@@ -102,8 +110,23 @@ def headline_of(treatments: Sequence[Treatment], ledgers: Sequence[Ledger]) -> s
         ("without QAT a change", [(t.name, i) for t, i in alike if not t.is_qat]),
     ]
     said = [f"{start} {_sorted_out(effects)}" for start, effects in clauses if effects]
+    said += [_best(grid, best) for grid, best in (best_shares or {}).items()]
     sentence = "; ".join(said) or "no arm has a baseline to compare with"
     return f"{sentence[0].upper()}{sentence[1:]}."
+
+
+def _best(grid: str, best: BestShare) -> str:
+    known = "" if best.low is None else f" (95 % {_percent(best.low)} to {_percent(best.high)})"
+    return (
+        f"of the shares tried on {grid} the best is {_percent(best.share)}{known} of the run, and "
+        f"arXiv 2509.22935 predicts {_percent(best.predicted)} for "
+        f"{best.tokens_per_parameter_byte:.3g} tokens per parameter byte"
+    )
+
+
+def _percent(share: float | None) -> str:
+    assert share is not None
+    return f"{100 * share:.3g} %"
 
 
 def _interval(comparison: Contrast) -> Effect:

@@ -75,7 +75,7 @@ def ledger_of(treatment: Treatment, twins: Sequence[Twin]) -> Ledger | None:
     throughput_part, training, gap, total = (interval(part) for part in zip(*found, strict=True))
     lost = np.mean([1 - (t.arm.steps or 0) / (t.baseline.steps or 1) for t in twins])
     basis = (
-        "the baseline trained again for as many steps"
+        "the baseline of as many steps"
         if is_measured
         else "by the baseline's training loss before its warmdown"
     )

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,10 +22,27 @@ from qat.budget.budget import Budget
 from qat.errors import TrainingError, UserError
 from qat.golf.bundle import count_code_bytes
 from qat.runs.result import Result, conditions, differing
-from qat.runs.run_folder import CHOICES, CONFIG, LOCK, read_config, write_atomically
+from qat.runs.run_folder import (
+    CHOICES,
+    CONFIG,
+    LOCK,
+    kept_checkpoint,
+    read_config,
+    write_atomically,
+)
 from qat.runs.store_again import export_again, storage_of
+from qat.settings.command_line import Start
 from qat.settings.options import read_study
-from qat.settings.schema import QatSettings, StoreSettings, StudySettings, TrainSettings, from_yaml
+from qat.settings.schema import (
+    ForkSettings,
+    QatSettings,
+    StoreSettings,
+    StudySettings,
+    TrainSettings,
+    from_yaml,
+)
+from qat.study.forks import find_forks
+from qat.study.prices import Prices, given, measure
 from qat.text.source import absolute_paths
 
 if TYPE_CHECKING:
@@ -33,7 +51,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("qat")
 
 EQUAL_STEPS = "equal_steps"
-SUFFIX = ".study.json"
+SUFFIX, PRICES_SUFFIX = ".study.json", ".prices.json"
 
 RunOne = Callable[[TrainSettings, "Job"], int]  # its exit code
 
@@ -64,22 +82,113 @@ def study_file(folder: Path, name: str) -> Path:
     return folder / f"{name}{SUFFIX}"
 
 
-def begin(sweep: Sweep) -> None:
+def begin(sweep: Sweep) -> list[Start]:
     """Before the first run: say in the folder which study it is, beside the arms and commands given
-    before. UserError if a run of it is there that was another."""
+    before, and at which prices; how each run is started. UserError if a run of it is there that was
+    another."""
     assert sweep.study is not None
-    for settings, choices in sweep.jobs:
-        _check_same(settings, str(choices["arm"]))
     settings = read_study(sweep.study)
     assert settings is not None
     path = study_file(sweep.folder, sweep.study)
     known = Study.read(path) if path.is_file() else Study(sweep.study, settings, [], [])
-    asked = dict.fromkeys([*known.arms, *(str(choices["arm"]) for _, choices in sweep.jobs)])
+    jobs = [(str(choices["arm"]), s) for s, choices in sweep.jobs]
+    for arm, s in jobs:
+        _check_prices_are_asked(s, arm)
+    list_of_prices = sweep.folder / f"{sweep.study}{PRICES_SUFFIX}"
+    prices = prices_of(list_of_prices, jobs, settings.baseline)
+    if prices is not None:
+        jobs = [(arm, at_price(s, prices, arm)) for arm, s in jobs]
+    for arm, s in jobs:
+        _check_same(s, arm)
+    asked = dict.fromkeys([*known.arms, *(arm for arm, _ in jobs)])
     arms = sorted(asked, key=lambda arm: [*settings.arms, *asked].index(arm))
     commands = list(dict.fromkeys([*known.commands, sweep.command]))
     sweep.folder.mkdir(parents=True, exist_ok=True)
     study = Study(sweep.study, settings, arms, commands)
+    if prices is not None:
+        prices.write(list_of_prices)
     write_atomically(path, json.dumps(asdict(study), indent=1) + "\n")
+    return _starts(sweep.folder, jobs, settings.baseline)
+
+
+def prices_of(
+    path: Path, jobs: Sequence[tuple[str, TrainSettings]], baseline: str
+) -> Prices | None:
+    """Of a study on a priced clock: given, else those of its file, else measured.
+
+    None on the clock of the wall. UserError if they are of other arms, another machine or code.
+    """
+    arms = dict(reversed(jobs))  # one seed of each will do
+    design = jobs[0][1].study
+    if design.clock != "priced":
+        return None
+    if design.prices:
+        return given(arms, design.prices)
+    if path.is_file():
+        prices = Prices.read(path)
+        if missing := [arm for arm in arms if arm not in prices.arms]:
+            raise UserError(
+                f"{path}: has no price of {missing[0]}; give another sweep_name, or the prices "
+                "themselves: study.prices={ARM: 1.003}"
+            )
+        return prices
+    if baseline not in arms:
+        raise UserError(f"study.clock = priced: prices are in updates of {baseline}; add that arm")
+    return measure(arms, baseline, Console(stderr=True))
+
+
+def at_price(s: TrainSettings, prices: Prices, arm: str) -> TrainSettings:
+    """The run, ended by counting what its updates cost."""
+    steps = s.max_steps
+    if s.budget_seconds is not None:
+        if prices.update_seconds is None:
+            raise UserError(
+                f"budget_seconds = {s.budget_seconds:g}: study.prices say nothing of seconds; give "
+                "budget_seconds=null max_steps=N, in updates of the baseline"
+            )
+        bought = math.ceil(s.budget_seconds / prices.update_seconds)
+        steps = bought if steps is None else min(steps, bought)
+    price = prices.arms[arm]
+    schedule = replace(s.schedule, update_price=price.before, qat_update_price=price.after)
+    return replace(s, max_steps=steps, budget_seconds=None, schedule=schedule)
+
+
+def _starts(folder: Path, jobs: Sequence[tuple[str, TrainSettings]], baseline: str) -> list[Start]:
+    """Trunks before what goes on from them, with the settings that are not typed."""
+    runs = {run_name(arm, s.seed): s for arm, s in jobs}
+    first = sorted(runs, key=lambda name: not name.startswith(f"{baseline}_s"))
+
+    def has_kept(name: str, step: int) -> bool:
+        """Or will."""
+        is_there = Result.read(folder / name) is not None
+        return not is_there or kept_checkpoint(folder / name, step).is_file()
+
+    forks = find_forks({name: runs[name] for name in first}, has_kept)
+    starts = []
+    for name, s in runs.items():
+        overrides = []
+        if s.study.clock == "priced":
+            overrides = ["budget_seconds=null", f"max_steps={s.max_steps}"]
+            for key in ("update_price", "qat_update_price"):
+                overrides.append(f"schedule.{key}={getattr(s.schedule, key)!r}")
+        if (fork := forks.of.get(name)) is not None:
+            overrides += [f"fork.run={fork.run}", f"fork.step={fork.step}"]
+        if kept := forks.kept_by(name):
+            overrides.append(f"fork.keep_steps={kept}".replace(" ", ""))
+        starts.append(Start(forks.stage[name], overrides))
+    if forks.of:
+        shared = sum(fork.step for fork in forks.of.values())
+        log.info("%d of %d runs go on from others: %d updates shared", len(forks.of), len(runs),
+                 shared)  # fmt: skip
+    return starts
+
+
+def _check_prices_are_asked(s: TrainSettings, arm: str) -> None:
+    if s.study.prices and s.study.clock != "priced":
+        raise UserError("study.prices: only with study.clock=priced")
+    for key in ("update_price", "qat_update_price"):
+        if getattr(s.schedule, key) != 1.0:
+            raise UserError(f"schedule.{key}: arm {arm} has its price from study.prices")
 
 
 def studies_in(folder: Path) -> list[Study]:
@@ -124,6 +233,10 @@ def run_arm(s: TrainSettings, job: Job, run_one: RunOne) -> int:
     """Train an arm, or go on with it; then what the study makes of it. The exit code."""
     assert job.sweep_dir is not None
     folder = job.sweep_dir / run_name(str(job.choices["arm"]), s.seed)
+    fork = s.fork
+    if fork.run and fork.step and not kept_checkpoint(job.sweep_dir / fork.run, fork.step).exists():
+        print(f"{fork.run} kept nothing after {fork.step} updates: {folder.name} makes them all")
+        s = replace(s, fork=ForkSettings(fork.keep_steps))
     code = _run_once(replace(s, run_name=folder.name), job, folder, run_one)
     result = Result.read(folder)
     if result is None or result.status == "failed":
@@ -138,7 +251,8 @@ def run_arm(s: TrainSettings, job: Job, run_one: RunOne) -> int:
     except (UserError, TrainingError) as error:
         log.error("error: %s", error)
         return error.exit_code
-    if s.ledger == "full" and result.qat_steps:
+    # Where updates are counted the baseline itself is the run of as many of them.
+    if s.ledger == "full" and result.qat_steps and s.budget_seconds is not None:
         code = max(code, _run_equal_steps(s, job, folder, result, run_one))
     return code
 
@@ -166,6 +280,7 @@ def _run_equal_steps(s: TrainSettings, job: Job, arm: Path, result: Result, run_
         budget_seconds=None,
         max_steps=result.steps,
         run_name=EQUAL_STEPS,
+        fork=ForkSettings(),
         logger=replace(s.logger, group=group),
     )
     choices = {**job.choices, "qat": "none", "arm": None}

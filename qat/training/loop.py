@@ -131,7 +131,7 @@ class _Snapshot:
     def __init__(self, loop: TrainingLoop) -> None:
         self._loop = loop
         self._weights = {name: p.detach().clone() for name, p in loop.masters.items()}
-        self._states = [copy.deepcopy(o.state_dict()) for o in loop.trainer.optimizers]
+        self._states = [copy.deepcopy(o.state_dict()) for o in loop.all_optimizers]
         self._scales = {n: s.detach().clone() for n, s in loop.switch.learned_scales.items()}
         self._of_rule = copy.deepcopy(loop.switch.gradient.state())
         self._random = torch.get_rng_state()
@@ -141,7 +141,7 @@ class _Snapshot:
     def restore(self) -> None:
         for name, parameter in self._loop.masters.items():
             parameter.copy_(self._weights[name])
-        for optimizer, state in zip(self._loop.trainer.optimizers, self._states, strict=True):
+        for optimizer, state in zip(self._loop.all_optimizers, self._states, strict=True):
             optimizer.load_state_dict(state)
         self._loop.switch.set_scales(self._scales)
         self._loop.switch.gradient.load_state(self._of_rule)
@@ -247,11 +247,12 @@ class TrainingLoop(LightningModule):
         return self._priming_left > 0
 
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
-        learned_scales = list(self.switch.parameters())
-        return build_optimizers(self.model.model, self._optimizer_settings, learned_scales)
+        settings, scales = self._optimizer_settings, list(self.switch.parameters())
+        self.all_optimizers = build_optimizers(self.model.model, settings, scales)
+        return self.all_optimizers
 
     def on_train_start(self) -> None:
-        load_states(self.trainer.optimizers, self._parameters_by_name(), self._resumed_optimizers)
+        load_states(self.all_optimizers, self._parameters_by_name(), self._resumed_optimizers)
         self._resumed_optimizers = {}
         for hook in self.hooks:
             hook.prime(self)
@@ -270,6 +271,10 @@ class TrainingLoop(LightningModule):
             self.trainer.model.require_backward_grad_sync = last
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
+        self.take(batch, self.manual_backward)
+
+    def take(self, batch: Batch, backward: Callable[[Tensor], object]) -> None:
+        """A micro-batch, and the update that it completes."""
         self.last_batch = batch
         if self._is_first_batch:
             self._is_first_batch = False
@@ -279,7 +284,7 @@ class TrainingLoop(LightningModule):
             if not self.is_priming:
                 self.clock.start()
         loss = self.loss(self.model.weights(), *batch)
-        self.manual_backward(loss / self.pace.micro_batches)
+        backward(loss / self.pace.micro_batches)
         self._micro_losses.append(loss.detach())
         self._micro += 1
         if self._micro == self.pace.micro_batches:
@@ -289,7 +294,7 @@ class TrainingLoop(LightningModule):
     def _update(self) -> None:
         p = self.progress
         rate = self.schedule.rate(p.step, p.elapsed_seconds, p.qat_steps)
-        optimizers = self.trainer.optimizers
+        optimizers = self.all_optimizers
         set_rates(optimizers, rate, self.schedule.momentum(p.step))
         if not self.is_priming:
             for hook in self.hooks:
@@ -335,7 +340,7 @@ class TrainingLoop(LightningModule):
         if self.switched_at is None and s.qat_starts(p.step, p.elapsed_seconds):
             self.switched_at = self.done
             # Scales had gradients of zero so far, as DDP waits for every parameter: they start now.
-            for optimizer in self.trainer.optimizers:
+            for optimizer in self.all_optimizers:
                 for scale in self.switch.parameters():
                     optimizer.state.pop(scale, None)
             for hook in self.hooks:
@@ -409,7 +414,7 @@ class TrainingLoop(LightningModule):
             hook.after_training(self)
         self.trainer.should_stop = True
 
-    def _parameters_by_name(self) -> dict[str, Tensor]:
+    def _parameters_by_name(self) -> Mapping[str, Tensor]:
         scales = {f"scale of {name}": scale for name, scale in self.switch.named_parameters()}
         return self.masters | scales
 
@@ -417,7 +422,7 @@ class TrainingLoop(LightningModule):
         """What another process needs to go on with the same bits; tensors are not copied."""
         return {
             "weights": {name: p.detach() for name, p in self.masters.items()},
-            "optimizers": states_by_name(self.trainer.optimizers, self._parameters_by_name()),
+            "optimizers": states_by_name(self.all_optimizers, self._parameters_by_name()),
             "learned_scales": {n: s.detach() for n, s in self.switch.learned_scales.items()},
             "gradient_rule": self.switch.gradient.state(),
             "progress": asdict(self.progress),

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from qat.quantize.gradients import rule_kinds
-from qat.runs.fork import shared_updates
+from qat.runs.fork import Course
 from qat.runs.run_folder import METRICS, kept_steps, read_config, read_metrics
 from qat.settings.schema import from_yaml
 from qat.training.schedule import OBSERVED_STEPS
@@ -45,7 +45,7 @@ def fork_is_whole(train, arm: tuple[str, ...], step: int, common: tuple[str, ...
     assert kept_steps(RUNS / "trunk") == [2, step]
     whole = train(*common, *arm, "run_name=whole")
     assert whole.code == 0, whole.err
-    assert shared_updates(settings_of("trunk"), settings_of("whole")) == step
+    assert Course.of(settings_of("trunk")).shared(Course.of(settings_of("whole"))) == step
     forked = train(*common, *arm, "run_name=forked", "fork.run=trunk", f"fork.step={step}")
     assert forked.code == 0, forked.err
     assert same_run(RUNS / "whole", RUNS / "forked")

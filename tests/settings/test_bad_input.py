@@ -32,7 +32,7 @@ CASES: list[tuple[tuple[str, ...], str]] = [
     (("seeed=1",), "seeed=1: unknown setting; did you mean seed?"),
     (("model.dimm=3",), "model.dimm=3: unknown setting; did you mean model.dim?"),
     (("seed.more=1",), "seed.more=1: seed takes one value, it has no parts"),
-    (("model.more.x=1",), "model.more.x: not there yet; add it, +model.more.x="),
+    (("model.more.x=1",), "model.more.x: gpt has no such size; it has none"),
     (("+qat=int6",), "qat: it has a place already; give it once, without '+'"),
     (("+unknown=1",), "+unknown=1: unknown setting"),
     (("+qat.foo=1",), "+qat.foo=1: unknown setting"),

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 
 from qat.study.findings import Contrast, Ledger, Treatment, headline_of
+from qat.study.law import BestShare
 from qat.study.significance import Effect, verdict
 
 
@@ -49,3 +50,11 @@ def test_equal_steps_and_equal_bytes() -> None:
     )
     estimated = replace(ledger, is_measured=False)
     assert "at equal steps" not in headline_of([arm], [estimated])
+
+
+def test_the_best_share_beside_the_law() -> None:
+    best = BestShare(0.15, 0.1, 0.25, 0.0134, 4.7312)
+    assert headline_of([], [], {"int4": best}) == (
+        "Of the shares tried on int4 the best is 15 % (95 % 10 % to 25 %) of the run, and arXiv "
+        "2509.22935 predicts 1.34 % for 4.73 tokens per parameter byte."
+    )

@@ -109,5 +109,5 @@ def test_without_averaging_nothing_is_kept(train) -> None:
     assert train("run_name=r").code == 0
     state = load_checkpoint(RUNS / "r" / "checkpoint.ckpt")
     assert state is not None
-    assert state["averaging"]["weights"] == {"decay": None, "count": 0, "tensors": {}}
+    assert state["averaging"]["weights"] == {"count": 0, "tensors": {}}
     assert result_of(RUNS / "r")["val_bpb_last_float"] is None

@@ -21,8 +21,7 @@ def test_a_gradient_rule_forgets_the_priming_steps(plug_in) -> None:
     switch.refresh(masters, True)
     before = {name: tensor.clone() for name, tensor in switch.gradient.state().items()}
     assert set(before) == {"codes w", "flips w"}
-    trainer = SimpleNamespace(optimizers=[])
-    loop = SimpleNamespace(masters=masters, trainer=trainer, switch=switch)
+    loop = SimpleNamespace(masters=masters, all_optimizers=[], switch=switch)
     snapshot = _Snapshot(loop)  # type: ignore[arg-type]
     masters["w"].neg_()
     switch.refresh(masters, True)

@@ -1,0 +1,69 @@
+"""Which arm goes on from which: the updates that several share are made once.
+
+Runs are put into a tree: first the baseline, then, one after another, the run that shares most
+updates with one that is in it. What shares nothing is trained in one piece.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+from qat.runs.fork import APART, Course
+from qat.runs.result import differing
+from qat.settings.schema import TrainSettings
+
+
+class Fork(NamedTuple):
+    """Where a run leaves another."""
+
+    run: str
+    step: int
+
+
+class Forks(NamedTuple):
+    of: dict[str, Fork]  # those that have one
+    stage: dict[str, int]  # of every run: after those of earlier stages
+
+    def kept_by(self, run: str) -> list[int]:
+        """Steps at which others leave it."""
+        return sorted({fork.step for fork in self.of.values() if fork.run == run})
+
+
+def find_forks(
+    runs: Mapping[str, TrainSettings],
+    has_kept: Callable[[str, int], bool] = lambda run, step: True,
+) -> Forks:
+    """``runs``: name -> settings, baselines first. ``has_kept``: whether a run keeps, or kept, its
+    state after so many updates."""
+    found = Forks({}, {})
+    groups: dict[str, dict[str, Course]] = {}
+    for name, s in runs.items():
+        if s.budget_seconds is not None:
+            found.stage[name] = 0
+            continue
+        course = Course.of(s)
+        same = differing(course.conditions, {}, APART)
+        key = json.dumps({name: course.conditions[name] for name in same}, default=str)
+        groups.setdefault(key, {})[name] = course
+    for courses in groups.values():
+        _grow(courses, has_kept, found)
+    return found
+
+
+def _grow(courses: dict[str, Course], has_kept: Callable[[str, int], bool], found: Forks) -> None:
+    nearest: dict[str, Fork | None] = dict.fromkeys(courses)
+    left = list(courses)
+    while left:
+        name = max(left, key=lambda run: fork.step if (fork := nearest[run]) else 0)
+        left.remove(name)
+        fork = nearest[name]
+        found.stage[name] = 0
+        if fork is not None:
+            found.of[name] = fork
+            found.stage[name] = found.stage[fork.run] + 1
+        for other in left:
+            step, best = courses[name].shared(courses[other]), nearest[other]
+            if step > (best.step if best else 0) and has_kept(name, step):
+                nearest[other] = Fork(name, step)

@@ -1,0 +1,207 @@
+"""Which runs of a study share their first updates, and that sharing changes nothing."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from qat.errors import UserError
+from qat.quantize.grid import Grid
+from qat.runs.result import Result
+from qat.runs.run_folder import kept_steps, read_config
+from qat.settings.schema import AveragingSettings, QatSettings, TrainSettings, from_yaml
+from qat.study import prices
+from qat.study.forks import Fork, find_forks
+from qat.study.prices import Price, Prices, given, median_interval
+from tests.conftest import Done
+from tests.runs.test_fork import same_run
+
+RUNS = Path("logs/runs")
+
+
+@pytest.fixture(scope="module")
+def settings(finished: Path) -> TrainSettings:
+    """Of a run of 1,000 updates, its rate falling over the last 250."""
+    s = from_yaml(read_config(finished)[0], "resume")
+    schedule = replace(s.schedule, warmdown_steps=None, warmdown_fraction=0.25)
+    none = QatSettings(enabled=False)
+    return replace(s, max_steps=1000, schedule=schedule, qat=none, seed=1, fork=type(s.fork)())
+
+
+def qat(s: TrainSettings, bits: int, start: float, **more: object) -> TrainSettings:
+    q = QatSettings(enabled=True, start_fraction=start)
+    return replace(s, grid=Grid(bits=bits), qat=q, **more)  # type: ignore[arg-type]
+
+
+def test_arms_leave_the_run_that_they_share_most_with(settings: TrainSettings) -> None:
+    ema = AveragingSettings("ema", start_fraction=0.9)
+    forks = find_forks({
+        "none_s1": settings,
+        "int4_s1": qat(settings, 4, 0.5),
+        "int4_late_s1": qat(settings, 4, 0.85),
+        "int4_ema_s1": qat(settings, 4, 0.5, averaging=ema),
+        "ema_s1": replace(settings, averaging=ema),
+        "from_0_s1": qat(settings, 4, 0.0),
+        "none_s2": replace(settings, seed=2),
+        "int4_s2": qat(replace(settings, seed=2), 4, 0.5),
+        "slow_s1": replace(settings, optimizer=replace(settings.optimizer, matrix_lr=0.01)),
+        "clock_s1": replace(settings, budget_seconds=30.0),
+    })  # fmt: skip
+    assert forks.of == {
+        "int4_s1": Fork("none_s1", 500),
+        "int4_late_s1": Fork("none_s1", 850),
+        "int4_ema_s1": Fork("int4_s1", 899),  # the average takes the weights after update 900
+        "ema_s1": Fork("none_s1", 899),
+        "int4_s2": Fork("none_s2", 500),
+    }
+    assert forks.kept_by("none_s1") == [500, 850, 899]
+    stages = {name: stage for name, stage in forks.stage.items() if stage}
+    assert stages == {
+        "int4_s1": 1, "int4_late_s1": 1, "int4_ema_s1": 2, "ema_s1": 1, "int4_s2": 1,
+    }  # fmt: skip
+
+
+def test_another_warmdown_is_left_where_the_rate_falls(settings: TrainSettings) -> None:
+    long = replace(settings, schedule=replace(settings.schedule, warmdown_fraction=0.5))
+    longer = replace(settings, max_steps=2000)
+    forks = find_forks({"none_s1": settings, "long_s1": long, "longer_s1": longer})
+    assert forks.of == {"long_s1": Fork("none_s1", 501), "longer_s1": Fork("none_s1", 751)}
+
+
+def test_a_price_changes_nothing_before_the_switch(settings: TrainSettings) -> None:
+    dear = qat(settings, 4, 0.5)
+    dear = replace(dear, schedule=replace(dear.schedule, qat_update_price=1.25))
+    assert find_forks({"none_s1": settings, "int4_s1": dear}).of["int4_s1"].step == 500
+
+
+def test_nothing_goes_on_from_what_was_not_kept(settings: TrainSettings) -> None:
+    runs = {"none_s1": settings, "int4_s1": qat(settings, 4, 0.5)}
+    assert not find_forks(runs, lambda name, step: (name, step) != ("none_s1", 500)).of
+
+
+ASKED = ("-m", "experiment=bits", "arm=none,int6,int4", "seed=1,2", "sweep_name=s")
+
+
+@pytest.fixture
+def study(train: Callable[..., Done]) -> Callable[..., Done]:
+    return lambda *more: train(*ASKED, *more)
+
+
+def test_a_study_makes_shared_updates_once_and_the_bits_are_those_of_whole_runs(
+    train: Callable[..., Done], study: Callable[..., Done]
+) -> None:
+    done = study()
+    assert done.code == 0, done.err
+    rows = {name: Result.read(RUNS / "s" / name) for name in ("none_s1", "int6_s1", "int4_s2")}
+    forked = {name: (row.forked_from, row.forked_steps) for name, row in rows.items() if row}
+    assert forked == {
+        "none_s1": (None, None), "int6_s1": ("none_s1", 6), "int4_s2": ("none_s2", 6),
+    }  # fmt: skip
+    assert kept_steps(RUNS / "s" / "none_s1") == [6]
+    whole = ("experiment=bits", "arm=int4", "seed=2", "run_name=whole")
+    assert train(*whole).code == 0
+    assert same_run(RUNS / "whole", RUNS / "s" / "int4_s2")
+    before = (RUNS / "s" / "int4_s2" / "train.log").read_bytes()
+    assert study().code == 0  # again: nothing is run, nothing is refused
+    assert (RUNS / "s" / "int4_s2" / "train.log").read_bytes() == before
+
+
+def test_a_trunk_that_kept_nothing_costs_only_time(study: Callable[..., Done]) -> None:
+    assert study("seed=1", "arm=none").code == 0  # alone it has nobody to keep anything for
+    assert not kept_steps(RUNS / "s" / "none_s1")
+    done = study("seed=1", "arm=none,int4")
+    assert done.code == 0, done.err
+    row = Result.read(RUNS / "s" / "int4_s1")
+    assert row is not None
+    assert (row.status, row.forked_from) == ("finished", None)
+
+
+def test_a_priced_study_counts_what_updates_cost(study: Callable[..., Done]) -> None:
+    priced = ("study.clock=priced", "study.prices={int6: 1.5, int4: [1.0, 2.0]}", "seed=1")
+    done = study(*priced)
+    assert done.code == 0, done.err
+    steps = {}
+    for arm in ("none", "int6", "int4"):
+        row = Result.read(RUNS / "s" / f"{arm}_s1")
+        assert row is not None
+        steps[arm] = row.steps, row.qat_steps
+    # 12 updates, 6 of them before the switch: the other 6 buy 4 at 1.5, 3 at 2.
+    assert steps == {"none": (12, 0), "int6": (10, 4), "int4": (9, 3)}
+    done = study("study.clock=priced", "study.prices={int6: 1.4}", "seed=1")
+    assert done.code == 2
+    assert "sweep_name=s: int6_s1 was run there with schedule.qat_update_price = 1.5" in done.err
+
+
+def test_a_study_whose_prices_are_measured(
+    study: Callable[..., Done], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prices, "SECONDS_PER_ARM", 0.2)
+    asked = ("study.clock=priced", "seed=1", "arm=none,int4")
+    done = study(*asked, "max_steps=12")
+    assert done.code == 0, done.err
+    assert "an update of int4:" in done.err
+    file = RUNS / "s" / "bits.prices.json"
+    said = json.loads(file.read_text())
+    price = said["arms"]["int4"]
+    assert said["update_seconds"] > 0
+    assert price["low"] <= price["after"] <= price["high"]
+    assert (price["before"], said["arms"]["none"]["after"]) == (1.0, 1.0)
+    row = Result.read(RUNS / "s" / "int4_s1")
+    assert row is not None
+    assert row.settings["schedule"]["qat_update_price"] == price["after"]
+    assert study(*asked, "max_steps=12").code == 0  # with the prices that are there
+    file.write_text(json.dumps(said | {"hardware": "an abacus"}))
+    done = study(*asked, "max_steps=12")
+    assert done.code == 2
+    assert "bits.prices.json: updates were timed on another machine (an abacus)" in done.err
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        (("study.prices={int4: 2}",), "study.prices: only with study.clock=priced"),
+        (("study.clock=priced", "study.prices={int3: 2}"), "study.prices.int3: no such arm"),
+        (("study.clock=priced", "study.prices={int4: 0}"), "study.prices.int4 = 0: give a price"),
+        (("study.clock=priced", "study.prices={int4: [1]}"), "give a price, or [before, after]"),
+        (("study.clock=priced", "study.prices={int4: 2}", "budget_seconds=9", "max_steps=null"),
+         "budget_seconds = 9: study.prices say nothing of seconds"),
+        (("study.clock=priced", "arm=int4"), "prices are in updates of none; add that arm"),
+        (("study.clock=sundial",), "study.clock = sundial: choose from wall, priced"),
+        (("schedule.update_price=2",), "schedule.update_price: arm none has its price from"),
+        (("budget_seconds=9", "schedule.qat_update_price=2"), "a priced run has no clock"),
+    ],
+)  # fmt: skip
+def test_mistakes(asked: tuple[str, ...], said: str, study: Callable[..., Done]) -> None:
+    done = study(*asked)
+    assert done.code == 2
+    assert said in done.err
+    assert not (RUNS / "s").exists()
+
+
+def test_the_interval_of_a_median_holds_it() -> None:
+    values = [float(v) for v in range(101)]
+    middle, low, high = median_interval(values)
+    assert middle == 50.0
+    assert (low, high) == (40.0, 60.0)  # 50.5 -+ 1.96 * sqrt(101) / 2, rounded outwards
+
+
+def test_prices_come_back(tmp_path: Path, settings: TrainSettings) -> None:
+    made = given({"none": settings, "int4": settings}, {"int4": 1.25})
+    made.write(tmp_path / "p.json")
+    assert Prices.read(tmp_path / "p.json") == made
+    assert made.arms["int4"] == Price(1.0, 1.25)
+    (tmp_path / "p.json").write_text('{"arms": {"int4": {}}}')
+    with pytest.raises(UserError, match="not prices of this version"):
+        Prices.read(tmp_path / "p.json")
+
+
+@pytest.mark.slow
+def test_the_best_share_of_a_study_of_starts(train: Callable[..., Done]) -> None:
+    done = train("-m", "experiment=start", "arm=none,from_0,from_50,from_75", "seed=1,2",
+                 "sweep_name=s", "max_steps=12")  # fmt: skip
+    assert done.code == 0, done.err
+    assert "of the shares tried on int5 the best is" in done.out.replace("\n", " ")
