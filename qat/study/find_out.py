@@ -182,10 +182,14 @@ def _findings(files: StudyFiles, commands: list[str]) -> Findings:
     curves = [curve_of(arm, {run.folder: run.row for run in files.of(arm)})
               for arm in study.settings.arms and study.arms if files.of(arm)]  # fmt: skip
     results = [run.result for run in files.runs if run.result]
+    shares = _best_shares(files)
+    has_clock = study.settings.clock == "priced" or any(
+        result.settings["budget_seconds"] is not None for result in results
+    )
     return Findings(
         name=study.name,
         question=study.settings.question,
-        headline=headline_of(treatments, ledgers, shares := _best_shares(files)),
+        headline=headline_of(treatments, ledgers, shares, has_clock),
         best_shares=shares,
         baseline=study.settings.baseline,
         seeds=sorted({run.seed for run in files.runs if run.arm != NO_ARM}),

@@ -96,23 +96,38 @@ def headline_of(
     treatments: Sequence[Treatment],
     ledgers: Sequence[Ledger],
     best_shares: Mapping[str, BestShare] | None = None,
+    has_clock: bool = True,
 ) -> str:
-    """The verdict in a sentence: of QAT stored as the baseline is, as if it took no time, and
-    against as many bytes; then of what changed without QAT, and how long QAT should last. Numbers
-    of what is decided at 95 %."""
-    alike = [(t, _interval(t.alike)) for t in treatments if t.alike is not None]
+    """The verdict in words: of QAT stored as the baseline is, as if it took no time, and against as
+    many bytes; then of what changed without QAT, and how long QAT should last.
+
+    Decided is what 95 % of such intervals hold. ``has_clock``: training was ended by a clock, that
+    of the wall or a priced one, and not by a number of updates.
+    """
+    alike = [(t, _effect(t.alike)) for t in treatments if t.alike is not None]
+    seeds = [t.alike.verdict.num_seeds for t in treatments if t.alike is not None]
     measured = [(ledger.name, ledger.at_equal_steps) for ledger in ledgers if ledger.is_measured]
-    as_large = [(t.name, _interval(t.equal_bytes)) for t in treatments if t.equal_bytes is not None]
+    as_large = [(t.name, _effect(t.equal_bytes)) for t in treatments if t.equal_bytes is not None]
+    spent = "wallclock" if has_clock else "updates"
     clauses: list[tuple[str, Effects]] = [
-        ("at equal wallclock, stored alike, QAT", [(t.name, i) for t, i in alike if t.is_qat]),
-        ("at equal steps it", measured),
-        ("at equal bytes, against the solver's plan, it", as_large),
-        ("without QAT a change", [(t.name, i) for t, i in alike if not t.is_qat]),
+        (
+            f"at equal {spent} and stored in the same way, training with QAT is",
+            [(t.name, effect) for t, effect in alike if t.is_qat],
+        ),
+        ("at equal updates, as if QAT took no time, it is", measured if has_clock else []),
+        ("at equal bytes, beside the budget solver's plan of the baseline, it is", as_large),
+        ("without QAT a change is", [(t.name, effect) for t, effect in alike if not t.is_qat]),
     ]
     said = [f"{start} {_sorted_out(effects)}" for start, effects in clauses if effects]
+    if said and max(seeds, default=0) > 1:
+        said[-1] += f" ({_counted(min(seeds), max(seeds))})"
     said += [_best(grid, best) for grid, best in (best_shares or {}).items()]
     sentence = "; ".join(said) or "no arm has a baseline to compare with"
     return f"{sentence[0].upper()}{sentence[1:]}."
+
+
+def _counted(fewest: int, most: int) -> str:
+    return f"{most} seeds" if fewest == most else f"{fewest} to {most} seeds"
 
 
 def _best(grid: str, best: BestShare) -> str:
@@ -129,31 +144,33 @@ def _percent(share: float | None) -> str:
     return f"{100 * share:.3g} %"
 
 
-def _interval(comparison: Contrast) -> Effect:
+def _effect(comparison: Contrast) -> Effect:
     v = comparison.verdict
     return Effect(v.mean, v.low, v.high)
 
 
 def _sorted_out(effects: Effects) -> str:
-    """Which pay, which cost, which are not decided."""
-    pays: list[str] = []
-    costs: list[str] = []
+    """Which are better, which are worse, which are not decided."""
+    better: list[str] = []
+    worse: list[str] = []
     undecided: list[str] = []
     for name, effect in effects:
         if effect.low is None or effect.high is None:
-            undecided.append(f"{name} ({1000 * effect.mean:+.1f} mbpb, one seed)")
+            way = "worse" if effect.mean > 0.0 else "better"
+            undecided.append(f"{name} (one seed: {abs(effect.mean):.4f} bits per byte {way})")
         elif effect.low <= 0.0 <= effect.high:
             undecided.append(name)
         else:
-            of_its_kind = pays if effect.mean < 0.0 else costs
-            of_its_kind.append(f"{name} ({_in_mbpb(effect.mean, effect.low, effect.high)})")
-    kinds = [("pays for", pays), ("costs with", costs), ("is undecided for", undecided)]
-    return ", ".join(f"{verb} {_listed(names)}" for verb, names in kinds if names)
+            of_its_kind = better if effect.mean < 0.0 else worse
+            of_its_kind.append(f"{name} ({_by(effect.mean, effect.low, effect.high)})")
+    kinds = [("better with", better), ("worse with", worse), ("not decided for", undecided)]
+    return _listed([f"{words} {_listed(names)}" for words, names in kinds if names])
 
 
-def _in_mbpb(*bounds: float) -> str:
-    mean, low, high = (f"{1000 * bpb:+.1f}" for bpb in bounds)
-    return f"{mean} mbpb, 95 % {low} to {high}"
+def _by(mean: float, low: float, high: float) -> str:
+    """Of a difference that is decided."""
+    least, most = sorted((abs(low), abs(high)))
+    return f"by {abs(mean):.4f} bits per byte [{least:.4f}, {most:.4f}]"
 
 
 def _listed(names: Sequence[str]) -> str:

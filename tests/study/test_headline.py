@@ -25,13 +25,16 @@ PAYS, COSTS, OPEN = [-0.010, -0.011, -0.012], [0.010, 0.011, 0.012], [-0.01, 0.0
     ("treatments", "said"),
     [
         ([], "No arm has a baseline to compare with."),
-        ([treatment("a", PAYS)], "QAT pays for a (-11.0 mbpb, 95 % -13.5 to -8.5)."),
-        ([treatment("a", COSTS)], "QAT costs with a (+11.0 mbpb, 95 % +8.5 to +13.5)."),
-        ([treatment(n, OPEN) for n in "abc"], "QAT is undecided for a, b and c."),
-        ([treatment("a", [0.01])], "QAT is undecided for a (+10.0 mbpb, one seed)."),
-        ([treatment("a", PAYS, is_qat=False)], "Without QAT a change pays for a (-11.0 mbpb"),
-        ([treatment("a", OPEN), treatment("b", PAYS)], "QAT pays for b (-11.0 mbpb, 95 % -13.5 to "
-         "-8.5), is undecided for a."),
+        ([treatment("a", PAYS)], "training with QAT is better with a (by 0.0110 bits per byte "
+         "[0.0085, 0.0135]) (3 seeds)."),
+        ([treatment("a", COSTS)], "QAT is worse with a (by 0.0110 bits per byte [0.0085, 0.0135])"),
+        ([treatment(n, OPEN) for n in "abc"], "QAT is not decided for a, b and c (3 seeds)."),
+        ([treatment("a", [0.01])], "not decided for a (one seed: 0.0100 bits per byte worse)."),
+        ([treatment("a", PAYS, is_qat=False)], "Without QAT a change is better with a (by 0.0110"),
+        ([treatment("a", OPEN), treatment("b", PAYS)], "QAT is better with b (by 0.0110 bits per "
+         "byte [0.0085, 0.0135]) and not decided for a (3 seeds)."),
+        ([treatment("a", OPEN), treatment("b", [-0.01])], "not decided for a and b (one seed: "
+         "0.0100 bits per byte better) (1 to 3 seeds)."),
     ],
 )  # fmt: skip
 def test_stored_alike(treatments: list[Treatment], said: str) -> None:
@@ -44,12 +47,16 @@ def test_equal_steps_and_equal_bytes() -> None:
     zero, pays = Effect(0.0, -1.0, 1.0), Effect(-0.002, -0.003, -0.001)
     ledger = Ledger("a", True, zero, zero, zero, zero, pays, "measured")
     assert headline_of([arm], [ledger]) == (
-        "At equal wallclock, stored alike, QAT is undecided for a; at equal steps it pays for a "
-        "(-2.0 mbpb, 95 % -3.0 to -1.0); at equal bytes, against the solver's plan, it costs with "
-        "a (+11.0 mbpb, 95 % +8.5 to +13.5)."
+        "At equal wallclock and stored in the same way, training with QAT is not decided for a; at "
+        "equal updates, as if QAT took no time, it is better with a (by 0.0020 bits per byte "
+        "[0.0010, 0.0030]); at equal bytes, beside the budget solver's plan of the baseline, it is "
+        "worse with a (by 0.0110 bits per byte [0.0085, 0.0135]) (3 seeds)."
     )
+    counted = headline_of([arm], [ledger], has_clock=False)
+    assert counted.startswith("At equal updates and stored in the same way")
+    assert "as if QAT took no time" not in counted
     estimated = replace(ledger, is_measured=False)
-    assert "at equal steps" not in headline_of([arm], [estimated])
+    assert "at equal updates" not in headline_of([arm], [estimated])
 
 
 def test_the_best_share_beside_the_law() -> None:

@@ -169,7 +169,7 @@ def test_a_planted_effect_is_found_with_its_size(gptq: tuple[Path, Done], tmp_pa
     assert int6.alike.verdict.mean == pytest.approx(-0.02, abs=1e-12)
     assert int6.alike.verdict.p_value is not None
     assert int6.alike.verdict.p_value < 0.001
-    assert "QAT pays for int6 (-20.0 mbpb" in found(folder).headline
+    assert "QAT is better with int6 (by 0.0200 bits per byte" in found(folder).headline
 
 
 def test_every_started_seed_is_named(gptq: tuple[Path, Done], tmp_path: Path) -> None:
