@@ -160,8 +160,9 @@ def _starts(folder: Path, jobs: Sequence[tuple[str, TrainSettings]], baseline: s
 
     def has_kept(name: str, step: int) -> bool:
         """Or will."""
-        is_there = Result.read(folder / name) is not None
-        return not is_there or kept_checkpoint(folder / name, step).is_file()
+        row = Result.read(folder / name)
+        is_over = row is not None and row.status != "failed"
+        return not is_over or kept_checkpoint(folder / name, step).is_file()
 
     forks = find_forks({name: runs[name] for name in first}, has_kept)
     starts = []
@@ -192,7 +193,7 @@ def _check_prices_are_asked(s: TrainSettings, arm: str) -> None:
 
 
 def studies_in(folder: Path) -> list[Study]:
-    """Those that sweeps left there; else that of runs put there one by one (launch/study.py).
+    """Those that sweeps left there; else that of runs put there one by one.
 
     UserError if there is none.
     """

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
 import json
 import os
 import shutil
@@ -19,8 +18,7 @@ import pytest
 from omegaconf import OmegaConf
 from rich.console import Console
 
-from qat.errors import UserError
-from qat.runs.result import Result
+from hydra_plugins import qat_node_launcher
 from qat.settings import checks
 from qat.settings.arguments import groups
 from qat.settings.arms import with_arms
@@ -298,14 +296,14 @@ def test_a_damaged_study_is_one_line(
     assert "gptq.study.json: not a study" in done.err
 
 
+NODE = ("-m", "hydra/launcher=node", "hydra.launcher.ranks=2", "experiment=pair", "arm=none,int6",
+        "sweep_name=pair", "max_steps=4")  # fmt: skip
+
+
 @pytest.mark.slow
-def test_a_study_on_all_ranks_of_a_node(
-    tiny: list[str], tmp_path: Path, program: Callable[..., Done]
-) -> None:
-    """launch/study.py: runs of torchrun in their places, which the report takes for a study; given
-    again, only a run that failed is tried again."""
-    command = [sys.executable, str(ROOT / "launch" / "study.py"), "2", "experiment=pair",
-               "arm=none,int6", "seed=1", *tiny, "max_steps=4"]  # fmt: skip
+def test_a_study_on_all_ranks_of_a_node(tiny: list[str], tmp_path: Path) -> None:
+    """Each run by torchrun; given again, only a run that failed is tried again."""
+    command = [sys.executable, str(ROOT / "train.py"), *tiny, *NODE, "seed=1"]
     environment = os.environ | first_on_path(ROOT) | {"OMP_NUM_THREADS": "1"}
 
     def launch(*more: str) -> subprocess.CompletedProcess[str]:
@@ -318,51 +316,46 @@ def test_a_study_on_all_ranks_of_a_node(
     assert "none_s1: exit code" in done.stderr
     done = launch()
     assert done.returncode == 0, done.stderr
-    assert "int6 (" in done.stdout
     folder = tmp_path / RUNS / "pair"
     assert (folder / "pair" / "REPORT.md").is_file()
     rows = {path: path.read_bytes() for path in folder.glob("*/result.json")}
     assert sorted(path.parent.name for path in rows) == ["int6_s1", "none_s1"]
     assert all("2 ranks" in json.loads(row)["hardware"] for row in rows.values())
+    assert result_of(folder / "int6_s1")["forked_from"] == "none_s1"
     change(folder / "int6_s1", status="failed")
     assert launch().returncode == 0
     assert (folder / "none_s1" / "result.json").read_bytes() == rows[folder / "none_s1/result.json"]
     assert result_of(folder / "int6_s1")["status"] == "finished"
-    assert program("eval.py", "task=report", "study=logs").code == 2
 
 
-def test_what_a_study_on_a_node_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Scored runs are left alone, others begun or gone on with, seed by seed; then the report."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(ROOT / "launch")
-    launcher = importlib.import_module("study")
-    asked: list[list[str]] = []
+def test_what_a_study_on_a_node_runs(
+    train: Callable[..., Done], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Scored runs are left alone, others begun or gone on with; its exit code is the highest."""
+    assert train(*NODE[:1], *NODE[3:], "seed=1", "arm=none").code == 0  # with the usual launcher
+    folder, asked = RUNS / "pair", []
+    shutil.copytree(folder / "none_s1", folder / "none_s2")
+    change(folder / "none_s2", status="failed", seed=2)
+    config = folder / "none_s2" / "config.yaml"
+    config.write_text(config.read_text().replace("seed: 1\n", "seed: 2\n"))
 
     def run(command: list[str], check: bool) -> subprocess.CompletedProcess[str]:
         asked.append(command)
-        return subprocess.CompletedProcess(command, 3 if str(ROOT / "train.py") in command else 0)
+        return subprocess.CompletedProcess(command, 3)
 
-    monkeypatch.setattr(launcher.subprocess, "run", run)
-    for name, status in (("none_s1", "finished"), ("none_s2", "failed")):
-        row = Result(name, status, 0, None, "none", 1, "", "none", "int8", "", "", None, 1)
-        (RUNS / "pair" / name).mkdir(parents=True)
-        row.write(RUNS / "pair" / name)
-    (RUNS / "pair" / "int6_s2").mkdir()
-    assert launcher.main(["8", "experiment=pair", "seed=1,2", "max_steps=9"]) == 3
-    begun, *resumed, report = asked
-    assert begun[3:] == [
-        "--standalone", "--nproc_per_node=8", str(ROOT / "train.py"), "experiment=pair", "arm=int6",
-        "seed=1", f"runs_dir={RUNS}/pair", "run_name=int6_s1", "max_steps=9",
-    ]  # fmt: skip
-    assert [command[6:] for command in resumed] == [
-        [f"resume={RUNS}/pair/none_s2"], [f"resume={RUNS}/pair/int6_s2"]
-    ]  # fmt: skip
-    assert report[1:] == [str(ROOT / "eval.py"), "task=report", f"study={RUNS}/pair"]
-    (RUNS / "pair" / "none_s1" / "result.json").write_text("{")
-    for mistake in ([], ["x", "experiment=pair"], ["8"], ["8", "experiment=nope"], ["8", "pair"],
-                    ["8", "experiment=pair", "seed=a"], ["8", "experiment=pair"]):  # fmt: skip
-        with pytest.raises(UserError):
-            launcher.main(mistake)
+    monkeypatch.setattr(qat_node_launcher.subprocess, "run", run)
+    done = train(*NODE, "seed=1,2")
+    assert done.code == 3
+    assert "none_s2: exit code 3" in done.err
+    whole, resumed, forked = asked  # none_s1 kept nothing; what goes on from none_s2 comes last
+    start = ["--standalone", "--nproc_per_node=2", str(ROOT / "train.py")]
+    assert resumed[3:] == [*start, f"resume={folder}/none_s2"]
+    for command, seed in ((whole, 1), (forked, 2)):
+        assert command[3:6] == start
+        assert command[-2:] == [f"runs_dir={folder}", f"run_name=int6_s{seed}"]
+        assert {f"seed={seed}", "arm=int6", "experiment=pair"} <= set(command)
+    assert "fork.run=none_s2" in forked
+    assert not any(word.startswith("fork.") for word in whole)
 
 
 @pytest.mark.slow

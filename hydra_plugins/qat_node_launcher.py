@@ -1,0 +1,61 @@
+"""A Hydra launcher whose runs take all ranks of this machine, one after another, by torchrun."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra._internal.core_plugins.basic_launcher import BasicLauncher
+
+from qat.runs.result import Result
+from qat.settings.command_line import Jobs
+from qat.study.study import run_name
+
+TRAIN = Path(__file__).resolve().parents[1] / "train.py"
+
+
+class NodeLauncher(BasicLauncher):
+    """``ranks``: of each run. What a study makes of a run that has its row is done here."""
+
+    def __init__(self, ranks: int) -> None:
+        super().__init__()
+        self.ranks = ranks
+
+    def setup(self, *, task_function: Any, **others: Any) -> None:
+        self.jobs: Jobs = task_function
+        super().setup(task_function=task_function, **others)
+
+    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> list[Any]:
+        assert self.config is not None
+        folder = Path(self.config.hydra.sweep.dir)
+        returned: list[Any] = []
+        for number, overrides in enumerate(job_overrides, initial_job_idx):
+            name = _name(overrides)
+            row = Result.read(folder / name) if name else None
+            if row is None or row.status == "failed":
+                code = subprocess.run(self.command(folder, name, overrides), check=False).returncode
+                row = Result.read(folder / name) if name else None
+                self.jobs.exit_codes.append(code)
+                if code:
+                    print(f"{name or ' '.join(overrides)}: exit code {code}", file=sys.stderr)
+            if row is not None and row.status != "failed":
+                returned += super().launch([overrides], number)
+        return returned
+
+    def command(self, folder: Path, name: str | None, overrides: Sequence[str]) -> list[str]:
+        """That trains one run in the sweep's ``folder``, or goes on with it."""
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        start = [*torchrun, f"--nproc_per_node={self.ranks}", str(TRAIN)]
+        if name is not None and (folder / name / "config.yaml").is_file():
+            return [*start, f"resume={folder / name}"]
+        named = [f"run_name={name}"] if name is not None else []
+        return [*start, *overrides, f"runs_dir={folder}", *named]
+
+
+def _name(overrides: Sequence[str]) -> str | None:
+    """Of a study's run; others take a name of their own."""
+    typed = dict(override.partition("=")[::2] for override in overrides)
+    return run_name(typed["arm"], int(typed["seed"])) if "arm" in typed else None
