@@ -19,6 +19,24 @@ from qat.settings.command_line import Jobs
 RAY_KEEPS_TO_ITSELF = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_USAGE_STATS_ENABLED": "0"}
 
 
+ONE_AFTER_ANOTHER = ("basic", "node")  # launchers that start a job when the one before has ended
+
+
+def batches_of(after: Sequence[int | None], in_turn: bool) -> list[list[int]]:
+    """Numbers of jobs in batches that follow one another: ``after`` says which job each has to wait
+    for. In turn one batch will do: its jobs in their order, but for those that have to wait."""
+    batches: list[list[int]] = []
+    done: set[int | None] = {None}
+    while len(done) <= len(after):
+        batch: list[int] = []
+        for number, first in enumerate(after):
+            if number not in done and (first in done or (in_turn and first in batch)):
+                batch.append(number)
+        batches.append(batch)
+        done |= set(batch)
+    return [[number for batch in batches for number in batch]] if in_turn else batches
+
+
 class CheckedSweeper(BasicSweeper):
     def setup(self, *, task_function: Any, **others: Any) -> None:
         self.task_function: Jobs = task_function
@@ -50,12 +68,9 @@ class CheckedSweeper(BasicSweeper):
         )
         configs = [loader.load_sweep_config(config, list(job)) for job in jobs]
         sweep, starts = self.task_function.begin_sweep(folder, configs)
-        for stage in sorted({start.stage for start in starts}):
-            of_stage = [
-                [*job, *start.overrides]
-                for job, start in zip(jobs, starts, strict=True)
-                if start.stage == stage
-            ]
-            self.batches += self.split_overrides_to_chunks(of_stage, self.max_batch_size)
+        in_turn = launcher in ONE_AFTER_ANOTHER
+        for numbers in batches_of([start.after for start in starts], in_turn):
+            started = [[*jobs[number], *starts[number].overrides] for number in numbers]
+            self.batches += self.split_overrides_to_chunks(started, self.max_batch_size)
         super().sweep(arguments)
         self.task_function.end_sweep(sweep)

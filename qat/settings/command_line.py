@@ -70,7 +70,7 @@ class Sweep:
 class Start:
     """How a job of a sweep is started, beside what was typed."""
 
-    stage: int = 0  # when the jobs of all earlier stages have ended
+    after: int | None = None  # the number of the job that has to end first
     overrides: list[str] = field(default_factory=list)
 
 

@@ -22,26 +22,21 @@ class Fork(NamedTuple):
     step: int
 
 
-class Forks(NamedTuple):
-    of: dict[str, Fork]  # those that have one
-    stage: dict[str, int]  # of every run: after those of earlier stages
-
-    def kept_by(self, run: str) -> list[int]:
-        """Steps at which others leave it."""
-        return sorted({fork.step for fork in self.of.values() if fork.run == run})
+def kept_by(run: str, forks: Mapping[str, Fork]) -> list[int]:
+    """Steps at which others leave it."""
+    return sorted({fork.step for fork in forks.values() if fork.run == run})
 
 
 def find_forks(
     runs: Mapping[str, TrainSettings],
     has_kept: Callable[[str, int], bool] = lambda run, step: True,
-) -> Forks:
+) -> dict[str, Fork]:
     """``runs``: name -> settings, baselines first. ``has_kept``: whether a run keeps, or kept, its
-    state after so many updates."""
-    found = Forks({}, {})
+    state after so many updates. Those that have a fork, by name."""
+    found: dict[str, Fork] = {}
     groups: dict[str, dict[str, Course]] = {}
     for name, s in runs.items():
         if s.budget_seconds is not None:
-            found.stage[name] = 0
             continue
         course = Course.of(s)
         same = differing(course.conditions, {}, APART)
@@ -52,17 +47,16 @@ def find_forks(
     return found
 
 
-def _grow(courses: dict[str, Course], has_kept: Callable[[str, int], bool], found: Forks) -> None:
+def _grow(
+    courses: dict[str, Course], has_kept: Callable[[str, int], bool], found: dict[str, Fork]
+) -> None:
     nearest: dict[str, Fork | None] = dict.fromkeys(courses)
     left = list(courses)
     while left:
         name = max(left, key=lambda run: fork.step if (fork := nearest[run]) else 0)
         left.remove(name)
-        fork = nearest[name]
-        found.stage[name] = 0
-        if fork is not None:
-            found.of[name] = fork
-            found.stage[name] = found.stage[fork.run] + 1
+        if (fork := nearest[name]) is not None:
+            found[name] = fork
         for other in left:
             step, best = courses[name].shared(courses[other]), nearest[other]
             if step > (best.step if best else 0) and has_kept(name, step):

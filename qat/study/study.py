@@ -41,7 +41,7 @@ from qat.settings.schema import (
     TrainSettings,
     from_yaml,
 )
-from qat.study.forks import find_forks
+from qat.study.forks import find_forks, kept_by
 from qat.study.prices import Prices, given, measure
 from qat.text.source import absolute_paths
 
@@ -172,14 +172,15 @@ def _starts(folder: Path, jobs: Sequence[tuple[str, TrainSettings]], baseline: s
             overrides = ["budget_seconds=null", f"max_steps={s.max_steps}"]
             for key in ("update_price", "qat_update_price"):
                 overrides.append(f"schedule.{key}={getattr(s.schedule, key)!r}")
-        if (fork := forks.of.get(name)) is not None:
+        if (fork := forks.get(name)) is not None:
             overrides += [f"fork.run={fork.run}", f"fork.step={fork.step}"]
-        if kept := forks.kept_by(name):
+        if kept := kept_by(name, forks):
             overrides.append(f"fork.keep_steps={kept}".replace(" ", ""))
-        starts.append(Start(forks.stage[name], overrides))
-    if forks.of:
-        shared = sum(fork.step for fork in forks.of.values())
-        log.info("%d of %d runs go on from others: %d updates shared", len(forks.of), len(runs),
+        after = None if fork is None else list(runs).index(fork.run)
+        starts.append(Start(after, overrides))
+    if forks:
+        shared = sum(fork.step for fork in forks.values())
+        log.info("%d of %d runs go on from others: %d updates shared", len(forks), len(runs),
                  shared)  # fmt: skip
     return starts
 

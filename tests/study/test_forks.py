@@ -8,15 +8,19 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
+from hydra_plugins.qat_sweeper import batches_of
 from qat.errors import UserError
 from qat.quantize.grid import Grid
 from qat.runs.result import Result
 from qat.runs.run_folder import kept_steps, read_config
 from qat.settings.schema import AveragingSettings, QatSettings, TrainSettings, from_yaml
 from qat.study import prices
-from qat.study.forks import Fork, find_forks
+from qat.study.find_out import find_out
+from qat.study.forks import Fork, find_forks, kept_by
 from qat.study.prices import Price, Prices, given, median_interval
+from qat.study.study import Study
 from tests.conftest import Done
 from tests.runs.test_fork import same_run
 
@@ -51,36 +55,38 @@ def test_arms_leave_the_run_that_they_share_most_with(settings: TrainSettings) -
         "slow_s1": replace(settings, optimizer=replace(settings.optimizer, matrix_lr=0.01)),
         "clock_s1": replace(settings, budget_seconds=30.0),
     })  # fmt: skip
-    assert forks.of == {
+    assert forks == {
         "int4_s1": Fork("none_s1", 500),
         "int4_late_s1": Fork("none_s1", 850),
         "int4_ema_s1": Fork("int4_s1", 899),  # the average takes the weights after update 900
         "ema_s1": Fork("none_s1", 899),
         "int4_s2": Fork("none_s2", 500),
     }
-    assert forks.kept_by("none_s1") == [500, 850, 899]
-    stages = {name: stage for name, stage in forks.stage.items() if stage}
-    assert stages == {
-        "int4_s1": 1, "int4_late_s1": 1, "int4_ema_s1": 2, "ema_s1": 1, "int4_s2": 1,
-    }  # fmt: skip
+    assert kept_by("none_s1", forks) == [500, 850, 899]
+
+
+def test_trunks_run_before_what_goes_on_from_them() -> None:
+    after = [None, 0, 3, None, 2]  # jobs 0 to 4; the last waits for one that waits
+    assert batches_of(after, in_turn=False) == [[0, 3], [1, 2], [4]]
+    assert batches_of(after, in_turn=True) == [[0, 1, 3, 2, 4]]
 
 
 def test_another_warmdown_is_left_where_the_rate_falls(settings: TrainSettings) -> None:
     long = replace(settings, schedule=replace(settings.schedule, warmdown_fraction=0.5))
     longer = replace(settings, max_steps=2000)
     forks = find_forks({"none_s1": settings, "long_s1": long, "longer_s1": longer})
-    assert forks.of == {"long_s1": Fork("none_s1", 501), "longer_s1": Fork("none_s1", 751)}
+    assert forks == {"long_s1": Fork("none_s1", 501), "longer_s1": Fork("none_s1", 751)}
 
 
 def test_a_price_changes_nothing_before_the_switch(settings: TrainSettings) -> None:
     dear = qat(settings, 4, 0.5)
     dear = replace(dear, schedule=replace(dear.schedule, qat_update_price=1.25))
-    assert find_forks({"none_s1": settings, "int4_s1": dear}).of["int4_s1"].step == 500
+    assert find_forks({"none_s1": settings, "int4_s1": dear})["int4_s1"].step == 500
 
 
 def test_nothing_goes_on_from_what_was_not_kept(settings: TrainSettings) -> None:
     runs = {"none_s1": settings, "int4_s1": qat(settings, 4, 0.5)}
-    assert not find_forks(runs, lambda name, step: (name, step) != ("none_s1", 500)).of
+    assert not find_forks(runs, lambda name, step: (name, step) != ("none_s1", 500))
 
 
 ASKED = ("-m", "experiment=bits", "arm=none,int6,int4", "seed=1,2", "sweep_name=s")
@@ -205,3 +211,25 @@ def test_the_best_share_of_a_study_of_starts(train: Callable[..., Done]) -> None
                  "sweep_name=s", "max_steps=12")  # fmt: skip
     assert done.code == 0, done.err
     assert "of the shares tried on int5 the best is" in done.out.replace("\n", " ")
+
+
+@pytest.mark.slow
+def test_a_priced_clock_agrees_with_that_of_the_wall(train: Callable[..., Done]) -> None:
+    """The same arms under two clocks: what they say of QAT overlaps."""
+    asked = ("-m", "experiment=pair", "arm=none,int4", "seed=1,2,3", "budget_seconds=2",
+             "max_steps=null", "schedule.warmdown_steps=10")  # fmt: skip
+    verdicts = {}
+    for clock in ("wall", "priced"):
+        done = train(*asked, f"sweep_name={clock}", f"study.clock={clock}")
+        assert done.code == 0, done.err
+        folder = RUNS / clock
+        findings = find_out(folder, Study.read(folder / "pair.study.json"), Console(quiet=True))
+        (int4,) = (t for t in findings.treatments if t.name == "int4")
+        assert int4.alike is not None
+        verdicts[clock] = int4.alike.verdict
+    wall, priced = verdicts["wall"], verdicts["priced"]
+    assert wall.low is not None
+    assert priced.low is not None
+    assert max(wall.low, priced.low) <= min(wall.high or 0.0, priced.high or 0.0)
+    rows = [Result.read(RUNS / "priced" / f"{arm}_s1") for arm in ("none", "int4")]
+    assert all(row is not None and row.settings["budget_seconds"] is None for row in rows)

@@ -231,7 +231,11 @@ def test_arms_of_another_commit_are_pairs_with_a_note(
     assert [*int6.notes] == [1]
     assert int6.notes[1].startswith("trained by commit 012345678, none_s1 by ")
     notes = {row["run_name"]: row["note"] for row in findings.rows}
-    assert notes == {"none_s1": "", "none_s2": "", "int6_s1": int6.notes[1], "int6_s2": ""}
+    shared = [f"first 4 updates made by none_s{seed}" for seed in (1, 2)]
+    assert notes == {
+        "none_s1": "", "none_s2": "", "int6_s1": f"{shared[0]}; {int6.notes[1]}",
+        "int6_s2": shared[1],
+    }  # fmt: skip
 
 
 def test_other_settings_in_the_same_folder_are_refused(
