@@ -40,9 +40,9 @@ def resolve(settings: TrainSettings, choices) -> TrainSettings:
 
 
 def run(s: TrainSettings, job: Job) -> int:
-    """One run to its row, or an arm of a study with all that belongs to it; the exit code."""
-    if job.sweep_dir is not None and job.choices.get("arm"):
-        return import_module(STUDY_RUNS).run_arm(s, job, run_one)
+    """One run to its row, or one of a sweep with all that belongs to it; the exit code."""
+    if job.sweep_dir is not None:
+        return import_module(STUDY_RUNS).run_in_sweep(s, job, run_one)
     if s.resume is not None:
         from qat.runs.resume import is_finished, saved_job
 
@@ -63,6 +63,8 @@ def run_one(s: TrainSettings, job: Job) -> int:
         log.error("error: %s", error)
         return training_run.fail(str(error), error.exit_code)
     except PreemptedError as stopped:
+        if job.sweep_dir is not None or training_run.folder is None:
+            raise  # ends a sweep too
         name = Path(sys.argv[0]).name
         log.warning("%s; go on with: python %s resume=%s", stopped, name, training_run.folder)
         return stopped.exit_code
@@ -95,7 +97,7 @@ def train(s: TrainSettings, training_run) -> int:
     from qat.training.checkpoint import Checkpoints, load_checkpoint, save_checkpoint
     from qat.training.fit import (
         Forecast,
-        StopAtSigterm,
+        StopAtSignal,
         build_loop,
         build_trainer,
         fit,
@@ -141,7 +143,7 @@ def train(s: TrainSettings, training_run) -> int:
         [
             Forecast(plan, None if s.artifact.fill or s.qat.to_bytes else budget),
             ProgressBar(training_run.console, tokenizer.tokens_per_byte(val_stream)),
-            StopAtSigterm(),
+            StopAtSignal(),
         ],
     )
 
@@ -192,8 +194,7 @@ def train(s: TrainSettings, training_run) -> int:
 
 
 def before_sweep(sweep: Sweep) -> None:
-    if sweep.study is not None:
-        import_module(STUDY_RUNS).begin(sweep)
+    import_module(STUDY_RUNS).begin(sweep)
 
 
 def after_sweep(sweep: Sweep) -> int:

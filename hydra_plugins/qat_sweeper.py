@@ -3,7 +3,9 @@ need. Hydra looks for plugins in packages of this name alone."""
 
 from __future__ import annotations
 
+import gc
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from shutil import which
@@ -17,6 +19,23 @@ from qat.settings.command_line import Jobs
 
 # It listens on loopback alone, and sends its makers no report of its use.
 RAY_KEEPS_TO_ITSELF = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_USAGE_STATS_ENABLED": "0"}
+
+
+def _stop_launched() -> None:
+    """Jobs of submitit outlive the command that launched them. Its launcher keeps no list of them,
+    so they are looked for; here they are asked to save and stop, on a cluster they are cancelled."""
+    submitit = sys.modules.get("submitit")
+    if submitit is None:
+        return
+    jobs = [thing for thing in gc.get_objects() if issubclass(type(thing), submitit.Job)]
+    here = {job._process for job in jobs if getattr(job, "_process", None) is not None}
+    for process in here:
+        process.terminate()
+    for process in here:
+        process.wait()
+    for job in jobs:
+        if not here:
+            job.cancel(check=False)
 
 
 class CheckedSweeper(BasicSweeper):
@@ -45,5 +64,9 @@ class CheckedSweeper(BasicSweeper):
         )
         configs = [loader.load_sweep_config(config, list(job)) for job in jobs]
         sweep = self.task_function.begin_sweep(folder, configs)
-        super().sweep(arguments)
+        try:
+            super().sweep(arguments)
+        except BaseException:
+            _stop_launched()
+            raise
         self.task_function.end_sweep(sweep)

@@ -94,9 +94,11 @@ BOOKKEEPING = (
 )  # fmt: skip
 
 
-def conditions(settings: dict[str, Any]) -> dict[str, Any]:
+def conditions(
+    settings: dict[str, Any], bookkeeping: Iterable[str] = BOOKKEEPING
+) -> dict[str, Any]:
     """Settings by dotted name, without bookkeeping."""
-    return _flat({key: value for key, value in settings.items() if key not in BOOKKEEPING})
+    return _flat({key: value for key, value in settings.items() if key not in bookkeeping})
 
 
 def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:

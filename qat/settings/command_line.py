@@ -27,7 +27,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from qat.errors import TrainingError, UserError
+from qat.errors import PreemptedError, TrainingError, UserError
 from qat.settings import machine, options
 from qat.settings.arguments import (
     SCHEMAS,
@@ -40,6 +40,7 @@ from qat.settings.arguments import (
 )
 from qat.settings.arms import ARM, with_arms
 from qat.settings.schema import as_settings
+from qat.settings.signals import when_asked_to_stop
 
 SWEEPER = "hydra_plugins.qat_sweeper.CheckedSweeper"
 INTERRUPTED = 130  # as shells say it
@@ -64,6 +65,12 @@ class Sweep:
     jobs: list[tuple[Any, Mapping[str, str | None]]]  # settings and choices of each
     command: str  # as typed
 
+    @property
+    def command_to_go_on(self) -> str:
+        """The same, with the name that was made of the time."""
+        is_named = self.study is not None or re.search(r"\bsweep_name=", self.command)
+        return self.command if is_named else f"{self.command} sweep_name={self.folder.name}"
+
 
 @dataclass(frozen=True)
 class Program:
@@ -81,10 +88,14 @@ def main(program: Program) -> int:
     machine.keep_freed_memory()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # hand exceptions to us instead of exiting with 1
     try:
-        exit_code = _main(program)
+        with when_asked_to_stop():
+            exit_code = _main(program)
         if exit_code:
             _let_rank_0_speak()
         return exit_code
+    except PreemptedError as stopped:
+        say_error(str(stopped))
+        return stopped.exit_code
     except KeyboardInterrupt:
         say_error("interrupted")
         return INTERRUPTED
@@ -138,7 +149,12 @@ def _main(program: Program) -> int:
         settings = with_arms(settings, groups(name), is_sweep)
     sys.argv[1:] = [*settings, *flags]
     jobs = Jobs(program, folders, shlex.join(["python", f"{name}.py", *typed]))
-    hydra.main(version_base="1.3", config_path=str(options.CONF), config_name=name)(jobs)()
+    try:
+        hydra.main(version_base="1.3", config_path=str(options.CONF), config_name=name)(jobs)()
+    except (PreemptedError, KeyboardInterrupt):
+        if jobs.sweep is not None:
+            print(f"go on with: {jobs.sweep.command_to_go_on}", file=sys.stderr)
+        raise
     return max(jobs.exit_codes, default=0)
 
 
@@ -150,6 +166,8 @@ class Jobs:
     users_folders: list[Path]
     command: str  # as typed
     exit_codes: list[int] = field(default_factory=list)  # of this process
+    sweep: Sweep | None = None
+    process: int = field(default_factory=os.getpid)  # where the command was typed
 
     def __call__(self, config: DictConfig) -> None:
         options.look_also_in(self.users_folders)
@@ -161,8 +179,13 @@ class Jobs:
         )
         # Nothing but an interrupt may leave: Hydra would add lines of its own.
         try:
-            settings = self.program.resolve(as_settings(config), job.choices)
-            self.exit_codes.append(self.program.run(settings, job))
+            with when_asked_to_stop():  # a launcher has other ideas
+                settings = self.program.resolve(as_settings(config), job.choices)
+                self.exit_codes.append(self.program.run(settings, job))
+        except PreemptedError as stopped:
+            if os.getpid() == self.process:
+                raise
+            self.exit_codes.append(stopped.exit_code)  # of a launcher's job; its sweep may go on
         except (UserError, TrainingError) as error:
             say_error(str(error))
             self.exit_codes.append(error.exit_code)
@@ -181,10 +204,8 @@ class Jobs:
             )
         jobs: list[tuple[Any, Mapping[str, str | None]]] = []
         for config in configs:
-            choices, taken = _choices(config.hydra), Path(config.hydra.sweep.dir)
+            choices = _choices(config.hydra)
             study = choices["experiment"] if choices.get(ARM) else None
-            if study is None and taken.exists():
-                raise UserError(f"sweep_name={taken.name}: {taken} is there already; give another")
             del config.hydra
             jobs.append((self.program.resolve(as_settings(config), choices), choices))
         names = [getattr(settings, "run_name", None) for settings, _ in jobs]
@@ -192,7 +213,7 @@ class Jobs:
             raise UserError(
                 f"run_name={min(shared)}: {len(jobs)} jobs would share it; leave it out"
             )
-        sweep = Sweep(folder, study, jobs, self.command)
+        self.sweep = sweep = Sweep(folder, study, jobs, self.command)
         if self.program.before_sweep is not None:
             self.program.before_sweep(sweep)
         return sweep

@@ -5,11 +5,11 @@ from __future__ import annotations
 import logging
 import os
 import resource
-import signal
 import sys
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +27,7 @@ from qat.qat_model import QatModel
 from qat.quantize.plan import Plan
 from qat.settings.checks import micro_batches
 from qat.settings.schema import TrainSettings
+from qat.settings.signals import stop_now, when_asked_to_stop
 from qat.text.batches import BatchShape, TrainingBatches
 from qat.text.shards import TokenStream
 from qat.training.build import build_schedule, spec_of
@@ -145,26 +146,32 @@ def build_trainer(loggers: list[Logger], callbacks: list[Callback]) -> Trainer:
     )
 
 
-class StopAtSigterm(Callback):
-    """SIGTERM (a preempted job) lets the step end; then all ranks stop, with a checkpoint."""
+class StopAtSignal(Callback):
+    """Asked to stop (a preempted job), the step ends; then all ranks stop, with a checkpoint.
+
+    While priming there is nothing to save.
+    """
+
+    def __init__(self) -> None:
+        self._heard = ExitStack()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, TrainingLoop)
-        clock = pl_module.clock
 
         def request_stop(signum: int, frame: object) -> None:
-            clock.stop_requested = True
+            pl_module.clock.stop_requested = signum
+            if pl_module.is_priming:
+                stop_now(signum)
 
-        self._before = signal.signal(signal.SIGTERM, request_stop)
+        self._heard.enter_context(when_asked_to_stop(request_stop))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        signal.signal(signal.SIGTERM, self._before)
+        self._heard.close()
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
-        if hasattr(self, "_before"):
-            signal.signal(signal.SIGTERM, self._before)
+        self._heard.close()
 
 
 def build_loop(
@@ -212,7 +219,7 @@ def fit(
 ) -> Outcome:
     """Train the loop's model in place, from ``state`` if there is one, and say what happened.
 
-    TrainingError if a loss is not finite or the disk is full; PreemptedError after SIGTERM.
+    TrainingError if a loss is not finite or the disk is full; PreemptedError after a signal.
     """
     if state is not None:
         loop.load_state(state)
