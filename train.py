@@ -60,10 +60,13 @@ def run_one(s: TrainSettings, job: Job) -> int:
     try:
         return train(s, training_run)
     except (UserError, TrainingError) as error:
+        if not training_run.speaks:
+            raise  # it is said if rank 0 does not say the same
         log.error("error: %s", error)
         return training_run.fail(str(error), error.exit_code)
     except PreemptedError as stopped:
         if job.sweep_dir is not None or training_run.folder is None:
+            log.warning("%s", stopped)
             raise  # ends a sweep too
         name = Path(sys.argv[0]).name
         log.warning("%s; go on with: python %s resume=%s", stopped, name, training_run.folder)
@@ -72,6 +75,8 @@ def run_one(s: TrainSettings, job: Job) -> int:
         training_run.fail("interrupted", INTERRUPTED)
         raise KeyboardInterrupt from None  # ends a sweep too
     except Exception as error:
+        if not training_run.speaks:
+            raise
         log.exception("the run failed")
         return training_run.fail(f"{type(error).__name__}: {error}", 1)
     finally:

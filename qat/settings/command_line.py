@@ -45,6 +45,7 @@ from qat.settings.signals import when_asked_to_stop
 SWEEPER = "hydra_plugins.qat_sweeper.CheckedSweeper"
 INTERRUPTED = 130  # as shells say it
 SECONDS_TO_SPEAK = 10.0  # rank 0 may be slower; it is hardly ever more than one
+_unsaid: list[str] = []  # errors of a rank that is not 0
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,13 @@ def main(program: Program) -> int:
     machine.keep_freed_memory()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # hand exceptions to us instead of exiting with 1
     try:
+        machine.check_ranks()
+    except UserError as error:  # who is rank 0 is not known
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    if waited_for := machine.ranks_without_torchrun():
+        print(waited_for, file=sys.stderr)
+    try:
         with when_asked_to_stop():
             exit_code = _main(program)
         if exit_code:
@@ -113,14 +121,20 @@ def main(program: Program) -> int:
 
 
 def _let_rank_0_speak() -> None:
-    """torchrun ends all ranks when the first one fails, and a mistake fails all of them at once."""
+    """torchrun ends all ranks when the first one fails, and a mistake fails all of them at once.
+    A rank that is not ended by then has met something that rank 0 did not."""
     if machine.rank() != 0:
         time.sleep(SECONDS_TO_SPEAK)
+        for line in _unsaid:
+            print(f"error: rank {machine.rank()}: {line}", file=sys.stderr)
+        _unsaid.clear()
 
 
 def say_error(line: str) -> None:
     if machine.rank() == 0:
         print(f"error: {line}", file=sys.stderr)
+    else:
+        _unsaid.append(line)
 
 
 def register(users_folders: list[Path]) -> None:
@@ -190,7 +204,10 @@ class Jobs:
             say_error(str(error))
             self.exit_codes.append(error.exit_code)
         except Exception:
-            traceback.print_exc()
+            if machine.rank() == 0:
+                traceback.print_exc()
+            else:
+                say_error(traceback.format_exc())
             self.exit_codes.append(1)
 
     def begin_sweep(self, folder: Path, configs: list[DictConfig]) -> Sweep:

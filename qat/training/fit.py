@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import resource
 import sys
 import time
@@ -25,6 +24,7 @@ from qat.budget.price_control import File, PriceControl, Tensors
 from qat.errors import TrainingError
 from qat.qat_model import QatModel
 from qat.quantize.plan import Plan
+from qat.settings import machine
 from qat.settings.checks import micro_batches
 from qat.settings.schema import TrainSettings
 from qat.settings.signals import stop_now, when_asked_to_stop
@@ -126,15 +126,14 @@ def build_trainer(loggers: list[Logger], callbacks: list[Callback]) -> Trainer:
         warnings.filterwarnings("ignore", message=message)
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    under_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
-    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    local_ranks, world_size = machine.local_world_size(), machine.world_size()
+    environment = TorchElasticEnvironment if machine.is_launched() else LightningEnvironment
     return Trainer(
         accelerator="cuda" if torch.cuda.is_available() else "cpu",
         devices=local_ranks,
         num_nodes=world_size // local_ranks,
         strategy="ddp" if world_size > 1 else "auto",
-        plugins=[TorchElasticEnvironment() if under_torchrun else LightningEnvironment()],
+        plugins=[environment()],
         precision="32-true",  # autocast is ours, around the model only
         max_epochs=1,
         logger=loggers,
