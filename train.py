@@ -14,7 +14,7 @@ import sys
 from importlib import import_module
 from pathlib import Path
 
-from qat.errors import PreemptedError, TrainingError, UserError
+from qat.errors import PreemptedError, TrainingError, UserError, of_system
 from qat.settings import checks, machine
 from qat.settings.command_line import INTERRUPTED, Job, Program, Sweep, main
 from qat.settings.schema import TrainSettings
@@ -74,6 +74,11 @@ def run_one(s: TrainSettings, job: Job) -> int:
     except (KeyboardInterrupt, SystemExit):  # Lightning turns the first into the second
         training_run.fail("interrupted", INTERRUPTED)
         raise KeyboardInterrupt from None  # ends a sweep too
+    except OSError as error:  # the disk is full, or a folder is not ours
+        if not training_run.speaks:
+            raise
+        log.error("error: %s", of_system(error))
+        return training_run.fail(of_system(error), UserError.exit_code)
     except Exception as error:
         if not training_run.speaks:
             raise
@@ -142,6 +147,8 @@ def train(s: TrainSettings, training_run) -> int:
 
     # Training, until the clock says stop.
     state = load_checkpoint(training_run.checkpoint) if s.resume is not None else None
+    if s.resume is not None and state is None:
+        log.warning("no checkpoint to go on from: the run begins again with its first step")
     first_step = state["progress"]["step"] if state is not None else 0
     trainer = build_trainer(
         training_run.loggers(first_step),
@@ -208,7 +215,7 @@ def after_sweep(sweep: Sweep) -> int:
     if sweep.study is not None:
         rows = task.report_sweep(sweep)
     else:
-        rows = task.report(task.folders_in(sweep.folder), sweep.folder)
+        rows = task.report(task.run_folders(sweep.folder), sweep.folder)
     rows = [row for row in rows if not row["exported"]]
     return max([row.get("exit_code", 1) for row in rows] + [int(len(sweep.jobs) > len(rows))])
 

@@ -3,6 +3,12 @@
 from signal import Signals
 
 
+def of_system(error: OSError) -> str:
+    """What the disk or the system did not do, in a line: the file, if it was named, and why."""
+    name = f"{error.filename}: " if error.filename else ""
+    return f"{name}{error.strerror or error}"
+
+
 class UserError(Exception):
     """A setting, file or machine the user can mend: one line naming it as typed, exit code 2."""
 

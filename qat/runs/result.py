@@ -83,7 +83,10 @@ class Result:
         except FileNotFoundError:
             return None
         except (OSError, ValueError, TypeError) as error:
-            raise UserError(f"{folder / FILE}: not a result of this version ({error})") from None
+            raise UserError(
+                f"{folder / FILE}: damaged, or of another version ({error}); without the file, "
+                f"resume={folder} writes it anew"
+            ) from None
 
 
 # What tells a QAT run from its baseline. Float weights have no learned scales.

@@ -135,11 +135,14 @@ class TrainingRun:
             self.folder = Path(s.resume)
             self._lock = run_folder.lock(self.folder)
         else:
-            self.folder = run_folder.claim(parent, s.run_name, default)
-            self._lock = run_folder.lock(self.folder)
             asked, choices = self.job.overrides, self.job.choices
             yaml = as_yaml(replace(s, data=absolute_paths(s.data)))
-            run_folder.describe(self.folder, yaml, asked, choices, machine.world_size())
+
+            def describe(folder: Path) -> None:
+                run_folder.describe(folder, yaml, asked, choices, machine.world_size())
+
+            self.folder = run_folder.claim(parent, s.run_name, default, describe)
+            self._lock = run_folder.lock(self.folder)
         self.row.run_name = self.folder.name
         self._handlers.append(run_folder.open_log(self.folder))
 

@@ -27,7 +27,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from qat.errors import PreemptedError, TrainingError, UserError
+from qat.errors import PreemptedError, TrainingError, UserError, of_system
 from qat.settings import machine, options
 from qat.settings.arguments import (
     SCHEMAS,
@@ -115,7 +115,7 @@ def main(program: Program) -> int:
     except (HydraException, OmegaConfBaseException) as error:
         say_error(explain(error))
     except OSError as error:  # Hydra makes the sweep's folder
-        say_error(f"runs_dir: cannot write {error.filename} ({error.strerror})")
+        say_error(f"runs_dir: cannot write {error.filename or 'there'} ({error.strerror})")
     _let_rank_0_speak()
     return UserError.exit_code
 
@@ -203,6 +203,11 @@ class Jobs:
         except (UserError, TrainingError) as error:
             say_error(str(error))
             self.exit_codes.append(error.exit_code)
+        except BrokenPipeError:
+            raise
+        except OSError as error:  # the disk is full, or a file or folder is not ours
+            say_error(of_system(error))
+            self.exit_codes.append(UserError.exit_code)
         except Exception:
             if machine.rank() == 0:
                 traceback.print_exc()

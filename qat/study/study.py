@@ -22,7 +22,7 @@ from qat.budget.budget import Budget
 from qat.errors import TrainingError, UserError
 from qat.golf.bundle import count_code_bytes
 from qat.runs.result import Result, conditions, differing
-from qat.runs.run_folder import CHOICES, CONFIG, LOCK, read_config, write_atomically
+from qat.runs.run_folder import CHOICES, CONFIG, LOCK, read_config, run_folders, write_atomically
 from qat.runs.store_again import export_again, storage_of
 from qat.settings.options import read_study
 from qat.settings.schema import QatSettings, StoreSettings, StudySettings, TrainSettings, from_yaml
@@ -92,9 +92,9 @@ def _asked(s: TrainSettings) -> dict[str, Any]:
 
 def _runs_in(folder: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
     """The runs of a sweep and their settings, as ``_asked`` names them."""
-    for path in sorted(folder.glob(f"*/{CONFIG}")):
-        saved = from_yaml(read_config(path.parent, "sweep_name")[0], str(path.parent))
-        yield path.parent, conditions(asdict(saved), bookkeeping=())
+    for run in run_folders(folder):
+        saved = from_yaml(read_config(run, "sweep_name")[0], str(run))
+        yield run, conditions(asdict(saved), bookkeeping=())
 
 
 def _check_plain(sweep: Sweep) -> None:
@@ -103,7 +103,7 @@ def _check_plain(sweep: Sweep) -> None:
     if folder.exists() and not (folder / MULTIRUN).is_file():
         raise UserError(f"sweep_name={folder.name}: {folder} is there already; give another")
     asked = [_asked(settings) for settings, _ in sweep.jobs]
-    for run, there in _runs_in(folder):
+    for run, there in _runs_in(folder) if folder.exists() else ():
         unlike = min((differing(there, of_job) for of_job in asked), key=len)
         if unlike:
             raise UserError(
@@ -120,8 +120,8 @@ def studies_in(folder: Path) -> list[Study]:
     if files := sorted(folder.glob(f"*{SUFFIX}")):
         return [Study.read(file) for file in files]
     arms: dict[str, dict[str, None]] = {}
-    for path in sorted(folder.glob(f"*/{CONFIG}")):
-        choices = read_config(path.parent, "study")[1]
+    for run in run_folders(folder):
+        choices = read_config(run, "study")[1]
         experiment, arm = choices.get("experiment"), choices.get("arm")
         if experiment and arm:
             arms.setdefault(experiment, {})[arm] = None
