@@ -31,9 +31,10 @@ def resolve(settings: TrainSettings, choices) -> TrainSettings:
 
         settings, choices = saved_settings(settings)
     settings = checks.resolve_train(settings, choices)
-    from qat.training.build import check_coder, check_gradient, plan_of, spec_of
+    from qat.golf.bundle import count_code_bytes
+    from qat.training.build import check_artifact, check_gradient, plan_of, spec_of
 
-    check_coder(settings)
+    check_artifact(settings, count_code_bytes())
     plan = plan_of(spec_of(settings.model), settings.grid, settings.plan)
     check_gradient(plan, settings.qat)
     return settings
@@ -91,11 +92,12 @@ def run_one(s: TrainSettings, job: Job) -> int:
 def train(s: TrainSettings, training_run) -> int:
     import torch
 
+    from qat.artifact.coder import check_coder
     from qat.artifact.container import ARTIFACT, pack
     from qat.budget.budget import Budget
     from qat.budget.fill import PLOT, TrainedModel
     from qat.evaluation.open_model import artifact_meta
-    from qat.evaluation.score import Scorer
+    from qat.evaluation.score import Score, Scorer
     from qat.golf.bundle import count_code_bytes
     from qat.runs.storing import CalibrationText, Storage
     from qat.text.batches import BatchShape
@@ -134,7 +136,9 @@ def train(s: TrainSettings, training_run) -> int:
     scorer = Scorer(
         spec, val_stream, tokenizer.byte_table, s.seq_len, s.eval, device, training_run.console
     )
-    training_run.start(source, tokenizer, train_stream, val_stream)
+    check_coder(s.artifact.coder)
+    scored_tokens = scorer.windows.num_targets
+    training_run.start(source, tokenizer, train_stream, val_stream, scored_tokens)
 
     # How the weights will be stored.
     budget = Budget(s.limit_bytes, count_code_bytes())
@@ -153,7 +157,9 @@ def train(s: TrainSettings, training_run) -> int:
     trainer = build_trainer(
         training_run.loggers(first_step),
         [
-            Forecast(plan, None if s.artifact.fill or s.qat.to_bytes else budget),
+            Forecast(
+                plan, None if s.artifact.fill or s.qat.to_bytes else budget, 2 * scored_tokens
+            ),
             ProgressBar(training_run.console, tokenizer.tokens_per_byte(val_stream)),
             StopAtSignal(),
         ],
@@ -191,17 +197,21 @@ def train(s: TrainSettings, training_run) -> int:
     done = trainer.strategy.broadcast(done)
     assert done is not None
     exported, snapped = done
-    scores = {
-        "float": scorer.score(weights, "float weights"),
-        "snapped": scorer.score(snapped, "snapped weights"),
-    }
-    read_back = placed(exported.artifact.weights)
-    is_snapped = all(torch.equal(w, snapped[name].to(device)) for name, w in read_back.items())
-    # The same weights have the same score.
-    scores["artifact"] = scores["snapped"] if is_snapped else scorer.score(read_back, "artifact")
+    snapped, read_back = placed(snapped), placed(exported.artifact.weights)
+    to_score = {"float": weights, "snapped": snapped, "artifact": read_back}
     if averaging.weights.count:
-        scores["last_float"] = scorer.score(last, "last float weights")
-        scores["last_snapped"] = scorer.score(plan.snap(last, last_scales), "last snapped weights")
+        to_score |= {"last_float": last, "last_snapped": plan.snap(last, last_scales)}
+
+    def same(one: str, other: str) -> bool:
+        weights, others = to_score[one], to_score[other]
+        is_same = all(torch.equal(w, others[name]) for name, w in weights.items())
+        return trainer.strategy.broadcast(is_same)
+
+    scores: dict[str, Score] = {}
+    for name, tensors in to_score.items():  # the same weights have the same score
+        equal = next((known for known in scores if same(name, known)), None)
+        scores[name] = scores[equal] if equal else scorer.score(tensors, f"{name} weights")
+    is_snapped = same("artifact", "snapped")
     return training_run.finish(outcome, proof, len(train_stream), exported, scores, is_snapped)
 
 

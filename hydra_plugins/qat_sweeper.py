@@ -22,8 +22,8 @@ RAY_KEEPS_TO_ITSELF = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_USAGE_STAT
 
 
 def _stop_launched() -> None:
-    """Jobs of submitit outlive the command that launched them. Its launcher keeps no list of them,
-    so they are looked for; here they are asked to save and stop, on a cluster they are cancelled."""
+    """submitit's jobs outlive the command that launched them, and its launcher keeps no list:
+    they are looked for. Here they are asked to save and stop, on a cluster they are cancelled."""
     submitit = sys.modules.get("submitit")
     if submitit is None:
         return

@@ -48,6 +48,8 @@ class Result:
     val_bpb_snapped: float | None = None  # the plan applied to the masters in memory
     val_bpb_artifact: float | None = None  # weights read back from the file
     artifact_is_snapped: bool | None = None  # bit for bit; then both have one score, made once
+    val_tokens: int | None = None  # that were scored (eval.max_tokens) ...
+    val_tokens_there: int | None = None  # ... of so many
     val_bpb_last_float: float | None = None  # with averaging: the last masters instead
     val_bpb_last_snapped: float | None = None  # ... and what a file of them would score
     quant_gap_bpb: float | None = None  # artifact - float
@@ -151,6 +153,9 @@ def row_of(result: Result) -> dict[str, Any]:
     notes = [] if result.status == "finished" else [result.status.upper()]
     notes += ["QAT NEVER STARTED"] if result.qat_never_started else []
     notes += [result.error] if result.error else []
+    scored, there = result.val_tokens, result.val_tokens_there
+    if scored is not None and there is not None and scored < there:
+        notes.append(f"scored on {scored:,} of {there:,} tokens")
     row["note"] = "; ".join(notes)
     return row
 

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TypeVar
 
 from qat.errors import UserError
 from qat.model.spec import architectures
@@ -27,7 +28,9 @@ from qat.settings.schema import (
     require,
 )
 
+CPU_EVAL_TOKENS = 1_048_576
 MAX_VOCAB_SIZE = 65_536  # token ids are stored as uint16
+Eval = TypeVar("Eval", bound=EvalSettings)
 TEXT_SOURCES = ("web_bible", "text", "hub")
 
 
@@ -66,6 +69,7 @@ def resolve_train(settings: TrainSettings, choices: Mapping[str, str | None]) ->
         precision=machine.faster_precision() if s.precision == "auto" else s.precision,
         compile=str(is_compiled).lower(),
         qat=_resolve_start(s),
+        eval=_resolve_max_tokens(s.eval),
     )
 
 
@@ -105,6 +109,12 @@ def _check_vocab_size(vocab_size: int) -> None:
         vocab_size,
         f"give 2 to {MAX_VOCAB_SIZE}; shards store tokens in 16 bits",
     )
+
+
+def _resolve_max_tokens(e: Eval) -> Eval:
+    if e.max_tokens != "auto":
+        return e
+    return replace(e, max_tokens=None if machine.has_cuda() else CPU_EVAL_TOKENS)
 
 
 def check_eval(e: EvalSettings, trained_seq_len: int | None = None) -> None:
@@ -270,7 +280,7 @@ def resolve_eval(settings: EvalTaskSettings, choices: Mapping[str, str | None]) 
     _check_data(s.data, (*TEXT_SOURCES, "from_artifact"))
     _check_vocab_size(s.model.vocab_size)
     _check_golf_file(s)
-    return s
+    return replace(s, eval=_resolve_max_tokens(s.eval))
 
 
 def _check_golf_file(s: EvalTaskSettings) -> None:

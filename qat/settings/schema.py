@@ -30,6 +30,10 @@ BELOW_1: Check = (lambda value: 0 <= value < 1, "give 0 or more, below 1")
 FRACTION: Check = (lambda value: 0 <= value <= 1, "give a fraction between 0 and 1")
 SHARE: Check = (lambda value: 0 < value < 1, "give a fraction between 0 and 1")
 SEED: Check = (lambda value: 0 <= value < 2**63, "give 0 to 2^63 - 1")
+AUTO_OR_COUNT: Check = (
+    lambda value: value == "auto" or (type(value) is int and value >= 1),
+    "give 1 or more, null for all of them, or auto",
+)
 TAG: Check = (
     lambda tag: 1 <= len(tag) <= MAX_TAG_LENGTH,
     f"give tags of 1 to {MAX_TAG_LENGTH} characters",
@@ -179,6 +183,9 @@ class EvalSettings:
     seq_len: int | None = checked(None, AT_LEAST_1)  # of a window; null = as trained
     stride: int | None = checked(None, AT_LEAST_1)  # null = windows do not overlap
     by_document: bool = False  # no window reaches from one document into the next
+    # of validation text, in windows spread over all of it; null = all; auto: all on a GPU, on a CPU
+    # the million that it scores in about a minute
+    max_tokens: int | str | None = checked("auto", AUTO_OR_COUNT)
 
 
 @dataclass

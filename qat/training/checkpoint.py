@@ -86,7 +86,7 @@ def load_checkpoint(path: Path) -> dict[str, Any] | None:
         reason = " ".join(str(error).split())[:160]
         log.warning("%s is damaged (%s)", path, reason)
         return None
-    if not isinstance(state, dict) or not MARKS <= state.keys():
+    if not isinstance(state, dict) or not state.keys() >= MARKS:
         raise UserError(
             f"{path}: a torch file, but no checkpoint of this program; put the run's own there, or "
             "remove it to begin anew"

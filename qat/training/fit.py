@@ -31,12 +31,13 @@ from qat.settings.signals import stop_now, when_asked_to_stop
 from qat.text.batches import BatchShape, TrainingBatches
 from qat.text.shards import TokenStream
 from qat.training.build import build_schedule, spec_of
-from qat.training.loop import Pace, TrainingLoop, UpdateHook, compiled_loss
+from qat.training.loop import Batch, Pace, TrainingLoop, UpdateHook, compiled_loss
 from qat.training.schedule import Schedule
 
 log = logging.getLogger("qat")
 
 # Advice that does not apply here: batches are slices of a memory map, the folder is ours.
+SAID_SECONDS = 10.0  # of scoring; less is not worth a line
 LIGHTNING_NOISE = (
     ".*does not have many workers.*",
     ".*Experiment logs directory .* exists and is not empty.*",
@@ -67,10 +68,13 @@ def peak_memory_bytes() -> int:
 
 
 class Forecast(Callback):
-    """As soon as the step time is known: will QAT start, will the file fit?"""
+    """As soon as the step time is known: will QAT start, will the file fit, how long is scoring?
 
-    def __init__(self, plan: Plan, budget: Budget | None) -> None:
-        self.plan, self.budget = plan, budget
+    ``scored_tokens``: in all scores that will be made.
+    """
+
+    def __init__(self, plan: Plan, budget: Budget | None, scored_tokens: int) -> None:
+        self.plan, self.budget, self.scored_tokens = plan, budget, scored_tokens
         self.said = False
 
     def on_train_batch_end(
@@ -78,7 +82,7 @@ class Forecast(Callback):
         trainer: Trainer,
         pl_module: LightningModule,
         outputs: object,
-        batch: object,
+        batch: Batch,
         batch_idx: int,
     ) -> None:
         assert isinstance(pl_module, TrainingLoop)
@@ -89,6 +93,12 @@ class Forecast(Callback):
             return
         self.said = True
         forecast(pl_module.schedule, pl_module.step_seconds, self.plan, self.budget)
+        batch_tokens = batch[0].numel() * pl_module.pace.micro_batches * trainer.world_size
+        # A forward pass is a third of an update.
+        seconds = pl_module.step_seconds / 3 * self.scored_tokens / batch_tokens
+        if seconds > SAID_SECONDS:
+            told = "scoring afterwards: about %.0f s (%s tokens; fewer: eval.max_tokens)"
+            log.info(told, seconds, f"{self.scored_tokens:,}")
 
 
 def forecast(schedule: Schedule, step_seconds: float, plan: Plan, budget: Budget | None) -> None:
