@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from qat.analysis.full import ARTIFACT, FLOAT, Subject, evaluate
+from qat.analysis.full import ARTIFACT, FLOAT, Subject, evaluate, pairs_of
 from qat.analysis.full_report import draw, full_table
 from qat.errors import UserError
 from qat.evaluation.open_model import artifact_path, open_model, open_scorer, open_validation
@@ -34,9 +34,11 @@ def run(s: EvalTaskSettings, budget: Budget) -> int:
     if out.exists() and not out.is_dir():
         raise UserError(f"out={out}: a file; give the folder to write")
     with joined_ranks() as device:
+        subject = _subject(path, s, device)
+        pairs = pairs_of(s.eval) if "pairs" in s.eval.parts else []
         if rank_and_ranks()[0] == 0:
             check_writable(out, f"out={out}")  # before minutes are spent
-        metrics = evaluate(_subject(path, s, device), s.eval, s.seed)
+        metrics = evaluate(subject, pairs, s.eval, s.seed)
         if rank_and_ranks()[0] != 0:
             return 0
     metrics = {"file": path.name, "device": str(device)} | metrics
