@@ -105,9 +105,14 @@ def read_config(folder: Path, typed: str = "resume") -> tuple[str, dict[str, str
     folder is not a run's."""
     try:
         choices = json.loads((folder / CHOICES).read_text(encoding="utf-8"))
+        if not isinstance(choices, dict) or "qat" not in choices:
+            raise ValueError(f"{CHOICES} names no choices")
         return (folder / CONFIG).read_text(encoding="utf-8"), choices
     except (OSError, ValueError) as error:
-        raise UserError(f"{typed}={folder}: not the folder of a run ({error})") from None
+        raise UserError(
+            f"{typed}={folder}: not the folder of a run, or damaged ({error}); put its "
+            f"{CONFIG} and {CHOICES} back, or start it anew"
+        ) from None
 
 
 def read_overrides(folder: Path) -> list[str]:
@@ -118,13 +123,15 @@ def read_overrides(folder: Path) -> list[str]:
             raise ValueError(f"{OVERRIDES} is no list")
         return overrides
     except (OSError, ValueError, yaml.YAMLError) as error:
-        raise UserError(f"run={folder}: not the folder of a run ({error})") from None
+        reason = " ".join(str(error).split())
+        raise UserError(f"run={folder}: not the folder of a run ({reason})") from None
 
 
 def read_metrics(path: Path) -> list[dict[str, str]]:
-    """The rows of a run's ``metrics.csv``, one per update."""
+    """The rows of a run's ``metrics.csv``, one per update, but for one that a kill or a full disk
+    cut off."""
     with open(path, newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
+        return [row for row in csv.DictReader(file) if None not in row.values()]
 
 
 def describe(

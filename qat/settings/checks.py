@@ -7,6 +7,7 @@ run is what ran.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import replace
 from importlib.util import find_spec
@@ -58,6 +59,7 @@ def resolve_train(settings: TrainSettings, choices: Mapping[str, str | None]) ->
     _check_model(s.model)
     _check_batches(s)
     _check_data(s.data, TEXT_SOURCES)
+    _check_runs_dir(s.runs_dir)
     _check_implied_choices(s.qat, choices)
     _check_to_bytes(s)
     missing = machine.no_compiler() if s.compile == "true" or machine.has_cuda() else None
@@ -183,6 +185,14 @@ def _check_data(d: DataSettings, sources: tuple[str, ...]) -> None:
     shards = [name for name in ("train_files", "val_files", "tokenizer") if getattr(d, name)]
     if d.files and shards:
         raise UserError(f"data.files and data.{shards[0]} name two sources; give one of them")
+
+
+def _check_runs_dir(runs_dir: str) -> None:
+    """Before minutes are spent on the text; the folder itself is made when there is a run."""
+    folder = Path(runs_dir).absolute()
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    if there.is_dir() and not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(f"runs_dir={runs_dir}: cannot write there ({there} is not ours to write)")
 
 
 def _check_implied_choices(q: QatSettings, choices: Mapping[str, str | None]) -> None:

@@ -340,13 +340,16 @@ def as_settings(node: DictConfig | ListConfig, path: str = "") -> Any:
 
 
 def from_yaml(text: str, typed: str) -> TrainSettings:
-    """The inverse of ``as_yaml``. UserError naming ``typed`` if it was saved by another version."""
+    """The inverse of ``as_yaml``. UserError naming ``typed`` if it was saved by another version, or
+    is damaged."""
     try:
         saved = OmegaConf.merge(OmegaConf.structured(TrainSettings), OmegaConf.create(text))
         settings = as_settings(saved)
-    except (OmegaConfBaseException, YAMLError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{typed}: saved by another version ({reason})") from None
+    except (OmegaConfBaseException, YAMLError, AssertionError) as error:  # the last: no mapping
+        reason = (str(error) or "no settings").splitlines()[0]
+        raise UserError(
+            f"{typed}: saved by another version, or damaged ({reason}); start the run anew"
+        ) from None
     assert isinstance(settings, TrainSettings)
     return settings
 

@@ -20,6 +20,7 @@ from qat.quantize.plan import build_plan
 from qat.runs import run_folder
 from qat.runs.result import Result
 from qat.runs.storing import export
+from qat.runs.training_run import COLUMNS, MetricsFile
 from qat.text.shards import ShardWriter
 from qat.text.source import from_cache, from_text
 from qat.training.checkpoint import load_checkpoint
@@ -156,3 +157,48 @@ def test_a_row_that_was_cut_off_says_how_to_write_it_again(kept: int, tmp_path: 
     write_whole(tmp_path / "result.json", b'{"run_name": "r", "status": "finished", "x": 1}'[:kept])
     with pytest.raises(UserError, match=r"without the file, resume=\S+ writes it anew"):
         Result.read(tmp_path)
+
+
+DAMAGE = {
+    "empty": lambda whole: b"",
+    "cut off": lambda whole: whole[: len(whole) // 2],
+    "binary": lambda whole: b"\xff\xfe\x00",
+    "a list": lambda whole: b"[1, 2]",
+    "a number": lambda whole: b"3",
+    "null": lambda whole: b"null",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+@pytest.mark.parametrize("name", [run_folder.CONFIG, run_folder.CHOICES])
+def test_settings_that_are_damaged_are_one_line_with_a_remedy(
+    name: str, damage: str, finished: Path, tmp_path: Path, program
+) -> None:
+    folder = tmp_path / "torn"
+    folder.mkdir()
+    for kept in (run_folder.CONFIG, run_folder.CHOICES):
+        (folder / kept).write_bytes((finished / kept).read_bytes())
+    (folder / name).write_bytes(DAMAGE[damage]((folder / name).read_bytes()))
+    done = program("train.py", "resume=torn")
+    assert (done.code, len(done.err.splitlines())) == (2, 1), done.err
+    assert "damaged" in done.err
+    assert "start" in done.err
+    assert "anew" in done.err
+
+
+def test_a_row_of_metrics_that_was_cut_off_is_dropped(tmp_path: Path) -> None:
+    """By a kill in the middle of a line; its first digit may be that of an earlier step."""
+    path = tmp_path / "metrics.csv"
+    path.write_text(",".join(COLUMNS) + "\n1,3.0,0.1,1.0,0\n2,2.9,0.2,1.0,0\n1")
+    MetricsFile(path, first_step=2)
+    assert path.read_text().splitlines()[1:] == ["1,3.0,0.1,1.0,0", "2,2.9,0.2,1.0,0"]
+
+
+def test_a_folder_that_nobody_may_write_is_refused_before_the_text_is_read(
+    train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a disk that is mounted to be read; the superuser may write all others."""
+    monkeypatch.setattr("os.access", lambda path, mode: Path(path) != tmp_path)
+    done = train(f"runs_dir={tmp_path}/new/runs", "data.files=[no.txt]")
+    assert (done.code, len(done.err.splitlines())) == (2, 1), done.err
+    assert f"/new/runs: cannot write there ({tmp_path} is not ours to write)" in done.err
