@@ -14,7 +14,7 @@ import sys
 from importlib import import_module
 from pathlib import Path
 
-from qat.errors import PreemptedError, TrainingError, UserError
+from qat.errors import PreemptedError, TrainingError, UserError, of_system
 from qat.settings import checks, machine
 from qat.settings.command_line import INTERRUPTED, Job, Program, Start, Sweep, main
 from qat.settings.schema import TrainSettings
@@ -31,18 +31,19 @@ def resolve(settings: TrainSettings, choices) -> TrainSettings:
 
         settings, choices = saved_settings(settings)
     settings = checks.resolve_train(settings, choices)
-    from qat.training.build import check_coder, check_gradient, plan_of, spec_of
+    from qat.golf.bundle import count_code_bytes
+    from qat.training.build import check_artifact, check_gradient, plan_of, spec_of
 
-    check_coder(settings)
+    check_artifact(settings, count_code_bytes())
     plan = plan_of(spec_of(settings.model), settings.grid, settings.plan)
     check_gradient(plan, settings.qat)
     return settings
 
 
 def run(s: TrainSettings, job: Job) -> int:
-    """One run to its row, or an arm of a study with all that belongs to it; the exit code."""
-    if job.sweep_dir is not None and job.choices.get("arm"):
-        return import_module(STUDY_RUNS).run_arm(s, job, run_one)
+    """One run to its row, or one of a sweep with all that belongs to it; the exit code."""
+    if job.sweep_dir is not None:
+        return import_module(STUDY_RUNS).run_in_sweep(s, job, run_one)
     if s.resume is not None:
         from qat.runs.resume import is_finished, saved_job
 
@@ -60,16 +61,28 @@ def run_one(s: TrainSettings, job: Job) -> int:
     try:
         return train(s, training_run)
     except (UserError, TrainingError) as error:
+        if not training_run.speaks:
+            raise  # it is said if rank 0 does not say the same
         log.error("error: %s", error)
         return training_run.fail(str(error), error.exit_code)
     except PreemptedError as stopped:
+        if job.sweep_dir is not None or training_run.folder is None:
+            log.warning("%s", stopped)
+            raise  # ends a sweep too
         name = Path(sys.argv[0]).name
         log.warning("%s; go on with: python %s resume=%s", stopped, name, training_run.folder)
         return stopped.exit_code
     except (KeyboardInterrupt, SystemExit):  # Lightning turns the first into the second
         training_run.fail("interrupted", INTERRUPTED)
         raise KeyboardInterrupt from None  # ends a sweep too
+    except OSError as error:  # the disk is full, or a folder is not ours
+        if not training_run.speaks:
+            raise
+        log.error("error: %s", of_system(error))
+        return training_run.fail(of_system(error), UserError.exit_code)
     except Exception as error:
+        if not training_run.speaks:
+            raise
         log.exception("the run failed")
         return training_run.fail(f"{type(error).__name__}: {error}", 1)
     finally:
@@ -79,11 +92,12 @@ def run_one(s: TrainSettings, job: Job) -> int:
 def train(s: TrainSettings, training_run) -> int:
     import torch
 
+    from qat.artifact.coder import check_coder
     from qat.artifact.container import ARTIFACT, pack
     from qat.budget.budget import Budget
     from qat.budget.fill import PLOT, TrainedModel
     from qat.evaluation.open_model import artifact_meta
-    from qat.evaluation.score import Scorer
+    from qat.evaluation.score import Score, Scorer
     from qat.golf.bundle import count_code_bytes
     from qat.runs.storing import CalibrationText, Storage
     from qat.text.batches import BatchShape
@@ -100,7 +114,7 @@ def train(s: TrainSettings, training_run) -> int:
     )
     from qat.training.fit import (
         Forecast,
-        StopAtSigterm,
+        StopAtSignal,
         build_loop,
         build_trainer,
         fit,
@@ -127,8 +141,10 @@ def train(s: TrainSettings, training_run) -> int:
     scorer = Scorer(
         spec, val_stream, tokenizer.byte_table, s.seq_len, s.eval, device, training_run.console
     )
+    check_coder(s.artifact.coder)
+    scored_tokens = scorer.windows.num_targets
     forked = training_run.forked_state()
-    training_run.start(source, tokenizer, train_stream, val_stream)
+    training_run.start(source, tokenizer, train_stream, val_stream, scored_tokens)
 
     # How the weights will be stored.
     budget = Budget(s.limit_bytes, count_code_bytes())
@@ -142,13 +158,17 @@ def train(s: TrainSettings, training_run) -> int:
     # Training, until the clock says stop.
     state = load_checkpoint(training_run.checkpoint) if s.resume is not None else None
     state = state or forked
+    if s.resume is not None and state is None:
+        log.warning("no checkpoint to go on from: the run begins again with its first step")
     first_step = state["progress"]["step"] if state is not None else 0
     trainer = build_trainer(
         training_run.loggers(first_step),
         [
-            Forecast(plan, None if s.artifact.fill or s.qat.to_bytes else budget),
+            Forecast(
+                plan, None if s.artifact.fill or s.qat.to_bytes else budget, 2 * scored_tokens
+            ),
             ProgressBar(training_run.console, tokenizer.tokens_per_byte(val_stream)),
-            StopAtSigterm(),
+            StopAtSignal(),
         ],
     )
 
@@ -189,23 +209,25 @@ def train(s: TrainSettings, training_run) -> int:
     done = trainer.strategy.broadcast(done)
     assert done is not None
     exported, snapped = done
-    scores = {
-        "float": scorer.score(weights, "float weights"),
-        "snapped": scorer.score(snapped, "snapped weights"),
-    }
-    read_back = placed(exported.artifact.weights)
-    is_snapped = all(torch.equal(w, snapped[name].to(device)) for name, w in read_back.items())
-    # The same weights have the same score.
-    scores["artifact"] = scores["snapped"] if is_snapped else scorer.score(read_back, "artifact")
+    snapped, read_back = placed(snapped), placed(exported.artifact.weights)
+    to_score = {"float": weights, "snapped": snapped, "artifact": read_back}
     if averaging.weights.count:
-        scores["last_float"] = scorer.score(last, "last float weights")
-        scores["last_snapped"] = scorer.score(plan.snap(last, last_scales), "last snapped weights")
+        to_score |= {"last_float": last, "last_snapped": plan.snap(last, last_scales)}
+
+    def same(one: str, other: str) -> bool:
+        weights, others = to_score[one], to_score[other]
+        is_same = all(torch.equal(w, others[name]) for name, w in weights.items())
+        return trainer.strategy.broadcast(is_same)
+
+    scores: dict[str, Score] = {}
+    for name, tensors in to_score.items():  # the same weights have the same score
+        equal = next((known for known in scores if same(name, known)), None)
+        scores[name] = scores[equal] if equal else scorer.score(tensors, f"{name} weights")
+    is_snapped = same("artifact", "snapped")
     return training_run.finish(outcome, proof, len(train_stream), exported, scores, is_snapped)
 
 
 def before_sweep(sweep: Sweep) -> list[Start]:
-    if sweep.study is None:
-        return [Start() for _ in sweep.jobs]
     return import_module(STUDY_RUNS).begin(sweep)
 
 
@@ -215,7 +237,7 @@ def after_sweep(sweep: Sweep) -> int:
     if sweep.study is not None:
         rows = task.report_sweep(sweep)
     else:
-        rows = task.report(task.folders_in(sweep.folder), sweep.folder)
+        rows = task.report(task.run_folders(sweep.folder), sweep.folder)
     rows = [row for row in rows if not row["exported"]]
     return max([row.get("exit_code", 1) for row in rows] + [int(len(sweep.jobs) > len(rows))])
 

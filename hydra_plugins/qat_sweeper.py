@@ -3,7 +3,9 @@ need. Hydra looks for plugins in packages of this name alone."""
 
 from __future__ import annotations
 
+import gc
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from shutil import which
@@ -35,6 +37,23 @@ def batches_of(after: Sequence[int | None], in_turn: bool) -> list[list[int]]:
         batches.append(batch)
         done |= set(batch)
     return [[number for batch in batches for number in batch]] if in_turn else batches
+
+
+def _stop_launched() -> None:
+    """submitit's jobs outlive the command that launched them, and its launcher keeps no list:
+    they are looked for. Here they are asked to save and stop, on a cluster they are cancelled."""
+    submitit = sys.modules.get("submitit")
+    if submitit is None:
+        return
+    jobs = [thing for thing in gc.get_objects() if issubclass(type(thing), submitit.Job)]
+    here = {job._process for job in jobs if getattr(job, "_process", None) is not None}
+    for process in here:
+        process.terminate()
+    for process in here:
+        process.wait()
+    for job in jobs:
+        if not here:
+            job.cancel(check=False)
 
 
 class CheckedSweeper(BasicSweeper):
@@ -72,5 +91,9 @@ class CheckedSweeper(BasicSweeper):
         for numbers in batches_of([start.after for start in starts], in_turn):
             started = [[*jobs[number], *starts[number].overrides] for number in numbers]
             self.batches += self.split_overrides_to_chunks(started, self.max_batch_size)
-        super().sweep(arguments)
+        try:
+            super().sweep(arguments)
+        except BaseException:
+            _stop_launched()
+            raise
         self.task_function.end_sweep(sweep)

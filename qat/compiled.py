@@ -1,11 +1,13 @@
 """Compiled functions, kept for the life of the process: runs of one shape share their graphs.
 
-A compiled step takes its weights as inputs, so the next run of a sweep finds its graph made.
+A compiled step takes its weights as inputs, so the next run of a sweep finds its graph made. What
+numba compiles is kept on disk too, where there is a place for it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -29,6 +31,30 @@ def compiled(key: Hashable, make: Callable[[], Callable[..., Any]]) -> Callable[
         config.recompile_limit = max(config.recompile_limit, MAX_GRAPHS)
         _kept[key] = torch.compile(make(), fullgraph=True, dynamic=False)
     return _kept[key]
+
+
+def machine_code(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function`` compiled by numba, free of the interpreter's lock.
+
+    Numba keeps its work beside the source, else in the user's cache, and refuses to work where it
+    can write to neither (a read-only install, no home). Then, and where the disk is full, it is
+    compiled again by each process: seconds.
+    """
+    from numba import njit
+
+    try:
+        made = njit(cache=True, nogil=True)(function)
+    except RuntimeError:  # "no locator available"
+        return njit(nogil=True)(function)
+    if hasattr(made, "_cache"):  # NUMBA_DISABLE_JIT=1 gives the function back
+        save = made._cache.save_overload
+
+        def save_if_possible(signature: Any, data: Any) -> None:
+            with suppress(OSError):
+                save(signature, data)
+
+        made._cache.save_overload = save_if_possible
+    return made
 
 
 def forget() -> None:

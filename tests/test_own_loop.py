@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import os
+import warnings
 from pathlib import Path
 
 import pytest
@@ -344,3 +345,26 @@ def test_hugging_face_models_train_and_come_back(name: str, tmp_path: Path) -> N
     assert torch.equal(plain(input_ids=ids).logits, logits)
     kept = {entry.name for entry in model.plan if entry.grid is None}
     assert all("norm" in each or "classifier" in each or "bias" in each for each in kept), kept
+
+
+@pytest.mark.parametrize("coder", ["zlib", "mix", "constriction"])
+def test_scalars_and_parameters_without_elements_come_back(coder: str, tmp_path: Path) -> None:
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.matrix, self.none = nn.Linear(1, 1, bias=False), nn.Linear(4, 0)
+            self.temperature = nn.Parameter(torch.tensor(1.5))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.matrix(x) * self.temperature + self.none(torch.ones(4)).sum()
+
+    torch.manual_seed(0)
+    with warnings.catch_warnings(action="ignore"):  # torch on a layer without outputs
+        odd = Odd()
+    model = QatModel(odd, Plan.for_model(odd, INT4))
+    model.qat(True)
+    model(torch.ones(1, 1)).sum().backward()
+    model.save(tmp_path / "odd.qat", coder=coder)
+    weights = load(tmp_path / "odd.qat")
+    assert weights["temperature"].equal(odd.temperature)
+    assert weights["none.weight"].shape == (0, 4)

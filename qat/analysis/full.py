@@ -44,12 +44,13 @@ class Subject:
     training: TokenStream | None
 
 
-def evaluate(subject: Subject, settings: FullEvalSettings, seed: int) -> dict[str, Any]:
+def evaluate(
+    subject: Subject, pairs: list[Pair], settings: FullEvalSettings, seed: int
+) -> dict[str, Any]:
     """The parts that ``settings`` name, of all models; the same on every rank.
 
-    ``left_out``: part -> why it could not be measured. UserError for an unusable pairs file.
+    ``left_out``: part -> why it could not be measured.
     """
-    pairs = pairs_of(settings) if "pairs" in settings.parts else []
     text = ScoredText.of(subject.scorer)
     left_out: dict[str, str] = {}
     readings, models = _read_models(subject, text, settings)

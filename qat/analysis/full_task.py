@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from qat.analysis.full import ARTIFACT, FLOAT, Subject, evaluate
+from qat.analysis.full import ARTIFACT, FLOAT, Subject, evaluate, pairs_of
 from qat.analysis.full_report import draw, full_table
 from qat.errors import UserError
 from qat.evaluation.open_model import artifact_path, open_model, open_scorer, open_validation
 from qat.evaluation.ranks import joined_ranks, rank_and_ranks
 from qat.runs.float_model import SUFFIX, FloatModel, open_float
-from qat.runs.run_folder import CHECKPOINT, write_atomically
+from qat.runs.run_folder import CHECKPOINT, check_writable, write_atomically
 from qat.settings.terminal import print_wide
 from qat.text.shards import TokenStream
 
@@ -31,17 +31,17 @@ METRICS = "metrics.json"
 def run(s: EvalTaskSettings, budget: Budget) -> int:
     path = artifact_path(s)
     out = Path(s.out or path.parent / f"{path.stem}_eval")
-    if out.exists() and not out.is_dir():  # before minutes are spent
+    if out.exists() and not out.is_dir():
         raise UserError(f"out={out}: a file; give the folder to write")
     with joined_ranks() as device:
-        metrics = evaluate(_subject(path, s, device), s.eval, s.seed)
+        subject = _subject(path, s, device)
+        pairs = pairs_of(s.eval) if "pairs" in s.eval.parts else []
+        if rank_and_ranks()[0] == 0:
+            check_writable(out, f"out={out}")  # before minutes are spent
+        metrics = evaluate(subject, pairs, s.eval, s.seed)
         if rank_and_ranks()[0] != 0:
             return 0
     metrics = {"file": path.name, "device": str(device)} | metrics
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"out={out}: {error.strerror or error}") from None
     write_atomically(out / METRICS, json.dumps(metrics, indent=1) + "\n")
     pictures = draw(metrics, out)
     print_wide(full_table(metrics))

@@ -19,7 +19,7 @@ CHUNK_TOKENS = 1 << 20
 
 @dataclass(frozen=True)
 class ScoredText:
-    """Arrays (N,), entry i is about the target of input position i.
+    """Arrays (N,), entry i is about the i-th target that is scored, in the order of the stream.
 
     ``in_search``: whether a temperature may be searched on the token; the others judge it.
     Documents take turns; if there is one only, windows do.
@@ -33,20 +33,22 @@ class ScoredText:
 
     @staticmethod
     def of(scorer: Scorer) -> ScoredText:
-        num_targets = scorer.windows.num_targets
-        targets = np.empty(num_targets, dtype=np.uint16)
-        num_bytes = np.empty(num_targets, dtype=np.int32)
-        for first in range(0, num_targets, CHUNK_TOKENS):
-            end = min(first + CHUNK_TOKENS, num_targets)
-            ids = torch.from_numpy(scorer.stream.take(first, end - first + 1))
-            targets[first:end] = ids[1:]
-            num_bytes[first:end] = scorer.byte_table.count(ids[:-1], ids[1:])
-        starts = scorer.document_starts[scorer.document_starts < num_targets]
-        sizes = np.diff(np.append(starts, num_targets))
-        documents = np.repeat(np.arange(len(starts), dtype=np.int32), sizes)
+        positions = scorer.positions
+        targets = np.empty(len(positions), dtype=np.uint16)
+        num_bytes = np.empty(len(positions), dtype=np.int32)
+        for first in range(0, int(positions[-1]) + 1, CHUNK_TOKENS):
+            low, high = np.searchsorted(positions, (first, first + CHUNK_TOKENS))
+            ids = torch.from_numpy(scorer.stream.take(first, CHUNK_TOKENS + 1))
+            at = positions[low:high] - first
+            targets[low:high] = ids[at + 1]
+            num_bytes[low:high] = scorer.byte_table.count(ids[at], ids[at + 1])
+        of_input = np.searchsorted(scorer.document_starts, positions, side="right")
+        found, documents = np.unique(of_input, return_inverse=True)
         seq_len = scorer.settings.seq_len or scorer.seq_len
-        turns = documents if len(starts) > 1 else np.arange(num_targets) // seq_len
-        return ScoredText(targets, num_bytes, documents, turns % 2 == 0, len(starts))
+        turns = documents if len(found) > 1 else np.arange(len(positions)) // seq_len
+        return ScoredText(
+            targets, num_bytes, documents.astype(np.int32), turns % 2 == 0, len(found)
+        )
 
 
 @dataclass(frozen=True)

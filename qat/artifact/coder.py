@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from functools import wraps
 from typing import NamedTuple, ParamSpec, TypeVar
 
-from qat.artifact.sections import Coded, Matrices
+from qat.artifact.sections import Coded, Matrices, Matrix
 from qat.errors import UserError
 
 ZLIB_LEVEL = 9
@@ -177,6 +177,14 @@ OF_CODES = {
     "mix": Coder(_mix_encode, _mix_decode),
 }
 CODERS = GENERAL | OF_CODES
+
+
+def check_coder(coder: str) -> None:
+    """Code a byte and read it back, with all that a file of this coder takes. UserError if a
+    library is missing or does not work: better before a training than after it."""
+    for matrices in ([Matrix(1, 1, 1, False, "trial")], []):
+        used, data = encode_section(b"\1", matrices, coder)
+        CODERS[used].decode(data, 1, matrices)
 
 
 def encode_section(raw: bytes, matrices: Matrices, coder: str) -> tuple[str, bytes]:

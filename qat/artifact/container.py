@@ -158,7 +158,7 @@ class Artifact:
 
 
 def _raw(tensor: Tensor) -> bytes:
-    return tensor.contiguous().view(torch.uint8).numpy().tobytes()
+    return tensor.reshape(-1).contiguous().view(torch.uint8).numpy().tobytes()
 
 
 def _split_planes(raw: bytes) -> bytes:

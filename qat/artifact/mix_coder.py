@@ -24,9 +24,9 @@ from functools import cache
 from itertools import pairwise
 
 import numpy as np
-from numba import njit
 
 from qat.artifact.sections import Coded, Matrices, Matrix
+from qat.compiled import machine_code
 
 ROLES = 16
 # Contexts of a magnitude's bits; each has a table of NODES counters per context value.
@@ -71,7 +71,7 @@ def new_model() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return magnitudes, signs, np.full(SIGN_MIXER + 2, ONE // 4, np.int64)
 
 
-@njit(cache=True, nogil=True)
+@machine_code
 def bucket(x):
     """Four buckets to the octave of 0 <= x < 2^16."""
     if x < 4:
@@ -84,7 +84,7 @@ def bucket(x):
     return min(4 * (bits - 2) + ((x >> (bits - 3)) & 3), 63)
 
 
-@njit(cache=True, nogil=True)
+@machine_code
 def code_bit(bit, p, coder, data, decoding):
     """One bit with probability ``p`` / 2^16 of being 1; ``coder``: low, high, code, position."""
     low, high = coder[0], coder[1]
@@ -110,7 +110,7 @@ def code_bit(bit, p, coder, data, decoding):
     return bit
 
 
-@njit(cache=True, nogil=True)
+@machine_code
 def learn(counters, at, bit, reciprocals):
     """Move a counter towards ``bit``, the less the more it has seen."""
     counter = int(counters[at])
@@ -119,7 +119,7 @@ def learn(counters, at, bit, reciprocals):
     counters[at] = (min(probability, (1 << 22) - 1) << 10) | min(count + 1, COUNT_LIMIT)
 
 
-@njit(cache=True, nogil=True)
+@machine_code
 def code_tensor(
     magnitudes, negatives, bits, zero_has_sign, role, counters, sign_counters, weights,
     squash, stretch, reciprocals, coder, data, decoding,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -10,15 +9,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from qat.settings import machine
+
 
 @contextmanager
 def joined_ranks() -> Iterator[torch.device]:
     """This rank's device; torchrun's ranks, if there are several, are one group inside."""
     device = torch.device("cpu")
     if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        device = torch.device("cuda", machine.local_rank())
         torch.cuda.set_device(device)
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if machine.world_size() == 1:
         yield device
         return
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")

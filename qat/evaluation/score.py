@@ -8,8 +8,9 @@ and nowhere else.
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -34,6 +35,9 @@ if TYPE_CHECKING:
     from qat.settings.schema import EvalSettings
 
 
+SAID_SECONDS = 10.0  # what takes longer is said beforehand
+
+
 @dataclass(frozen=True)
 class Score:
     """``val_loss`` in nats per token, ``val_bpb`` in bits per UTF-8 byte of the tokens scored."""
@@ -42,6 +46,7 @@ class Score:
     val_bpb: float
     num_tokens: int
     num_bytes: int
+    of_tokens: int  # that could be scored; the others are left out for the sake of time
 
 
 @dataclass(frozen=True)
@@ -73,15 +78,24 @@ class Scorer:
             raise UserError(f"{self.stream.setting}: its tokens stand for no bytes of text")
 
     @cached_property
-    def windows(self) -> Windows:
+    def all_windows(self) -> Windows:
         s = self.settings
         check_eval(s, self.seq_len)
         seq_len, num_tokens = s.seq_len or self.seq_len, len(self.stream)
         if s.by_document:
-            windows = document_windows(self.document_starts, num_tokens, seq_len, s.stride)
-        else:
-            windows = stream_windows(num_tokens, seq_len, s.stride)
-        return windows if self.max_targets is None else windows.spread(self.max_targets)
+            return document_windows(self.document_starts, num_tokens, seq_len, s.stride)
+        return stream_windows(num_tokens, seq_len, s.stride)
+
+    @cached_property
+    def windows(self) -> Windows:
+        """Those that are scored: the same of one text for all models."""
+        limits = [n for n in (self.max_targets, self.settings.max_tokens) if isinstance(n, int)]
+        return self.all_windows.spread(min(limits)) if limits else self.all_windows
+
+    @cached_property
+    def positions(self) -> np.ndarray:
+        """Input positions of the targets that are scored, sorted, (N,) int64."""
+        return self.windows.positions()
 
     @cached_property
     def model(self) -> nn.Module:
@@ -95,18 +109,34 @@ class Scorer:
         return starts if len(starts) and starts[0] == 0 else np.append(0, starts)
 
     def batches(self, title: str, needed: np.ndarray | None = None) -> Iterator[Batch]:
-        """This rank's batches, on the device; ``title`` is said on the progress bar.
+        """This rank's batches, on the device; ``title`` is said on the progress bar, and how long
+        it will take if that is long.
 
-        ``needed`` (by input position): leave out windows whose scored targets are none of these.
+        Their positions count the scored targets alone, in the order of the stream. ``needed`` (by
+        such positions): leave out windows whose targets are none of these.
         """
         rank, ranks = rank_and_ranks()
-        windows = self.windows if needed is None else self.windows.holding(needed)
+        windows, is_part = self.windows, self.windows is not self.all_windows
+        if needed is not None:
+            by_input = np.zeros(len(self.stream), dtype=bool)
+            by_input[self.positions if is_part else slice(len(needed))] = needed
+            windows = windows.holding(by_input)
         batches = windows.batches(self.settings.batch_tokens)[rank::ranks]
         quiet = rank != 0 or not self.console.is_terminal
         read = read_batches(self.stream, batches)
-        for batch in track(
-            read, title, len(batches), console=self.console, transient=True, disable=quiet
+        for number, batch in enumerate(
+            track(read, title, len(batches), console=self.console, transient=True, disable=quiet)
         ):
+            if number == 1:  # the first pays for cold caches
+                started = time.perf_counter()
+            elif number == 3 and rank == 0:
+                seconds = (time.perf_counter() - started) / 2 * (len(batches) - 1)
+                if seconds > SAID_SECONDS:
+                    told = f"{title}: {windows.num_targets:,} tokens, about {seconds:.0f} s"
+                    self.console.print(told, soft_wrap=True)
+            if is_part:
+                at = np.searchsorted(self.positions, batch.positions.numpy())
+                batch = replace(batch, positions=torch.from_numpy(at))
             yield batch.to(self.device)
 
     def forward(
@@ -140,4 +170,4 @@ class Scorer:
         nats_sum, num_bytes, num_tokens = sums.tolist()
         loss = nats_sum / num_tokens
         bpb = bits_per_byte(nats_sum, int(num_bytes)) if math.isfinite(loss) else loss
-        return Score(loss, bpb, int(num_tokens), int(num_bytes))
+        return Score(loss, bpb, int(num_tokens), int(num_bytes), self.all_windows.num_targets)

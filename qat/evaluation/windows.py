@@ -33,6 +33,12 @@ class Windows:
     def num_targets(self) -> int:
         return int(self.tails.sum())
 
+    def positions(self) -> np.ndarray:
+        """Input positions of the scored targets, sorted, (N,) int64."""
+        before = np.cumsum(self.tails) - self.tails
+        firsts = self.starts + self.lengths - self.tails
+        return np.sort(np.repeat(firsts - before, self.tails) + np.arange(self.num_targets))
+
     def spread(self, max_targets: int) -> Windows:
         """About so many targets, in windows taken evenly from all (at least one)."""
         if self.num_targets <= max_targets:

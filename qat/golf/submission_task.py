@@ -101,6 +101,11 @@ def _finished(folder: Path) -> Result:
             f"run={folder}: artifact and code have {total} bytes and limit_bytes = "
             f"{row.limit_bytes}; take a smaller model or a coarser grid"
         )
+    if (row.val_tokens or 0) < (row.val_tokens_there or 0):
+        raise UserError(
+            f"run={folder}: its val_bpb is that of {row.val_tokens:,} of {row.val_tokens_there:,} "
+            "validation tokens; give a run with eval.max_tokens=null"
+        )
     if row.status != "finished":
         raise UserError(f"run={folder}: it {row.status} ({row.error}); give a finished run")
     return row

@@ -114,10 +114,10 @@ class Plan:
         """Matrices of Linear and Embedding layers on ``grid``, all else as floats of ``dtype``.
 
         ``rules`` (glob -> grid, the first that matches counts) reach other layers' matrices too;
-        what a glob of ``keep`` matches stays float whatever the rules say. Norms, vectors and
-        biases always do. A glob matches a parameter's name or that of a module it is in; a tied
-        parameter, planned once, has every name it goes by. ValueError: a glob that matches nothing
-        (of ``rules``: no matrix), an unknown dtype, or nothing on any grid.
+        what a glob of ``keep`` matches stays float whatever the rules say. Norms, vectors, biases
+        and what has no elements always do. A glob matches a parameter's name or that of a module it
+        is in; a tied parameter, planned once, has every name it goes by. ValueError: a glob that
+        matches nothing (of ``rules``: no matrix), an unknown dtype, or nothing on any grid.
         """
         if dtype not in DTYPES:
             raise ValueError(f"dtype = {dtype}: choose from {', '.join(DTYPES)}")
@@ -132,7 +132,9 @@ class Plan:
         matrices = {
             parameter
             for parameter, found in layers.items()
-            if parameter.dim() > 1 and not any("norm" in type(m).__name__.lower() for m in found)
+            if parameter.dim() > 1
+            and parameter.numel()
+            and not any("norm" in type(m).__name__.lower() for m in found)
         }
 
         def matched(setting: str, glob: str, among: Collection[nn.Parameter]) -> set[nn.Parameter]:
@@ -253,8 +255,9 @@ def build_plan(
     """Give each tensor the storage of the first glob in ``rules`` that matches its name.
 
     A rule is the name of a grid in ``grids``, or fp16, bf16 or fp32. Of what a rule puts on a grid
-    vectors stay fp32, and tensors of fewer than ``grid_min_elements`` elements fp16, as in the
-    challenge's export. ValueError: a tensor without a rule, an unknown rule, nothing on any grid.
+    vectors and tensors without elements stay fp32, and those of fewer than ``grid_min_elements``
+    elements fp16, as in the challenge's export. ValueError: a tensor without a rule, an unknown
+    rule, nothing on any grid.
     """
     if taken := sorted(set(grids) & set(DTYPES)):
         raise ValueError(f"plan.grids.{taken[0]}: the name of a dtype; give another")
@@ -267,7 +270,7 @@ def build_plan(
         rule = next((rule for glob, rule in rules.items() if fnmatchcase(name, glob)), None)
         if rule is None:
             raise ValueError(f"plan.rules: no pattern matches {name}; end the rules with '*'")
-        if rule in grids and len(shape) < 2:
+        if rule in grids and (len(shape) < 2 or 0 in shape):
             entries.append(Entry(name, tuple(shape)))
         elif rule in DTYPES:
             entries.append(Entry(name, tuple(shape), None, rule))

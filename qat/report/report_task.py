@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from qat.errors import UserError
-from qat.runs.run_folder import CONFIG, write_atomically
+from qat.runs.run_folder import CONFIG, run_folders, write_atomically
 from qat.runs.tables import as_markdown, print_table
 from qat.study.find_out import find_out, find_out_runs
 from qat.study.findings import Findings
@@ -28,11 +28,6 @@ if TYPE_CHECKING:
 PAGE, COMPARISON = "qat.report.page", "qat.report.wandb_comparison"
 
 
-def folders_in(parent: Path) -> list[Path]:
-    """The run folders in a folder, by name."""
-    return sorted(folder for folder in parent.iterdir() if (folder / CONFIG).is_file())
-
-
 def find_run_folders(pattern: str) -> list[Path]:
     """Run folders matched by a glob; a sweep's folder stands for the runs in it."""
     found: list[Path] = []
@@ -40,7 +35,7 @@ def find_run_folders(pattern: str) -> list[Path]:
         if (path / CONFIG).is_file():
             found.append(path)
         elif path.is_dir():
-            found += folders_in(path)
+            found += run_folders(path)
     if not found:
         raise UserError(f"runs={pattern}: no run folder found")
     return found

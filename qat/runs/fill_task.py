@@ -15,7 +15,7 @@ from rich.console import Console
 from qat.artifact.container import OVERSIZE_SUFFIX
 from qat.errors import UserError
 from qat.runs.result import Result
-from qat.runs.run_folder import EXPORTS
+from qat.runs.run_folder import EXPORTS, check_writable
 from qat.runs.store_again import FinishedRun
 from qat.runs.training_run import OVERSIZE_EXIT_CODE
 from qat.settings.schema import ArtifactSettings
@@ -40,10 +40,7 @@ def run(s: EvalTaskSettings, budget: Budget) -> int:
     log.handlers[:] = [logging.StreamHandler()]
     log.setLevel(logging.INFO)
     log.disabled = False  # Hydra disables loggers that it did not configure
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"out={out}: {error.strerror or error}") from None
+    check_writable(out.parent, f"out={out}")  # before minutes are spent
     artifact = replace(ArtifactSettings(**result.settings["artifact"]), fill=True)
     done, score = finished.store(finished.plan, artifact, budget, out)
     print(f"artifact       {done.path}")

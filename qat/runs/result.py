@@ -51,6 +51,8 @@ class Result:
     val_bpb_snapped: float | None = None  # the plan applied to the masters in memory
     val_bpb_artifact: float | None = None  # weights read back from the file
     artifact_is_snapped: bool | None = None  # bit for bit; then both have one score, made once
+    val_tokens: int | None = None  # that were scored (eval.max_tokens) ...
+    val_tokens_there: int | None = None  # ... of so many
     val_bpb_last_float: float | None = None  # with averaging: the last masters instead
     val_bpb_last_snapped: float | None = None  # ... and what a file of them would score
     quant_gap_bpb: float | None = None  # artifact - float
@@ -86,7 +88,10 @@ class Result:
         except FileNotFoundError:
             return None
         except (OSError, ValueError, TypeError) as error:
-            raise UserError(f"{folder / FILE}: not a result of this version ({error})") from None
+            raise UserError(
+                f"{folder / FILE}: damaged, or of another version ({error}); without the file, "
+                f"resume={folder} writes it anew"
+            ) from None
 
 
 # What tells a QAT run from its baseline. Float weights have no learned scales.
@@ -101,9 +106,11 @@ BOOKKEEPING = (
 )  # fmt: skip
 
 
-def conditions(settings: dict[str, Any]) -> dict[str, Any]:
+def conditions(
+    settings: dict[str, Any], bookkeeping: Iterable[str] = BOOKKEEPING
+) -> dict[str, Any]:
     """Settings by dotted name, without bookkeeping."""
-    return _flat({key: value for key, value in settings.items() if key not in BOOKKEEPING})
+    return _flat({key: value for key, value in settings.items() if key not in bookkeeping})
 
 
 def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -155,6 +162,9 @@ def row_of(result: Result) -> dict[str, Any]:
     notes += [result.error] if result.error else []
     if result.forked_from is not None:
         notes.append(f"first {result.forked_steps} updates made by {result.forked_from}")
+    scored, there = result.val_tokens, result.val_tokens_there
+    if scored is not None and there is not None and scored < there:
+        notes.append(f"scored on {scored:,} of {there:,} tokens")
     row["note"] = "; ".join(notes)
     return row
 

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import errno
 import itertools
 import json
 import logging
-from collections.abc import Mapping
+import shutil
+import sys
+import tempfile
+import uuid
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import filelock
@@ -21,26 +27,55 @@ CHOICES, EXPORTS, LOCK = "choices.json", "exports", ".lock"
 METRICS, KEPT = "metrics.csv", "kept"
 
 
-def claim(parent: Path, typed_name: str | None, default_name: str) -> Path:
-    """Make the folder; a typed name already used is an error, a default one gets a number."""
+def claim(
+    parent: Path, typed_name: str | None, default_name: str, fill: Callable[[Path], None]
+) -> Path:
+    """Make the folder; a typed name already used is an error, a default one gets a number.
+
+    ``fill`` says in it what the run is. It has its name when that is done: no full disk and no kill
+    leave a folder that is in the way of the next try.
+    """
+    made = parent / f".{uuid.uuid4().hex}.tmp"
     try:
-        parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"runs_dir={parent}: cannot write there ({error.strerror})") from None
-    for number in itertools.count(1):
-        suffix = "" if number == 1 else f"-{number}"
-        folder = parent / (typed_name or default_name + suffix)
-        try:
-            folder.mkdir()
-            return folder
-        except FileExistsError:
+        made.mkdir(parents=True)
+        fill(made)
+        for number in itertools.count(1):
+            suffix = "" if number == 1 else f"-{number}"
+            folder = parent / (typed_name or default_name + suffix)
+            if not folder.exists():
+                try:
+                    return made.rename(folder)
+                except OSError as error:
+                    if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):  # a moment ago
+                        raise
             if typed_name is not None:
                 raise UserError(
                     f"run_name={typed_name}: {folder} is there already; give another name"
-                ) from None
-        except OSError as error:
-            raise UserError(f"runs_dir={parent}: cannot write there ({error.strerror})") from None
+                )
+    except OSError as error:
+        raise UserError(f"runs_dir={parent}: cannot write there ({error.strerror})") from None
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
     raise AssertionError("unreachable")
+
+
+def run_folders(parent: Path) -> list[Path]:
+    """The folders of runs in a folder, by name; not one that a process was killed in claiming."""
+    return sorted(
+        path
+        for path in parent.iterdir()
+        if (path / CONFIG).is_file() and not path.name.startswith(".")
+    )
+
+
+def check_writable(folder: Path, typed: str) -> None:
+    """Make the folder that the setting ``typed`` names; UserError if no file can be made there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(f"{typed}: cannot write there ({error.strerror or error})") from None
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -58,6 +93,8 @@ def lock(folder: Path) -> filelock.FileLock:
         held.acquire(timeout=0)
     except filelock.Timeout:
         raise UserError(f"{folder}: another process is at work on this run") from None
+    except OSError as error:
+        raise UserError(f"{folder}: cannot write there ({error.strerror or error})") from None
     for left in folder.glob(".*.tmp"):  # by a process that was killed while it wrote
         left.unlink(missing_ok=True)
     return held
@@ -68,9 +105,14 @@ def read_config(folder: Path, typed: str = "resume") -> tuple[str, dict[str, str
     folder is not a run's."""
     try:
         choices = json.loads((folder / CHOICES).read_text(encoding="utf-8"))
+        if not isinstance(choices, dict) or "qat" not in choices:
+            raise ValueError(f"{CHOICES} names no choices")
         return (folder / CONFIG).read_text(encoding="utf-8"), choices
     except (OSError, ValueError) as error:
-        raise UserError(f"{typed}={folder}: not the folder of a run ({error})") from None
+        raise UserError(
+            f"{typed}={folder}: not the folder of a run, or damaged ({error}); put its "
+            f"{CONFIG} and {CHOICES} back, or start it anew"
+        ) from None
 
 
 def read_overrides(folder: Path) -> list[str]:
@@ -81,7 +123,8 @@ def read_overrides(folder: Path) -> list[str]:
             raise ValueError(f"{OVERRIDES} is no list")
         return overrides
     except (OSError, ValueError, yaml.YAMLError) as error:
-        raise UserError(f"run={folder}: not the folder of a run ({error})") from None
+        reason = " ".join(str(error).split())
+        raise UserError(f"run={folder}: not the folder of a run ({reason})") from None
 
 
 def kept_checkpoint(folder: Path, step: int) -> Path:
@@ -94,9 +137,10 @@ def kept_steps(folder: Path) -> list[int]:
 
 
 def read_metrics(path: Path) -> list[dict[str, str]]:
-    """The rows of a run's ``metrics.csv``, one per update."""
+    """The rows of a run's ``metrics.csv``, one per update, but for one that a kill or a full disk
+    cut off."""
     with open(path, newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
+        return [row for row in csv.DictReader(file) if None not in row.values()]
 
 
 def describe(
@@ -115,9 +159,31 @@ def describe(
         (folder / "dirty.diff").write_text(diff)
 
 
+class _LogFile(logging.FileHandler):
+    """A disk that is full is said once, and ends nothing: what is logged is on the screen too."""
+
+    is_broken = False
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            super().handleError(record)
+        elif not self.is_broken:
+            self.is_broken = True
+            print(f"warning: cannot write {self.baseFilename}: {error.strerror}", file=sys.stderr)
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):  # of what could not be written before
+            super().close()
+
+
 def open_log(folder: Path) -> logging.Handler:
-    """Send the project's log to the run's ``train.log`` too; the caller removes the handler."""
-    handler = logging.FileHandler(folder / LOG)
+    """Send the project's log to the run's ``train.log`` too; the caller removes the handler.
+    UserError if the file cannot be opened."""
+    try:
+        handler = _LogFile(folder / LOG)
+    except OSError as error:
+        raise UserError(f"cannot write {folder / LOG}: {error.strerror}") from None
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     logging.getLogger("qat").addHandler(handler)
     return handler

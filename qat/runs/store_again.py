@@ -47,7 +47,7 @@ Tensors = dict[str, torch.Tensor]
 def stored_tensors(path: Path) -> tuple[Tensors, Tensors]:
     """Weights and learned scales that a run's checkpoint would store: its average if it has one."""
     state = load_checkpoint(path)
-    if state is None or "weights" not in state:
+    if state is None:
         raise UserError(f"{path}: there is no readable checkpoint")
     averages = state["averaging"]
     if averages["weights"]["tensors"]:

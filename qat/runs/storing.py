@@ -22,7 +22,7 @@ from qat.artifact.container import OVERSIZE_SUFFIX, Artifact, pack, read_artifac
 from qat.budget.budget import Budget
 from qat.budget.fill import TrainedModel, fill_budget
 from qat.budget.search import Trial, fill
-from qat.errors import TrainingError
+from qat.errors import TrainingError, UserError
 from qat.ptq.calibration import MAX_TOKENS, calibration_batches, read_inputs, training_sequences
 from qat.ptq.methods import encoded_by, gptq
 from qat.quantize.plan import Encoded, Plan
@@ -49,11 +49,14 @@ class Export:
 def export(
     encoded: list[Encoded], meta: Mapping[str, Any], coder: str, path: Path, budget: Budget
 ) -> Export:
-    """Write atomically, read back."""
+    """Write atomically, read back. UserError if the disk does not take it."""
     data = pack(encoded, Plan([item.entry for item in encoded]), meta, coder)
     if not budget.holds(len(data)):
         path = path.with_name(path.name + OVERSIZE_SUFFIX)
-    write_whole(path, data)
+    try:
+        write_whole(path, data)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}; make room and go on") from None
     return Export(path, read_artifact(path), path.stat().st_size, budget)
 
 

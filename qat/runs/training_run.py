@@ -138,16 +138,24 @@ class TrainingRun:
             self.folder = Path(s.resume)
             self._lock = run_folder.lock(self.folder)
         else:
-            self.folder = run_folder.claim(parent, s.run_name, default)
-            self._lock = run_folder.lock(self.folder)
             asked, choices = self.job.overrides, self.job.choices
             yaml = as_yaml(replace(s, data=absolute_paths(s.data)))
-            run_folder.describe(self.folder, yaml, asked, choices, machine.world_size())
+
+            def describe(folder: Path) -> None:
+                run_folder.describe(folder, yaml, asked, choices, machine.world_size())
+
+            self.folder = run_folder.claim(parent, s.run_name, default, describe)
+            self._lock = run_folder.lock(self.folder)
         self.row.run_name = self.folder.name
         self._handlers.append(run_folder.open_log(self.folder))
 
     def start(
-        self, source: Source, tokenizer: Tokenizer, train: TokenStream, val: TokenStream
+        self,
+        source: Source,
+        tokenizer: Tokenizer,
+        train: TokenStream,
+        val: TokenStream,
+        scored_tokens: int,
     ) -> None:
         """Called when settings and data are known to be good."""
         if not self.speaks:
@@ -162,10 +170,13 @@ class TrainingRun:
             "run %s (qat=%s, grid %s, seed %d)", self.folder, self.row.qat, self.row.grid, s.seed
         )
         log.info(
-            "%s: %s training tokens, %s validation tokens%s",
+            "%s: %s training tokens, %s validation tokens%s%s",
             source.identity["name"],
             f"{len(train):,}",
             f"{len(val):,}",
+            f" ({scored_tokens:,} are scored; all: eval.max_tokens=null)"
+            if isinstance(most := s.eval.max_tokens, int) and most < len(val) - 1
+            else "",
             f"; xz needs {self.row.val_xz_bits_per_byte:.3f} bits per byte of the validation text"
             if self.row.val_xz_bits_per_byte
             else "",
@@ -248,6 +259,8 @@ class TrainingRun:
         for name, score in scores.items():
             setattr(row, f"val_bpb_{name}", score.val_bpb)
         row.artifact_is_snapped = is_snapped
+        row.val_tokens = scores["artifact"].num_tokens
+        row.val_tokens_there = scores["artifact"].of_tokens
         row.val_loss_float = scores["float"].val_loss
         row.val_loss_artifact = scores["artifact"].val_loss
         row.quant_gap_bpb = scores["artifact"].val_bpb - scores["float"].val_bpb

@@ -7,10 +7,12 @@ run is what ran.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TypeVar
 
 from qat.errors import UserError
 from qat.model.spec import architectures
@@ -27,7 +29,9 @@ from qat.settings.schema import (
     require,
 )
 
+CPU_EVAL_TOKENS = 1_048_576
 MAX_VOCAB_SIZE = 65_536  # token ids are stored as uint16
+Eval = TypeVar("Eval", bound=EvalSettings)
 TEXT_SOURCES = ("web_bible", "text", "hub")
 
 
@@ -58,6 +62,7 @@ def resolve_train(settings: TrainSettings, choices: Mapping[str, str | None]) ->
     _check_prices(s)
     is_whole = (s.fork.run is None) == (s.fork.step is None)
     require(is_whole, "fork.step", s.fork.step, "give fork.run=RUN and fork.step=N, or neither")
+    _check_runs_dir(s.runs_dir)
     _check_implied_choices(s.qat, choices)
     _check_to_bytes(s)
     missing = machine.no_compiler() if s.compile == "true" or machine.has_cuda() else None
@@ -69,6 +74,7 @@ def resolve_train(settings: TrainSettings, choices: Mapping[str, str | None]) ->
         precision=machine.faster_precision() if s.precision == "auto" else s.precision,
         compile=str(is_compiled).lower(),
         qat=_resolve_start(s),
+        eval=_resolve_max_tokens(s.eval),
     )
 
 
@@ -116,6 +122,12 @@ def _check_vocab_size(vocab_size: int) -> None:
         vocab_size,
         f"give 2 to {MAX_VOCAB_SIZE}; shards store tokens in 16 bits",
     )
+
+
+def _resolve_max_tokens(e: Eval) -> Eval:
+    if e.max_tokens != "auto":
+        return e
+    return replace(e, max_tokens=None if machine.has_cuda() else CPU_EVAL_TOKENS)
 
 
 def check_eval(e: EvalSettings, trained_seq_len: int | None = None) -> None:
@@ -184,6 +196,14 @@ def _check_data(d: DataSettings, sources: tuple[str, ...]) -> None:
     shards = [name for name in ("train_files", "val_files", "tokenizer") if getattr(d, name)]
     if d.files and shards:
         raise UserError(f"data.files and data.{shards[0]} name two sources; give one of them")
+
+
+def _check_runs_dir(runs_dir: str) -> None:
+    """Before minutes are spent on the text; the folder itself is made when there is a run."""
+    folder = Path(runs_dir).absolute()
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    if there.is_dir() and not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(f"runs_dir={runs_dir}: cannot write there ({there} is not ours to write)")
 
 
 def _check_implied_choices(q: QatSettings, choices: Mapping[str, str | None]) -> None:
@@ -281,7 +301,7 @@ def resolve_eval(settings: EvalTaskSettings, choices: Mapping[str, str | None]) 
     _check_data(s.data, (*TEXT_SOURCES, "from_artifact"))
     _check_vocab_size(s.model.vocab_size)
     _check_golf_file(s)
-    return s
+    return replace(s, eval=_resolve_max_tokens(s.eval))
 
 
 def _check_golf_file(s: EvalTaskSettings) -> None:

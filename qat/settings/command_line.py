@@ -27,7 +27,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from qat.errors import TrainingError, UserError
+from qat.errors import PreemptedError, TrainingError, UserError, of_system
 from qat.settings import machine, options
 from qat.settings.arguments import (
     SCHEMAS,
@@ -41,10 +41,12 @@ from qat.settings.arguments import (
 )
 from qat.settings.arms import ARM, with_arms
 from qat.settings.schema import as_settings
+from qat.settings.signals import when_asked_to_stop
 
 SWEEPER = "hydra_plugins.qat_sweeper.CheckedSweeper"
 INTERRUPTED = 130  # as shells say it
 SECONDS_TO_SPEAK = 10.0  # rank 0 may be slower; it is hardly ever more than one
+_unsaid: list[str] = []  # errors of a rank that is not 0
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,12 @@ class Sweep:
     study: str | None
     jobs: list[tuple[Any, Mapping[str, str | None]]]  # settings and choices of each
     command: str  # as typed
+
+    @property
+    def command_to_go_on(self) -> str:
+        """The same, with the name that was made of the time."""
+        is_named = self.study is not None or re.search(r"\bsweep_name=", self.command)
+        return self.command if is_named else f"{self.command} sweep_name={self.folder.name}"
 
 
 @dataclass(frozen=True)
@@ -90,10 +98,21 @@ def main(program: Program) -> int:
     machine.keep_freed_memory()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # hand exceptions to us instead of exiting with 1
     try:
-        exit_code = _main(program)
+        machine.check_ranks()
+    except UserError as error:  # who is rank 0 is not known
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    if waited_for := machine.ranks_without_torchrun():
+        print(waited_for, file=sys.stderr)
+    try:
+        with when_asked_to_stop():
+            exit_code = _main(program)
         if exit_code:
             _let_rank_0_speak()
         return exit_code
+    except PreemptedError as stopped:
+        say_error(str(stopped))
+        return stopped.exit_code
     except KeyboardInterrupt:
         say_error("interrupted")
         return INTERRUPTED
@@ -105,20 +124,26 @@ def main(program: Program) -> int:
     except (HydraException, OmegaConfBaseException) as error:
         say_error(explain(error))
     except OSError as error:  # Hydra makes the sweep's folder
-        say_error(f"runs_dir: cannot write {error.filename} ({error.strerror})")
+        say_error(f"runs_dir: cannot write {error.filename or 'there'} ({error.strerror})")
     _let_rank_0_speak()
     return UserError.exit_code
 
 
 def _let_rank_0_speak() -> None:
-    """torchrun ends all ranks when the first one fails, and a mistake fails all of them at once."""
+    """torchrun ends all ranks when the first one fails, and a mistake fails all of them at once.
+    A rank that is not ended by then has met something that rank 0 did not."""
     if machine.rank() != 0:
         time.sleep(SECONDS_TO_SPEAK)
+        for line in _unsaid:
+            print(f"error: rank {machine.rank()}: {line}", file=sys.stderr)
+        _unsaid.clear()
 
 
 def say_error(line: str) -> None:
     if machine.rank() == 0:
         print(f"error: {line}", file=sys.stderr)
+    else:
+        _unsaid.append(line)
 
 
 def register(users_folders: list[Path]) -> None:
@@ -147,7 +172,12 @@ def _main(program: Program) -> int:
         settings = with_arms(settings, groups(name), is_sweep)
     sys.argv[1:] = [*opened(settings, name), *flags]
     jobs = Jobs(program, folders, shlex.join(["python", f"{name}.py", *typed]))
-    hydra.main(version_base="1.3", config_path=str(options.CONF), config_name=name)(jobs)()
+    try:
+        hydra.main(version_base="1.3", config_path=str(options.CONF), config_name=name)(jobs)()
+    except (PreemptedError, KeyboardInterrupt):
+        if jobs.sweep is not None:
+            print(f"go on with: {jobs.sweep.command_to_go_on}", file=sys.stderr)
+        raise
     return max(jobs.exit_codes, default=0)
 
 
@@ -159,6 +189,8 @@ class Jobs:
     users_folders: list[Path]
     command: str  # as typed
     exit_codes: list[int] = field(default_factory=list)  # of this process
+    sweep: Sweep | None = None
+    process: int = field(default_factory=os.getpid)  # where the command was typed
 
     def __call__(self, config: DictConfig) -> None:
         options.look_also_in(self.users_folders)
@@ -170,13 +202,26 @@ class Jobs:
         )
         # Nothing but an interrupt may leave: Hydra would add lines of its own.
         try:
-            settings = self.program.resolve(as_settings(config), job.choices)
-            self.exit_codes.append(self.program.run(settings, job))
+            with when_asked_to_stop():  # a launcher has other ideas
+                settings = self.program.resolve(as_settings(config), job.choices)
+                self.exit_codes.append(self.program.run(settings, job))
+        except PreemptedError as stopped:
+            if os.getpid() == self.process:
+                raise
+            self.exit_codes.append(stopped.exit_code)  # of a launcher's job; its sweep may go on
         except (UserError, TrainingError) as error:
             say_error(str(error))
             self.exit_codes.append(error.exit_code)
+        except BrokenPipeError:
+            raise
+        except OSError as error:  # the disk is full, or a file or folder is not ours
+            say_error(of_system(error))
+            self.exit_codes.append(UserError.exit_code)
         except Exception:
-            traceback.print_exc()
+            if machine.rank() == 0:
+                traceback.print_exc()
+            else:
+                say_error(traceback.format_exc())
             self.exit_codes.append(1)
 
     def begin_sweep(self, folder: Path, configs: list[DictConfig]) -> tuple[Sweep, list[Start]]:
@@ -190,10 +235,8 @@ class Jobs:
             )
         jobs: list[tuple[Any, Mapping[str, str | None]]] = []
         for config in configs:
-            choices, taken = _choices(config.hydra), Path(config.hydra.sweep.dir)
+            choices = _choices(config.hydra)
             study = choices["experiment"] if choices.get(ARM) else None
-            if study is None and taken.exists():
-                raise UserError(f"sweep_name={taken.name}: {taken} is there already; give another")
             del config.hydra
             jobs.append((self.program.resolve(as_settings(config), choices), choices))
         names = [getattr(settings, "run_name", None) for settings, _ in jobs]
@@ -201,7 +244,7 @@ class Jobs:
             raise UserError(
                 f"run_name={min(shared)}: {len(jobs)} jobs would share it; leave it out"
             )
-        sweep = Sweep(folder, study, jobs, self.command)
+        self.sweep = sweep = Sweep(folder, study, jobs, self.command)
         if self.program.before_sweep is None:
             return sweep, [Start() for _ in jobs]
         return sweep, self.program.before_sweep(sweep)

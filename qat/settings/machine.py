@@ -20,6 +20,10 @@ KEPT_BYTES = 2**30
 FAST_BF16_FLAGS = ("avx512_bf16", "amx_bf16", "svebf16", " bf16")
 
 
+# What torchrun, or another launcher of several processes, tells each of them.
+OF_RANKS = ("WORLD_SIZE", "RANK", "LOCAL_WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
 def rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
@@ -27,6 +31,58 @@ def rank() -> int:
 def world_size() -> int:
     """Ranks started by torchrun (1 without it)."""
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def local_world_size() -> int:
+    """Those of them on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def local_rank() -> int:
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def is_launched() -> bool:
+    """Whether a launcher speaks of ranks, be it of one."""
+    return "WORLD_SIZE" in os.environ
+
+
+def ranks_without_torchrun() -> str | None:
+    """One line where another launcher, or what one left behind, asks for other ranks."""
+    if world_size() == 1 or "TORCHELASTIC_RUN_ID" in os.environ:
+        return None
+    address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    return (
+        f"rank {rank()} of {world_size()}, says the environment: it will wait for the others at "
+        f"{address}; if nobody starts them, `unset {' '.join(OF_RANKS)}`"
+    )
+
+
+def check_ranks() -> None:
+    """UserError unless the environment says all about ranks or nothing: what a shell has left over
+    from elsewhere makes a process wait for others that nobody starts, or be silent for them."""
+    said = {name: os.environ[name] for name in OF_RANKS if name in os.environ}
+    if not said:
+        return
+    remedy = f"without torchrun, `unset {' '.join(said)}`; with it, let it say them all"
+    if missing := [name for name in OF_RANKS if name not in said]:
+        line = ", ".join(f"{name}={value}" for name, value in said.items())
+        raise UserError(f"{line} in the environment, but no {', '.join(missing)}: {remedy}")
+    for name, value in said.items():
+        if name != "MASTER_ADDR" and not re.fullmatch("[0-9]{1,9}", value):
+            raise UserError(f"{name}={value} in the environment is no number of ranks: {remedy}")
+    for name, least, end, told in (
+        ("WORLD_SIZE", 1, 10**9, "there is one rank or more"),
+        ("RANK", 0, world_size(), f"ranks end below WORLD_SIZE={world_size()}"),
+        ("LOCAL_WORLD_SIZE", 1, world_size() + 1, f"of WORLD_SIZE={world_size()} ranks"),
+        ("LOCAL_RANK", 0, local_world_size(), f"below LOCAL_WORLD_SIZE={local_world_size()}"),
+        ("MASTER_PORT", 1, 65_536, "a port is 1 to 65535"),
+    ):
+        if not least <= int(said[name]) < end:
+            raise UserError(f"{name}={said[name]} in the environment: {told}; {remedy}")
+    if world_size() % local_world_size() or not said["MASTER_ADDR"].strip():
+        line = ", ".join(f"{name}={value}" for name, value in said.items())
+        raise UserError(f"{line} in the environment do not fit together: {remedy}")
 
 
 def _torch_has_cuda() -> bool:

@@ -30,6 +30,10 @@ BELOW_1: Check = (lambda value: 0 <= value < 1, "give 0 or more, below 1")
 FRACTION: Check = (lambda value: 0 <= value <= 1, "give a fraction between 0 and 1")
 SHARE: Check = (lambda value: 0 < value < 1, "give a fraction between 0 and 1")
 SEED: Check = (lambda value: 0 <= value < 2**63, "give 0 to 2^63 - 1")
+AUTO_OR_COUNT: Check = (
+    lambda value: value == "auto" or (type(value) is int and value >= 1),
+    "give 1 or more, null for all of them, or auto",
+)
 TAG: Check = (
     lambda tag: 1 <= len(tag) <= MAX_TAG_LENGTH,
     f"give tags of 1 to {MAX_TAG_LENGTH} characters",
@@ -190,6 +194,9 @@ class EvalSettings:
     seq_len: int | None = checked(None, AT_LEAST_1)  # of a window; null = as trained
     stride: int | None = checked(None, AT_LEAST_1)  # null = windows do not overlap
     by_document: bool = False  # no window reaches from one document into the next
+    # of validation text, in windows spread over all of it; null = all; auto: all on a GPU, on a CPU
+    # the million that it scores in about a minute
+    max_tokens: int | str | None = checked("auto", AUTO_OR_COUNT)
 
 
 @dataclass
@@ -349,13 +356,16 @@ def as_settings(node: DictConfig | ListConfig, path: str = "") -> Any:
 
 
 def from_yaml(text: str, typed: str) -> TrainSettings:
-    """The inverse of ``as_yaml``. UserError naming ``typed`` if it was saved by another version."""
+    """The inverse of ``as_yaml``. UserError naming ``typed`` if it was saved by another version, or
+    is damaged."""
     try:
         saved = OmegaConf.merge(OmegaConf.structured(TrainSettings), OmegaConf.create(text))
         settings = as_settings(saved)
-    except (OmegaConfBaseException, YAMLError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{typed}: saved by another version ({reason})") from None
+    except (OmegaConfBaseException, YAMLError, AssertionError) as error:  # the last: no mapping
+        reason = (str(error) or "no settings").splitlines()[0]
+        raise UserError(
+            f"{typed}: saved by another version, or damaged ({reason}); start the run anew"
+        ) from None
     assert isinstance(settings, TrainSettings)
     return settings
 

@@ -1,6 +1,7 @@
-"""The runs of a study: a folder per arm and seed, run once, and gone on with after a kill.
+"""The runs of a sweep or study: a folder each, run once, and gone on with after a kill.
 
-``<sweep>/<arm>_s<seed>/`` is a run like any other. Designs that are run into one folder share the
+A plain sweep finds its runs by their settings. Of a study, ``<sweep>/<arm>_s<seed>/`` is a run like
+any other. Designs that are run into one folder share the
 arms that they both name, if the settings are the same. Each QAT arm may hold a run of its own,
 ``equal_steps/``: its baseline trained for as many steps as the arm had (``ledger=full``).
 """
@@ -11,10 +12,10 @@ import json
 import logging
 import math
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
@@ -28,6 +29,7 @@ from qat.runs.run_folder import (
     LOCK,
     kept_checkpoint,
     read_config,
+    run_folders,
     write_atomically,
 )
 from qat.runs.store_again import export_again, storage_of
@@ -52,6 +54,7 @@ log = logging.getLogger("qat")
 
 EQUAL_STEPS = "equal_steps"
 SUFFIX, PRICES_SUFFIX = ".study.json", ".prices.json"
+MULTIRUN = "multirun.yaml"  # of Hydra, in every sweep's folder
 
 RunOne = Callable[[TrainSettings, "Job"], int]  # its exit code
 
@@ -86,7 +89,9 @@ def begin(sweep: Sweep) -> list[Start]:
     """Before the first run: say in the folder which study it is, beside the arms and commands given
     before, and at which prices; how each run is started. UserError if a run of it is there that was
     another."""
-    assert sweep.study is not None
+    if sweep.study is None:
+        _check_plain(sweep)
+        return [Start() for _ in sweep.jobs]
     settings = read_study(sweep.study)
     assert settings is not None
     path = study_file(sweep.folder, sweep.study)
@@ -193,6 +198,33 @@ def _check_prices_are_asked(s: TrainSettings, arm: str) -> None:
             raise UserError(f"schedule.{key}: arm {arm} has its price from study.prices")
 
 
+def _asked(s: TrainSettings) -> dict[str, Any]:
+    """Settings as a run's config.yaml keeps them, by dotted name."""
+    return conditions(asdict(replace(s, data=absolute_paths(s.data))), bookkeeping=())
+
+
+def _runs_in(folder: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """The runs of a sweep and their settings, as ``_asked`` names them."""
+    for run in run_folders(folder):
+        saved = from_yaml(read_config(run, "sweep_name")[0], str(run))
+        yield run, conditions(asdict(saved), bookkeeping=())
+
+
+def _check_plain(sweep: Sweep) -> None:
+    """UserError if the folder is not this sweep's: every run that is there is one of its own."""
+    folder = sweep.folder
+    if folder.exists() and not (folder / MULTIRUN).is_file():
+        raise UserError(f"sweep_name={folder.name}: {folder} is there already; give another")
+    asked = [_asked(settings) for settings, _ in sweep.jobs]
+    for run, there in _runs_in(folder) if folder.exists() else ():
+        unlike = min((differing(there, of_job) for of_job in asked), key=len)
+        if unlike:
+            raise UserError(
+                f"sweep_name={folder.name}: {run.name} was run there with {unlike[0]} = "
+                f"{there.get(unlike[0])}, which is none of these runs; give another sweep_name"
+            )
+
+
 def studies_in(folder: Path) -> list[Study]:
     """Those that sweeps left there; else that of runs put there one by one.
 
@@ -201,8 +233,8 @@ def studies_in(folder: Path) -> list[Study]:
     if files := sorted(folder.glob(f"*{SUFFIX}")):
         return [Study.read(file) for file in files]
     arms: dict[str, dict[str, None]] = {}
-    for path in sorted(folder.glob(f"*/{CONFIG}")):
-        choices = read_config(path.parent, "study")[1]
+    for run in run_folders(folder):
+        choices = read_config(run, "study")[1]
         experiment, arm = choices.get("experiment"), choices.get("arm")
         if experiment and arm:
             arms.setdefault(experiment, {})[arm] = None
@@ -231,9 +263,14 @@ def _check_same(s: TrainSettings, arm: str) -> None:
         )
 
 
-def run_arm(s: TrainSettings, job: Job, run_one: RunOne) -> int:
-    """Train an arm, or go on with it; then what the study makes of it. The exit code."""
+def run_in_sweep(s: TrainSettings, job: Job, run_one: RunOne) -> int:
+    """Train a run of a sweep, or go on with it; then what a study makes of its arms. The exit
+    code."""
     assert job.sweep_dir is not None
+    if not job.choices.get("arm"):
+        asked = _asked(s)
+        own = (run for run, there in _runs_in(job.sweep_dir) if there == asked)
+        return _run_once(s, job, next(own, None), run_one)
     folder = job.sweep_dir / run_name(str(job.choices["arm"]), s.seed)
     fork = s.fork
     if fork.run and fork.step and not kept_checkpoint(job.sweep_dir / fork.run, fork.step).exists():
@@ -259,8 +296,11 @@ def run_arm(s: TrainSettings, job: Job, run_one: RunOne) -> int:
     return code
 
 
-def _run_once(s: TrainSettings, job: Job, folder: Path, run_one: RunOne) -> int:
-    """A run that is finished is not run again; one that died goes on."""
+def _run_once(s: TrainSettings, job: Job, folder: Path | None, run_one: RunOne) -> int:
+    """A run that is finished is not run again; one that died goes on. ``folder``: None = a new
+    one."""
+    if folder is None:
+        return run_one(s, job)
     result = Result.read(folder)
     if result is not None and result.status != "failed":
         print(f"{folder} is {result.status}, val_bpb {result.val_bpb_artifact:.5f}")

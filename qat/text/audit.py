@@ -12,10 +12,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
-from numba import njit
 from rich.console import Console
 from rich.progress import Progress
 
+from qat.compiled import machine_code
 from qat.text.byte_table import ByteTable
 from qat.text.shards import TokenStream
 from qat.text.tokenizer import BOS_ID
@@ -68,7 +68,7 @@ class _Documents:
 
 
 # Not numpy alone: a pass over memory for each operation, six times the time; numba is here for mix.
-@njit(cache=True)
+@machine_code
 def _cut(tokens, start, bytes_of, spaced, boundary, open_document, multiplier, out):
     """Cut a chunk that begins at position ``start`` of its stream into documents.
 

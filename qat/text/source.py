@@ -9,6 +9,7 @@ local cache come with its library).
 
 from __future__ import annotations
 
+import errno
 import glob
 import hashlib
 import json
@@ -43,6 +44,7 @@ TOKENIZER_BYTES = 64_000_000  # of text, and a document more, train the tokenize
 YARDSTICK_BYTES = 8_000_000
 SPLIT_HASH_BYTES = 8
 NOTES_FILE = "notes.json"
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # nothing that is read says so
 CACHE_KEY = re.compile("[0-9a-f]{16}")
 
 
@@ -138,23 +140,28 @@ def _from_documents(
     key = hashlib.sha256(json.dumps(key_parts).encode()).hexdigest()[:16]
     identity = {"name": name, "cache_key": key, "val_fraction": val_fraction}
     folder = cache_dir / key
+    if (folder / NOTES_FILE).is_file():  # perhaps in a folder of somebody else, to read only
+        return _prepared(folder, identity)
+    temporary = cache_dir / f"{key}.tmp"
     try:
         cache_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"data.cache_dir={cache_dir}: cannot write there ({error.strerror})"
-        ) from None
-    with filelock.FileLock(cache_dir / f"{key}.lock"):
-        if not (folder / NOTES_FILE).is_file():
-            temporary = cache_dir / f"{key}.tmp"
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir()
-            try:
-                _prepare(name, documents, vocab_size, val_fraction, temporary)
-                shutil.rmtree(folder, ignore_errors=True)
-                temporary.rename(folder)
-            finally:
+        with filelock.FileLock(cache_dir / f"{key}.lock"):
+            if not (folder / NOTES_FILE).is_file():
                 shutil.rmtree(temporary, ignore_errors=True)
+                temporary.mkdir()
+                try:
+                    _prepare(name, documents, vocab_size, val_fraction, temporary)
+                    shutil.rmtree(folder, ignore_errors=True)
+                    temporary.rename(folder)
+                finally:
+                    shutil.rmtree(temporary, ignore_errors=True)
+    except OSError as error:
+        is_here = error.filename and Path(error.filename).is_relative_to(cache_dir)
+        if error.errno in FULL or is_here:
+            raise UserError(
+                f"data.cache_dir={cache_dir}: cannot write there ({error.strerror})"
+            ) from None
+        raise
     return _prepared(folder, identity)
 
 

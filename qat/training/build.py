@@ -54,10 +54,16 @@ def check_gradient(plan: Plan, q: QatSettings) -> None:
         raise UserError(f"qat.{error}") from None
 
 
-def check_coder(s: TrainSettings) -> None:
-    coders = (*CODERS, AUTO)
-    if s.artifact.coder not in coders:
-        raise UserError(f"artifact.coder = {s.artifact.coder}: choose from {', '.join(coders)}")
+def check_artifact(s: TrainSettings, code_bytes: int) -> None:
+    """UserError for what would keep the run's file from being written after the training."""
+    coder, coders = s.artifact.coder, (*CODERS, AUTO)
+    if coder not in coders:
+        raise UserError(f"artifact.coder = {coder}: choose from {', '.join(coders)}")
+    if code_bytes >= s.limit_bytes:
+        raise UserError(
+            f"limit_bytes = {s.limit_bytes}: the code alone has {code_bytes} bytes, and the limit "
+            "holds both; give more"
+        )
 
 
 def build_model(m: ModelSettings, seed: int) -> nn.Module:

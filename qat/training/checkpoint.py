@@ -15,10 +15,13 @@ from typing import Any
 import torch
 
 from qat.artifact.container import whole_file
-from qat.errors import TrainingError
+from qat.errors import TrainingError, UserError
 from qat.training.loop import TrainingLoop, UpdateHook
 
 log = logging.getLogger("qat")
+
+
+MARKS = {"weights", "progress"}  # by these a checkpoint is told from other torch files
 
 
 class KeptCheckpoints(UpdateHook):
@@ -87,12 +90,19 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
 
 
 def load_checkpoint(path: Path) -> dict[str, Any] | None:
-    """The state; None where there is none, and, with a warning, where it is damaged."""
+    """The state; None where there is none, and, with a warning, where it is damaged. UserError if
+    the file is whole and something else."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         return None
     except (OSError, EOFError, RuntimeError, ValueError, UnpicklingError) as error:
         reason = " ".join(str(error).split())[:160]
         log.warning("%s is damaged (%s)", path, reason)
         return None
+    if not isinstance(state, dict) or not state.keys() >= MARKS:
+        raise UserError(
+            f"{path}: a torch file, but no checkpoint of this program; put the run's own there, or "
+            "remove it to begin anew"
+        )
+    return state

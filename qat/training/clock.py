@@ -15,14 +15,14 @@ import torch.distributed as dist
 class TrainingClock:
     """Seconds of training so far. ``agree`` is a collective call.
 
-    Rank 0's ``stop_requested`` (a signal may set it at any time) travels with its reading and is
-    ``stop_agreed`` on every rank after it.
+    Rank 0's ``stop_requested`` (a signal sets it to its number, at any time) travels with its
+    reading and is ``stop_agreed`` on every rank after it.
     """
 
     def __init__(self, already_seconds: float = 0.0) -> None:
         self._banked_seconds = already_seconds
         self._started_at: float | None = None
-        self.stop_requested = self.stop_agreed = False
+        self.stop_requested = self.stop_agreed = 0
         self._group: dist.ProcessGroup | None = None
 
     def start(self) -> None:
@@ -45,5 +45,5 @@ class TrainingClock:
             return self._local_seconds()
         reading = torch.tensor([self._local_seconds(), self.stop_requested], dtype=torch.float64)
         dist.broadcast(reading, src=0, group=self._group)
-        self.stop_agreed = bool(reading[1])
+        self.stop_agreed = int(reading[1])
         return float(reading[0])

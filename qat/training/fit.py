@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import logging
-import os
 import resource
-import signal
 import sys
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,17 +24,20 @@ from qat.budget.price_control import File, PriceControl, Tensors
 from qat.errors import TrainingError
 from qat.qat_model import QatModel
 from qat.quantize.plan import Plan
+from qat.settings import machine
 from qat.settings.checks import micro_batches
 from qat.settings.schema import TrainSettings
+from qat.settings.signals import stop_now, when_asked_to_stop
 from qat.text.batches import BatchShape, TrainingBatches
 from qat.text.shards import TokenStream
 from qat.training.build import build_schedule, spec_of
-from qat.training.loop import Pace, TrainingLoop, UpdateHook, compiled_loss
+from qat.training.loop import Batch, Pace, TrainingLoop, UpdateHook, compiled_loss
 from qat.training.schedule import Schedule
 
 log = logging.getLogger("qat")
 
 # Advice that does not apply here: batches are slices of a memory map, the folder is ours.
+SAID_SECONDS = 10.0  # of scoring; less is not worth a line
 LIGHTNING_NOISE = (
     ".*does not have many workers.*",
     ".*Experiment logs directory .* exists and is not empty.*",
@@ -66,10 +68,13 @@ def peak_memory_bytes() -> int:
 
 
 class Forecast(Callback):
-    """As soon as the step time is known: will QAT start, will the file fit?"""
+    """As soon as the step time is known: will QAT start, will the file fit, how long is scoring?
 
-    def __init__(self, plan: Plan, budget: Budget | None) -> None:
-        self.plan, self.budget = plan, budget
+    ``scored_tokens``: in all scores that will be made.
+    """
+
+    def __init__(self, plan: Plan, budget: Budget | None, scored_tokens: int) -> None:
+        self.plan, self.budget, self.scored_tokens = plan, budget, scored_tokens
         self.said = False
 
     def on_train_batch_end(
@@ -77,7 +82,7 @@ class Forecast(Callback):
         trainer: Trainer,
         pl_module: LightningModule,
         outputs: object,
-        batch: object,
+        batch: Batch,
         batch_idx: int,
     ) -> None:
         assert isinstance(pl_module, TrainingLoop)
@@ -88,6 +93,12 @@ class Forecast(Callback):
             return
         self.said = True
         forecast(pl_module.schedule, pl_module.step_seconds, self.plan, self.budget)
+        batch_tokens = batch[0].numel() * pl_module.pace.micro_batches * trainer.world_size
+        # A forward pass is a third of an update.
+        seconds = pl_module.step_seconds / 3 * self.scored_tokens / batch_tokens
+        if seconds > SAID_SECONDS:
+            told = "scoring afterwards: about %.0f s (%s tokens; fewer: eval.max_tokens)"
+            log.info(told, seconds, f"{self.scored_tokens:,}")
 
 
 def forecast(schedule: Schedule, step_seconds: float, plan: Plan, budget: Budget | None) -> None:
@@ -125,15 +136,14 @@ def build_trainer(loggers: list[Logger], callbacks: list[Callback]) -> Trainer:
         warnings.filterwarnings("ignore", message=message)
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    under_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
-    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    local_ranks, world_size = machine.local_world_size(), machine.world_size()
+    environment = TorchElasticEnvironment if machine.is_launched() else LightningEnvironment
     return Trainer(
         accelerator="cuda" if torch.cuda.is_available() else "cpu",
         devices=local_ranks,
         num_nodes=world_size // local_ranks,
         strategy="ddp" if world_size > 1 else "auto",
-        plugins=[TorchElasticEnvironment() if under_torchrun else LightningEnvironment()],
+        plugins=[environment()],
         precision="32-true",  # autocast is ours, around the model only
         max_epochs=1,
         logger=loggers,
@@ -145,26 +155,32 @@ def build_trainer(loggers: list[Logger], callbacks: list[Callback]) -> Trainer:
     )
 
 
-class StopAtSigterm(Callback):
-    """SIGTERM (a preempted job) lets the step end; then all ranks stop, with a checkpoint."""
+class StopAtSignal(Callback):
+    """Asked to stop (a preempted job), the step ends; then all ranks stop, with a checkpoint.
+
+    While priming there is nothing to save.
+    """
+
+    def __init__(self) -> None:
+        self._heard = ExitStack()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, TrainingLoop)
-        clock = pl_module.clock
 
         def request_stop(signum: int, frame: object) -> None:
-            clock.stop_requested = True
+            pl_module.clock.stop_requested = signum
+            if pl_module.is_priming:
+                stop_now(signum)
 
-        self._before = signal.signal(signal.SIGTERM, request_stop)
+        self._heard.enter_context(when_asked_to_stop(request_stop))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        signal.signal(signal.SIGTERM, self._before)
+        self._heard.close()
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
-        if hasattr(self, "_before"):
-            signal.signal(signal.SIGTERM, self._before)
+        self._heard.close()
 
 
 def build_loop(
@@ -212,7 +228,7 @@ def fit(
 ) -> Outcome:
     """Train the loop's model in place, from ``state`` if there is one, and say what happened.
 
-    TrainingError if a loss is not finite or the disk is full; PreemptedError after SIGTERM.
+    TrainingError if a loss is not finite or the disk is full; PreemptedError after a signal.
     """
     if state is not None:
         loop.load_state(state)

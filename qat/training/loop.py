@@ -383,7 +383,7 @@ class TrainingLoop(LightningModule):
         for hook in self.hooks:
             hook.before_next_update(self)
         if self.clock.stop_agreed:
-            raise PreemptedError(f"stopped after step {p.step}")
+            raise PreemptedError(self.clock.stop_agreed, f"after step {p.step}")
         self._switch_for_next_step()
 
     def write_losses(self) -> None:

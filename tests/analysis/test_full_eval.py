@@ -87,6 +87,35 @@ def test_token_scores_are_those_of_the_logits(stream: TokenStream, weights: dict
         assert confidence.allclose(scaled.softmax(-1).amax(-1)[judged], atol=1e-6)
 
 
+@pytest.mark.parametrize("asked", [{}, {"by_document": True}])
+def test_a_part_of_the_text_is_read_as_in_the_whole(
+    asked: dict, stream: TokenStream, weights: dict
+) -> None:
+    """``eval.max_tokens``: in windows that do not overlap a token's score is the same."""
+    whole = scorer(stream, stride=None, **asked)
+    part = scorer(stream, stride=None, max_tokens=100, **asked)
+    texts = [ScoredText.of(subject) for subject in (whole, part)]
+    chosen = part.positions
+    assert len(chosen) == part.windows.num_targets <= 100 < whole.windows.num_targets
+    assert chosen.max() > 300  # from all over the text
+    nowhere = torch.zeros(len(texts[0].targets), dtype=torch.bool)
+    found = [
+        token_scores(subject, weights, None, nowhere, "test").nats for subject in (whole, part)
+    ]
+    assert found[1].equal(found[0][chosen])
+    for name in ("targets", "num_bytes"):
+        assert (getattr(texts[1], name) == getattr(texts[0], name)[chosen]).all()
+    of_whole = texts[0].documents[chosen]
+    assert (np.diff(texts[1].documents) == (np.diff(of_whole) > 0)).all()
+    assert texts[1].num_documents == len(set(of_whole.tolist()))
+    judged = np.arange(len(chosen)) == 50
+    ((nats, _),) = scores_at(part, weights, [1.0], judged, "test")
+    assert nats[50].allclose(found[1][50])
+    score = part.score(weights, "test")
+    assert score.val_loss == pytest.approx(float(found[1].double().mean()), abs=1e-9)
+    assert (score.num_tokens, score.of_tokens) == (len(chosen), whole.windows.num_targets)
+
+
 def test_one_document_is_halved_by_windows(stream: TokenStream) -> None:
     subject = scorer(stream)
     subject.__dict__["document_starts"] = np.array([0])

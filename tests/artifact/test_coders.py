@@ -15,8 +15,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qat.artifact import class_coder, mix_coder
-from qat.artifact.coder import CODERS, GENERAL, encode_section
+from qat.artifact.coder import AUTO, CODERS, GENERAL, check_coder, encode_section
 from qat.artifact.sections import Matrix
+from qat.compiled import machine_code
+from qat.errors import UserError
 from tests.conftest import ROOT, first_on_path
 
 
@@ -218,3 +220,39 @@ def test_encoding_takes_no_room_for_the_worst() -> None:
     tracemalloc.stop()
     model = sum(array.nbytes for array in mix_coder.new_model())
     assert most < 7 * len(raw) + model
+
+
+@pytest.mark.parametrize(
+    ("coder", "library"),
+    [("mix", "brotli"), ("mix", "zstandard"), ("zstd", "zstandard"), (AUTO, "brotli")],
+)
+def test_what_a_file_takes_is_tried_before_a_training(
+    coder: str, library: str, monkeypatch: pytest.MonkeyPatch, train
+) -> None:
+    """The floats of a ``mix`` file are coded by whatever is smallest."""
+    check_coder(coder)
+    monkeypatch.setitem(sys.modules, library, None)
+    with pytest.raises(UserError, match=f"{library} is not installed"):
+        check_coder(coder)
+    done = train(f"artifact.coder={coder}", "run_name=r")
+    assert (done.code, len(done.err.splitlines())) == (2, 1), done.err
+    assert not Path("logs").exists()
+
+
+def test_numba_works_without_a_place_for_its_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A read-only install without a home, and a disk that is full while it is saved."""
+    from numba.core import caching
+
+    def twice(x):
+        return 2 * x
+
+    with monkeypatch.context() as patched:
+        patched.setattr(caching.CodeLibraryCacheImpl, "_locator_classes", [])
+        patched.setattr(caching.CompileResultCacheImpl, "_locator_classes", [])
+        assert machine_code(twice)(21) == 42
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(caching.IndexDataCacheFile, "save", full)
+    assert machine_code(twice)(21) == 42

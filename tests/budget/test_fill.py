@@ -73,7 +73,7 @@ def test_after_qat_the_trained_grid_is_kept_where_it_fits(train, program, cache_
 
 
 def test_a_limit_that_nothing_meets_ends_oversize(train) -> None:
-    done = train("qat=none", *FIT, "limit_bytes=1000", "run_name=big")
+    done = train("qat=none", *FIT, f"limit_bytes={CODE + 1000}", "run_name=big")
     assert done.code == 3
     assert "nothing in the family is smaller" in done.err
     assert (RUNS / "big" / "artifact.qat.oversize").is_file()

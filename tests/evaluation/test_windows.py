@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,11 +16,18 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from qat.errors import UserError
-from qat.evaluation.score import Scorer
+from qat.evaluation.score import Score, Scorer
 from qat.evaluation.windows import Windows, document_windows, stream_windows
 from qat.model.gpt import GPT
 from qat.model.spec import ModelSpec
-from qat.settings.schema import EvalSettings
+from qat.settings.checks import CPU_EVAL_TOKENS, resolve_eval
+from qat.settings.schema import (
+    DataSettings,
+    EvalSettings,
+    EvalTaskSettings,
+    FullEvalSettings,
+    LoggerSettings,
+)
 from qat.text.byte_table import ByteTable
 from qat.text.shards import ShardWriter, TokenStream
 from qat.text.tokenizer import BOS_ID
@@ -53,6 +62,21 @@ def test_sliding_windows_score_every_target_once(size: tuple[int, int, int]) -> 
     assert (windows.lengths == seq_len).all()
     assert windows.tails[0] == seq_len
     assert (windows.tails[1:] <= stride).all()
+
+
+@given(sizes, st.integers(1, 400))
+def test_a_part_is_spread_over_the_text_and_known_by_its_positions(
+    size: tuple[int, int, int], most: int
+) -> None:
+    num_tokens, seq_len, stride = size
+    windows = stream_windows(num_tokens, seq_len, stride)
+    assert windows.positions().tolist() == scored(windows)
+    if not len(windows.starts):
+        return
+    part = windows.spread(most)
+    assert part.positions().tolist() == scored(part)
+    assert set(scored(part)) <= set(scored(windows))
+    assert part.num_targets <= max(most + seq_len, seq_len)
 
 
 @given(sizes, st.data())
@@ -263,3 +287,53 @@ def test_ranks_share_the_windows(
         assert float(other["val_loss"]) == pytest.approx(float(outputs[0]["val_loss"]), abs=1e-9)
         assert other["tokens"] == outputs[0]["tokens"]
         assert other["text_bytes"] == outputs[0]["text_bytes"]
+
+
+def test_what_takes_long_is_said_beforehand(
+    stream: TokenStream, weights: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qat.evaluation.score.SAID_SECONDS", 0.0)
+    subject = replace(scorer(stream, batch_tokens=16), console=Console(file=io.StringIO()))
+    subject.score(weights, "float weights")
+    assert isinstance(told := subject.console.file, io.StringIO)
+    assert told.getvalue() == "scoring float weights: 128 tokens, about 0 s\n"
+
+
+def test_on_a_cpu_a_part_is_scored_and_said(train, program, cache_dir: Path) -> None:
+    """One default for train.py and eval.py; a row tells what it is of, and equal weights have one
+    score."""
+    for asked, found in (("auto", CPU_EVAL_TOKENS), (None, None), (7, 7)):
+        settings = EvalTaskSettings(
+            artifact="a.qat",
+            eval=FullEvalSettings(max_tokens=asked),
+            logger=LoggerSettings("csv"),
+            data=DataSettings("from_artifact"),
+        )
+        assert resolve_eval(settings, {}).eval.max_tokens == found
+    score, scored = Scorer.score, []
+
+    def counted(self: Scorer, weights: dict, title: str) -> Score:
+        scored.append(title)
+        return score(self, weights, title)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Scorer, "score", counted)
+        same = ("averaging=ema", "averaging.decay=0")  # the average is the last weights
+        done = train("eval.max_tokens=1000", "run_name=r", "max_steps=2", "qat=int6", *same)
+    assert done.code == 0, done.err
+    assert scored == ["float weights", "snapped weights"]
+    row = result_of(Path("logs/runs/r"))
+    assert row["val_tokens"] == 992 < row["val_tokens_there"]
+    assert row["val_bpb_last_snapped"] == row["val_bpb_artifact"] == row["val_bpb_snapped"]
+    assert row["val_bpb_last_float"] == row["val_bpb_float"]
+    said = f"scored on 992 of {row['val_tokens_there']:,} tokens"
+    assert said in " ".join(done.out.replace("│", " ").split())
+    assert "validation tokens (992 are scored; all: eval.max_tokens=null)" in done.err
+    cache = f"data.cache_dir={cache_dir}"
+    again = program("eval.py", "run=r", cache, "eval.max_tokens=1000")
+    assert f"{row['val_bpb_artifact']:.10f}" in again.out
+    assert f"tokens         992 of {row['val_tokens_there']} (eval.max_tokens)" in again.out
+    refused = program("eval.py", "task=submission", "run=r", "out=sub")
+    assert refused.code == 2
+    assert "992 of " in refused.err
+    assert "eval.max_tokens=null" in refused.err

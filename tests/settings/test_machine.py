@@ -88,3 +88,67 @@ def test_the_age_of_this_process() -> None:
     second = machine.seconds_since_start()
     assert second is not None
     assert second >= first
+
+
+ALL = {
+    "WORLD_SIZE": "4", "RANK": "3", "LOCAL_WORLD_SIZE": "2", "LOCAL_RANK": "1",
+    "MASTER_ADDR": "node0", "MASTER_PORT": "29500",
+}  # fmt: skip
+
+
+def _say(monkeypatch: pytest.MonkeyPatch, said: dict[str, str]) -> None:
+    for name in machine.OF_RANKS:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in said.items():
+        monkeypatch.setenv(name, value)
+
+
+@pytest.mark.parametrize(
+    "said",
+    [{}, ALL, dict.fromkeys(ALL, "1") | {"RANK": "0", "LOCAL_RANK": "0"}, ALL | {"RANK": "0"}],
+)
+def test_ranks_that_a_launcher_speaks_of(
+    said: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _say(monkeypatch, said)
+    machine.check_ranks()
+    assert machine.is_launched() == bool(said)
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        *({name: value} for name, value in ALL.items()),  # each alone
+        *({n: v for n, v in ALL.items() if n != name} for name in ALL),  # each missing
+        *(ALL | {name: "x"} for name in ALL if name != "MASTER_ADDR"),
+        *(ALL | {name: ""} for name in ALL),
+        *(ALL | {name: "-1"} for name in ALL if name != "MASTER_ADDR"),
+        ALL | {"RANK": "4"}, ALL | {"LOCAL_RANK": "2"}, ALL | {"LOCAL_WORLD_SIZE": "0"},
+        ALL | {"LOCAL_WORLD_SIZE": "3"}, ALL | {"LOCAL_WORLD_SIZE": "8"},
+        ALL | {"WORLD_SIZE": "0"}, ALL | {"MASTER_PORT": "70000"}, ALL | {"MASTER_PORT": "0"},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_ranks_left_over_are_one_line(
+    said: dict[str, str], program: Callable[..., Done], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _say(monkeypatch, said)
+    for script in ("train.py", "eval.py"):
+        done = program(script, "artifact=x")
+        assert (done.code, len(done.err.splitlines())) == (2, 1), done.err
+        assert f"`unset {' '.join(n for n in machine.OF_RANKS if n in said)}`" in done.err
+
+
+def test_a_mistake_that_rank_0_did_not_meet_is_said_after_all(
+    train: Callable[..., Done], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qat.settings.command_line.SECONDS_TO_SPEAK", 0.0)
+    _say(monkeypatch, ALL)
+    for asked, line in (
+        ("seed=-1", "error: rank 3: seed = -1: give 0 to 2^63 - 1"),  # of the settings
+        ("data.files=[no.txt]", "error: rank 3: data.files=no.txt: no such file"),  # of a run
+    ):
+        done = train(asked)
+        waits, said = done.err.splitlines()
+        assert "rank 3 of 4, says the environment: it will wait" in waits
+        assert (done.code, said) == (2, line)
