@@ -36,7 +36,7 @@ class NodeLauncher(BasicLauncher):
             name = _name(overrides)
             row = Result.read(folder / name) if name else None
             if row is None or row.status == "failed":
-                code = subprocess.run(self.command(folder, name, overrides), check=False).returncode
+                code = exit_code(self.command(folder, name, overrides))
                 row = Result.read(folder / name) if name else None
                 self.jobs.exit_codes.append(code)
                 if code:
@@ -53,6 +53,17 @@ class NodeLauncher(BasicLauncher):
             return [*start, f"resume={folder / name}"]
         named = [f"run_name={name}"] if name is not None else []
         return [*start, *overrides, f"runs_dir={folder}", *named]
+
+
+def exit_code(command: list[str]) -> int:
+    """Of a process that does not outlive this one, and has time to save."""
+    with subprocess.Popen(command) as process:
+        try:
+            return process.wait()
+        except BaseException:
+            process.terminate()
+            process.wait()
+            raise
 
 
 def _name(overrides: Sequence[str]) -> str | None:

@@ -343,11 +343,11 @@ def test_what_a_study_on_a_node_runs(
     config = folder / "none_s2" / "config.yaml"
     config.write_text(config.read_text().replace("seed: 1\n", "seed: 2\n"))
 
-    def run(command: list[str], check: bool) -> subprocess.CompletedProcess[str]:
+    def exit_code(command: list[str]) -> int:
         asked.append(command)
-        return subprocess.CompletedProcess(command, 3)
+        return 3
 
-    monkeypatch.setattr(qat_node_launcher.subprocess, "run", run)
+    monkeypatch.setattr(qat_node_launcher, "exit_code", exit_code)
     done = train(*NODE, "seed=1,2")
     assert done.code == 3
     assert "none_s2: exit code 3" in done.err
