@@ -352,14 +352,14 @@ def test_scalars_and_parameters_without_elements_come_back(coder: str, tmp_path:
     class Odd(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.matrix, self.none = nn.Linear(1, 1, bias=False), nn.Linear(4, 0)
+            self.matrix, self.none = nn.Linear(1, 1, bias=False), nn.Linear(0, 4)
             self.temperature = nn.Parameter(torch.tensor(1.5))
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.matrix(x) * self.temperature + self.none(torch.ones(4)).sum()
+            return self.matrix(x) * self.temperature + self.none(torch.ones(0)).sum()
 
     torch.manual_seed(0)
-    with warnings.catch_warnings(action="ignore"):  # torch on a layer without outputs
+    with warnings.catch_warnings(action="ignore"):  # torch on a layer without inputs
         odd = Odd()
     model = QatModel(odd, Plan.for_model(odd, INT4))
     model.qat(True)
@@ -367,4 +367,4 @@ def test_scalars_and_parameters_without_elements_come_back(coder: str, tmp_path:
     model.save(tmp_path / "odd.qat", coder=coder)
     weights = load(tmp_path / "odd.qat")
     assert weights["temperature"].equal(odd.temperature)
-    assert weights["none.weight"].shape == (0, 4)
+    assert weights["none.weight"].shape == (4, 0)

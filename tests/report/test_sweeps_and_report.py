@@ -172,7 +172,7 @@ def test_exported_baseline_equals_a_run_that_stored_itself_there(train, program)
 
 
 def test_a_failed_and_an_oversize_job_are_rows_and_the_rest_runs(train) -> None:
-    done = train("-m", "limit_bytes=16000000,1000", "max_steps=2")
+    done = train("-m", f"limit_bytes=16000000,{count_code_bytes() + 1000}", "max_steps=2")
     assert done.code == 3
     assert sorted(row["status"] for row in rows()) == ["finished", "oversize"]
 
