@@ -51,7 +51,7 @@ def main(arguments: list[str]) -> int:
     seeds = typed.get("seed", ",".join(map(str, study.seeds))).split(",")
     if not all(seed.isdecimal() for seed in seeds):
         raise UserError(f"seed={typed['seed']}: give numbers, seed=1,2")
-    parent = Path(typed.get("runs_dir", "logs/runs"), experiment)
+    parent = Path(typed.get("runs_dir", "logs/runs"), experiment).expanduser()
     own = ("experiment", "arm", "seed", "runs_dir")
     rest = [setting for setting in settings if setting.partition("=")[0] not in own]
     codes = []

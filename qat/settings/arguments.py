@@ -6,13 +6,13 @@ import difflib
 import re
 import sys
 from argparse import Namespace
-from dataclasses import fields, is_dataclass
+from os.path import expanduser
 from pathlib import Path
-from typing import NoReturn, get_origin, get_type_hints
+from typing import NoReturn, get_origin
 
 from hydra._internal.utils import get_args_parser
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import ChoiceSweep, Quote, QuotedString
+from hydra.core.override_parser.types import ChoiceSweep
 from omegaconf import DictConfig, OmegaConf
 
 from qat.errors import UserError
@@ -20,14 +20,9 @@ from qat.settings import machine
 from qat.settings.arms import ARM
 from qat.settings.options import CONF, no_such_option
 from qat.settings.schema import EvalTaskSettings, TrainSettings
+from qat.settings.typed import SEARCHPATH, kinds
 
 SCHEMAS = {"train": TrainSettings, "eval": EvalTaskSettings}
-# Prose and paths of eval.py, taken as typed: Hydra's grammar would trip over ',' or '(' in them.
-VERBATIM_KEYS = (
-    "prompt", "artifact", "out", "run", "runs", "study", "cabinet", "submission.author",
-    "submission.github_id", "submission.name", "submission.blurb",
-)  # fmt: skip
-
 
 def _refuse(message: str) -> NoReturn:
     raise UserError(message)
@@ -39,6 +34,7 @@ def split_flags(arguments: list[str], config_name: str) -> tuple[list[str], list
     Settings come first: argparse refuses them on both sides of a flag.
     """
     words = sorted(arguments, key=lambda word: "=" not in word or word.startswith("-"))
+    words = [re.sub("^(-[^=]*=)(~.*)", lambda m: m[1] + expanduser(m[2]), w) for w in words]
     parser = get_args_parser()
     parser.error = _refuse  # type: ignore[method-assign]
     args, rest = parser.parse_known_args(words)
@@ -66,30 +62,16 @@ def users_folders(config_dir: str | None, settings: list[str]) -> list[Path]:
     """Folders of ``--config-dir`` and ``hydra.searchpath``; of the latter Hydra takes ``pkg://``
     too, whose options are no ``qat`` options. UserError for one that is not there."""
     asked = [("--config-dir", config_dir)] if config_dir is not None else []
-    typed = [line for line in settings if line.startswith("hydra.searchpath=")]
+    typed = [line for line in settings if line.startswith(f"{SEARCHPATH}=")]
     for override in OverridesParser.create().parse_overrides(typed):
         value = override.value()
-        paths = value if isinstance(value, list) else []
-        asked += [("hydra.searchpath", str(p)) for p in paths if not str(p).startswith("pkg:")]
+        if not isinstance(value, list):
+            raise UserError(f"{override.input_line}: give a list, {SEARCHPATH}=[DIR]")
+        asked += [(SEARCHPATH, str(path)) for path in value if not str(path).startswith("pkg:")]
     for name, path in asked:
         if not Path(path.removeprefix("file://")).is_dir():
             raise UserError(f"{name}={path}: no such folder")
     return [Path(path.removeprefix("file://")).resolve() for _, path in asked]
-
-
-def in_quotes(text: str) -> str:
-    """``text`` itself in the grammar of Hydra's overrides, whatever stands in it."""
-    plain = re.sub(r"(\\*)\$\{", r"\1\1\\${", text)  # it refers to no setting
-    return QuotedString(plain, Quote.single).with_quotes()
-
-
-def quoted(arguments: list[str]) -> list[str]:
-    """Settings that are prose or paths in quotes: whatever follows their '='."""
-    parts = [argument.partition("=") for argument in arguments]
-    return [
-        key + equals + (in_quotes(value) if equals and key in VERBATIM_KEYS else value)
-        for key, equals, value in parts
-    ]
 
 
 def with_profile(arguments: list[str], say: bool = True) -> list[str]:
@@ -104,17 +86,10 @@ def with_profile(arguments: list[str], say: bool = True) -> list[str]:
     return [re.sub(r"\bauto\b", profile, w) if w.startswith("profile=") else w for w in words]
 
 
-def known_keys(schema: type, prefix: str = "") -> set[str]:
+def known_keys(schema: type) -> set[str]:
     """All dotted setting names of a schema; one that takes any names below it ends in a dot too."""
-    keys: set[str] = set()
-    for field in fields(schema):
-        kind = get_type_hints(schema)[field.name]
-        keys.add(prefix + field.name)
-        if get_origin(kind) is dict:
-            keys.add(f"{prefix}{field.name}.")
-        if isinstance(kind, type) and is_dataclass(kind):
-            keys |= known_keys(kind, f"{prefix}{field.name}.")
-    return keys
+    found = kinds(schema)
+    return {*found, *(f"{name}." for name, kind in found.items() if get_origin(kind) is dict)}
 
 
 def groups(config_name: str) -> set[str]:
@@ -126,6 +101,9 @@ def groups(config_name: str) -> set[str]:
 
 def unknown(key: str, known: set[str], config_name: str) -> str:
     parent = key.rpartition(".")[0]
+    for other in SCHEMAS.keys() - {config_name}:
+        if key in known_keys(SCHEMAS[other]) | groups(other):
+            return f"a setting of {other}.py, not of {config_name}.py"
     if parent in known and not any(name.startswith(f"{parent}.") for name in known):
         return f"{parent} takes one value, it has no parts"
     close = difflib.get_close_matches(key, sorted(n for n in known if n[-1] != "."), n=1)

@@ -7,6 +7,7 @@ run is what ran.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import replace
 from importlib.util import find_spec
@@ -144,10 +145,10 @@ def _check_model(m: ModelSettings) -> None:
 
 def find_run(setting: str, run: str, runs_dir: str) -> Path:
     """The folder that a path or a run's name means."""
-    folder = next((p for p in (Path(run), Path(runs_dir) / run) if p.is_dir()), None)
+    folder = next((p for p in (run, os.path.join(runs_dir, run)) if os.path.isdir(p)), None)
     if folder is None:
         raise UserError(f"{setting}={run}: no such folder, here or in {runs_dir}")
-    return folder
+    return Path(folder)
 
 
 def _check_batches(s: TrainSettings) -> None:

@@ -22,7 +22,7 @@ import hydra
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeperConf
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException, MissingConfigException
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
@@ -33,13 +33,13 @@ from qat.settings.arguments import (
     SCHEMAS,
     check_settings,
     groups,
-    quoted,
     split_flags,
     users_folders,
     with_profile,
 )
 from qat.settings.arms import ARM, with_arms
 from qat.settings.schema import as_settings
+from qat.settings.typed import kinds, plain_number, spelled
 
 SWEEPER = "hydra_plugins.qat_sweeper.CheckedSweeper"
 INTERRUPTED = 130  # as shells say it
@@ -124,19 +124,21 @@ def register(users_folders: list[Path]) -> None:
 def _main(program: Program) -> int:
     name, typed = program.config_name, sys.argv[1:]
     settings, flags, args = split_flags(typed, name)
-    if name == "eval":
-        settings = quoted(settings)
-    register(folders := users_folders(args.config_dir, settings))
+    is_sweep = args.multirun or "hydra.mode=MULTIRUN" in settings
+
+    def for_hydra() -> list[str]:
+        return spelled(settings, kinds(SCHEMAS[name]), groups(name), is_sweep)
+
+    register(folders := users_folders(args.config_dir, for_hydra()))
     if not args.shell_completion:  # its words are no settings
-        check_settings(settings, name)
+        check_settings(for_hydra(), name)
     if name == "train":
         # Hydra's own settings have no profile, and a run that goes on takes its own.
         if not args.hydra_help and not any(word.startswith("resume=") for word in settings):
             is_question = args.help or args.cfg or args.info or args.shell_completion
             settings = with_profile(settings, say=not is_question)
-        is_sweep = args.multirun or "hydra.mode=MULTIRUN" in settings
         settings = with_arms(settings, groups(name), is_sweep)
-    sys.argv[1:] = [*settings, *flags]
+    sys.argv[1:] = [*for_hydra(), *flags]
     jobs = Jobs(program, folders, shlex.join(["python", f"{name}.py", *typed]))
     hydra.main(version_base="1.3", config_path=str(options.CONF), config_name=name)(jobs)()
     return max(jobs.exit_codes, default=0)
@@ -228,9 +230,12 @@ def explain(error: Exception) -> str:
     if match := re.search(r"Error merging override (.+)", text):
         if "ListConfig" in detail:
             detail = "give a list, [a,b]"
+        if "could not be converted" in detail:
+            detail += plain_number(match[1])
         return f"{match[1]}: {detail or 'not a usable value'}"
     if match := re.search(r"Ambiguous value for argument '(.+)'", text):
         return f"{match[1]}: several values; add -m to run each of them, or [..] for a list"
-    if match := re.search(r"Error parsing override '(.+)'", text):
-        return f"{match[1]}: cannot be read as setting=value; quote values with special characters"
+    if isinstance(error, OverrideParseException):
+        remedy = "quote values with special characters"
+        return f"{error.override}: cannot be read as setting=value; {remedy}"
     return " ".join(f"{text} {detail}".split())
