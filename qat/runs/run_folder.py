@@ -98,17 +98,21 @@ def describe(
     world_size: int,
 ) -> None:
     """Write everything needed to know what this run is, before it starts."""
-    (folder / CHOICES).write_text(json.dumps(dict(choices)))
-    (folder / CONFIG).write_text(config_yaml)
-    (folder / OVERRIDES).write_text(yaml.safe_dump(overrides))
-    (folder / "provenance.json").write_text(json.dumps(provenance.collect(world_size), indent=1))
+    about = {
+        CHOICES: json.dumps(dict(choices)),
+        CONFIG: config_yaml,
+        OVERRIDES: yaml.safe_dump(overrides),
+        "provenance.json": json.dumps(provenance.collect(world_size), indent=1),
+    }
     if diff := provenance.dirty_diff():
-        (folder / "dirty.diff").write_text(diff)
+        about["dirty.diff"] = diff
+    for name, text in about.items():
+        write_atomically(folder / name, text)
 
 
 def open_log(folder: Path) -> logging.Handler:
     """Send the project's log to the run's ``train.log`` too; the caller removes the handler."""
-    handler = logging.FileHandler(folder / LOG)
+    handler = logging.FileHandler(folder / LOG, encoding="utf-8", errors="backslashreplace")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     logging.getLogger("qat").addHandler(handler)
     return handler

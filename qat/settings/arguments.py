@@ -22,7 +22,13 @@ from qat.settings.options import CONF, no_such_option
 from qat.settings.schema import EvalTaskSettings, TrainSettings
 from qat.settings.typed import SEARCHPATH, kinds
 
+# They would move a run, or the folder that its paths begin in.
+HYDRAS_FOLDERS = (
+    "hydra.run.dir", "hydra.sweep.dir", "hydra.sweep.subdir", "hydra.job.chdir",
+    "hydra.output_subdir",
+)  # fmt: skip
 SCHEMAS = {"train": TrainSettings, "eval": EvalTaskSettings}
+
 
 def _refuse(message: str) -> NoReturn:
     raise UserError(message)
@@ -101,13 +107,13 @@ def groups(config_name: str) -> set[str]:
 
 def unknown(key: str, known: set[str], config_name: str) -> str:
     parent = key.rpartition(".")[0]
-    for other in SCHEMAS.keys() - {config_name}:
-        if key in known_keys(SCHEMAS[other]) | groups(other):
-            return f"a setting of {other}.py, not of {config_name}.py"
     if parent in known and not any(name.startswith(f"{parent}.") for name in known):
         return f"{parent} takes one value, it has no parts"
     close = difflib.get_close_matches(key, sorted(n for n in known if n[-1] != "."), n=1)
     hint = f"did you mean {close[0]}?" if close else f"see `python {config_name}.py --cfg job`"
+    for other in SCHEMAS.keys() - {config_name}:
+        if key in known_keys(SCHEMAS[other]) | groups(other):
+            hint = f"see `python {config_name}.py --cfg job`; it is one of {other}.py"
     return f"unknown setting; {hint}"
 
 
@@ -119,19 +125,24 @@ def check_settings(arguments: list[str], config_name: str) -> None:
         key, typed = override.key_or_group, override.input_line
         if key == "hydra/sweeper":
             raise UserError(f"{typed}: sweeps are products of values here; drop it")
+        if key in HYDRAS_FOLDERS:
+            raise UserError(f"{typed}: the folders of runs are runs_dir, sweep_name and run_name")
         if key.startswith("hydra"):
             continue
         value = override.value()
-        for name in [f"{key}.{part}" for part in value] if isinstance(value, dict) else [key]:
+        parts = value if isinstance(value, dict) and key in known else ()
+        for name in [f"{key}.{part}" for part in parts] or [key]:
             if name not in known and name[: name.rfind(".") + 1] not in known:
                 at = typed if name == key else name
                 raise UserError(f"{at}: {unknown(name, known, config_name)}")
         if override.is_delete():
             raise UserError(f"{typed}: settings cannot be removed; give another value")
         has_parts = key not in groups(config_name) and any(n.startswith(f"{key}.") for n in known)
-        if has_parts and isinstance(value, str) and "$" not in value:
+        if has_parts and isinstance(value, str | int | float | list) and "$" not in str(value):
             raise UserError(f"{typed}: {key} has parts and no options here; give {key}.NAME=VALUE")
         for option in value.list if isinstance(value, ChoiceSweep) else [value]:
             is_none = option in (None, "") or isinstance(option, list | dict | int | float)
             if key in groups(config_name) - {ARM} and is_none:
+                if isinstance(option, dict) and option:
+                    raise UserError(f"{typed}: give {key}.{next(iter(option))}=VALUE instead")
                 raise no_such_option(str(typed), key)

@@ -78,6 +78,7 @@ class Program:
 
 def main(program: Program) -> int:
     """Compose, check and run; returns the exit code. What goes wrong in a run stays in ``run``."""
+    machine.speak_utf8()
     machine.keep_freed_memory()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # hand exceptions to us instead of exiting with 1
     try:
@@ -123,6 +124,9 @@ def register(users_folders: list[Path]) -> None:
 
 def _main(program: Program) -> int:
     name, typed = program.config_name, sys.argv[1:]
+    for word in (*typed, os.getcwd()):
+        if not word.isprintable() and re.search("[\udc80-\udcff]", word):
+            raise UserError(f"{word}: not a name in UTF-8, which settings are saved in; rename it")
     settings, flags, args = split_flags(typed, name)
     is_sweep = args.multirun or "hydra.mode=MULTIRUN" in settings
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
+import io
 import os
 import platform
 import re
 import shutil
 import subprocess
+import sys
 from functools import cache
 from pathlib import Path
 
@@ -107,6 +109,17 @@ def seconds_since_start() -> float | None:
     except OSError:
         return None
     return uptime - int(after_name.split()[19]) / os.sysconf("SC_CLK_TCK")
+
+
+def speak_utf8() -> None:
+    """Start again in Python's UTF-8 mode where the locale has ASCII only, in which files with other
+    letters in their names could not be opened. What a console cannot show is spelled out."""
+    if sys.getfilesystemencoding() == "ascii":
+        os.environ["PYTHONUTF8"] = "1"  # of processes started from here
+        os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def keep_freed_memory() -> None:

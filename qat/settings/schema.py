@@ -52,9 +52,11 @@ def checked(default: Any, check: Check) -> Any:
     return field(default=default, metadata={"check": check})
 
 
+PATH = {"path": True}  # of a field of a path, or a list of them: ``~`` is the home folder
+
+
 def path(default: str | None = None) -> Any:
-    """A field of a path, or of a list of them, in which ``~`` stands for the home folder."""
-    return field(default=default, metadata={"path": True})
+    return field(default=default, metadata=PATH)
 
 
 # For conf/train.yaml, which makes the sweep's folder of a path.
@@ -138,7 +140,7 @@ class DataSettings:
     train_files: str | None = path()  # glob of challenge shards
     val_files: str | None = path()  # glob of challenge shards
     tokenizer: str | None = path()  # a SentencePiece .model
-    files: list[str] | None = path()  # .txt, .jsonl, .parquet (globs)
+    files: list[str] | None = field(default=None, metadata=PATH)  # .txt, .jsonl, .parquet (globs)
     val_fraction: float = checked(0.05, SHARE)  # share of documents held out, by hash
     cache_dir: str = path("~/.cache/qat")
     repo_id: str = "willdepueoai/parameter-golf"

@@ -85,10 +85,10 @@ def _is_text(text: str, is_list: bool, is_option: bool) -> bool:
         value = OverridesParser.create().parse_override(f"x={text}").value()
     except HydraException:
         return "${" in text
-    values = value.list if isinstance(value, ChoiceSweep) else [value]
+    values: list[Any] = value.list if isinstance(value, ChoiceSweep) else [value]
     if is_list:
-        values = [one for value in values for one in (value if isinstance(value, list) else [value])]
-    return is_option or not any(isinstance(value, NOT_TEXT) for value in values)
+        values = [one for v in values for one in (v if isinstance(v, list) else [v])]
+    return is_option or not any(isinstance(one, NOT_TEXT) for one in values)
 
 
 def _as_text(text: str, is_list: bool, is_option: bool = False) -> str:

@@ -57,9 +57,20 @@ class Source:
     notes: dict[str, Any]  # facts found while preparing: documents, bytes, xz yardstick
 
 
+def matching(pattern: str) -> list[Path]:
+    """What a glob matches, in name order. What is there under the very name is that, brackets and
+    all; so are the folders that lead to the pattern."""
+    path = Path(pattern)
+    if os.path.lexists(path):
+        return [path]
+    there = next((folder for folder in path.parents if os.path.isdir(folder)), Path())
+    rest = str(path.relative_to(there))
+    return sorted(there / name for name in glob.glob(rest, root_dir=there))
+
+
 def expand(pattern: str, setting: str) -> list[Path]:
     """Files of a glob, in name order; UserError if there are none."""
-    files = sorted(Path(name) for name in glob.glob(pattern))
+    files = matching(pattern)
     if not files:
         raise UserError(f"{setting}={pattern}: no such file")
     return files
@@ -168,7 +179,7 @@ def _prepared(folder: Path, identity: dict[str, Any]) -> Source:
         expand(str(folder / "val_*.bin"), "data"),
         folder / "tokenizer.model",
         identity,
-        json.loads((folder / NOTES_FILE).read_text()),
+        json.loads((folder / NOTES_FILE).read_text(encoding="utf-8")),
     )
 
 
@@ -191,7 +202,7 @@ def _prepare(
             "the order of its documents",
             name, f"{first.num_bytes:,}", f"{notes['train_bytes']:,}",
         )  # fmt: skip
-    (folder / NOTES_FILE).write_text(json.dumps(notes, indent=1))
+    (folder / NOTES_FILE).write_text(json.dumps(notes, indent=1), encoding="utf-8")
 
 
 def write_shards(
