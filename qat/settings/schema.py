@@ -31,6 +31,14 @@ BELOW_1: Check = (lambda value: 0 <= value < 1, "give 0 or more, below 1")
 FRACTION: Check = (lambda value: 0 <= value <= 1, "give a fraction between 0 and 1")
 SHARE: Check = (lambda value: 0 < value < 1, "give a fraction between 0 and 1")
 SEED: Check = (lambda value: 0 <= value < 2**63, "give 0 to 2^63 - 1")
+PROJECT: Check = (
+    lambda name: re.fullmatch(rf"[^/\\#?%:]{{1,{MAX_NAME_LENGTH}}}", str(name)) is not None,
+    f"use 1 to {MAX_NAME_LENGTH} letters, none of them one of /\\#?%:",
+)
+GROUP: Check = (
+    lambda name: 1 <= len(name) <= MAX_NAME_LENGTH,
+    f"use 1 to {MAX_NAME_LENGTH} letters",
+)
 TAG: Check = (
     lambda tag: 1 <= len(tag) <= MAX_TAG_LENGTH,
     f"give tags of 1 to {MAX_TAG_LENGTH} characters",
@@ -219,10 +227,10 @@ class FullEvalSettings(EvalSettings):
 @dataclass
 class LoggerSettings:
     name: str = checked(MISSING, one_of("csv", "wandb"))  # wandb: beside csv
-    project: str = "qat"
-    group: str | None = None  # null = the sweep's name
+    project: str = checked("qat", PROJECT)
+    group: str | None = checked(None, GROUP)  # null = the sweep's name
     tags: list[str] = field(default_factory=list, metadata={"check": TAG})
-    offline: bool = True
+    offline: bool = True  # whatever WANDB_MODE says
     every_steps: int = checked(10, AT_LEAST_1)  # write metrics.csv after so many steps
 
 
