@@ -58,6 +58,8 @@ def lock(folder: Path) -> filelock.FileLock:
         held.acquire(timeout=0)
     except filelock.Timeout:
         raise UserError(f"{folder}: another process is at work on this run") from None
+    except (OSError, NotImplementedError) as error:  # a network file system that knows no flock
+        raise UserError(f"{folder}: cannot lock {LOCK} there ({error})") from None
     for left in folder.glob(".*.tmp"):  # by a process that was killed while it wrote
         left.unlink(missing_ok=True)
     return held

@@ -9,8 +9,11 @@ import os
 import platform
 import re
 import shutil
+import socket
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
@@ -29,6 +32,36 @@ def rank() -> int:
 def world_size() -> int:
     """Ranks started by torchrun (1 without it)."""
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _own_address() -> str:
+    """Where gloo listens unless told otherwise: on what the name of this machine means here."""
+    try:
+        return socket.gethostbyname(socket.gethostname())
+    except OSError:
+        return "127.0.0.1"
+
+
+@contextmanager
+def ranks_meet() -> Iterator[None]:
+    """For code that connects the ranks. UserError in one line where they do not find each other."""
+    there = os.environ.get("MASTER_ADDR", "localhost")
+    is_local = there == "localhost" or there.startswith("127.")
+    is_local |= world_size() == int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    remedy = "name the network that the nodes share, GLOO_SOCKET_IFNAME=eth0"
+    if not is_local and "GLOO_SOCKET_IFNAME" not in os.environ:
+        address, name = _own_address(), socket.gethostname()
+        if address.startswith("127."):
+            raise UserError(
+                f"ranks of other nodes cannot reach this one: {name} is {address} here; {remedy}"
+            )
+    try:
+        yield
+    except RuntimeError as error:  # of torch and of gloo alike
+        place = f"{there}:{os.environ.get('MASTER_PORT', '')}"
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        hint = "give another MASTER_PORT" if "EADDRINUSE" in reason else remedy
+        raise UserError(f"ranks do not meet at {place} ({reason}); {hint}") from None
 
 
 def _torch_has_cuda() -> bool:
