@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import socket
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -88,3 +90,36 @@ def test_the_age_of_this_process() -> None:
     second = machine.seconds_since_start()
     assert second is not None
     assert second >= first
+
+
+@pytest.mark.parametrize(
+    ("reason", "message"),
+    [
+        ("... code: -98, name: EADDRINUSE, message: address already in use", "another MASTER_PORT"),
+        ("[../gloo/transport/tcp/pair.cc] Connection refused\nframe 1", "GLOO_SOCKET_IFNAME=eth0"),
+    ],
+)
+def test_ranks_that_do_not_meet(reason: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    line = re.escape(f"ranks do not meet at 127.0.0.1:29500 ({reason.splitlines()[0]}); ")
+    with pytest.raises(UserError, match=f"{line}.*{message}"), machine.ranks_meet():
+        raise RuntimeError(reason)
+
+
+def test_a_node_whose_name_is_loopback(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Debian's /etc/hosts has it: gloo would listen there."""
+    monkeypatch.setattr(socket, "gethostbyname", lambda name: "127.0.1.1")
+    for name, value in {"WORLD_SIZE": "16", "LOCAL_WORLD_SIZE": "8", "MASTER_ADDR": "a"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+    named = r"is 127.0.1.1 here; name .* GLOO_SOCKET_IFNAME=eth0"
+    with pytest.raises(UserError, match=named), machine.ranks_meet():
+        pass
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth0")
+    with machine.ranks_meet():
+        pass
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "16")
+    with machine.ranks_meet():
+        pass
