@@ -6,7 +6,7 @@ import difflib
 import re
 import sys
 from argparse import Namespace
-from os.path import expanduser
+from os.path import expanduser, isdir
 from pathlib import Path
 from typing import NoReturn, get_origin
 
@@ -75,7 +75,7 @@ def users_folders(config_dir: str | None, settings: list[str]) -> list[Path]:
             raise UserError(f"{override.input_line}: give a list, {SEARCHPATH}=[DIR]")
         asked += [(SEARCHPATH, str(path)) for path in value if not str(path).startswith("pkg:")]
     for name, path in asked:
-        if not Path(path.removeprefix("file://")).is_dir():
+        if not isdir(path.removeprefix("file://")):
             raise UserError(f"{name}={path}: no such folder")
     return [Path(path.removeprefix("file://")).resolve() for _, path in asked]
 

@@ -241,5 +241,5 @@ def explain(error: Exception) -> str:
         return f"{match[1]}: several values; add -m to run each of them, or [..] for a list"
     if isinstance(error, OverrideParseException):
         remedy = "quote values with special characters"
-        return f"{error.override}: cannot be read as setting=value; {remedy}"
+        return f"{error.override or repr('')}: cannot be read as setting=value; {remedy}"
     return " ".join(f"{text} {detail}".split())

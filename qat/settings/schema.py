@@ -96,6 +96,10 @@ def check_each(settings: Any, prefix: str = "") -> None:
             holds, remedy = check
             for one in value if isinstance(value, list) else [value]:
                 require(one is None or holds(one), name, one, remedy)
+        elif of.metadata.get("path"):
+            for one in value if isinstance(value, list) else [value or ""]:
+                longest = max(len(part.encode()) for part in one.split("/"))
+                require(longest < 256, name, one, "a file's name has 255 bytes at most")
 
 
 @dataclass

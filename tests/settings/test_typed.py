@@ -14,7 +14,7 @@ from qat.errors import UserError
 from qat.settings.arguments import SCHEMAS, check_settings, groups
 from qat.settings.checks import find_run
 from qat.settings.command_line import Program, main
-from qat.settings.schema import EvalTaskSettings, TrainSettings
+from qat.settings.schema import DataSettings, EvalTaskSettings, TrainSettings, check_each
 from qat.settings.typed import kinds, spelled
 from qat.text.source import matching
 
@@ -170,7 +170,12 @@ def test_home_is_expanded_in_every_path(monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert all(path is not None and path.startswith(home) for path in paths)
 
 
-def test_a_name_too_long_is_no_folder() -> None:
+def test_names_too_long_are_named() -> None:
+    too_long = DataSettings(files=["a", f"d/{'n' * 256}.txt"])
+    told = r"^data.files = d/n+\.txt: a file's name has 255 bytes at most$"
+    with pytest.raises(UserError, match=told):
+        check_each(too_long, "data.")
+    check_each(DataSettings(files=["d/" * 200]), "data.")
     with pytest.raises(UserError, match=r"^run=n+: no such folder"):
         find_run("run", "n" * 300, "logs/runs")
 
