@@ -125,6 +125,8 @@ def check_settings(arguments: list[str], config_name: str) -> None:
         key, typed = override.key_or_group, override.input_line
         if key == "hydra/sweeper":
             raise UserError(f"{typed}: sweeps are products of values here; drop it")
+        if config_name == "train" and key.split(".")[0] == "study":
+            raise UserError(f"{typed}: a study is as its file says; of it give arm= and seed=")
         if key in HYDRAS_FOLDERS:
             raise UserError(f"{typed}: the folders of runs are runs_dir, sweep_name and run_name")
         if key.startswith("hydra"):

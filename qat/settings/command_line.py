@@ -124,7 +124,11 @@ def register(users_folders: list[Path]) -> None:
 
 def _main(program: Program) -> int:
     name, typed = program.config_name, sys.argv[1:]
-    for word in (*typed, os.getcwd()):
+    try:
+        here = os.getcwd()
+    except OSError as error:
+        raise UserError(f"the folder that this was started in is gone ({error.strerror})") from None
+    for word in (*typed, here):
         if not word.isprintable() and re.search("[\udc80-\udcff]", word):
             raise UserError(f"{word}: not a name in UTF-8, which settings are saved in; rename it")
     settings, flags, args = split_flags(typed, name)
@@ -236,6 +240,8 @@ def explain(error: Exception) -> str:
             detail = "give a list, [a,b]"
         if "could not be converted" in detail:
             detail += plain_number(match[1])
+        if "is not Optional" in detail:
+            detail = "give a value, not null"
         return f"{match[1]}: {detail or 'not a usable value'}"
     if match := re.search(r"Ambiguous value for argument '(.+)'", text):
         return f"{match[1]}: several values; add -m to run each of them, or [..] for a list"

@@ -102,6 +102,10 @@ def test_numbers_with_commas_are_refused_by_name() -> None:
             "prompt=x",
             "prompt=x: unknown setting; see `python train.py --cfg job`; it is one of eval",
         ),
+        (
+            "study.seeds=[1]",
+            "study.seeds=[1]: a study is as its file says; of it give arm= and seed=",
+        ),
         ("hydra.job.chdir=true", "hydra.job.chdir=true: the folders of runs are runs_dir"),
         ("hydra.sweep.dir=x", "hydra.sweep.dir=x: the folders of runs are runs_dir"),
     ],
@@ -117,6 +121,7 @@ def test_mistakes_are_named_as_typed(typed: str, message: str) -> None:
     [
         ("limit_bytes=16MB", "to Integer; give a plain number of bytes, 1 MB = 1000000"),
         ("budget_seconds=10min", "to Float; give a plain number of seconds, 1 min = 60"),
+        ("seed=null", "seed=null: give a value, not null"),
         ("seed =3", "seed =3: cannot be read as setting=value"),
         ("seed:3", "seed:3: cannot be read as setting=value"),
         ("plan.rules={~a: grid}", "plan.rules={~a: grid}: cannot be read as setting=value"),
