@@ -15,6 +15,7 @@ from pathlib import Path
 
 from qat.errors import UserError
 from qat.runs.result import Result
+from qat.settings import machine
 from qat.settings.options import read_study
 from qat.study.study import run_name
 
@@ -66,6 +67,7 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    machine.speak_utf8()
     try:
         sys.exit(main(sys.argv[1:]))
     except UserError as error:

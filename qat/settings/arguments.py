@@ -66,7 +66,8 @@ def split_flags(arguments: list[str], config_name: str) -> tuple[list[str], list
 
 def users_folders(config_dir: str | None, settings: list[str]) -> list[Path]:
     """Folders of ``--config-dir`` and ``hydra.searchpath``; of the latter Hydra takes ``pkg://``
-    too, whose options are no ``qat`` options. UserError for one that is not there."""
+    too, whose options are no ``qat`` options. UserError for one that is not there, and for an
+    option that ``conf/`` hides."""
     asked = [("--config-dir", config_dir)] if config_dir is not None else []
     typed = [line for line in settings if line.startswith(f"{SEARCHPATH}=")]
     for override in OverridesParser.create().parse_overrides(typed):
@@ -75,8 +76,12 @@ def users_folders(config_dir: str | None, settings: list[str]) -> list[Path]:
             raise UserError(f"{override.input_line}: give a list, {SEARCHPATH}=[DIR]")
         asked += [(SEARCHPATH, str(path)) for path in value if not str(path).startswith("pkg:")]
     for name, path in asked:
-        if not isdir(path.removeprefix("file://")):
+        if not isdir(folder := path.removeprefix("file://")):
             raise UserError(f"{name}={path}: no such folder")
+        for ours in CONF.rglob("*.yaml"):  # found first, as Hydra looks for them
+            theirs = Path(folder) / ours.relative_to(CONF)
+            if theirs.is_file() and theirs.read_bytes() != ours.read_bytes():
+                raise UserError(f"{theirs}: {ours} has this name and would be taken; rename it")
     return [Path(path.removeprefix("file://")).resolve() for _, path in asked]
 
 

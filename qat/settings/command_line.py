@@ -26,6 +26,7 @@ from hydra.errors import HydraException, MissingConfigException, OverrideParseEx
 from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
+from yaml import MarkedYAMLError, YAMLError
 
 from qat.errors import TrainingError, UserError
 from qat.settings import machine, options
@@ -94,7 +95,7 @@ def main(program: Program) -> int:
         return 1
     except UserError as error:
         say_error(str(error))
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, YAMLError, UnicodeDecodeError) as error:
         say_error(explain(error))
     except OSError as error:  # Hydra makes the sweep's folder
         say_error(f"runs_dir: cannot write {error.filename} ({error.strerror})")
@@ -230,7 +231,11 @@ def explain(error: Exception) -> str:
         return f"{group}={option}: no such option; choose from {', '.join(error.options)}"
     if match := re.match(r"In '(.+)': \w+ raised while composing config:\n(.+)", text):
         key = re.search(r"full_key: (\S+)", text)
-        return f"{match[1]}.yaml: {key[1] if key else 'it'}: {match[2]}"
+        value = re.match(r"Value '(.+)' of type 'str' could not", match[2])
+        remedy = plain_number(f"{key[1]}={value[1]}") if key and value else ""
+        if key and key[1] == match[1].split("/")[0]:
+            remedy = "; its first line has to be '# @package _global_'"
+        return f"{match[1]}.yaml: {key[1] if key else 'it'}: {match[2]}{remedy}"
     if match := re.search(r"Could not override '([^']+)'", text):
         return f"{match[1]}: not there yet; add it, +{match[1]}=..."
     if match := re.search(r"Multiple values for (\S+)\.", text):
@@ -245,6 +250,11 @@ def explain(error: Exception) -> str:
         return f"{match[1]}: {detail or 'not a usable value'}"
     if match := re.search(r"Ambiguous value for argument '(.+)'", text):
         return f"{match[1]}: several values; add -m to run each of them, or [..] for a list"
+    if isinstance(error, MarkedYAMLError) and (mark := error.problem_mark) is not None:
+        return f"{mark.name}, line {mark.line + 1}: not YAML ({error.problem})"
+    if isinstance(error, YAMLError | UnicodeDecodeError):
+        reason = " ".join(str(error).split())
+        return f"a .yaml file of --config-dir or hydra.searchpath is not UTF-8 text ({reason})"
     if isinstance(error, OverrideParseException):
         remedy = "quote values with special characters"
         return f"{error.override or repr('')}: cannot be read as setting=value; {remedy}"
