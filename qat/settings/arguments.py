@@ -134,7 +134,7 @@ def check_settings(arguments: list[str], config_name: str) -> None:
             raise UserError(f"{typed}: a study is as its file says; of it give arm= and seed=")
         if key in HYDRAS_FOLDERS:
             raise UserError(f"{typed}: the folders of runs are runs_dir, sweep_name and run_name")
-        if key.startswith("hydra"):
+        if key.startswith(("hydra.", "hydra/")):
             continue
         value = override.value()
         parts = value if isinstance(value, dict) and key in known else ()

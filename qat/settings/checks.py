@@ -135,8 +135,9 @@ def _check_vocab_size(vocab_size: int) -> None:
 def check_eval(e: EvalSettings, trained_seq_len: int | None = None) -> None:
     seq_len = e.seq_len or trained_seq_len
     if e.stride is not None and seq_len is not None and e.stride > seq_len:
+        why = "" if e.seq_len else " (null: seq_len, as trained)"
         raise UserError(
-            f"eval.stride = {e.stride}: must be at most eval.seq_len = {seq_len}, or tokens "
+            f"eval.stride = {e.stride}: must be at most eval.seq_len = {seq_len}{why}, or tokens "
             "between windows would not be scored"
         )
 

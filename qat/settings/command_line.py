@@ -24,7 +24,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import MarkedYAMLError, YAMLError
 
@@ -111,7 +111,7 @@ def _let_rank_0_speak() -> None:
 
 def say_error(line: str) -> None:
     if machine.rank() == 0:
-        print(f"error: {line}", file=sys.stderr)
+        print(f"error: {line}".replace("\n", "\\n"), file=sys.stderr)
 
 
 def register(users_folders: list[Path]) -> None:
@@ -167,7 +167,7 @@ class Jobs:
         run = HydraConfig.get()
         job = Job(
             _choices(run),
-            list(run.overrides.task),
+            OmegaConf.to_container(run.overrides.task, resolve=False),  # type: ignore[arg-type]
             Path(run.sweep.dir) if run.mode == RunMode.MULTIRUN else None,
         )
         # Nothing but an interrupt may leave: Hydra would add lines of its own.
@@ -177,6 +177,9 @@ class Jobs:
         except (UserError, TrainingError) as error:
             say_error(str(error))
             self.exit_codes.append(error.exit_code)
+        except OmegaConfBaseException as error:  # it refers to what is not there
+            say_error(explain(error))
+            self.exit_codes.append(UserError.exit_code)
         except Exception:
             traceback.print_exc()
             self.exit_codes.append(1)
@@ -258,4 +261,6 @@ def explain(error: Exception) -> str:
     if isinstance(error, OverrideParseException):
         remedy = "quote values with special characters"
         return f"{error.override or repr('')}: cannot be read as setting=value; {remedy}"
+    if match := re.match(r"(.+)\n +full_key: (\S+)", text):
+        return f"{match[2].replace('hydra.sweep.dir', 'runs_dir, sweep_name')}: {match[1]}"
     return " ".join(f"{text} {detail}".split())

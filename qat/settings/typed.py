@@ -3,7 +3,7 @@
 Hydra's grammar knows few characters beside ASCII letters and digits, takes any bracket for a list,
 and reads 1.50 as a number where a name is asked for. So what a setting of text is given goes into
 quotes wherever Hydra would read something else. Left to Hydra: commas, which separate the values of
-a sweep, and all that has a ``${``.
+a sweep, and what ``${`` refers to.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def _is_text(text: str, is_list: bool, is_option: bool) -> bool:
     try:
         value = OverridesParser.create().parse_override(f"x={text}").value()
     except HydraException:
-        return "${" in text
+        return False
     values: list[Any] = value.list if isinstance(value, ChoiceSweep) else [value]
     if is_list:
         values = [one for v in values for one in (v if isinstance(v, list) else [v])]
@@ -99,7 +99,10 @@ def _as_text(text: str, is_list: bool, is_option: bool = False) -> str:
         if is_list and element.startswith("[") and element.endswith("]"):
             spelled.append(f"[{_as_text(element[1:-1], False) if element != '[]' else ''}]")
         else:
-            spelled.append(element if _is_text(element, False, False) else in_quotes(element))
+            is_read = _is_text(element, False, False)
+            spelled.append(
+                element if is_read else QuotedString(element, Quote.single).with_quotes()
+            )
     return ",".join(spelled)
 
 

@@ -65,6 +65,7 @@ def test_what_hydra_reads_rightly_is_left_to_it() -> None:
         f"{h}{Path.home()}/c" for h in ("", "file://")
     ]
     assert read("artifact=a,b ~", "eval") == "a,b ~"
+    assert read("data.files=[${oc.env:A,b}/é]") == ["${oc.env:A,b}/é"]
 
 
 @pytest.mark.parametrize(
@@ -121,6 +122,10 @@ def test_mistakes_are_named_as_typed(typed: str, message: str) -> None:
     [
         ("limit_bytes=16MB", "to Integer; give a plain number of bytes, 1 MB = 1000000"),
         ("budget_seconds=10min", "to Float; give a plain number of seconds, 1 min = 60"),
+        ("seed=1\n", "seed=1\\n: cannot be read as setting=value"),
+        ("runs_dir=${HOME}/x", "runs_dir, sweep_name: Interpolation key 'HOME' not found"),
+        ("hydra=1", "hydra=1: unknown setting"),
+        ("eval.stride=999", "eval.stride = 999: must be at most eval.seq_len = 256 (null: seq_len"),
         ("seed=null", "seed=null: give a value, not null"),
         ("seed =3", "seed =3: cannot be read as setting=value"),
         ("seed:3", "seed:3: cannot be read as setting=value"),
