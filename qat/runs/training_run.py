@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import logging
+import signal
 import tempfile
 import time
 from dataclasses import asdict, replace
@@ -21,7 +22,7 @@ from rich.console import Console
 from rich.text import Text
 
 from qat.budget.fill import stored_label
-from qat.errors import PreemptedError, TrainingError, UserError
+from qat.errors import TrainingError, UserError
 from qat.evaluation.score import Score
 from qat.runs import provenance, run_folder
 from qat.runs.result import Result, row_of
@@ -301,7 +302,7 @@ class TrainingRun:
         for handler in self._handlers:
             log.removeHandler(handler)
             handler.close()
-        self._close_wandb(PreemptedError.exit_code)  # else it was closed with its row
+        self._close_wandb(128 + signal.SIGTERM)  # else it was closed with its row
         if self._lock is not None:
             self._lock.release()
         if torch.distributed.is_initialized():

@@ -131,14 +131,14 @@ def spelled(
             pass
         elif key in VERBATIM_KEYS and _is(kind, str):
             value = in_quotes(value)
-        elif (is_list := _is(kind, list[str])) or _is(kind, str) or key in groups:
-            value = _as_text(value, is_list, key in groups)
         elif _is(kind, int) or _is(kind, float):
             if WITH_COMMAS.fullmatch(value) and (",0" in value or not is_sweep):
                 one = value.replace(",", "." if value.startswith("0,") else "_")
                 raise UserError(f"{argument}: commas separate several values; one is {name}={one}")
             if _is(kind, int):
                 value = ",".join(map(_as_whole, value.split(",")))
+        elif (is_list := _is(kind, list[str])) or _is(kind, str) or key in groups:
+            value = _as_text(value, is_list, key in groups)
         found.append(f"{name}{equals}{value}")
     return found
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import re
+import signal
 from pathlib import Path
 
 import pytest
@@ -102,7 +103,7 @@ def test_each_run_is_its_own_and_closed_when_preempted(train, tmp_path: Path, mo
     def preempted(s: TrainSettings, run: TrainingRun) -> int:
         run._claim()
         run.loggers(0)
-        raise PreemptedError("stopped")
+        raise PreemptedError(signal.SIGTERM)
 
     monkeypatch.setattr(train_program, "train", preempted)
     asked = ("logger=wandb", "logger.offline=true")

@@ -78,6 +78,7 @@ def test_whole_numbers(typed: str, number: float) -> None:
     assert value == number
     assert isinstance(value, type(number))
     assert read(f"limit_bytes={typed},2", is_sweep=True) == (number, 2)
+    assert spelled(["x=8", "x=auto"], {"x": int | str | None}, (), False) == ["x=8", "x=auto"]
 
 
 def test_numbers_with_commas_are_refused_by_name() -> None:
