@@ -155,12 +155,11 @@ def _from_documents(
         raise UserError(
             f"data.cache_dir={cache_dir}: cannot write there ({error.strerror})"
         ) from None
-    lock = filelock.FileLock(cache_dir / f"{key}.lock")
     try:
-        lock.acquire()
+        held = filelock.FileLock(cache_dir / f"{key}.lock").acquire()
     except (OSError, NotImplementedError) as error:  # a network file system that knows no flock
         raise UserError(f"data.cache_dir={cache_dir}: cannot lock files there ({error})") from None
-    with lock:
+    with held:
         if not (folder / NOTES_FILE).is_file():
             temporary = cache_dir / f"{key}.tmp"
             shutil.rmtree(temporary, ignore_errors=True)
