@@ -28,9 +28,3 @@ def test_a_file_system_without_flock(error: Exception, tmp_path: Path, monkeypat
     (tmp_path / "a.txt").write_text("a", encoding="utf-8")
     with pytest.raises(UserError, match=f"data.cache_dir={tmp_path}: cannot lock files there"):
         source.from_text([str(tmp_path / "a.txt")], 300, 0.1, tmp_path)
-
-
-def test_the_cache_is_free_again_when_text_is_prepared(corpus: Path, tmp_path: Path) -> None:
-    source.from_text([str(corpus)], 320, 0.05, tmp_path)
-    (file,) = tmp_path.glob("*.lock")
-    filelock.FileLock(file).acquire(timeout=0).lock.release()
