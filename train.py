@@ -97,6 +97,7 @@ def train(s: TrainSettings, training_run) -> int:
     from qat.budget.budget import Budget
     from qat.budget.fill import PLOT, TrainedModel
     from qat.evaluation.open_model import artifact_meta
+    from qat.evaluation.ranks import join_ranks
     from qat.evaluation.score import Score, Scorer
     from qat.golf.bundle import count_code_bytes
     from qat.runs.storing import CalibrationText, Storage
@@ -137,7 +138,7 @@ def train(s: TrainSettings, training_run) -> int:
         tokenizer.check_unknown(val_stream)
     plan, spec = training_run.plan, training_run.spec
     module = build_model(s.model, s.seed)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = join_ranks()
     scorer = Scorer(
         spec, val_stream, tokenizer.byte_table, s.seq_len, s.eval, device, training_run.console
     )

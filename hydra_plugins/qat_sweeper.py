@@ -15,6 +15,7 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from qat.errors import UserError
+from qat.settings.arguments import check_settings
 from qat.settings.command_line import Jobs
 
 # It listens on loopback alone, and sends its makers no report of its use.
@@ -80,6 +81,7 @@ class CheckedSweeper(BasicSweeper):
             os.environ.update(RAY_KEEPS_TO_ITSELF)
         if config.hydra.launcher._target_.endswith(".SlurmLauncher") and which("srun") is None:
             raise UserError("hydra/launcher: no srun here; give the command where SLURM is")
+        check_settings(self._parse_config(), config.hydra.job.config_name)
         folder = Path(config.hydra.sweep.dir)  # asked first: jobs take over the time in its name
         parser = OverridesParser.create(loader)
         (jobs,) = self.split_arguments(

@@ -1,6 +1,9 @@
 """The ends of a run that are not a result and not a bug."""
 
+import errno
 from signal import Signals
+
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # says a file system that knows no flock
 
 
 def of_system(error: OSError) -> str:

@@ -82,7 +82,7 @@ def _reset_peak(device: torch.device) -> bool:
         torch.cuda.reset_peak_memory_stats()
         return True
     try:
-        Path("/proc/self/clear_refs").write_text(CLEAR_PEAK)
+        Path("/proc/self/clear_refs").write_text(CLEAR_PEAK, encoding="ascii")
     except OSError:  # another system, or not allowed: then the peak is not known
         return False
     return True
@@ -91,6 +91,6 @@ def _reset_peak(device: torch.device) -> bool:
 def _peak_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated()
-    status = Path("/proc/self/status").read_text()
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
     line = next(line for line in status.splitlines() if line.startswith("VmHWM:"))
     return int(line.split()[1]) * 1024

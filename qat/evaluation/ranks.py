@@ -1,4 +1,4 @@
-"""The ranks that torchrun started, for the programs that score without Lightning."""
+"""The ranks that torchrun started, made one group before Lightning does, or without it."""
 
 from __future__ import annotations
 
@@ -8,25 +8,34 @@ from contextlib import contextmanager
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.constants import default_pg_timeout
 
 from qat.settings import machine
 
 
-@contextmanager
-def joined_ranks() -> Iterator[torch.device]:
-    """This rank's device; torchrun's ranks, if there are several, are one group inside."""
+def join_ranks() -> torch.device:
+    """This rank's device; torchrun's ranks, if there are several, are one group from now on.
+
+    UserError if they do not meet. They wait half an hour for each other, also on GPUs: one stores.
+    """
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", machine.local_rank())
         torch.cuda.set_device(device)
-    if machine.world_size() == 1:
-        yield device
-        return
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    if machine.world_size() > 1:
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        with machine.ranks_meet():
+            dist.init_process_group(backend, timeout=default_pg_timeout)
+    return device
+
+
+@contextmanager
+def joined_ranks() -> Iterator[torch.device]:
     try:
-        yield device
+        yield join_ranks()
     finally:
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def rank_and_ranks() -> tuple[int, int]:

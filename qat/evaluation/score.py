@@ -69,8 +69,9 @@ class Scorer:
 
     def __post_init__(self) -> None:
         if not self.windows.num_targets:
+            name = "eval.seq_len" if self.settings.seq_len else "seq_len"
             raise UserError(
-                f"eval.seq_len = {self.settings.seq_len or self.seq_len}: the validation text "
+                f"{name} = {self.settings.seq_len or self.seq_len}: the validation text "
                 f"({self.stream.setting}) has only {len(self.stream)} tokens"
             )
         batches = read_batches(self.stream, self.windows.batches(self.settings.batch_tokens))

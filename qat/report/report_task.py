@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 import json
 from dataclasses import replace
 from importlib import import_module
@@ -18,6 +17,7 @@ from qat.study.find_out import find_out, find_out_runs
 from qat.study.findings import Findings
 from qat.study.significance import as_line
 from qat.study.study import Study, studies_in, study_file
+from qat.text.source import matching
 
 if TYPE_CHECKING:
     from qat.budget.budget import Budget
@@ -31,7 +31,7 @@ PAGE, COMPARISON = "qat.report.page", "qat.report.wandb_comparison"
 def find_run_folders(pattern: str) -> list[Path]:
     """Run folders matched by a glob; a sweep's folder stands for the runs in it."""
     found: list[Path] = []
-    for path in map(Path, sorted(glob.glob(pattern))):
+    for path in matching(pattern):
         if (path / CONFIG).is_file():
             found.append(path)
         elif path.is_dir():

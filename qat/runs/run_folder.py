@@ -19,7 +19,7 @@ import filelock
 import yaml
 
 from qat.artifact.container import write_whole
-from qat.errors import UserError
+from qat.errors import NO_LOCKS, UserError
 from qat.runs import provenance
 
 CONFIG, OVERRIDES, LOG, CHECKPOINT = "config.yaml", "overrides.yaml", "train.log", "checkpoint.ckpt"
@@ -93,7 +93,9 @@ def lock(folder: Path) -> filelock.FileLock:
         held.acquire(timeout=0)
     except filelock.Timeout:
         raise UserError(f"{folder}: another process is at work on this run") from None
-    except OSError as error:
+    except (OSError, NotImplementedError) as error:
+        if isinstance(error, NotImplementedError) or error.errno in NO_LOCKS:
+            raise UserError(f"{folder}: cannot lock {LOCK} there ({error})") from None
         raise UserError(f"{folder}: cannot write there ({error.strerror or error})") from None
     for left in folder.glob(".*.tmp"):  # by a process that was killed while it wrote
         left.unlink(missing_ok=True)
@@ -151,12 +153,16 @@ def describe(
     world_size: int,
 ) -> None:
     """Write everything needed to know what this run is, before it starts."""
-    (folder / CHOICES).write_text(json.dumps(dict(choices)))
-    (folder / CONFIG).write_text(config_yaml)
-    (folder / OVERRIDES).write_text(yaml.safe_dump(overrides))
-    (folder / "provenance.json").write_text(json.dumps(provenance.collect(world_size), indent=1))
+    about = {
+        CHOICES: json.dumps(dict(choices)),
+        CONFIG: config_yaml,
+        OVERRIDES: yaml.safe_dump(overrides),
+        "provenance.json": json.dumps(provenance.collect(world_size), indent=1),
+    }
     if diff := provenance.dirty_diff():
-        (folder / "dirty.diff").write_text(diff)
+        about["dirty.diff"] = diff
+    for name, text in about.items():
+        write_atomically(folder / name, text)
 
 
 class _LogFile(logging.FileHandler):
@@ -181,7 +187,7 @@ def open_log(folder: Path) -> logging.Handler:
     """Send the project's log to the run's ``train.log`` too; the caller removes the handler.
     UserError if the file cannot be opened."""
     try:
-        handler = _LogFile(folder / LOG)
+        handler = _LogFile(folder / LOG, encoding="utf-8", errors="backslashreplace")
     except OSError as error:
         raise UserError(f"cannot write {folder / LOG}: {error.strerror}") from None
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import logging
 import shutil
+import signal
 import tempfile
 import time
 from dataclasses import asdict, replace
@@ -104,6 +105,7 @@ class TrainingRun:
         self.folder: Path | None = None
         self._trunk: Path | None = None  # folder of the run that this one goes on from
         self._lock: FileLock | None = None
+        self._wandb: Any = None  # a run of W&B that is open
         self.console = Console(stderr=True, quiet=not self.speaks)
         self._handlers: list[logging.Handler] = [_ConsoleHandler(self.console)]
         log.handlers[:] = self._handlers
@@ -160,8 +162,12 @@ class TrainingRun:
         """Called when settings and data are known to be good."""
         if not self.speaks:
             return
-        self._claim()
         s = self.settings
+        if s.logger.name == "wandb":
+            from qat.runs.wandb_log import check_login
+
+            check_login(s.logger)
+        self._claim()
         self.row.data = {
             "train": train.fingerprint, "val": val.fingerprint, "tokenizer": tokenizer.sha256
         }  # fmt: skip
@@ -319,15 +325,19 @@ class TrainingRun:
         if self.folder is None:
             return
         self.row.write(self.folder)
-        if hasattr(self, "_wandb"):
-            from qat.runs.wandb_log import finish_wandb
+        self._close_wandb(self.row.exit_code)
 
-            finish_wandb(self._wandb, self.row)
+    def _close_wandb(self, exit_code: int) -> None:
+        """W&B gives the next run of this process the one that is still open."""
+        if self._wandb is not None:
+            open_run, self._wandb = self._wandb, None
+            open_run.finish(self.row, exit_code)
 
     def close(self) -> None:
         for handler in self._handlers:
             log.removeHandler(handler)
             handler.close()
+        self._close_wandb(128 + signal.SIGTERM)  # else it was closed with its row
         if self._lock is not None:
             self._lock.release()
         if torch.distributed.is_initialized():

@@ -7,21 +7,27 @@ from two folders keeps the later rows only.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import logging
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Literal
 
 import wandb
 from lightning.pytorch.loggers import WandbLogger
+from pydantic import ValidationError
 from wandb.sdk.lib.service.service_connection import WandbApiFailedError
+from wandb.sdk.mailbox import HandleAbandonedError, MailboxClosedError
 
 from qat.errors import UserError
 from qat.runs.result import Result
 from qat.settings.schema import MAX_TAG_LENGTH, LoggerSettings, TrainSettings
 
+log = logging.getLogger("qat")
 TRAIN_JOB = "train"
+GONE = (wandb.errors.Error, ConnectionError, MailboxClosedError, HandleAbandonedError)
 
 
 @contextmanager
@@ -29,27 +35,72 @@ def refusals_named() -> Iterator[None]:
     """UserError in one line instead of W&B's own errors: no login, no network, no permission."""
     try:
         yield
+    except ValidationError as error:  # of a variable WANDB_...
+        wrong = error.errors()[0]
+        reason = f"{'.'.join(map(str, wrong['loc']))}: {wrong['msg']}"
+        raise UserError(f"logger=wandb: a variable WANDB_... is wrong ({reason})") from None
     except (wandb.errors.Error, WandbApiFailedError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(
-            f"W&B refused ({reason}); run `wandb login`, or log with logger.offline=true and "
-            "`wandb sync` later"
+            f"logger=wandb: W&B refused ({reason}); run `wandb login`, or log with "
+            "logger.offline=true and `wandb sync` later"
         ) from None
+
+
+def check_login(s: LoggerSettings) -> None:
+    """Before a run takes its folder. UserError if W&B is to be reached and cannot be, or does not
+    know who asks."""
+    if not s.offline:
+        with refusals_named():
+            wandb.Api()
 
 
 def mode(s: LoggerSettings) -> Literal["online", "offline"]:
     """The setting decides, whatever WANDB_MODE says."""
-    return "offline" if s.offline else "online"
+    chosen: Literal["online", "offline"] = "offline" if s.offline else "online"
+    if os.environ.get("WANDB_MODE", chosen) != chosen:
+        log.info("W&B: %s, as logger.offline says and WANDB_MODE does not", chosen)
+    return chosen
+
+
+class OutlivedLogger(WandbLogger):
+    """W&B's process may end before the run does (SLURM signals every process of a job): the run
+    goes on without it."""
+
+    is_lost = False
+
+    @contextmanager
+    def _outlived(self) -> Iterator[None]:
+        try:
+            yield
+        except GONE as error:
+            self.is_lost = True
+            log.warning("W&B is gone (%s); metrics.csv and result.json have it all", error)
+            with suppress(*GONE):  # so that it is not said once more at the end
+                wandb.teardown()
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        if not self.is_lost:
+            with self._outlived():
+                super().log_metrics(metrics, step)
+
+    def finish(self, row: Result, exit_code: int) -> None:
+        """Put the row into the run's summary and close the run."""
+        if not self.is_lost:
+            with self._outlived():
+                summary = {key: value for key, value in asdict(row).items() if key != "settings"}
+                self.experiment.summary.update(summary)
+                self.experiment.finish(exit_code=exit_code)
 
 
 def wandb_logger(
     folder: Path, s: TrainSettings, row: Result, sweep_dir: Path | None
-) -> WandbLogger:
+) -> OutlivedLogger:
     """Starts a W&B run in the run's folder. Tags: arm, seed, grid and the user's; UserError if W&B
     refuses it."""
     arm = row.arm or row.qat
     own_tags = [tag[:MAX_TAG_LENGTH] for tag in (arm, f"seed{row.seed}", row.grid)]
-    logger = WandbLogger(
+    logger = OutlivedLogger(
         project=s.logger.project,
         name=folder.name,
         save_dir=folder.resolve(),  # of another process, whose working folder may be another
@@ -62,10 +113,3 @@ def wandb_logger(
     with refusals_named():
         _ = logger.experiment  # starts it now, so that a refusal comes before the training
     return logger
-
-
-def finish_wandb(logger: WandbLogger, row: Result) -> None:
-    """Put the row into the run's summary and close the run."""
-    summary = {key: value for key, value in asdict(row).items() if key != "settings"}
-    logger.experiment.summary.update(summary)
-    logger.experiment.finish(exit_code=row.exit_code)

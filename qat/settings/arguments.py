@@ -6,13 +6,13 @@ import difflib
 import re
 import sys
 from argparse import Namespace
-from dataclasses import fields, is_dataclass
+from os.path import expanduser, isdir
 from pathlib import Path
-from typing import NoReturn, get_origin, get_type_hints
+from typing import NoReturn, get_origin
 
 from hydra._internal.utils import get_args_parser
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import ChoiceSweep, Quote, QuotedString
+from hydra.core.override_parser.types import ChoiceSweep
 from omegaconf import DictConfig, OmegaConf
 
 from qat.errors import UserError
@@ -20,13 +20,14 @@ from qat.settings import machine
 from qat.settings.arms import ARM
 from qat.settings.options import CONF, no_such_option
 from qat.settings.schema import EvalTaskSettings, TrainSettings
+from qat.settings.typed import SEARCHPATH, kinds
 
-SCHEMAS = {"train": TrainSettings, "eval": EvalTaskSettings}
-# Prose and paths of eval.py, taken as typed: Hydra's grammar would trip over ',' or '(' in them.
-VERBATIM_KEYS = (
-    "prompt", "artifact", "out", "run", "runs", "study", "cabinet", "submission.author",
-    "submission.github_id", "submission.name", "submission.blurb",
+# They would move a run, or the folder that its paths begin in.
+HYDRAS_FOLDERS = (
+    "hydra.run.dir", "hydra.sweep.dir", "hydra.sweep.subdir", "hydra.job.chdir",
+    "hydra.output_subdir",
 )  # fmt: skip
+SCHEMAS = {"train": TrainSettings, "eval": EvalTaskSettings}
 
 
 def _refuse(message: str) -> NoReturn:
@@ -39,6 +40,7 @@ def split_flags(arguments: list[str], config_name: str) -> tuple[list[str], list
     Settings come first: argparse refuses them on both sides of a flag.
     """
     words = sorted(arguments, key=lambda word: "=" not in word or word.startswith("-"))
+    words = [re.sub("^(-[^=]*=)(~.*)", lambda m: m[1] + expanduser(m[2]), w) for w in words]
     parser = get_args_parser()
     parser.error = _refuse  # type: ignore[method-assign]
     args, rest = parser.parse_known_args(words)
@@ -64,32 +66,23 @@ def split_flags(arguments: list[str], config_name: str) -> tuple[list[str], list
 
 def users_folders(config_dir: str | None, settings: list[str]) -> list[Path]:
     """Folders of ``--config-dir`` and ``hydra.searchpath``; of the latter Hydra takes ``pkg://``
-    too, whose options are no ``qat`` options. UserError for one that is not there."""
+    too, whose options are no ``qat`` options. UserError for one that is not there, and for an
+    option that ``conf/`` hides."""
     asked = [("--config-dir", config_dir)] if config_dir is not None else []
-    typed = [line for line in settings if line.startswith("hydra.searchpath=")]
+    typed = [line for line in settings if line.startswith(f"{SEARCHPATH}=")]
     for override in OverridesParser.create().parse_overrides(typed):
         value = override.value()
-        paths = value if isinstance(value, list) else []
-        asked += [("hydra.searchpath", str(p)) for p in paths if not str(p).startswith("pkg:")]
+        if not isinstance(value, list):
+            raise UserError(f"{override.input_line}: give a list, {SEARCHPATH}=[DIR]")
+        asked += [(SEARCHPATH, str(path)) for path in value if not str(path).startswith("pkg:")]
     for name, path in asked:
-        if not Path(path.removeprefix("file://")).is_dir():
+        if not isdir(folder := path.removeprefix("file://")):
             raise UserError(f"{name}={path}: no such folder")
+        for ours in CONF.rglob("*.yaml"):  # found first, as Hydra looks for them
+            theirs = Path(folder) / ours.relative_to(CONF)
+            if theirs.is_file() and theirs.read_bytes() != ours.read_bytes():
+                raise UserError(f"{theirs}: {ours} has this name and would be taken; rename it")
     return [Path(path.removeprefix("file://")).resolve() for _, path in asked]
-
-
-def in_quotes(text: str) -> str:
-    """``text`` itself in the grammar of Hydra's overrides, whatever stands in it."""
-    plain = re.sub(r"(\\*)\$\{", r"\1\1\\${", text)  # it refers to no setting
-    return QuotedString(plain, Quote.single).with_quotes()
-
-
-def quoted(arguments: list[str]) -> list[str]:
-    """Settings that are prose or paths in quotes: whatever follows their '='."""
-    parts = [argument.partition("=") for argument in arguments]
-    return [
-        key + equals + (in_quotes(value) if equals and key in VERBATIM_KEYS else value)
-        for key, equals, value in parts
-    ]
 
 
 def with_profile(arguments: list[str], say: bool = True) -> list[str]:
@@ -104,17 +97,10 @@ def with_profile(arguments: list[str], say: bool = True) -> list[str]:
     return [re.sub(r"\bauto\b", profile, w) if w.startswith("profile=") else w for w in words]
 
 
-def known_keys(schema: type, prefix: str = "") -> set[str]:
+def known_keys(schema: type) -> set[str]:
     """All dotted setting names of a schema; one that takes any names below it ends in a dot too."""
-    keys: set[str] = set()
-    for field in fields(schema):
-        kind = get_type_hints(schema)[field.name]
-        keys.add(prefix + field.name)
-        if get_origin(kind) is dict:
-            keys.add(f"{prefix}{field.name}.")
-        if isinstance(kind, type) and is_dataclass(kind):
-            keys |= known_keys(kind, f"{prefix}{field.name}.")
-    return keys
+    found = kinds(schema)
+    return {*found, *(f"{name}." for name, kind in found.items() if get_origin(kind) is dict)}
 
 
 def groups(config_name: str) -> set[str]:
@@ -136,6 +122,9 @@ def unknown(key: str, known: set[str], config_name: str) -> str:
         return f"{parent} takes one value, it has no parts"
     close = difflib.get_close_matches(key, sorted(n for n in known if n[-1] != "."), n=1)
     hint = f"did you mean {close[0]}?" if close else f"see `python {config_name}.py --cfg job`"
+    for other in SCHEMAS.keys() - {config_name}:
+        if key in known_keys(SCHEMAS[other]) | groups(other):
+            hint = f"see `python {config_name}.py --cfg job`; it is one of {other}.py"
     return f"unknown setting; {hint}"
 
 
@@ -147,19 +136,26 @@ def check_settings(arguments: list[str], config_name: str) -> None:
         key, typed = override.key_or_group, override.input_line
         if key == "hydra/sweeper":
             raise UserError(f"{typed}: sweeps are products of values here; drop it")
-        if key.startswith("hydra"):
+        if config_name == "train" and key.split(".")[0] == "study":
+            raise UserError(f"{typed}: a study is as its file says; of it give arm= and seed=")
+        if key in HYDRAS_FOLDERS:
+            raise UserError(f"{typed}: the folders of runs are runs_dir, sweep_name and run_name")
+        if key.startswith(("hydra.", "hydra/")):
             continue
         value = override.value()
-        for name in [f"{key}.{part}" for part in value] if isinstance(value, dict) else [key]:
+        parts = value if isinstance(value, dict) and key in known else ()
+        for name in [f"{key}.{part}" for part in parts] or [key]:
             if name not in known and name[: name.rfind(".") + 1] not in known:
                 at = typed if name == key else name
                 raise UserError(f"{at}: {unknown(name, known, config_name)}")
         if override.is_delete():
             raise UserError(f"{typed}: settings cannot be removed; give another value")
         has_parts = key not in groups(config_name) and any(n.startswith(f"{key}.") for n in known)
-        if has_parts and isinstance(value, str) and "$" not in value:
+        if has_parts and isinstance(value, str | int | float | list) and "$" not in str(value):
             raise UserError(f"{typed}: {key} has parts and no options here; give {key}.NAME=VALUE")
         for option in value.list if isinstance(value, ChoiceSweep) else [value]:
             is_none = option in (None, "") or isinstance(option, list | dict | int | float)
             if key in groups(config_name) - {ARM} and is_none:
+                if isinstance(option, dict) and option:
+                    raise UserError(f"{typed}: give {key}.{next(iter(option))}=VALUE instead")
                 raise no_such_option(str(typed), key)

@@ -8,7 +8,7 @@ run is what ran.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -30,6 +30,20 @@ from qat.settings.schema import (
 )
 
 CPU_EVAL_TOKENS = 1_048_576
+# Of W&B's own, those that say what settings say, or give two runs of a sweep one place.
+WANDB_VARIABLES = {
+    "WANDB_PROJECT": "give logger.project",
+    "WANDB_RUN_GROUP": "give logger.group",
+    "WANDB_TAGS": "give logger.tags",
+    "WANDB_NAME": "give run_name",
+    "WANDB_DIR": "W&B's files are in the run's folder, in runs_dir",
+    "WANDB_RUN_ID": "each run has an id of its own",
+    "WANDB_RESUME": "a run that goes on by resume=RUN is another run of W&B",
+    "WANDB_SWEEP_ID": "give a sweep by -m",
+    "WANDB_DISABLED": "give logger=csv",
+    "WANDB_MODE": "give logger=csv, or logger.offline",
+}
+WANDB_MODES = ("online", "offline")  # which of them logger.offline decides
 MAX_VOCAB_SIZE = 65_536  # token ids are stored as uint16
 Eval = TypeVar("Eval", bound=EvalSettings)
 TEXT_SOURCES = ("web_bible", "text", "hub")
@@ -54,7 +68,7 @@ def resolve_train(settings: TrainSettings, choices: Mapping[str, str | None]) ->
     price, is_read = s.artifact.gptq_bit_price, s.artifact.method == "gptq"
     only = "only with artifact.method=gptq"
     require(price == 0.0 or is_read, "artifact.gptq_bit_price", price, only)
-    _check_logger(s.logger)
+    check_logger(s.logger)
     check_eval(s.eval, s.seq_len)
     _check_model(s.model)
     _check_batches(s)
@@ -78,9 +92,19 @@ def resolve_train(settings: TrainSettings, choices: Mapping[str, str | None]) ->
     )
 
 
-def _check_logger(s: LoggerSettings) -> None:
+def check_logger(s: LoggerSettings) -> None:
     is_there = s.name != "wandb" or find_spec("wandb") is not None
     require(is_there, "logger.name", s.name, "it is not installed; pip install 'qat[wandb]'")
+
+    alike: dict[str, Collection[str | None]] = {
+        "WANDB_PROJECT": [s.project],
+        "WANDB_RUN_GROUP": [s.group],
+        "WANDB_MODE": WANDB_MODES,
+    }
+    for variable, instead in WANDB_VARIABLES.items() if s.name == "wandb" else ():
+        said = os.environ.get(variable)
+        if said and said not in alike.get(variable, ()):
+            raise UserError(f"logger=wandb: {variable}={said} is not obeyed: {instead}; unset it")
 
 
 def _check_prices(s: TrainSettings) -> None:
@@ -133,8 +157,9 @@ def _resolve_max_tokens(e: Eval) -> Eval:
 def check_eval(e: EvalSettings, trained_seq_len: int | None = None) -> None:
     seq_len = e.seq_len or trained_seq_len
     if e.stride is not None and seq_len is not None and e.stride > seq_len:
+        why = "" if e.seq_len else " (null: seq_len, as trained)"
         raise UserError(
-            f"eval.stride = {e.stride}: must be at most eval.seq_len = {seq_len}, or tokens "
+            f"eval.stride = {e.stride}: must be at most eval.seq_len = {seq_len}{why}, or tokens "
             "between windows would not be scored"
         )
 
@@ -167,10 +192,10 @@ def _check_model(m: ModelSettings) -> None:
 
 def find_run(setting: str, run: str, runs_dir: str) -> Path:
     """The folder that a path or a run's name means."""
-    folder = next((p for p in (Path(run), Path(runs_dir) / run) if p.is_dir()), None)
+    folder = next((p for p in (run, os.path.join(runs_dir, run)) if os.path.isdir(p)), None)
     if folder is None:
         raise UserError(f"{setting}={run}: no such folder, here or in {runs_dir}")
-    return folder
+    return Path(folder)
 
 
 def _check_batches(s: TrainSettings) -> None:
@@ -293,7 +318,7 @@ def resolve_eval(settings: EvalTaskSettings, choices: Mapping[str, str | None]) 
         s = replace(s, run=str(find_run("run", s.run, s.runs_dir)))
     if s.study:
         s = replace(s, study=str(find_run("study", s.study, s.runs_dir)))
-    _check_logger(s.logger)
+    check_logger(s.logger)
     check_eval(s.eval)
     is_used = s.eval.pairs_file is None or "pairs" in s.eval.parts
     pairs = "add eval.parts='[pairs]' or eval=full"

@@ -22,10 +22,11 @@ import hydra
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeperConf
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException, MissingConfigException
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import MarkedYAMLError, YAMLError
 
 from qat.errors import PreemptedError, TrainingError, UserError, of_system
 from qat.settings import machine, options
@@ -34,7 +35,6 @@ from qat.settings.arguments import (
     check_settings,
     groups,
     opened,
-    quoted,
     split_flags,
     users_folders,
     with_profile,
@@ -42,6 +42,7 @@ from qat.settings.arguments import (
 from qat.settings.arms import ARM, with_arms
 from qat.settings.schema import as_settings
 from qat.settings.signals import when_asked_to_stop
+from qat.settings.typed import kinds, plain_number, spelled
 
 SWEEPER = "hydra_plugins.qat_sweeper.CheckedSweeper"
 INTERRUPTED = 130  # as shells say it
@@ -95,6 +96,7 @@ class Program:
 
 def main(program: Program) -> int:
     """Compose, check and run; returns the exit code. What goes wrong in a run stays in ``run``."""
+    machine.speak_utf8()
     machine.keep_freed_memory()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # hand exceptions to us instead of exiting with 1
     try:
@@ -121,7 +123,7 @@ def main(program: Program) -> int:
         return 1
     except UserError as error:
         say_error(str(error))
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, YAMLError, UnicodeDecodeError) as error:
         say_error(explain(error))
     except OSError as error:  # Hydra makes the sweep's folder
         say_error(f"runs_dir: cannot write {error.filename or 'there'} ({error.strerror})")
@@ -141,7 +143,7 @@ def _let_rank_0_speak() -> None:
 
 def say_error(line: str) -> None:
     if machine.rank() == 0:
-        print(f"error: {line}", file=sys.stderr)
+        print(f"error: {line}".replace("\n", "\\n"), file=sys.stderr)
     else:
         _unsaid.append(line)
 
@@ -157,20 +159,29 @@ def register(users_folders: list[Path]) -> None:
 
 def _main(program: Program) -> int:
     name, typed = program.config_name, sys.argv[1:]
+    try:
+        here = os.getcwd()
+    except OSError as error:
+        raise UserError(f"the folder that this was started in is gone ({error.strerror})") from None
+    for word in (*typed, here):
+        if not word.isprintable() and re.search("[\udc80-\udcff]", word):
+            raise UserError(f"{word}: not a name in UTF-8, which settings are saved in; rename it")
     settings, flags, args = split_flags(typed, name)
-    if name == "eval":
-        settings = quoted(settings)
-    register(folders := users_folders(args.config_dir, settings))
+    is_sweep = args.multirun or "hydra.mode=MULTIRUN" in settings
+
+    def for_hydra() -> list[str]:
+        return spelled(settings, kinds(SCHEMAS[name]), groups(name), is_sweep)
+
+    register(folders := users_folders(args.config_dir, for_hydra()))
     if not args.shell_completion:  # its words are no settings
-        check_settings(settings, name)
+        check_settings(for_hydra(), name)
     if name == "train":
         # Hydra's own settings have no profile, and a run that goes on takes its own.
         if not args.hydra_help and not any(word.startswith("resume=") for word in settings):
             is_question = args.help or args.cfg or args.info or args.shell_completion
             settings = with_profile(settings, say=not is_question)
-        is_sweep = args.multirun or "hydra.mode=MULTIRUN" in settings
         settings = with_arms(settings, groups(name), is_sweep)
-    sys.argv[1:] = [*opened(settings, name), *flags]
+    sys.argv[1:] = [*opened(for_hydra(), name), *flags]
     jobs = Jobs(program, folders, shlex.join(["python", f"{name}.py", *typed]))
     try:
         hydra.main(version_base="1.3", config_path=str(options.CONF), config_name=name)(jobs)()
@@ -197,7 +208,7 @@ class Jobs:
         run = HydraConfig.get()
         job = Job(
             _choices(run),
-            list(run.overrides.task),
+            OmegaConf.to_container(run.overrides.task, resolve=False),  # type: ignore[arg-type]
             Path(run.sweep.dir) if run.mode == RunMode.MULTIRUN else None,
         )
         # Nothing but an interrupt may leave: Hydra would add lines of its own.
@@ -212,6 +223,9 @@ class Jobs:
         except (UserError, TrainingError) as error:
             say_error(str(error))
             self.exit_codes.append(error.exit_code)
+        except OmegaConfBaseException as error:  # it refers to what is not there
+            say_error(explain(error))
+            self.exit_codes.append(UserError.exit_code)
         except BrokenPipeError:
             raise
         except OSError as error:  # the disk is full, or a file or folder is not ours
@@ -272,7 +286,11 @@ def explain(error: Exception) -> str:
         return f"{group}={option}: no such option; choose from {', '.join(error.options)}"
     if match := re.match(r"In '(.+)': \w+ raised while composing config:\n(.+)", text):
         key = re.search(r"full_key: (\S+)", text)
-        return f"{match[1]}.yaml: {key[1] if key else 'it'}: {match[2]}"
+        value = re.match(r"Value '(.+)' of type 'str' could not", match[2])
+        remedy = plain_number(f"{key[1]}={value[1]}") if key and value else ""
+        if key and key[1] == match[1].split("/")[0]:
+            remedy = "; its first line has to be '# @package _global_'"
+        return f"{match[1]}.yaml: {key[1] if key else 'it'}: {match[2]}{remedy}"
     if match := re.search(r"Could not override '([^']+)'", text):
         return f"{match[1]}: not there yet; add it, +{match[1]}=..."
     if match := re.search(r"Multiple values for (\S+)\.", text):
@@ -280,9 +298,21 @@ def explain(error: Exception) -> str:
     if match := re.search(r"Error merging override (.+)", text):
         if "ListConfig" in detail:
             detail = "give a list, [a,b]"
+        if "could not be converted" in detail:
+            detail += plain_number(match[1])
+        if "is not Optional" in detail:
+            detail = "give a value, not null"
         return f"{match[1]}: {detail or 'not a usable value'}"
     if match := re.search(r"Ambiguous value for argument '(.+)'", text):
         return f"{match[1]}: several values; add -m to run each of them, or [..] for a list"
-    if match := re.search(r"Error parsing override '(.+)'", text):
-        return f"{match[1]}: cannot be read as setting=value; quote values with special characters"
+    if isinstance(error, MarkedYAMLError) and (mark := error.problem_mark) is not None:
+        return f"{mark.name}, line {mark.line + 1}: not YAML ({error.problem})"
+    if isinstance(error, YAMLError | UnicodeDecodeError):
+        reason = " ".join(str(error).split())
+        return f"a .yaml file of --config-dir or hydra.searchpath is not UTF-8 text ({reason})"
+    if isinstance(error, OverrideParseException):
+        remedy = "quote values with special characters"
+        return f"{error.override or repr('')}: cannot be read as setting=value; {remedy}"
+    if match := re.match(r"(.+)\n +full_key: (\S+)", text):
+        return f"{match[2].replace('hydra.sweep.dir', 'runs_dir, sweep_name')}: {match[1]}"
     return " ".join(f"{text} {detail}".split())

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
+import io
 import os
 import platform
 import re
 import shutil
+import socket
 import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
@@ -83,6 +88,36 @@ def check_ranks() -> None:
     if world_size() % local_world_size() or not said["MASTER_ADDR"].strip():
         line = ", ".join(f"{name}={value}" for name, value in said.items())
         raise UserError(f"{line} in the environment do not fit together: {remedy}")
+
+
+def _own_address() -> str:
+    """Where gloo listens unless told otherwise: on what the name of this machine means here."""
+    try:
+        return socket.gethostbyname(socket.gethostname())
+    except OSError:
+        return "127.0.0.1"
+
+
+@contextmanager
+def ranks_meet() -> Iterator[None]:
+    """For code that connects the ranks. UserError in one line where they do not find each other."""
+    there = os.environ.get("MASTER_ADDR", "localhost")
+    is_local = there == "localhost" or there.startswith("127.")
+    is_local |= world_size() == int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    remedy = "name the network that the nodes share, GLOO_SOCKET_IFNAME=eth0"
+    if not is_local and "GLOO_SOCKET_IFNAME" not in os.environ:
+        address, name = _own_address(), socket.gethostname()
+        if address.startswith("127."):
+            raise UserError(
+                f"ranks of other nodes cannot reach this one: {name} is {address} here; {remedy}"
+            )
+    try:
+        yield
+    except RuntimeError as error:  # of torch and of gloo alike
+        place = f"{there}:{os.environ.get('MASTER_PORT', '')}"
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        hint = "give another MASTER_PORT" if "EADDRINUSE" in reason else remedy
+        raise UserError(f"ranks do not meet at {place} ({reason}); {hint}") from None
 
 
 def _torch_has_cuda() -> bool:
@@ -163,6 +198,17 @@ def seconds_since_start() -> float | None:
     except OSError:
         return None
     return uptime - int(after_name.split()[19]) / os.sysconf("SC_CLK_TCK")
+
+
+def speak_utf8() -> None:
+    """Start again in Python's UTF-8 mode where the locale has ASCII only, in which files with other
+    letters in their names could not be opened. What a console cannot show is spelled out."""
+    if sys.getfilesystemencoding() == "ascii":
+        os.environ["PYTHONUTF8"] = "1"  # of processes started from here
+        os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def keep_freed_memory() -> None:

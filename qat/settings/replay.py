@@ -7,10 +7,10 @@ from functools import reduce
 from typing import Any
 
 from qat.errors import UserError
-from qat.settings.arguments import in_quotes
 from qat.settings.arms import ARM
 from qat.settings.options import options
 from qat.settings.schema import EvalTaskSettings, TrainSettings
+from qat.settings.typed import in_quotes
 
 # Names and places of that run, and how it was watched.
 LEFT_OUT = ("run_name", "runs_dir", "sweep_name", "resume", "logger")

@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, is_dataclass
+from os.path import expanduser
 from typing import Any
 
 from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
@@ -17,7 +18,7 @@ from qat.errors import UserError
 from qat.model.spec import ModelSpec
 from qat.quantize.grid import Grid
 
-MAX_TAG_LENGTH = 64  # of W&B
+MAX_TAG_LENGTH, MAX_NAME_LENGTH = 64, 128  # of W&B; file systems take a little more
 EVAL_PARTS = ("reliability", "damage", "layers", "pairs", "cost")
 
 Check = tuple[Callable[[Any], bool], str]  # whether a value will do, and what to do if not
@@ -34,13 +35,23 @@ AUTO_OR_COUNT: Check = (
     lambda value: value == "auto" or (type(value) is int and value >= 1),
     "give 1 or more, null for all of them, or auto",
 )
+PROJECT: Check = (
+    lambda name: re.fullmatch(rf"[^/\\#?%:]{{1,{MAX_NAME_LENGTH}}}", str(name)) is not None,
+    f"use 1 to {MAX_NAME_LENGTH} letters, none of them one of /\\#?%:",
+)
+GROUP: Check = (
+    lambda name: 1 <= len(name) <= MAX_NAME_LENGTH,
+    f"use 1 to {MAX_NAME_LENGTH} letters",
+)
 TAG: Check = (
     lambda tag: 1 <= len(tag) <= MAX_TAG_LENGTH,
     f"give tags of 1 to {MAX_TAG_LENGTH} characters",
 )
 NAME: Check = (
-    lambda name: re.fullmatch(r"\w[\w.+-]*", name) is not None,
-    "use letters, digits, '.', '_', '+' and '-' only",
+    lambda name: (
+        re.fullmatch(r"\w[\w.+-]*", name) is not None and len(name.encode()) <= MAX_NAME_LENGTH
+    ),
+    f"use letters, digits, '.', '_', '+' and '-' only, {MAX_NAME_LENGTH} bytes at most",
 )
 
 
@@ -51,6 +62,27 @@ def one_of(*options: str) -> Check:
 def checked(default: Any, check: Check) -> Any:
     """A field whose value must hold, unless it is null; of a list, each of its values."""
     return field(default=default, metadata={"check": check})
+
+
+PATH = {"path": True}  # of a field of a path, or a list of them: ``~`` is the home folder
+
+
+def path(default: str | None = None) -> Any:
+    return field(default=default, metadata=PATH)
+
+
+# For conf/train.yaml, which makes the sweep's folder of a path.
+OmegaConf.register_new_resolver("expanduser", expanduser, replace=True)
+
+
+def _expand_paths(settings: Any) -> None:
+    for of in fields(settings):
+        value = getattr(settings, of.name)
+        if is_dataclass(value):
+            _expand_paths(value)
+        elif value and of.metadata.get("path"):
+            paths = [*map(expanduser, value)] if isinstance(value, list) else expanduser(value)
+            object.__setattr__(settings, of.name, paths)  # a model's sizes are frozen
 
 
 def require(condition: bool, setting: str, value: object, remedy: str) -> None:
@@ -68,11 +100,15 @@ def check_each(settings: Any, prefix: str = "") -> None:
             holds, remedy = check
             for one in value if isinstance(value, list) else [value]:
                 require(one is None or holds(one), name, one, remedy)
+        elif of.metadata.get("path"):
+            for one in value if isinstance(value, list) else [value or ""]:
+                longest = max(len(part.encode()) for part in one.split("/"))
+                require(longest < 256, name, one, "a file's name has 255 bytes at most")
 
 
 @dataclass
 class ModelSettings(ModelSpec):  # sizes and architecture: qat/model/spec.py
-    init_from: str | None = None  # a torch file of initial weights (read with weights_only)
+    init_from: str | None = path()  # a torch file of initial weights (read with weights_only)
 
 
 @dataclass
@@ -120,12 +156,12 @@ class AveragingSettings:  # what is stored instead of the last weights
 @dataclass
 class DataSettings:
     source: str = MISSING  # web_bible | text | hub | from_artifact
-    train_files: str | None = None  # glob of challenge shards
-    val_files: str | None = None  # glob of challenge shards
-    tokenizer: str | None = None  # a SentencePiece .model
-    files: list[str] | None = None  # .txt, .jsonl, .parquet (globs)
+    train_files: str | None = path()  # glob of challenge shards
+    val_files: str | None = path()  # glob of challenge shards
+    tokenizer: str | None = path()  # a SentencePiece .model
+    files: list[str] | None = field(default=None, metadata=PATH)  # .txt, .jsonl, .parquet (globs)
     val_fraction: float = checked(0.05, SHARE)  # share of documents held out, by hash
-    cache_dir: str = "~/.cache/qat"
+    cache_dir: str = path("~/.cache/qat")
     repo_id: str = "willdepueoai/parameter-golf"
     revision: str = "main"
     dataset: str = "fineweb10B_sp1024"
@@ -203,7 +239,7 @@ class EvalSettings:
 class FullEvalSettings(EvalSettings):
     # beside val_bpb; eval=full takes all of them
     parts: list[str] = field(default_factory=list, metadata={"check": one_of(*EVAL_PARTS)})
-    pairs_file: str | None = None  # .jsonl of minimal pairs; null = those made from templates
+    pairs_file: str | None = path()  # .jsonl of minimal pairs; null = those made from templates
     layers_tokens: int = checked(16_384, AT_LEAST_1)  # of validation text per tensor
     num_bins: int = checked(15, AT_LEAST_1)  # of reliability diagrams
     resamples: int = checked(2_000, AT_LEAST_1)  # of the bootstrap over documents
@@ -213,10 +249,10 @@ class FullEvalSettings(EvalSettings):
 @dataclass
 class LoggerSettings:
     name: str = checked(MISSING, one_of("csv", "wandb"))  # wandb: beside csv
-    project: str = "qat"
-    group: str | None = None  # null = the sweep's name
+    project: str = checked("qat", PROJECT)
+    group: str | None = checked(None, GROUP)  # null = the sweep's name
     tags: list[str] = field(default_factory=list, metadata={"check": TAG})
-    offline: bool = True
+    offline: bool = True  # whatever WANDB_MODE says
     every_steps: int = checked(10, AT_LEAST_1)  # write metrics.csv after so many steps
 
 
@@ -263,9 +299,9 @@ class TrainSettings:
     compile: str = checked("auto", one_of("auto", "true", "false"))  # auto: on with CUDA
     limit_bytes: int = checked(16_000_000, AT_LEAST_1)  # artifact + code, decimal
     run_name: str | None = checked(None, NAME)  # null = time, qat, grid, seed
-    resume: str | None = None  # a run's folder or name: go on with it, settings and all
+    resume: str | None = path()  # a run's folder or name: go on with it, settings and all
     sweep_name: str = checked("sweep-${now:%Y%m%d-%H%M%S}", NAME)
-    runs_dir: str = "logs/runs"
+    runs_dir: str = path("logs/runs")
     # Of a study, the split of a QAT arm's effect. full: train a baseline of as many steps for it;
     # estimate: from the baseline's loss curve.
     ledger: str = checked("estimate", one_of("estimate", "full"))
@@ -318,14 +354,14 @@ class ConstraintSettings:  # of task=choose: the most that a variant may have; n
 @dataclass
 class EvalTaskSettings:
     task: str = "score"  # what to do; all of them: TASKS in eval.py
-    artifact: str | None = None  # file: a .qat, or a .ptz of the challenge
-    out: str | None = None  # what is written: convert's .ptz, fill's .qat, submission's folder
-    run: str | None = None  # run folder or run name; stands for its artifact
-    runs: str | None = None  # glob of run folders
-    study: str | None = None  # folder or name of a study's sweep
+    artifact: str | None = path()  # file: a .qat, or a .ptz of the challenge
+    out: str | None = path()  # what is written: convert's .ptz, fill's .qat, submission's folder
+    run: str | None = path()  # run folder or run name; stands for its artifact
+    runs: str | None = path()  # glob of run folders
+    study: str | None = path()  # folder or name of a study's sweep
     variants: list[str] | None = None  # globs of task=cabinet's rows; null = all
-    cabinet: str | None = None  # folder with the results.json of task=cabinet
-    runs_dir: str = "logs/runs"
+    cabinet: str | None = path()  # folder with the results.json of task=cabinet
+    runs_dir: str = path("logs/runs")
     prompt: str = ""
     seed: int = checked(1337, SEED)
     limit_bytes: int = checked(16_000_000, AT_LEAST_1)  # artifact + code, of tasks inspect and fill
@@ -344,7 +380,10 @@ def as_settings(node: DictConfig | ListConfig, path: str = "") -> Any:
     ``path`` goes before the names of its settings.
     """
     try:
-        return OmegaConf.to_object(node)
+        settings = OmegaConf.to_object(node)
+        if is_dataclass(settings):
+            _expand_paths(settings)
+        return settings
     except OmegaConfBaseException:
         raise
     except ValueError as error:

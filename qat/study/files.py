@@ -8,6 +8,7 @@ there already is used again.
 
 from __future__ import annotations
 
+import glob
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -138,7 +139,7 @@ class StudyFiles:
         found = []
         for arm in study.arms:
             prefix = run_name(arm, 0).removesuffix("0")
-            for path in folder.glob(f"{prefix}*"):
+            for path in folder.glob(f"{glob.escape(prefix)}*"):
                 seed = path.name.removeprefix(prefix)
                 if seed.isdigit() and read_config(path, "study")[1].get("arm") == arm:
                     found.append(ArmRun.read(path, arm, int(seed)))

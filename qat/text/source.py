@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 import filelock
 import numpy as np
 
-from qat.errors import UserError
+from qat.errors import NO_LOCKS, UserError
 from qat.text import corpus
 from qat.text.shards import ShardWriter
 from qat.text.tokenizer import Tokenizer, train_tokenizer
@@ -59,9 +59,20 @@ class Source:
     notes: dict[str, Any]  # facts found while preparing: documents, bytes, xz yardstick
 
 
+def matching(pattern: str) -> list[Path]:
+    """What a glob matches, in name order. What is there under the very name is that, brackets and
+    all; so are the folders that lead to the pattern."""
+    path = Path(pattern)
+    if os.path.lexists(path):
+        return [path]
+    there = next((folder for folder in path.parents if os.path.isdir(folder)), Path())
+    rest = str(path.relative_to(there))
+    return sorted(there / name for name in glob.glob(rest, root_dir=there))
+
+
 def expand(pattern: str, setting: str) -> list[Path]:
     """Files of a glob, in name order; UserError if there are none."""
-    files = sorted(Path(name) for name in glob.glob(pattern))
+    files = matching(pattern)
     if not files:
         raise UserError(f"{setting}={pattern}: no such file")
     return files
@@ -145,7 +156,7 @@ def _from_documents(
     temporary = cache_dir / f"{key}.tmp"
     try:
         cache_dir.mkdir(parents=True, exist_ok=True)
-        with filelock.FileLock(cache_dir / f"{key}.lock"):
+        with _locked(cache_dir, key):
             if not (folder / NOTES_FILE).is_file():
                 shutil.rmtree(temporary, ignore_errors=True)
                 temporary.mkdir()
@@ -165,6 +176,16 @@ def _from_documents(
     return _prepared(folder, identity)
 
 
+def _locked(cache_dir: Path, key: str) -> filelock.AcquireReturnProxy:
+    """Held by this process. UserError where files cannot be locked."""
+    try:
+        return filelock.FileLock(cache_dir / f"{key}.lock").acquire()
+    except (OSError, NotImplementedError) as error:  # a network file system that knows no flock
+        if isinstance(error, OSError) and error.errno not in NO_LOCKS:
+            raise
+        raise UserError(f"data.cache_dir={cache_dir}: cannot lock files there ({error})") from None
+
+
 def _sentencepiece_version() -> str:
     return metadata.version("sentencepiece")
 
@@ -175,7 +196,7 @@ def _prepared(folder: Path, identity: dict[str, Any]) -> Source:
         expand(str(folder / "val_*.bin"), "data"),
         folder / "tokenizer.model",
         identity,
-        json.loads((folder / NOTES_FILE).read_text()),
+        json.loads((folder / NOTES_FILE).read_text(encoding="utf-8")),
     )
 
 
@@ -198,7 +219,7 @@ def _prepare(
             "the order of its documents",
             name, f"{first.num_bytes:,}", f"{notes['train_bytes']:,}",
         )  # fmt: skip
-    (folder / NOTES_FILE).write_text(json.dumps(notes, indent=1))
+    (folder / NOTES_FILE).write_text(json.dumps(notes, indent=1), encoding="utf-8")
 
 
 def write_shards(

@@ -11,6 +11,8 @@ import time
 import torch
 import torch.distributed as dist
 
+from qat.settings import machine
+
 
 class TrainingClock:
     """Seconds of training so far. ``agree`` is a collective call.
@@ -28,7 +30,8 @@ class TrainingClock:
     def start(self) -> None:
         """Start or go on. The reading travels over gloo, so that agreeing never waits for a GPU."""
         if dist.is_initialized() and self._group is None and dist.get_world_size() > 1:
-            self._group = dist.new_group(backend="gloo")
+            with machine.ranks_meet():
+                self._group = dist.new_group(backend="gloo")
         self._started_at = time.perf_counter()
 
     def pause(self) -> None:

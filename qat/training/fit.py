@@ -233,7 +233,7 @@ def fit(
     if state is not None:
         loop.load_state(state)
         log.info("going on after step %d", loop.progress.step)
-    if loop.is_over:  # it was stopped after its last update; ranks still have to meet
+    if loop.is_over:  # it was stopped after its last update
         trainer.strategy.setup_environment()
     else:
         batches = TrainingBatches(

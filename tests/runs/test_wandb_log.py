@@ -5,12 +5,19 @@ from __future__ import annotations
 import contextlib
 import csv
 import re
+import signal
 from pathlib import Path
 
 import pytest
 
+import train as train_program
+from qat.errors import PreemptedError, UserError
 from qat.report import wandb_view
+from qat.runs import wandb_log
+from qat.runs.result import Result
+from qat.runs.training_run import TrainingRun
 from qat.settings import checks
+from qat.settings.schema import LoggerSettings, TrainSettings
 from tests.conftest import _call, result_of
 from tests.made_up_study import made_up
 from tests.offline_run import OfflineRun, read_offline_run
@@ -78,7 +85,48 @@ def test_no_login_is_one_line(
     done = train("logger=wandb", "logger.offline=false", "run_name=refused")
     assert done.code == 2
     assert re.search(r"W&B refused \(No API key configured.*\); run `wandb login`", done.err)
-    assert result_of(tmp_path / "logs/runs/refused")["status"] == "failed"
+    assert not (tmp_path / "logs").exists(), "the corrected command would find its name taken"
+
+
+@pytest.mark.parametrize("variable", checks.WANDB_VARIABLES)
+def test_variables_that_settings_stand_for(variable: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(variable, "mine")
+    checks.check_logger(LoggerSettings(name="csv"))
+    with pytest.raises(UserError, match=f"logger=wandb: {variable}=mine is not obeyed: ") as no:
+        checks.check_logger(LoggerSettings(name="wandb", group="other"))
+    assert "\n" not in str(no.value)
+    if variable in ("WANDB_PROJECT", "WANDB_RUN_GROUP"):
+        checks.check_logger(LoggerSettings(name="wandb", project="mine", group="mine"))
+
+
+def test_each_run_is_its_own_and_closed_when_preempted(train, tmp_path: Path, monkeypatch) -> None:
+    def preempted(s: TrainSettings, run: TrainingRun) -> int:
+        run._claim()
+        run.loggers(0)
+        raise PreemptedError(signal.SIGTERM)
+
+    monkeypatch.setattr(train_program, "train", preempted)
+    asked = ("logger=wandb", "logger.offline=true")
+    assert train(*asked, "run_name=a").code == train(*asked, "run_name=b").code == 143
+    ended = [read_offline_run(tmp_path / "logs/runs" / name) for name in "ab"]
+    assert [run.exit_code for run in ended] == [143, 143]
+    assert ended[0].run.run_id != ended[1].run.run_id
+
+
+def test_a_run_outlives_wandb(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Gone:
+        def log(self, *_: object, **__: object) -> None:
+            raise ConnectionResetError("Connection lost")
+
+    monkeypatch.setattr(wandb_log.wandb, "teardown", lambda: None)
+    said: list[str] = []
+    monkeypatch.setattr(wandb_log.log, "warning", lambda text, *values: said.append(text % values))
+    logger = wandb_log.OutlivedLogger(experiment=Gone())
+    for step in (1, 2):
+        logger.log_metrics({"train_loss": 1.0}, step)
+    row = Result("r", "finished", 0, None, None, 1, "laptop", "none", "int8", "", "", None, 1)
+    logger.finish(row, 0)
+    assert said == ["W&B is gone (Connection lost); metrics.csv and result.json have it all"]
 
 
 def test_tags_are_checked_before_a_run_starts(train, tmp_path: Path) -> None:

@@ -118,6 +118,9 @@ VALUES: list[tuple[tuple[str, ...], str]] = [
     (("eval.precision=int8",), "eval.precision = int8"),
     (("artifact.coder=zip",), "artifact.coder = zip: choose from zlib, zstd"),
     (("run_name=a/b",), "run_name = a/b"),
+    (("run_name=" + "n" * 129,), "'-' only, 128 bytes at most"),
+    (("logger.project=a/b",), "logger.project = a/b: use 1 to 128 letters"),
+    (("logger.group=" + "n" * 129,), "use 1 to 128 letters"),
     (("data.tokenizer=x.model",), "data.files and data.tokenizer name two sources"),
 ]  # fmt: skip
 

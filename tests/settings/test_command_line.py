@@ -74,6 +74,42 @@ def test_a_mistake_in_a_users_file_is_named(program, users_folder: Path) -> None
         assert done.err.startswith(f"error: {message}")
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("experiment/x", b"{a: [}", "experiment/x.yaml, line 1: not YAML ("),
+        ("model/x", b"dim: 3\n{a: [}", "model/x.yaml, line 2: not YAML ("),
+        ("model/x", b"\xff", "a .yaml file of --config-dir or hydra.searchpath is not UTF-8 text"),
+        (
+            "model/x",
+            b"a: \x01",
+            "a .yaml file of --config-dir or hydra.searchpath is not UTF-8 text",
+        ),
+        ("experiment/x", b"seed: 3", "its first line has to be '# @package _global_'"),
+        (
+            "experiment/x",
+            b"# @package _global_\nlimit_bytes: 16MB",
+            "a plain number of bytes, 1 MB",
+        ),
+        (
+            "grid/int6",
+            b"bits: 4",
+            "conf/grid/int6.yaml has this name and would be taken; rename it",
+        ),
+    ],
+)
+def test_a_users_file_that_is_of_no_use(
+    name: str, content: bytes, message: str, program, users_folder: Path
+) -> None:
+    file = users_folder / f"{name}.yaml"
+    file.parent.mkdir(exist_ok=True)
+    file.write_bytes(content)
+    asked = name.replace("/", "=").replace("grid=", "qat=")
+    done = program("train.py", "profile=laptop", f"--config-dir={users_folder}", asked)
+    assert (done.code, done.err.count("\n")) == (2, 1), done.err
+    assert message in done.err
+
+
 def test_a_study_of_a_users_folder_runs(train, users_folder: Path) -> None:
     asked = ("experiment=mine", "max_steps=2", "sweep_name=s")
     done = train("-m", *asked, f"--config-dir={users_folder}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import socket
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -152,3 +154,36 @@ def test_a_mistake_that_rank_0_did_not_meet_is_said_after_all(
         waits, said = done.err.splitlines()
         assert "rank 3 of 4, says the environment: it will wait" in waits
         assert (done.code, said) == (2, line)
+
+
+@pytest.mark.parametrize(
+    ("reason", "message"),
+    [
+        ("... code: -98, name: EADDRINUSE, message: address already in use", "another MASTER_PORT"),
+        ("[../gloo/transport/tcp/pair.cc] Connection refused\nframe 1", "GLOO_SOCKET_IFNAME=eth0"),
+    ],
+)
+def test_ranks_that_do_not_meet(reason: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    line = re.escape(f"ranks do not meet at 127.0.0.1:29500 ({reason.splitlines()[0]}); ")
+    with pytest.raises(UserError, match=f"{line}.*{message}"), machine.ranks_meet():
+        raise RuntimeError(reason)
+
+
+def test_a_node_whose_name_is_loopback(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Debian's /etc/hosts has it: gloo would listen there."""
+    monkeypatch.setattr(socket, "gethostbyname", lambda name: "127.0.1.1")
+    for name, value in {"WORLD_SIZE": "16", "LOCAL_WORLD_SIZE": "8", "MASTER_ADDR": "a"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+    named = r"is 127.0.1.1 here; name .* GLOO_SOCKET_IFNAME=eth0"
+    with pytest.raises(UserError, match=named), machine.ranks_meet():
+        pass
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth0")
+    with machine.ranks_meet():
+        pass
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "16")
+    with machine.ranks_meet():
+        pass
