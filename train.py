@@ -120,8 +120,9 @@ def train(s: TrainSettings, training_run) -> int:
     module = build_model(s.model, s.seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     scorer = Scorer(
-        spec, val_stream, tokenizer.byte_table, s.seq_len, s.eval, device, training_run.console
-    )
+        spec, val_stream, tokenizer.byte_table, s.seq_len, s.eval, device, training_run.console,
+        bos_id=tokenizer.bos_id,
+    )  # fmt: skip
     training_run.start(source, tokenizer, train_stream, val_stream)
 
     # How the weights will be stored.

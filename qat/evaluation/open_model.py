@@ -132,7 +132,10 @@ def open_scorer(
     stream.check_ids(tokenizer.vocab_size)
     tokenizer.check_unknown(stream)
     console = Console(stderr=True)
-    scorer = Scorer(spec, stream, tokenizer.byte_table, seq_len, settings, device, console)
+    scorer = Scorer(
+        spec, stream, tokenizer.byte_table, seq_len, settings, device, console,
+        bos_id=tokenizer.bos_id,
+    )  # fmt: skip
     if rank_and_ranks()[0] == 0 and (warning := tokenizer.warning):
         print(f"warning: {warning}", file=sys.stderr)
     return scorer

@@ -117,6 +117,7 @@ class FinishedRun:
             EvalSettings(**settings["eval"]),
             device,
             self.console,
+            bos_id=tokenizer.bos_id,
         )
         return done, scorer.score(done.artifact.weights, f"{self.folder.name} on {plan.label}")
 

@@ -116,7 +116,9 @@ class DataSettings:
     train_files: str | None = None  # glob of challenge shards
     val_files: str | None = None  # glob of challenge shards
     tokenizer: str | None = None  # a SentencePiece .model
-    files: list[str] | None = None  # .txt, .jsonl, .parquet (globs)
+    # .txt, .jsonl (both as .gz or .zst too), .parquet; globs
+    files: list[str] | None = None
+    text_column: str = "text"  # of .jsonl and .parquet files
     val_fraction: float = checked(0.05, SHARE)  # share of documents held out, by hash
     cache_dir: str = "~/.cache/qat"
     repo_id: str = "willdepueoai/parameter-golf"

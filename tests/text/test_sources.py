@@ -95,7 +95,7 @@ def test_the_space_mark_in_a_text_stays_and_empty_texts_go(tmp_path: Path, cache
     texts = [f"line {n}\u2581of \u2581 a small file\u2581" for n in range(300)]
     lines = "".join(json.dumps({"text": text}) + "\n" for text in [*texts, "", *texts[:3]])
     (tmp_path / "a.jsonl").write_text(lines)
-    table = pyarrow.table({"text": [None, *texts, "", *texts[:3]]})
+    table = pyarrow.table({"text": [*texts, "", *texts[:3]]})
     pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
     for name in ("a.jsonl", "a.parquet"):
         prepared = source.from_text([str(tmp_path / name)], 290, 0.1, cache_dir)
@@ -147,7 +147,7 @@ def _words(folder: Path) -> str:
         ("a.jsonl", '{"text": "fine"}\n{"txt": "x"}\n', "line 2"),
         ("a.jsonl", "not json\n", "line 1"),
         ("a.txt", b"abc\xff\xfe", "not UTF-8"),
-        ("a.parquet", b"PAR1 not really", "no readable 'text' column"),
+        ("a.parquet", b"PAR1 not really", "cannot be read as Parquet"),
         ("a.pdf", b"", "give .txt, .jsonl, .parquet"),
         ("missing.txt", None, "no such file"),
     ],
