@@ -85,10 +85,11 @@ def train(s: TrainSettings, training_run) -> int:
     from qat.evaluation.open_model import artifact_meta
     from qat.evaluation.score import Scorer
     from qat.golf.bundle import count_code_bytes
+    from qat.runs.identity import KEY, CheckpointIdentity, check_resumed
     from qat.runs.storing import CalibrationText, Storage
     from qat.text.batches import BatchShape
     from qat.text.shards import TokenStream
-    from qat.text.source import from_settings
+    from qat.text.source import check_length, from_settings
     from qat.text.tokenizer import Tokenizer
     from qat.training.averaging import Averaging
     from qat.training.build import build_model
@@ -112,10 +113,18 @@ def train(s: TrainSettings, training_run) -> int:
     tokenizer.check_vocab_size(s.model.vocab_size)
     train_stream = TokenStream(source.train_files, "data.train_files")
     val_stream = TokenStream(source.val_files, "data.val_files")
+    check_length(source, train_stream, s.batch_tokens)
+    state = load_checkpoint(training_run.checkpoint) if s.resume is not None else None
+    held = {}
     if machine.rank() == 0:  # reads every token
         for stream in (train_stream, val_stream):
             stream.check_ids(s.model.vocab_size)
         tokenizer.check_unknown(val_stream)
+        streams = {"train": train_stream, "val": val_stream}
+        identity = CheckpointIdentity.of(training_run.row.settings, source, tokenizer, streams)
+        if state is not None:
+            check_resumed(f"resume={s.resume}", CheckpointIdentity.held_by(state), identity)
+        held = {KEY: vars(identity)}
     plan, spec = training_run.plan, training_run.spec
     module = build_model(s.model, s.seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -135,7 +144,6 @@ def train(s: TrainSettings, training_run) -> int:
         return len(pack(plan.encode(masters, scales), plan, meta, s.artifact.coder))
 
     # Training, until the clock says stop.
-    state = load_checkpoint(training_run.checkpoint) if s.resume is not None else None
     first_step = state["progress"]["step"] if state is not None else 0
     trainer = build_trainer(
         training_run.loggers(first_step),
@@ -148,7 +156,7 @@ def train(s: TrainSettings, training_run) -> int:
 
     def write(state) -> None:
         if trainer.is_global_zero:
-            save_checkpoint(training_run.checkpoint, state)
+            save_checkpoint(training_run.checkpoint, state | held)
 
     averaging, proof = Averaging(**vars(s.averaging)), LivenessProof()
     control = price_control(s, plan, budget, file_bytes, trainer)

@@ -146,8 +146,8 @@ class TokenStream:
         for path, shard in zip(self.paths, self._shards, strict=True):
             digest = hashlib.sha256()
             for chunk in _chunks(path, shard, SCAN_TOKENS):
-                digest.update(chunk)
-            digests[str(path)] = digest.hexdigest()
+                digest.update(chunk.data)
+            digests[str(path.absolute())] = digest.hexdigest()
         return digests
 
     @property

@@ -32,7 +32,7 @@ import numpy as np
 from qat.errors import UserError
 from qat.settings import machine
 from qat.text import corpus
-from qat.text.shards import ShardWriter
+from qat.text.shards import ShardWriter, TokenStream
 from qat.text.tokenizer import Tokenizer, train_tokenizer
 
 if TYPE_CHECKING:
@@ -66,6 +66,16 @@ class Source:
         """What the user gave the text of ``train`` or ``val`` by."""
         name = self.identity["name"]
         return {"shards": f"data.{side}_files", "text": "data.files"}.get(name, f"data={name}")
+
+
+def check_length(source: Source, train: TokenStream, batch_tokens: int) -> None:
+    """UserError if a step would see training tokens twice."""
+    if len(train) <= batch_tokens:
+        raise UserError(
+            f"{source.setting('train')}: {len(train):,} training tokens, fewer than the "
+            f"batch_tokens + 1 = {batch_tokens + 1:,} of one step; give more text, or a smaller "
+            "batch_tokens"
+        )
 
 
 def expand(pattern: str, setting: str) -> list[Path]:
