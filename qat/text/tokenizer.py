@@ -10,7 +10,7 @@ import io
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -191,8 +191,9 @@ def train_tokenizer(
         )
     characters, room = Characters.of(texts), vocab_size - SMALLEST_VOCAB_SIZE
     for kept in (min(characters.num_common, room // 2), min(len(characters.points), room)):
-        rare = dict.fromkeys(characters.points[kept:].tolist(), UNCOUNTED)
-        model, largest = _trained((text.translate(rare) for text in texts), vocab_size)
+        rare = re.escape("".join(map(chr, characters.points[kept:])))
+        without = partial(re.compile(f"[{rare}]").sub, UNCOUNTED) if rare else str
+        model, largest = _trained(map(without, texts), vocab_size)
         if model is not None:
             break
     else:  # with few characters there may be too little to join, but not with all of them

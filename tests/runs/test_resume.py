@@ -405,7 +405,7 @@ def test_what_is_made_of_a_checkpoint_keeps_to_its_text(
     """Stored again, or scored, on other text than the run's own: refused in one line."""
     run = shutil.copytree(finished, tmp_path / "copy")
     other = tmp_path / "other.txt"
-    other.write_text(corpus.read_text() + "One more line.\n")
+    other.write_text(corpus.read_text().replace("sky", "hill"))
     for name in ("config.yaml", "result.json"):
         text = (run / name).read_text()
         assert str(corpus) in text
