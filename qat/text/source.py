@@ -172,8 +172,10 @@ def from_text(
     text_column: str = "text",
 ) -> Source:
     """Any .txt, .jsonl or .parquet files (globs are expanded, a file is read once)."""
-    named = [path for pattern in files for path in expand(pattern, "data.files")]
-    paths = list({path.resolve(): path for path in reversed(named)}.values())[::-1]
+    found: dict[Path, Path] = {}
+    for path in chain.from_iterable(expand(pattern, "data.files") for pattern in files):
+        found.setdefault(path.resolve(), path)
+    paths = list(found.values())
     corpus.check_files(paths)
     hashes = {str(path.absolute()): corpus.content_sha256(path) for path in paths}
     content = json.dumps(
