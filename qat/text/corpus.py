@@ -45,10 +45,12 @@ def web_bible() -> list[str]:
     try:
         path = Path(str(metadata.distribution(BIBLE_PACKAGE).locate_file(BIBLE_FILE)))
         source = path.read_text(encoding="utf-8")
-    except (metadata.PackageNotFoundError, OSError):
+    except (metadata.PackageNotFoundError, FileNotFoundError):
         raise UserError(
             f"data=web_bible: {BIBLE_PACKAGE}=={BIBLE_VERSION} is not installed; run `make setup`"
         ) from None
+    except OSError as error:
+        raise UserError(f"data=web_bible: cannot read {error.filename}: {error.strerror}") from None
     call = next((node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)), None)
     if call is None or len(call.args) < 3:
         raise UserError(f"data=web_bible: {path} does not hold the text of {BIBLE_VERSION}")

@@ -9,6 +9,7 @@ local cache come with its library).
 
 from __future__ import annotations
 
+import errno
 import filecmp
 import glob
 import hashlib
@@ -253,12 +254,18 @@ def _sentencepiece_version() -> str:
 
 
 def _prepared(folder: Path, identity: dict[str, Any], files: dict[str, str]) -> Source:
+    try:
+        notes = json.loads((folder / NOTES_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"data.cache_dir: remove {folder}: {NOTES_FILE} is damaged ({error})"
+        ) from None
     return Source(
         expand(str(folder / "train_*.bin"), "data"),
         expand(str(folder / "val_*.bin"), "data"),
         folder / "tokenizer.model",
         identity,
-        json.loads((folder / NOTES_FILE).read_text(encoding="utf-8")),
+        notes,
         files,
     )
 
@@ -410,6 +417,7 @@ def from_named(identity: dict[str, Any], data: DataSettings, vocab_size: int) ->
 
 
 LISTING_TIMEOUT_SECONDS = 20
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 def from_hub(repo_id: str, revision: str, dataset: str, train_shards: int) -> Source:
@@ -455,6 +463,11 @@ def from_hub(repo_id: str, revision: str, dataset: str, train_shards: int) -> So
     except UserError:
         raise
     except Exception as error:  # the hub's HTTP library, and so its errors, differ by version
+        if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+            raise UserError(
+                f"data.dataset={dataset}: cannot write {error.filename or 'its files'}: "
+                f"{error.strerror}; HF_HOME says where they go"
+            ) from None
         reason = " ".join(str(error).split())[:160]
         raise UserError(
             f"data.dataset={dataset}: cannot fetch from the hub ({reason}); on a connected machine "
