@@ -107,12 +107,14 @@ def _shards(pattern: str, setting: str) -> list[Path]:
         file
         for file in files
         if (found := SIDECAR.fullmatch(file.stem))
-        and file.with_stem(found[1] + (found[2] or "")) in files
+        and file.with_stem(found[1] + (found[2] or "")).is_file()
     ]
     if sidecars:
         names = ", ".join(file.name for file in sidecars[:3])
         _warn(f"{setting}={pattern}: {names} not read: bytes of each token, not tokens")
     shards = [file for file in files if file not in sidecars]
+    if not shards:
+        raise UserError(f"{setting}={pattern}: no tokens among these files; name the shards")
     kinds = sorted({re.sub(r"\d+$", "", file.stem) for file in shards if file.stem[-1].isdigit()})
     if len(kinds) > 1:
         raise UserError(

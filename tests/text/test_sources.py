@@ -339,6 +339,8 @@ def test_counts_of_bytes_beside_shards_are_no_tokens(
         "fineweb_val_000000.bin", "fineweb_val_000001.bin"
     ]  # fmt: skip
     assert "fineweb_val_bytes_000000.bin not read: bytes of each token" in capsys.readouterr().err
+    with pytest.raises(UserError, match="no tokens among these files; name the shards"):
+        source.from_shards(None, str(tmp_path / "fineweb_val_bytes_*.bin"), tokenizer)
     (tmp_path / "fineweb_val_000000.bin").unlink()
     for more in ("fineweb_val_bytes_000000", "fineweb_train_000000"):
         _shard(tmp_path / f"{more}.bin", range(9))
