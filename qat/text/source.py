@@ -93,7 +93,7 @@ def from_shards(train_glob: str | None, val_glob: str, tokenizer: str) -> Source
     val_files = _shards(val_glob, "data.val_files")
     for val, train in product(val_files, train_files):
         if val.resolve() == train.resolve() or _is_copy(val, train):
-            raise UserError(f"data.val_files={val_glob}: {val.name} is {train} of data.train_files")
+            raise UserError(f"data.val_files={val_glob}: {val.name} is training text too, {train}")
     path = Path(tokenizer)
     _check_notes(train_files + val_files, path)
     return Source(train_files, val_files, path, {"name": "shards"}, {})
