@@ -435,7 +435,12 @@ def test_what_was_made_of_something_else_is_named() -> None:
     assert held.changes(other, ["seed", "grid"]) == []
     other = replace(held, data={"val": "3"})
     assert held.changes(other) == ["the validation text is another"]
-    other = replace(other, files={"b": "y"}, settings=held.settings | {"data.files": "b"})
+    other = replace(
+        other,
+        data={"train": "1", "val": "3"},
+        files={"b": "y"},
+        settings=held.settings | {"data.files": "b"},
+    )
     assert held.changes(other) == ["a is gone", "b is new", "data.files was a and is b"]
     other = replace(held, settings=held.settings | {"data.val_fraction": 0.1})
     assert held.changes(other) == ["data.val_fraction was None and is 0.1"]

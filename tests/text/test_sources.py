@@ -357,7 +357,9 @@ def test_validation_text_that_is_training_text_is_refused(cache_dir: Path, tmp_p
     train, tokenizer = str(tmp_path / "train_*.bin"), _tokenizer(tmp_path, cache_dir)
     source.from_shards(train, str(tmp_path / "val_*.bin"), tokenizer)
     for name in ("train", "link", "copy"):
-        with pytest.raises(UserError, match=rf"data\.val_files=.*: {name}_000000\.bin is training text too"):
+        with pytest.raises(
+            UserError, match=rf"data\.val_files=.*: {name}_000000\.bin is training text too"
+        ):
             source.from_shards(train, str(tmp_path / f"{name}_*.bin"), tokenizer)
 
 
