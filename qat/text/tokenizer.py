@@ -29,7 +29,7 @@ NUM_SPECIALS = 3  # the unknown piece, BOS and EOS
 SMALLEST_VOCAB_SIZE = NUM_SPECIALS + 256 + 1  # with a byte piece each, and the space
 COVERAGE = 0.9995  # rarer characters are spelled in bytes, however many pieces there are
 UNCOUNTED = "\0"  # SentencePiece gives it no piece, and joins none across it
-COUNTED_CHARS = 1_000_000  # at a time
+LONGEST_BYTES = 1 << 24  # of a text; SentencePiece leaves out longer ones without a word
 # Appended to a model it is merged into it: normalizer_spec (3) { add_dummy_prefix (3): false }.
 WITHOUT_PREFIX = b"\x1a\x02\x18\x00"
 SAMPLE_TOKENS = 1_000_000
@@ -153,10 +153,9 @@ class Characters:
     def of(texts: Iterable[str]) -> Characters:
         counts = np.zeros(0x110000, np.int64)
         for text in texts:
-            for start in range(0, len(text), COUNTED_CHARS):
-                part = text[start : start + COUNTED_CHARS].encode("utf-32-le")
-                found, times = np.unique(np.frombuffer(part, "<u4"), return_counts=True)
-                counts[found] += times
+            points = np.frombuffer(text.encode("utf-32-le"), "<u4")
+            found, times = np.unique(points, return_counts=True)
+            counts[found] += times
         num_spaces = int(counts[[ord(" "), ord(SPACE)]].sum())
         counts[[ord(" "), ord(SPACE), ord(UNCOUNTED)]] = 0
         points = np.argsort(-counts, kind="stable")[: np.count_nonzero(counts)]
@@ -189,6 +188,8 @@ def train_tokenizer(
             f"model.vocab_size = {vocab_size}: the smallest vocabulary for text has "
             f"{SMALLEST_VOCAB_SIZE} pieces ({NUM_SPECIALS} specials, 256 bytes, the space)"
         )
+    longest = LONGEST_BYTES // 4  # characters
+    texts = [text[i : i + longest] for text in texts for i in range(0, len(text), longest)]
     characters, room = Characters.of(texts), vocab_size - SMALLEST_VOCAB_SIZE
     for kept in (min(characters.num_common, room // 2), min(len(characters.points), room)):
         rare = re.escape("".join(map(chr, characters.points[kept:])))
@@ -225,11 +226,12 @@ def _trained(texts: Iterable[str], vocab_size: int) -> tuple[bytes | None, int]:
             normalization_rule_name="identity",
             remove_extra_whitespaces=False,
             required_chars=SPACE,
-            max_sentence_length=1 << 24,
+            max_sentence_length=LONGEST_BYTES,
             minloglevel=2,
         )
     except RuntimeError as error:
         if found := re.search(r"too high .* a value <= (\d+)", str(error)):
             return None, int(found[1])
-        raise
+        reason = " ".join(str(error).split("] ")[-1].split()) or "it found no text"
+        raise UserError(f"model.vocab_size = {vocab_size}: SentencePiece: {reason}") from None
     return model.getvalue(), vocab_size

@@ -15,6 +15,7 @@ import zstandard
 from qat.errors import UserError
 from qat.text import corpus, source
 from qat.text import source as hub
+from qat.text import tokenizer as tokenizers
 from qat.text.byte_table import SPACE
 from qat.text.shards import ShardWriter, TokenStream
 from qat.text.tokenizer import BOS_ID, Tokenizer
@@ -182,6 +183,16 @@ def test_a_vocabulary_the_text_cannot_support_is_refused(tmp_path: Path) -> None
         found = re.search(said, str(caught.value))
         assert found
         assert Tokenizer(prepare(int(found[1])).tokenizer).vocab_size == int(found[1])
+
+
+def test_a_very_long_document_trains_the_vocabulary_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SentencePiece leaves out texts beyond a length, and says nothing."""
+    monkeypatch.setattr(tokenizers, "LONGEST_BYTES", 4_000)
+    path = tmp_path / "t.model"
+    made, _ = tokenizers.train_tokenizer(["once", "many words " * 2_000], 270, path)
+    assert len(made.pieces.encode("many")) < 3
 
 
 def test_rare_characters_are_spelled_in_bytes_and_that_is_said(
