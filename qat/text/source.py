@@ -239,16 +239,7 @@ def _from_documents(
                 temporary.rename(folder)
             finally:
                 shutil.rmtree(temporary, ignore_errors=True)
-    source = _prepared(folder, identity, files)
-    if source.notes["byte_characters"]:
-        log.info(
-            "%s: %s of %s characters, %.2g %% of the text, are rare and spelled in bytes",
-            source.setting("train"),
-            f"{source.notes['byte_characters']:,}",
-            f"{source.notes['characters']:,}",
-            100 * source.notes["byte_characters_share"],
-        )
-    return source
+    return _prepared(folder, identity, files)
 
 
 def _sentencepiece_version() -> str:
@@ -262,14 +253,19 @@ def _prepared(folder: Path, identity: dict[str, Any], files: dict[str, str]) -> 
         raise UserError(
             f"data.cache_dir: remove {folder}: {NOTES_FILE} is damaged ({error})"
         ) from None
-    return Source(
-        expand(str(folder / "train_*.bin"), "data"),
-        expand(str(folder / "val_*.bin"), "data"),
-        folder / "tokenizer.model",
-        identity,
-        notes,
-        files,
+    train_files, val_files = (
+        expand(str(folder / f"{side}_*.bin"), "data") for side in ("train", "val")
     )
+    source = Source(train_files, val_files, folder / "tokenizer.model", identity, notes, files)
+    if notes.get("byte_characters"):
+        log.info(
+            "%s: %s of %s characters, %.2g %% of the text, are rare and spelled in bytes",
+            source.setting("train"),
+            f"{notes['byte_characters']:,}",
+            f"{notes['characters']:,}",
+            100 * notes["byte_characters_share"],
+        )
+    return source
 
 
 def _prepare(
