@@ -14,6 +14,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from qat.errors import UserError
+from qat.evaluation.sample_task import sample
+from qat.model.gpt import GPT
+from qat.model.spec import ModelSpec
 from qat.text import byte_table as vocabulary
 from qat.text.byte_table import SPACE, byte_piece
 from qat.text.shards import ShardWriter, TokenStream
@@ -258,3 +261,11 @@ def test_programs_take_the_bos_of_the_tokenizer(
             assert program(*asked[:-1], "run_name=none").code == 0  # nothing needs it
             done = program("eval.py", "task=sample", "run=none", *data)
             assert "none.model: its vocabulary has no BOS" in done.err
+
+
+@pytest.mark.parametrize(("bos_id", "expected"), [(0, [0]), (1, [1, 0, 0, 0])])
+def test_a_sample_ends_where_the_next_document_starts(bos_id: int, expected: list[int]) -> None:
+    """Weights of zero find all tokens alike, and 0 comes first."""
+    spec = ModelSpec(8, 1, 16, 2, 1, 2, True)
+    weights = {name: torch.zeros_like(w) for name, w in GPT(spec).named_parameters()}
+    assert sample(spec, weights, [bos_id], 3, 16, 0.0, seed=1) == expected
