@@ -100,10 +100,12 @@ def train(s: TrainSettings, training_run) -> int:
     from qat.evaluation.ranks import join_ranks
     from qat.evaluation.score import Score, Scorer
     from qat.golf.bundle import count_code_bytes
+    from qat.runs.fork import APART
+    from qat.runs.identity import KEY, CheckpointIdentity, check_resumed
     from qat.runs.storing import CalibrationText, Storage
     from qat.text.batches import BatchShape
     from qat.text.shards import TokenStream
-    from qat.text.source import from_settings
+    from qat.text.source import check_length, from_settings
     from qat.text.tokenizer import Tokenizer
     from qat.training.averaging import Averaging
     from qat.training.build import build_model
@@ -132,19 +134,31 @@ def train(s: TrainSettings, training_run) -> int:
     tokenizer.check_vocab_size(s.model.vocab_size)
     train_stream = TokenStream(source.train_files, "data.train_files")
     val_stream = TokenStream(source.val_files, "data.val_files")
+    check_length(source, train_stream, s.batch_tokens)
+    state = load_checkpoint(training_run.checkpoint) if s.resume is not None else None
+    forked = training_run.forked_state()
+    held = {}
     if machine.rank() == 0:  # reads every token
         for stream in (train_stream, val_stream):
             stream.check_ids(s.model.vocab_size)
         tokenizer.check_unknown(val_stream)
+        streams = {"train": train_stream, "val": val_stream}
+        identity = CheckpointIdentity.of(training_run.row.settings, source, tokenizer, streams)
+        if state is not None:
+            check_resumed(f"resume={s.resume}", CheckpointIdentity.held_by(state), identity)
+        elif forked is not None:
+            check_resumed(s.fork.typed, CheckpointIdentity.held_by(forked), identity, APART)
+        held = {KEY: vars(identity)}
+    state = forked if state is None else state
     plan, spec = training_run.plan, training_run.spec
     module = build_model(s.model, s.seed)
     device = join_ranks()
     scorer = Scorer(
-        spec, val_stream, tokenizer.byte_table, s.seq_len, s.eval, device, training_run.console
-    )
+        spec, val_stream, tokenizer.byte_table, s.seq_len, s.eval, device, training_run.console,
+        bos_id=tokenizer.bos_id,
+    )  # fmt: skip
     check_coder(s.artifact.coder)
     scored_tokens = scorer.windows.num_targets
-    forked = training_run.forked_state()
     training_run.start(source, tokenizer, train_stream, val_stream, scored_tokens)
 
     # How the weights will be stored.
@@ -157,8 +171,6 @@ def train(s: TrainSettings, training_run) -> int:
         return len(pack(plan.encode(masters, scales), plan, meta, s.artifact.coder))
 
     # Training, until the clock says stop.
-    state = load_checkpoint(training_run.checkpoint) if s.resume is not None else None
-    state = state or forked
     if s.resume is not None and state is None:
         log.warning("no checkpoint to go on from: the run begins again with its first step")
     first_step = state["progress"]["step"] if state is not None else 0
@@ -175,11 +187,11 @@ def train(s: TrainSettings, training_run) -> int:
 
     def write(state) -> None:
         if trainer.is_global_zero:
-            save_checkpoint(training_run.checkpoint, state)
+            save_checkpoint(training_run.checkpoint, state | held)
 
     def keep(step, state) -> None:
         if trainer.is_global_zero:
-            save_checkpoint(training_run.kept_checkpoint(step), state)
+            save_checkpoint(training_run.kept_checkpoint(step), state | held)
 
     averaging, proof = Averaging(**vars(s.averaging)), LivenessProof()
     control = price_control(s, plan, budget, file_bytes, trainer)

@@ -84,7 +84,7 @@ def audit_child(folder: Path) -> None:
     val, train = (
         TokenStream(list(folder.glob(f"{side}_*.bin")), side) for side in ("val", "train")
     )
-    found = audit(val, train, table, 0, Console(stderr=True, quiet=True))
+    found = audit(val, train, table, BOS_ID, 0, Console(stderr=True, quiet=True))
     seconds = time.perf_counter() - started
     assert found.train is not None
     assert found.overlap is not None

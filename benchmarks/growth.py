@@ -273,7 +273,7 @@ def measure_text(measure: Meter, megabytes: int, folder: Path) -> None:
     with open(path, "w") as file:
         for text in _documents(megabytes * 1_000_000):
             file.write(json.dumps({"text": text}) + "\n")
-    tokenizer = train_tokenizer(_documents(4_000_000), 1024, folder / "t.model")
+    tokenizer, _ = train_tokenizer([*_documents(4_000_000)], 1024, folder / "t.model")
     measure(
         f"text, {megabytes} MB",
         lambda: write_shards(

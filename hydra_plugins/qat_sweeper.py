@@ -84,9 +84,12 @@ class CheckedSweeper(BasicSweeper):
         check_settings(self._parse_config(), config.hydra.job.config_name)
         folder = Path(config.hydra.sweep.dir)  # asked first: jobs take over the time in its name
         parser = OverridesParser.create(loader)
-        (jobs,) = self.split_arguments(
-            parser.parse_overrides([*self._parse_config(), *arguments]), None
-        )
+        overrides = parser.parse_overrides([*self._parse_config(), *arguments])
+        for asked in overrides:
+            values = list(asked.sweep_string_iterator()) if asked.is_sweep_override() else []
+            if twice := [value for n, value in enumerate(values) if value in values[:n]]:
+                raise UserError(f"{asked.get_key_element()}={twice[0]}: given twice; give it once")
+        (jobs,) = self.split_arguments(overrides, None)
         configs = [loader.load_sweep_config(config, list(job)) for job in jobs]
         sweep, starts = self.task_function.begin_sweep(folder, configs)
         in_turn = launcher in ONE_AFTER_ANOTHER

@@ -54,7 +54,10 @@ def run(s: EvalTaskSettings, budget: Budget) -> int:
     bench, training = _bench(model, s, device)
     manifest = _claim(folder, model, bench, training, s)
     weights = {name: w.to(device) for name, w in model.weights.items()}
-    variants = _variants(model, weights, training, path.parent / ARTIFACT, folder, s, device)
+    bos_id = bench.scorer.bos_id
+    assert bos_id is not None  # the bench knows where documents start
+    artifact = path.parent / ARTIFACT
+    variants = _variants(model, weights, training, bos_id, artifact, folder, s, device)
     console = Console(stderr=True)
     todo = [v for v in variants if not (folder / v.name / ROW).is_file()]
     if todo:
@@ -130,6 +133,7 @@ def _variants(
     model: FloatModel,
     weights: dict[str, Tensor],
     training: TokenStream,
+    bos_id: int,
     artifact: Path,
     folder: Path,
     s: EvalTaskSettings,
@@ -139,7 +143,7 @@ def _variants(
     seq_len = min(model.settings.seq_len, MAX_TOKENS)
     texts = {
         "train": lambda: training_sequences(training, seq_len),
-        "self": lambda: written_sequences(model.spec, weights, s.seed),
+        "self": lambda: written_sequences(model.spec, weights, bos_id, s.seed),
         "random": lambda: random_sequences(model.spec, seq_len, s.seed),
     }
     rows = grid_variants(Frozen(model.spec, weights, texts))

@@ -16,7 +16,7 @@ from qat.text import byte_table as vocabulary
 from qat.text.audit import Audit, StreamFacts, audit
 from qat.text.shards import TokenStream
 from qat.text.source import Source, from_settings
-from qat.text.tokenizer import BOS_ID, Tokenizer
+from qat.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from qat.budget.budget import Budget
@@ -48,8 +48,8 @@ def faults(found: Audit, tokenizer: Tokenizer, notes: dict[str, Any]) -> list[st
             lines.append(f"{facts.num_unknown} {side} tokens are unknown: their bytes are lost")
         if not facts.starts_with_bos:
             lines.append(
-                f"the {side} tokens do not start with BOS (id {BOS_ID}): their first document is "
-                "cut, or none is marked"
+                f"the {side} tokens do not start with BOS (id {tokenizer.document_start}): their "
+                "first document is cut, or none is marked"
             )
         if not facts.num_bytes:
             lines.append(f"the {side} tokens stand for no bytes of text")
@@ -119,6 +119,7 @@ def run(s: EvalTaskSettings, budget: Budget) -> int:
         TokenStream(source.val_files, "data.val_files"),
         TokenStream(source.train_files, "data.train_files") if source.train_files else None,
         vocabulary.byte_table(tokenizer.pieces),
+        tokenizer.document_start,
         tokenizer.pieces.unk_id(),
         Console(stderr=True),
     )

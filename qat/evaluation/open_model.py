@@ -26,6 +26,10 @@ if TYPE_CHECKING:
 
 GOLF_SUFFIX = ".ptz"
 GOLF_MODULE = "qat.golf.ptz_model"
+OTHER_TOKENIZER = (
+    "not the tokenizer this artifact was trained with; give data.val_files and data.tokenizer of "
+    "the same vocabulary"
+)
 MAX_SEQ_LEN = 1 << 20  # of a header; a longer window is not one that anybody trained
 
 
@@ -111,10 +115,7 @@ def open_validation(model: OpenedModel, data: DataSettings) -> tuple[Source, Tok
         source = from_named(named, data, model.spec.vocab_size)
     tokenizer = Tokenizer(source.tokenizer)
     if tokenizer.sha256 != model.artifact.meta.get("tokenizer_sha256"):
-        raise UserError(
-            f"data.tokenizer={tokenizer.path}: not the tokenizer this artifact was trained with; "
-            "give data.val_files and data.tokenizer of the same vocabulary"
-        )
+        raise UserError(f"data.tokenizer={tokenizer.path}: {OTHER_TOKENIZER}")
     return source, tokenizer
 
 
@@ -132,7 +133,10 @@ def open_scorer(
     stream.check_ids(tokenizer.vocab_size)
     tokenizer.check_unknown(stream)
     console = Console(stderr=True)
-    scorer = Scorer(spec, stream, tokenizer.byte_table, seq_len, settings, device, console)
+    scorer = Scorer(
+        spec, stream, tokenizer.byte_table, seq_len, settings, device, console,
+        bos_id=tokenizer.bos_id,
+    )  # fmt: skip
     if rank_and_ranks()[0] == 0 and (warning := tokenizer.warning):
         print(f"warning: {warning}", file=sys.stderr)
     return scorer

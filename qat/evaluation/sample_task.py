@@ -11,7 +11,6 @@ from torch import Tensor
 from qat.evaluation.open_model import artifact_path, open_model, open_validation
 from qat.model.registry import empty_model
 from qat.model.spec import ModelSpec
-from qat.text.tokenizer import BOS_ID
 
 if TYPE_CHECKING:
     from qat.budget.budget import Budget
@@ -28,7 +27,8 @@ def sample(
     temperature: float,
     seed: int,
 ) -> list[int]:
-    """Prompt and continuation, up to ``max_tokens`` new tokens or the end of the document.
+    """Prompt and continuation, up to ``max_tokens`` new tokens or the next document, which starts
+    like the prompt.
 
     ``temperature`` 0 takes the likeliest token. Only the last ``seq_len`` tokens are looked at.
     """
@@ -43,7 +43,7 @@ def sample(
         else:
             probabilities = torch.softmax(logits_V / temperature, dim=-1)
             token = int(torch.multinomial(probabilities, 1, generator=generator))
-        if token == BOS_ID:
+        if token == prompt_ids[0]:
             break
         ids.append(token)
     return ids

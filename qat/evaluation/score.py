@@ -29,7 +29,6 @@ from qat.model.spec import ModelSpec
 from qat.settings.checks import check_eval
 from qat.text.byte_table import ByteTable, bits_per_byte
 from qat.text.shards import TokenStream
-from qat.text.tokenizer import BOS_ID
 
 if TYPE_CHECKING:
     from qat.settings.schema import EvalSettings
@@ -66,6 +65,7 @@ class Scorer:
     console: Console
     max_targets: int | None = None  # score so many only, spread over the text
     module: nn.Module | None = None  # computes in place of the plain model
+    bos_id: int | None = None  # what starts each document; None: it is not known
 
     def __post_init__(self) -> None:
         if not self.windows.num_targets:
@@ -105,8 +105,14 @@ class Scorer:
 
     @cached_property
     def document_starts(self) -> np.ndarray:
-        """Input positions where documents start, (D,) int64; what precedes the first BOS is one."""
-        starts = self.stream.find(BOS_ID)
+        """Input positions where documents start, (D,) int64; what precedes the first BOS is one.
+        UserError if nothing tells where."""
+        if self.bos_id is None:
+            raise UserError(
+                "data.tokenizer: its vocabulary has no BOS, which tells where a document starts "
+                "(eval.by_document, eval=full); give shards and a tokenizer with one"
+            )
+        starts = self.stream.find(self.bos_id)
         return starts if len(starts) and starts[0] == 0 else np.append(0, starts)
 
     def batches(self, title: str, needed: np.ndarray | None = None) -> Iterator[Batch]:

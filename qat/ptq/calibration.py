@@ -16,7 +16,6 @@ from qat.model.spec import ModelSpec
 from qat.ptq.layer_inputs import LayerInputs
 from qat.text.batches import BatchShape, micro_batch
 from qat.text.shards import TokenStream
-from qat.text.tokenizer import BOS_ID
 
 Batch = tuple[Tensor, Tensor]  # ids and targets (B, T)
 
@@ -49,12 +48,14 @@ def random_sequences(spec: ModelSpec, seq_len: int, seed: int) -> Tensor:
 
 
 @torch.inference_mode()
-def written_sequences(spec: ModelSpec, weights: Mapping[str, Tensor], seed: int) -> Tensor:
+def written_sequences(
+    spec: ModelSpec, weights: Mapping[str, Tensor], bos_id: int, seed: int
+) -> Tensor:
     """(SEQUENCES, SELF_TOKENS) ids that the model draws from its own predictions, from BOS on."""
     model = empty_model(spec)
     device = next(iter(weights.values())).device
     generator = torch.Generator(device).manual_seed(seed)
-    ids = torch.full((SEQUENCES, 1), BOS_ID, device=device)
+    ids = torch.full((SEQUENCES, 1), bos_id, device=device)
     while ids.size(1) < SELF_TOKENS:
         logits_BV = last_logits(model, weights, ids, 1)[:, -1]
         drawn = torch.multinomial(logits_BV.softmax(-1), 1, generator=generator)

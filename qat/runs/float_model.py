@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from torch import Tensor
 
 from qat.errors import UserError
-from qat.evaluation.open_model import names_text
+from qat.evaluation.open_model import OTHER_TOKENIZER, names_text
 from qat.model.registry import tensor_shapes
 from qat.model.spec import ModelSpec
+from qat.runs.identity import CheckpointIdentity, check_same
 from qat.runs.run_folder import read_config
-from qat.runs.store_again import stored_tensors
+from qat.runs.store_again import read_state, tensors_to_store
 from qat.settings.schema import DataSettings, TrainSettings, from_yaml
+from qat.text.shards import TokenStream
 from qat.text.source import Source, from_settings
 from qat.text.tokenizer import Tokenizer
 from qat.training.build import spec_of
@@ -26,14 +28,22 @@ class FloatModel:
     spec: ModelSpec
     weights: dict[str, Tensor]
     settings: TrainSettings
+    held: CheckpointIdentity | None  # by the checkpoint
+    typed: str
 
     def open_text(self, data: DataSettings) -> tuple[Source, Tokenizer]:
-        """The text that ``data`` names, else that of its run. UserError if it is not found, or of
-        another vocabulary."""
-        chosen = data if names_text(data) else self.settings.data
-        source = from_settings(chosen, self.spec.vocab_size)
+        """The text that ``data`` names, else that of its run. UserError if it is not found, if it
+        has changed, or if its vocabulary is another."""
+        is_named = names_text(data)
+        source = from_settings(data if is_named else self.settings.data, self.spec.vocab_size)
         tokenizer = Tokenizer(source.tokenizer)
         tokenizer.check_vocab_size(self.spec.vocab_size)
+        val = TokenStream(source.val_files, "data.val_files")
+        now = CheckpointIdentity.of(asdict(self.settings), source, tokenizer, {"val": val})
+        if not is_named:
+            check_same(self.typed, self.held, now)
+        elif self.held and tokenizer.sha256 != self.held.data["tokenizer"]:
+            raise UserError(f"data.tokenizer={tokenizer.path}: {OTHER_TOKENIZER}")
         return source, tokenizer
 
 
@@ -42,7 +52,9 @@ def open_float(checkpoint: Path, typed: str) -> FloatModel:
     yaml, _ = read_config(checkpoint.parent, typed.partition("=")[0])
     settings = from_yaml(yaml, typed)
     spec = spec_of(settings.model)
-    weights, _ = stored_tensors(checkpoint)
+    state = read_state(checkpoint)
+    weights, _ = tensors_to_store(state)
     if {name: tuple(w.shape) for name, w in weights.items()} != tensor_shapes(spec):
         raise UserError(f"{typed}: {checkpoint} does not hold the weights of its run's model")
-    return FloatModel(spec, {name: w.float() for name, w in weights.items()}, settings)
+    floats = {name: w.float() for name, w in weights.items()}
+    return FloatModel(spec, floats, settings, CheckpointIdentity.held_by(state), typed)

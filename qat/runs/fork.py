@@ -82,7 +82,7 @@ def forked_state(s: TrainSettings, folder: Path) -> dict[str, Any]:
 
     UserError if it kept nothing there, or has made other updates by then.
     """
-    typed, step = f"fork.run={s.fork.run} fork.step={s.fork.step}", s.fork.step
+    typed, step = s.fork.typed, s.fork.step
     assert step is not None
     trunk = from_yaml(read_config(folder, "fork.run")[0], f"fork.run={folder}")
     if s.budget_seconds is not None or trunk.budget_seconds is not None:

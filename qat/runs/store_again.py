@@ -21,6 +21,7 @@ from qat.evaluation.open_model import artifact_meta
 from qat.evaluation.score import Score, Scorer
 from qat.quantize.grid import Grid
 from qat.quantize.plan import Plan
+from qat.runs.identity import CheckpointIdentity, check_same
 from qat.runs.provenance import storing_code
 from qat.runs.result import Result
 from qat.runs.run_folder import CHECKPOINT, EXPORTS, write_atomically
@@ -44,11 +45,20 @@ from qat.training.checkpoint import load_checkpoint
 Tensors = dict[str, torch.Tensor]
 
 
-def stored_tensors(path: Path) -> tuple[Tensors, Tensors]:
-    """Weights and learned scales that a run's checkpoint would store: its average if it has one."""
+def read_state(path: Path) -> dict[str, Any]:
+    """UserError if there is no checkpoint of a run."""
     state = load_checkpoint(path)
     if state is None:
         raise UserError(f"{path}: there is no readable checkpoint")
+    return state
+
+
+def stored_tensors(path: Path) -> tuple[Tensors, Tensors]:
+    """Weights and learned scales that a run's checkpoint would store: its average if it has one."""
+    return tensors_to_store(read_state(path))
+
+
+def tensors_to_store(state: dict[str, Any]) -> tuple[Tensors, Tensors]:
     averages = state["averaging"]
     if averages["weights"]["tensors"]:
         return averages["weights"]["tensors"], averages["learned_scales"]["tensors"]
@@ -81,7 +91,8 @@ class FinishedRun:
     ) -> tuple[Export, Score]:
         """Its checkpoint by ``plan``, or filling the budget, read back and scored.
 
-        UserError or TrainingError if its checkpoint or its data cannot be read or stored.
+        UserError or TrainingError if its checkpoint or its data cannot be read or stored, or if
+        they are no longer the run's own.
         """
         settings = self.settings
         spec = spec_of(ModelSettings(**settings["model"]))
@@ -92,16 +103,19 @@ class FinishedRun:
         source = from_settings(data, spec.vocab_size)
         tokenizer = Tokenizer(source.tokenizer)
         seq_len = settings["seq_len"]
-        text = None
+        state, text = read_state(self.folder / CHECKPOINT), None
+        streams = {"val": TokenStream(source.val_files, "data.val_files")}
         if reads_text:
-            stream = TokenStream(source.train_files, "data.train_files")
+            streams["train"] = stream = TokenStream(source.train_files, "data.train_files")
             how = settings["micro_batch_tokens"], seq_len, settings["precision"]
             text = CalibrationText(stream, *how)
+        now = CheckpointIdentity.of(settings, source, tokenizer, streams)
+        check_same(f"run={self.folder}", CheckpointIdentity.held_by(state), now)
         meta = artifact_meta(spec, seq_len, tokenizer.sha256, source.identity)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         weights, scales = (
             {name: tensor.to(device) for name, tensor in tensors.items()}
-            for tensors in stored_tensors(self.folder / CHECKPOINT)
+            for tensors in tensors_to_store(state)
         )
         # Learned scales and what training saw belong to the grid that was trained on.
         is_own = plan == self.plan
@@ -111,12 +125,13 @@ class FinishedRun:
         done, _ = storage.store(model, file, file.with_suffix(".png"), self.console)
         scorer = Scorer(
             spec,
-            TokenStream(source.val_files, "data.val_files"),
+            streams["val"],
             tokenizer.byte_table,
             seq_len,
             EvalSettings(**settings["eval"]),
             device,
             self.console,
+            bos_id=tokenizer.bos_id,
         )
         return done, scorer.score(done.artifact.weights, f"{self.folder.name} on {plan.label}")
 

@@ -248,11 +248,17 @@ class Jobs:
                 "-m: a sweep starts its own jobs; run it without torchrun, or one job per torchrun"
             )
         jobs: list[tuple[Any, Mapping[str, str | None]]] = []
+        asked: list[list[str]] = []
         for config in configs:
             choices = _choices(config.hydra)
             study = choices["experiment"] if choices.get(ARM) else None
+            asked.append(list(config.hydra.overrides.task))
             del config.hydra
             jobs.append((self.program.resolve(as_settings(config), choices), choices))
+            if (first := jobs.index(jobs[-1])) < len(jobs) - 1:
+                other = " ".join(one for one in asked[first] if one not in asked[-1])
+                again = " ".join(one for one in asked[-1] if one not in asked[first])
+                raise UserError(f"{again}: the same run as {other}; give one of them")
         names = [getattr(settings, "run_name", None) for settings, _ in jobs]
         if shared := {name for name in names if name is not None and names.count(name) > 1}:
             raise UserError(

@@ -159,7 +159,9 @@ class DataSettings:
     train_files: str | None = path()  # glob of challenge shards
     val_files: str | None = path()  # glob of challenge shards
     tokenizer: str | None = path()  # a SentencePiece .model
-    files: list[str] | None = field(default=None, metadata=PATH)  # .txt, .jsonl, .parquet (globs)
+    # .txt, .jsonl (both as .gz or .zst too), .parquet; globs
+    files: list[str] | None = field(default=None, metadata=PATH)
+    text_column: str = "text"  # of .jsonl and .parquet files
     val_fraction: float = checked(0.05, SHARE)  # share of documents held out, by hash
     cache_dir: str = path("~/.cache/qat")
     repo_id: str = "willdepueoai/parameter-golf"
@@ -218,8 +220,12 @@ class CheckpointSettings:  # off the clock; the last one is written when trainin
 class ForkSettings:
     # keep a checkpoint after so many updates, for other runs to go on from
     keep_steps: list[int] = field(default_factory=list, metadata={"check": AT_LEAST_1})
-    run: str | None = None  # go on from this run's, ...
+    run: str | None = path()  # go on from this run's, ...
     step: int | None = checked(None, AT_LEAST_1)  # ... kept after so many updates
+
+    @property
+    def typed(self) -> str:
+        return f"fork.run={self.run} fork.step={self.step}"
 
 
 @dataclass

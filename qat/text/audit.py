@@ -18,7 +18,6 @@ from rich.progress import Progress
 from qat.compiled import machine_code
 from qat.text.byte_table import ByteTable
 from qat.text.shards import TokenStream
-from qat.text.tokenizer import BOS_ID
 
 CHUNK_TOKENS = 4_000_000
 COMPARED_TOKENS = 1_000_000  # at a time, of documents of any length
@@ -69,7 +68,7 @@ class _Documents:
 
 # Not numpy alone: a pass over memory for each operation, six times the time; numba is here for mix.
 @machine_code
-def _cut(tokens, start, bytes_of, spaced, boundary, open_document, multiplier, out):
+def _cut(tokens, start, bos_id, bytes_of, spaced, boundary, open_document, multiplier, out):
     """Cut a chunk that begins at position ``start`` of its stream into documents.
 
     ``open_document``: hash, start, bytes so far of the document in progress, and the token before;
@@ -80,7 +79,7 @@ def _cut(tokens, start, bytes_of, spaced, boundary, open_document, multiplier, o
     found = 0
     for i in range(tokens.size):
         token = np.uint64(tokens[i])
-        if token == BOS_ID:
+        if token == bos_id:
             position = np.uint64(start + i)
             out[found, 0] = code
             out[found, 1] = first
@@ -103,8 +102,8 @@ def _cut(tokens, start, bytes_of, spaced, boundary, open_document, multiplier, o
 class _Reader:
     """One pass over a stream: its documents chunk by chunk, and afterwards its facts."""
 
-    def __init__(self, stream: TokenStream, table: ByteTable, unknown_id: int) -> None:
-        self.stream, self.unknown_id = stream, unknown_id
+    def __init__(self, stream: TokenStream, table: ByteTable, bos_id: int, unknown_id: int) -> None:
+        self.stream, self.bos_id, self.unknown_id = stream, bos_id, unknown_id
         self.vocab_size = len(table.own_bytes)
         # Ids outside the vocabulary: no bytes, no space, no boundary.
         self.bytes_of, self.spaced, self.boundary = (
@@ -117,16 +116,16 @@ class _Reader:
     def documents(self, progress: Progress, title: str) -> Iterator[_Documents]:
         """Documents that are not empty, in order; one that spans chunks comes with its last."""
         task = progress.add_task(title, total=len(self.stream))
-        self.starts_with_bos = int(self.stream.take(0, 1)[0]) == BOS_ID
+        self.starts_with_bos = int(self.stream.take(0, 1)[0]) == self.bos_id
         # What is before the first token is nothing: if that is BOS, no document ends there.
-        open_document = np.array([HASH_SEED, 0, 0, BOS_ID], np.uint64)
+        open_document = np.array([HASH_SEED, 0, 0, self.bos_id], np.uint64)
         start = 0
         for chunk in self.stream.chunks(CHUNK_TOKENS):
             self.occurrences += np.bincount(chunk, minlength=NUM_IDS)
-            out = np.empty((int(np.count_nonzero(chunk == BOS_ID)), 4), np.uint64)
+            out = np.empty((int(np.count_nonzero(chunk == self.bos_id)), 4), np.uint64)
             _cut(
-                chunk, start, self.bytes_of, self.spaced, self.boundary, open_document,
-                np.uint64(HASH_MULTIPLIER), out,
+                chunk, start, np.uint64(self.bos_id), self.bytes_of, self.spaced, self.boundary,
+                open_document, np.uint64(HASH_MULTIPLIER), out,
             )  # fmt: skip
             if start == 0 and self.starts_with_bos:
                 out = out[1:]
@@ -239,16 +238,21 @@ def _joined(parts: list[_Documents]) -> _Documents:
 
 
 def audit(
-    val: TokenStream, train: TokenStream | None, table: ByteTable, unknown_id: int, console: Console
+    val: TokenStream,
+    train: TokenStream | None,
+    table: ByteTable,
+    bos_id: int,
+    unknown_id: int,
+    console: Console,
 ) -> Audit:
     """Read both splits (or the validation split alone); a progress bar on ``console``."""
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
-        reader = _Reader(val, table, unknown_id)
+        reader = _Reader(val, table, bos_id, unknown_id)
         index = _Index(val, list(reader.documents(progress, "validation text")))
         val_facts = reader.facts()
         if train is None:
             return Audit(val_facts, None, index.num_duplicates, None)
-        reader = _Reader(train, table, unknown_id)
+        reader = _Reader(train, table, bos_id, unknown_id)
         for documents in reader.documents(progress, "training text"):
             index.look_up(train, documents)
         return Audit(val_facts, reader.facts(), index.num_duplicates, index.overlap())

@@ -1,18 +1,22 @@
 """Documents: the embedded World English Bible, and any .txt / .jsonl / .parquet files, streamed.
 
-A document is a string that is never split between training and validation.
+A document is a string that is never split between training and validation. What is no text is
+refused by file and line, never left out in silence.
 """
 
 from __future__ import annotations
 
 import ast
 import hashlib
+import io
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from importlib import metadata
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
+from typing import Any
 
 from qat.errors import UserError
 
@@ -25,7 +29,10 @@ LONGEST_PASSAGE_BYTES = 16_384  # ... at any line end after this many ...
 LONGEST_LINE_CHARS = 65_536  # ... and inside a line only if the line is longer than this
 READ_BYTES = 1 << 20
 PARQUET_ROWS = 64  # at a time: documents of any length
+LONGEST_REASON = 200  # characters of what a library says
+COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can spell it, UTF-8 cannot
+UTF_16 = "\udcff", "\udcfe"  # how its first byte is escaped, of either byte order
 
 Documents = Callable[[], Iterable[str]]
 
@@ -38,10 +45,12 @@ def web_bible() -> list[str]:
     try:
         path = Path(str(metadata.distribution(BIBLE_PACKAGE).locate_file(BIBLE_FILE)))
         source = path.read_text(encoding="utf-8")
-    except (metadata.PackageNotFoundError, OSError):
+    except (metadata.PackageNotFoundError, FileNotFoundError):
         raise UserError(
             f"data=web_bible: {BIBLE_PACKAGE}=={BIBLE_VERSION} is not installed; run `make setup`"
         ) from None
+    except OSError as error:
+        raise UserError(f"data=web_bible: cannot read {error.filename}: {error.strerror}") from None
     call = next((node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)), None)
     if call is None or len(call.args) < 3:
         raise UserError(f"data=web_bible: {path} does not hold the text of {BIBLE_VERSION}")
@@ -59,11 +68,25 @@ def web_bible() -> list[str]:
     return [mended[a:b].strip() for a, b in pairwise(starts)]
 
 
-def _passages(path: Path) -> Iterator[str]:
+@contextmanager
+def _opened(path: Path, errors: str = "strict") -> Iterator[io.TextIOWrapper]:
+    """A file, compressed or not, as text with its own line ends and no byte order mark."""
+    import pyarrow
+
+    # By arrow: the readers of zstandard end without a word where a file was cut off.
+    compression = COMPRESSIONS.get(path.suffix.lower())
+    with (
+        pyarrow.input_stream(str(path), compression=compression) as file,
+        io.TextIOWrapper(file, encoding="utf-8-sig", errors=errors, newline="") as text,
+    ):
+        yield text
+
+
+def _passages(path: Path, _: str) -> Iterator[str]:
     """A text file cut into passages at blank lines; joined they are the file again."""
     lines: list[str] = []
     size = 0
-    with open(path, encoding="utf-8", newline="") as file:
+    with _opened(path) as file:
         while line := file.readline(LONGEST_LINE_CHARS):
             lines.append(line)
             size += len(line.encode())
@@ -75,72 +98,118 @@ def _passages(path: Path) -> Iterator[str]:
         yield "".join(lines)
 
 
-def _json_lines(path: Path) -> Iterator[str]:
-    with open(path, encoding="utf-8") as file:
+def _json_lines(path: Path, column: str) -> Iterator[str]:
+    with _opened(path) as file:
         for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                text = json.loads(line)["text"]
-            except (ValueError, KeyError, TypeError, IndexError):
-                text = None
-            if not isinstance(text, str):
-                raise UserError(
-                    f"data.files: {path}, line {number}: not a JSON object with a 'text' string"
-                )
-            if LONE_SURROGATE.search(text):
-                raise UserError(f"data.files: {path}, line {number}: half of a surrogate pair")
-            yield text
+            if line.strip():
+                try:
+                    yield _text_in(_parsed(line), column)
+                except ValueError as error:
+                    raise UserError(f"data.files: {path}, line {number}: {error}") from None
 
 
-def _parquet(path: Path) -> Iterator[str]:
+def _parsed(line: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not JSON ({error.msg}, column {error.colno})") from None
+    except RecursionError:
+        raise ValueError("JSON that is nested too deeply") from None
+    if not isinstance(row, dict):
+        raise ValueError("not a JSON object")
+    return row
+
+
+def _text_in(row: dict[str, Any], column: str) -> str:
+    """ValueError says why a row has no text in this column."""
+    if column not in row:
+        known = ", ".join(row)[:LONGEST_REASON] or "nothing"
+        raise ValueError(f"no {column!r}, but {known}; name the text by data.text_column")
+    value = row[column]
+    if isinstance(value, bytes):
+        value = value.decode()
+    if value is None:
+        raise ValueError(f"{column!r} is null; take such rows out")
+    if not isinstance(value, str):
+        raise ValueError(f"{column!r} is of type {type(value).__name__}, not text")
+    if LONE_SURROGATE.search(value):
+        raise ValueError(f"half of a surrogate pair in {column!r}")
+    return value
+
+
+def _parquet(path: Path, column: str) -> Iterator[str]:
     import pyarrow
     import pyarrow.parquet
 
+    number = 0
     try:
         # Streamed: as it is, whole row groups are in memory, and their texts once more.
         with pyarrow.parquet.ParquetFile(path, buffer_size=READ_BYTES, pre_buffer=False) as table:
-            for batch in table.iter_batches(PARQUET_ROWS, columns=["text"]):
-                yield from batch.column("text").to_pylist()
-    except (pyarrow.ArrowException, KeyError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"data.files: {path}: no readable 'text' column ({reason})") from None
+            if column not in table.schema_arrow.names:
+                _text_in(dict.fromkeys(table.schema_arrow.names), column)
+            batches = table.iter_batches(PARQUET_ROWS, columns=[column])
+            rows = chain.from_iterable(batch.column(0) for batch in batches)
+            for value in rows:
+                number += 1
+                yield _text_in({column: value.as_py()}, column)
+    except (pyarrow.ArrowException, ValueError) as error:
+        reason = " ".join(str(error).split())[:LONGEST_REASON]
+        is_damage = isinstance(error, pyarrow.ArrowException)
+        where = (
+            "cannot be read as Parquet" if is_damage else f"row {number}" if number else "columns"
+        )
+        raise UserError(f"data.files: {path}, {where}: {reason}") from None
 
 
 READERS = {".txt": _passages, ".jsonl": _json_lines, ".parquet": _parquet}
+KINDS = (*READERS, *(kind + ending for kind in (".txt", ".jsonl") for ending in COMPRESSIONS))
+
+
+def kind_of(path: Path) -> str:
+    """What decides how a file is read: its suffix in lower case, and that before a compression."""
+    suffixes = [suffix.lower() for suffix in path.suffixes[-2:]]
+    return "".join(suffixes if suffixes[1:] and suffixes[1] in COMPRESSIONS else suffixes[-1:])
 
 
 def check_files(files: list[Path]) -> None:
     """UserError names the first file that is missing, a folder or of an unknown kind."""
     for path in files:
-        if path.suffix not in READERS:
-            raise UserError(f"data.files: {path}: give {', '.join(READERS)} files")
+        if kind_of(path) not in KINDS:
+            raise UserError(f"data.files: {path}: give {', '.join(KINDS)} files")
         if not path.is_file():
             raise UserError(f"data.files: {path}: no such file, or not a plain one")
 
 
-def text_documents(files: list[Path]) -> Iterator[str]:
-    """Documents of the files in the order given, one file at a time in bounded memory.
+def text_documents(files: list[Path], column: str = "text") -> Iterator[str]:
+    """Documents of the files in the order given, one file at a time in bounded memory; of .jsonl
+    and .parquet the text in ``column``.
 
     Empty ones are left out: there is nothing in them to predict."""
     for path in files:
+        reader = READERS["." + kind_of(path).split(".")[1]]
         try:
-            yield from filter(None, READERS[path.suffix](path))
-        except UnicodeDecodeError as error:
-            raise UserError(
-                f"data.files: {path} is not UTF-8 text (byte {error.start} of what was being read)"
-            ) from None
+            yield from filter(None, reader(path, column))
+        except UnicodeDecodeError:
+            raise UserError(f"data.files: {path}, {_not_utf8(path)}") from None
         except OSError as error:
             raise UserError(f"data.files: cannot read {path}: {error.strerror or error}") from None
 
 
-def content_sha256(files: list[Path]) -> str:
-    """Hash of the files' kinds and bytes in order; the kind decides how bytes are read."""
-    digest = hashlib.sha256()
-    for path in files:
-        digest.update(path.suffix.encode())
-        digest.update(path.stat().st_size.to_bytes(8, "little"))
+def _not_utf8(path: Path) -> str:
+    """The line that cannot be decoded, found by reading the file once more."""
+    with _opened(path, errors="surrogateescape") as file:
+        for number, line in enumerate(file, 1):
+            if found := LONE_SURROGATE.search(line):
+                hint = "; save it as UTF-8" if number == 1 and line.startswith(UTF_16) else ""
+                byte = ord(found[0]) - 0xDC00
+                return f"line {number}: not UTF-8 text (byte 0x{byte:02x}){hint}"
+    raise AssertionError("unreachable")
+
+
+def content_sha256(path: Path) -> str:
+    """Hash of a file's bytes. UserError if it cannot be read."""
+    try:
         with open(path, "rb") as file:
-            while chunk := file.read(READ_BYTES):
-                digest.update(chunk)
-    return digest.hexdigest()
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise UserError(f"data.files: cannot read {path}: {error.strerror or error}") from None

@@ -10,6 +10,7 @@ import hashlib
 import os
 from bisect import bisect_right
 from collections.abc import Iterator
+from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
 from typing import BinaryIO
@@ -24,7 +25,6 @@ HEADER_INTS = 256
 HEADER_BYTES = HEADER_INTS * 4
 SHARD_TOKENS = 100_000_000
 SCAN_TOKENS = 16_000_000
-FINGERPRINT_TOKENS = 65_536
 
 
 class ShardWriter:
@@ -85,6 +85,13 @@ def _open_shard(path: Path, setting: str) -> np.ndarray:
     return np.memmap(path, dtype="<u2", mode="r", offset=HEADER_BYTES, shape=(num_tokens,))
 
 
+def _chunks(path: Path, shard: np.ndarray, chunk_tokens: int) -> Iterator[np.ndarray]:
+    for start in range(0, len(shard), chunk_tokens):
+        count = min(chunk_tokens, len(shard) - start)
+        offset = HEADER_BYTES + start * shard.itemsize
+        yield np.memmap(path, shard.dtype, "r", offset, (count,))
+
+
 class TokenStream:
     """All shards of a split, joined in name order; reading wraps around at the end.
 
@@ -118,10 +125,7 @@ class TokenStream:
         Each is a memory map of its own, so that pages that were read can be forgotten.
         """
         for path, shard in zip(self.paths, self._shards, strict=True):
-            for start in range(0, len(shard), chunk_tokens):
-                count = min(chunk_tokens, len(shard) - start)
-                offset = HEADER_BYTES + start * shard.itemsize
-                yield np.memmap(path, shard.dtype, "r", offset, (count,))
+            yield from _chunks(path, shard, chunk_tokens)
 
     def count(self, token: int) -> int:
         """How often a token occurs (reads every token)."""
@@ -135,15 +139,21 @@ class TokenStream:
             start += len(chunk)
         return np.concatenate(found)
 
+    @cached_property
+    def digests(self) -> dict[str, str]:
+        """SHA-256 of each shard's tokens, by path (reads every token)."""
+        digests = {}
+        for path, shard in zip(self.paths, self._shards, strict=True):
+            digest = hashlib.sha256()
+            for chunk in _chunks(path, shard, SCAN_TOKENS):
+                digest.update(chunk.data)
+            digests[str(path.absolute())] = digest.hexdigest()
+        return digests
+
     @property
     def fingerprint(self) -> str:
-        """Hex hash of each shard's length, first and last tokens: tells streams apart, cheaply."""
-        digest = hashlib.sha256()
-        for shard in self._shards:
-            digest.update(len(shard).to_bytes(8, "little"))
-            digest.update(shard[:FINGERPRINT_TOKENS].tobytes())
-            digest.update(shard[-FINGERPRINT_TOKENS:].tobytes())
-        return digest.hexdigest()
+        """Hex hash of all tokens and how they are cut into shards, wherever these lie."""
+        return hashlib.sha256("".join(self.digests.values()).encode()).hexdigest()
 
     def take(self, start: int, count: int) -> np.ndarray:
         """``count`` tokens from position ``start`` (modulo the length), as int64."""

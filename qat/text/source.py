@@ -10,6 +10,7 @@ local cache come with its library).
 from __future__ import annotations
 
 import errno
+import filecmp
 import glob
 import hashlib
 import json
@@ -18,10 +19,11 @@ import lzma
 import os
 import re
 import shutil
+import sys
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from importlib import metadata
-from itertools import chain
+from itertools import chain, product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,8 +31,9 @@ import filelock
 import numpy as np
 
 from qat.errors import NO_LOCKS, UserError
+from qat.settings import machine
 from qat.text import corpus
-from qat.text.shards import ShardWriter
+from qat.text.shards import ShardWriter, TokenStream
 from qat.text.tokenizer import Tokenizer, train_tokenizer
 
 if TYPE_CHECKING:
@@ -38,7 +41,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("qat")
 
-LAYOUT = 3  # of the cache; raise it when the preparation below changes what it writes
+LAYOUT = 4  # of the cache; raise it when the preparation below changes what it writes
 BATCH_BYTES = 1_000_000  # of text, and a document more, that are encoded at a time
 TOKENIZER_BYTES = 64_000_000  # of text, and a document more, train the tokenizer
 YARDSTICK_BYTES = 8_000_000
@@ -46,17 +49,35 @@ SPLIT_HASH_BYTES = 8
 NOTES_FILE = "notes.json"
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # nothing that is read says so
 CACHE_KEY = re.compile("[0-9a-f]{16}")
+SIDECAR = re.compile(r"(.+)_bytes(_\d+)?")  # the challenge's: how many bytes each token stands for
 
 
 @dataclass(frozen=True)
 class Source:
-    """Shards of both splits and their tokenizer. ``identity`` goes into artifacts' headers."""
+    """Shards of both splits and their tokenizer. ``identity`` goes into artifacts' headers,
+    ``files`` (path -> hash of content) are those that the text was read from."""
 
     train_files: list[Path]
     val_files: list[Path]
     tokenizer: Path
     identity: dict[str, Any]
     notes: dict[str, Any]  # facts found while preparing: documents, bytes, xz yardstick
+    files: dict[str, str] = field(default_factory=dict, compare=False)
+
+    def setting(self, side: str) -> str:
+        """What the user gave the text of ``train`` or ``val`` by."""
+        name = self.identity["name"]
+        return {"shards": f"data.{side}_files", "text": "data.files"}.get(name, f"data={name}")
+
+
+def check_length(source: Source, train: TokenStream, batch_tokens: int) -> None:
+    """UserError if a step would see training tokens twice."""
+    if len(train) <= batch_tokens:
+        raise UserError(
+            f"{source.setting('train')}: {len(train):,} training tokens, fewer than the "
+            f"batch_tokens + 1 = {batch_tokens + 1:,} of one step; give more text, or a smaller "
+            "batch_tokens"
+        )
 
 
 def matching(pattern: str) -> list[Path]:
@@ -80,13 +101,55 @@ def expand(pattern: str, setting: str) -> list[Path]:
 
 def from_shards(train_glob: str | None, val_glob: str, tokenizer: str) -> Source:
     """The user's own shards in the challenge's format; no training files are needed to score."""
-    train_files = expand(train_glob, "data.train_files") if train_glob else []
-    val_files = expand(val_glob, "data.val_files")
-    if shared := {f.resolve() for f in train_files} & {f.resolve() for f in val_files}:
-        raise UserError(f"data.val_files={val_glob}: {min(shared).name} is in data.train_files too")
+    train_files = _shards(train_glob, "data.train_files") if train_glob else []
+    val_files = _shards(val_glob, "data.val_files")
+    for val, train in product(val_files, train_files):
+        if val.resolve() == train.resolve() or _is_copy(val, train):
+            raise UserError(f"data.val_files={val_glob}: {val.name} is training text too, {train}")
     path = Path(tokenizer)
     _check_notes(train_files + val_files, path)
     return Source(train_files, val_files, path, {"name": "shards"}, {})
+
+
+def _shards(pattern: str, setting: str) -> list[Path]:
+    """Shards of a glob, of one kind as far as names tell. Counts of bytes beside them have a
+    shard's header and are left out."""
+    files = expand(pattern, setting)
+    sidecars = [
+        file
+        for file in files
+        if (found := SIDECAR.fullmatch(file.stem))
+        and file.with_stem(found[1] + (found[2] or "")).is_file()
+    ]
+    if sidecars:
+        names = ", ".join(file.name for file in sidecars[:3])
+        _warn(f"{setting}={pattern}: {names} not read: bytes of each token, not tokens")
+    shards = [file for file in files if file not in sidecars]
+    if not shards:
+        raise UserError(f"{setting}={pattern}: no tokens among these files; name the shards")
+    kinds = sorted({re.sub(r"\d+$", "", file.stem) for file in shards if file.stem[-1].isdigit()})
+    if len(kinds) > 1:
+        raise UserError(
+            f"{setting}={pattern}: shards of {len(kinds)} kinds, "
+            f"{' and '.join(f'{kind}*' for kind in kinds[:3])}; name one kind"
+        )
+    return shards
+
+
+def _warn(line: str) -> None:
+    """On the console of a run, whose handlers the log has, else on stderr."""
+    if log.handlers and not log.disabled:
+        log.warning("warning: %s", line)
+    elif machine.rank() == 0:
+        print(f"warning: {line}", file=sys.stderr)
+
+
+def _is_copy(one: Path, other: Path) -> bool:
+    """Byte by byte, if they are of one size. UserError if they cannot be read."""
+    try:
+        return filecmp.cmp(one, other, shallow=False)
+    except OSError as error:
+        raise UserError(f"cannot read {error.filename}: {error.strerror}") from None
 
 
 def _check_notes(files: list[Path], tokenizer: Path) -> None:
@@ -110,18 +173,37 @@ def _noted_tokenizer(notes: Path) -> str | None:
 
 def from_web_bible(vocab_size: int, val_fraction: float, cache_dir: Path) -> Source:
     """The embedded default corpus."""
+    content = corpus.BIBLE_SHA256
     return _from_documents(
-        "web_bible", corpus.BIBLE_SHA256, corpus.web_bible, vocab_size, val_fraction, cache_dir
+        "web_bible", content, {}, corpus.web_bible, vocab_size, val_fraction, cache_dir
     )
 
 
-def from_text(files: list[str], vocab_size: int, val_fraction: float, cache_dir: Path) -> Source:
-    """Any .txt, .jsonl or .parquet files (globs are expanded)."""
-    paths = [path for pattern in files for path in expand(pattern, "data.files")]
+def from_text(
+    files: list[str],
+    vocab_size: int,
+    val_fraction: float,
+    cache_dir: Path,
+    text_column: str = "text",
+) -> Source:
+    """Any .txt, .jsonl or .parquet files (globs are expanded, a file is read once)."""
+    found: dict[Path, Path] = {}
+    for path in chain.from_iterable(expand(pattern, "data.files") for pattern in files):
+        found.setdefault(path.resolve(), path)
+    paths = list(found.values())
     corpus.check_files(paths)
-    content = corpus.content_sha256(paths)
+    hashes = {str(path.absolute()): corpus.content_sha256(path) for path in paths}
+    content = json.dumps(
+        [text_column, *zip(map(corpus.kind_of, paths), hashes.values(), strict=True)]
+    )
     return _from_documents(
-        "text", content, lambda: corpus.text_documents(paths), vocab_size, val_fraction, cache_dir
+        "text",
+        content,
+        hashes,
+        lambda: corpus.text_documents(paths, text_column),
+        vocab_size,
+        val_fraction,
+        cache_dir,
     )
 
 
@@ -130,7 +212,7 @@ def from_cache(identity: dict[str, Any], cache_dir: Path) -> Source | None:
     key = str(identity.get("cache_key"))
     if not CACHE_KEY.fullmatch(key) or not (cache_dir / key / NOTES_FILE).is_file():
         return None
-    return _prepared(cache_dir / key, identity)
+    return _prepared(cache_dir / key, identity, {})
 
 
 def is_validation(text: str, val_fraction: float) -> bool:
@@ -141,18 +223,19 @@ def is_validation(text: str, val_fraction: float) -> bool:
 
 def _from_documents(
     name: str,
-    content_sha256: str,
+    content: str,
+    files: dict[str, str],
     documents: corpus.Documents,
     vocab_size: int,
     val_fraction: float,
     cache_dir: Path,
 ) -> Source:
-    key_parts = [LAYOUT, content_sha256, vocab_size, val_fraction, _sentencepiece_version()]
+    key_parts = [LAYOUT, content, vocab_size, val_fraction, _sentencepiece_version()]
     key = hashlib.sha256(json.dumps(key_parts).encode()).hexdigest()[:16]
     identity = {"name": name, "cache_key": key, "val_fraction": val_fraction}
     folder = cache_dir / key
     if (folder / NOTES_FILE).is_file():  # perhaps in a folder of somebody else, to read only
-        return _prepared(folder, identity)
+        return _prepared(folder, identity, files)
     temporary = cache_dir / f"{key}.tmp"
     try:
         cache_dir.mkdir(parents=True, exist_ok=True)
@@ -173,7 +256,7 @@ def _from_documents(
                 f"data.cache_dir={cache_dir}: cannot write there ({error.strerror})"
             ) from None
         raise
-    return _prepared(folder, identity)
+    return _prepared(folder, identity, files)
 
 
 def _locked(cache_dir: Path, key: str) -> filelock.AcquireReturnProxy:
@@ -190,14 +273,26 @@ def _sentencepiece_version() -> str:
     return metadata.version("sentencepiece")
 
 
-def _prepared(folder: Path, identity: dict[str, Any]) -> Source:
-    return Source(
-        expand(str(folder / "train_*.bin"), "data"),
-        expand(str(folder / "val_*.bin"), "data"),
-        folder / "tokenizer.model",
-        identity,
-        json.loads((folder / NOTES_FILE).read_text(encoding="utf-8")),
+def _prepared(folder: Path, identity: dict[str, Any], files: dict[str, str]) -> Source:
+    try:
+        notes = json.loads((folder / NOTES_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"data.cache_dir: remove {folder}: {NOTES_FILE} is damaged ({error})"
+        ) from None
+    train_files, val_files = (
+        expand(str(folder / f"{side}_*.bin"), "data") for side in ("train", "val")
     )
+    source = Source(train_files, val_files, folder / "tokenizer.model", identity, notes, files)
+    if notes.get("byte_characters"):
+        log.info(
+            "%s: %s of %s characters, %.2g %% of the text, are rare and spelled in bytes",
+            source.setting("train"),
+            f"{notes['byte_characters']:,}",
+            f"{notes['characters']:,}",
+            100 * notes["byte_characters_share"],
+        )
+    return source
 
 
 def _prepare(
@@ -211,8 +306,9 @@ def _prepare(
     if next(iter(train_side()), None) is None:
         raise UserError(f"data={name}: there is no text to train on; give more, or other files")
     first = _FirstBytes(train_side(), TOKENIZER_BYTES)
-    tokenizer = train_tokenizer(first, vocab_size, folder / "tokenizer.model")
-    notes = write_shards(name, documents, tokenizer, val_fraction, folder)
+    # Read before SentencePiece is at work, which would say that its own training went wrong.
+    tokenizer, notes = train_tokenizer(list(first), vocab_size, folder / "tokenizer.model")
+    notes |= write_shards(name, documents, tokenizer, val_fraction, folder)
     if first.num_bytes < notes["train_bytes"]:
         log.info(
             "data=%s: the tokenizer was trained on the first %s of %s bytes of training text, in "
@@ -320,7 +416,9 @@ def from_settings(data: DataSettings, vocab_size: int) -> Source:
         assert data.tokenizer
         return from_shards(data.train_files, data.val_files, data.tokenizer)
     if data.files:
-        return from_text(data.files, vocab_size, data.val_fraction, _cache_dir(data))
+        return from_text(
+            data.files, vocab_size, data.val_fraction, _cache_dir(data), data.text_column
+        )
     if data.source == "text":
         raise UserError("data=text: give data.files='[a.txt,b.jsonl]'")
     if data.source == "web_bible":
@@ -344,6 +442,7 @@ def from_named(identity: dict[str, Any], data: DataSettings, vocab_size: int) ->
 
 
 LISTING_TIMEOUT_SECONDS = 20
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 def from_hub(repo_id: str, revision: str, dataset: str, train_shards: int) -> Source:
@@ -389,6 +488,11 @@ def from_hub(repo_id: str, revision: str, dataset: str, train_shards: int) -> So
     except UserError:
         raise
     except Exception as error:  # the hub's HTTP library, and so its errors, differ by version
+        if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+            raise UserError(
+                f"data.dataset={dataset}: cannot write {error.filename or 'its files'}: "
+                f"{error.strerror}; HF_HOME says where they go"
+            ) from None
         reason = " ".join(str(error).split())[:160]
         raise UserError(
             f"data.dataset={dataset}: cannot fetch from the hub ({reason}); on a connected machine "

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import fields
+from pathlib import Path
+from pickle import UnpicklingError
 from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from qat.artifact.coder import AUTO, CODERS
 from qat.errors import UserError
@@ -36,7 +38,10 @@ def plan_of(spec: ModelSpec, grid: Grid, plan: PlanSettings) -> Plan:
             raise UserError(f"{setting}.scale_rule = given: only artifact.fill gives scales")
     try:
         shapes = tensor_shapes(spec)
-    except (RuntimeError, OverflowError):
+    except (RuntimeError, OverflowError, TypeError) as error:
+        is_size = isinstance(error, OverflowError) or "overflow" in str(error).lower()
+        if not is_size:  # the architecture's own
+            raise
         raise UserError(f"model = {spec.as_json()}: no computer holds such tensors") from None
     except ValueError as error:
         raise UserError(f"model.{error}") from None
@@ -72,18 +77,43 @@ def build_model(m: ModelSettings, seed: int) -> nn.Module:
     try:
         model = model_of(spec_of(m))
     except RuntimeError as error:
+        if "alloc" not in str(error):  # the architecture's own
+            raise
         raise UserError(f"model.dim = {m.dim}: no memory for this model ({error})") from None
     if m.init_from is None:
         return model
     try:
-        weights = torch.load(m.init_from, map_location="cpu", weights_only=True)
-        model.load_state_dict(weights)
-    except Exception as error:  # torch raises many kinds for a file that is not weights
-        reason = str(error).strip().split("\n")[0][:120]
+        model.load_state_dict(_initial_weights(Path(m.init_from), model.state_dict()))
+    except ValueError as error:
         raise UserError(
-            f"model.init_from={m.init_from}: not weights of this model ({reason})"
+            f"model.init_from={m.init_from}: not weights of this model ({error})"
         ) from None
     return model
+
+
+def _initial_weights(path: Path, expected: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Name -> tensor of a torch file. ValueError says in what they are not as ``expected``."""
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise ValueError(error.strerror or error) from None
+    except UnpicklingError:  # torch's advice here is how to load it without a check
+        raise ValueError("it holds more than tensors, or is no torch file") from None
+    except Exception as error:  # torch raises many kinds for a file that it did not write
+        raise ValueError(str(error).strip().split("\n")[0][:120]) from None
+    if not isinstance(found, dict) or not all(isinstance(w, Tensor) for w in found.values()):
+        raise ValueError("not a dict of name -> tensor")
+    for name in [*expected, *found]:
+        if name not in found:
+            raise ValueError(f"it has no {name}")
+        if name not in expected:
+            raise ValueError(f"the model has no {name}")
+        if found[name].shape != expected[name].shape:
+            shapes = tuple(found[name].shape), tuple(expected[name].shape)
+            raise ValueError(f"{name} is {shapes[0]}, in the model {shapes[1]}")
+        if not found[name].isfinite().all():
+            raise ValueError(f"{name} is not finite")
+    return found
 
 
 def build_schedule(s: TrainSettings) -> Schedule:

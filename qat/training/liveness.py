@@ -64,6 +64,9 @@ class LivenessProof(UpdateHook):
 
 def check_all_seen(model: nn.Module, weights: Mapping[str, Tensor], ids_BT: Tensor) -> None:
     """TrainingError naming a weight that the forward pass does not take from ``weights``."""
+    for name, weight in weights.items():
+        if not weight.isfinite().all():  # and so is not equal to itself
+            raise TrainingError(f"{name} is not finite before the first step")
     for name in not_seen(weights, weights_seen(model, weights, ids_BT)):
         raise TrainingError(
             f"{name}: the forward pass does not use this weight through the copy handed to it, "

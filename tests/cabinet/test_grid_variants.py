@@ -21,6 +21,7 @@ from qat.ptq.smoothquant import migration_scales, snap_tokens
 from qat.quantize.grid import Grid
 from qat.quantize.plan import Encoded, Plan
 from qat.quantize.rounding import decode, encode
+from qat.text.tokenizer import BOS_ID
 
 SHAPE = ModelSpec(48, 2, 64, 4, 2, 2, True)
 
@@ -36,7 +37,7 @@ def frozen(shape: ModelSpec = SHAPE) -> Frozen:
         weights[name] = w.detach()
     texts = {
         "train": lambda: random_sequences(shape, 16, 1),
-        "self": lambda: written_sequences(shape, weights, 2),
+        "self": lambda: written_sequences(shape, weights, BOS_ID, 2),
         "random": lambda: random_sequences(shape, 16, 3),
     }
     return Frozen(shape, weights, texts)
@@ -192,7 +193,7 @@ def test_written_text_is_the_models_own(model: Frozen) -> None:
     ids = model.sequences("self")
     assert ids.shape == (SEQUENCES, SELF_TOKENS)
     assert (ids[:, 0] == 1).all()
-    again = written_sequences(SHAPE, model.weights, 2)
+    again = written_sequences(SHAPE, model.weights, BOS_ID, 2)
     assert ids.equal(again)
     # Tokens that the model finds likely are drawn more often than others.
     shares = logits(model.weights, ids[:, :-1]).softmax(-1)

@@ -161,7 +161,8 @@ def scorer(stream: TokenStream, **asked: object) -> Scorer:
     table = ByteTable((~silent).long(), torch.zeros(24, dtype=torch.bool), silent)
     console = Console(quiet=True)
     return Scorer(
-        SHAPE, stream, table, 16, EvalSettings(**asked), torch.device("cpu"), console
+        SHAPE, stream, table, 16, EvalSettings(**asked), torch.device("cpu"), console,
+        bos_id=BOS_ID,
     )  # fmt: skip
 
 

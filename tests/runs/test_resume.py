@@ -10,13 +10,19 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import filelock
+import numpy as np
 import pytest
 import torch
+import yaml
 
+from qat.errors import UserError
 from qat.quantize import gradients
+from qat.runs.identity import KEY, CheckpointIdentity, check_resumed, check_same
+from qat.text.shards import ShardWriter
 from qat.training.checkpoint import load_checkpoint
 from qat.training.loop import TrainingLoop
 from tests.conftest import ROOT, code_in, result_of
@@ -304,6 +310,147 @@ def test_resume_mistakes(train, program, tmp_path: Path) -> None:
         assert message in done.err
     (RUNS / "r" / "config.yaml").write_text("seeed: 1\n")
     assert "saved by another version" in program("train.py", "resume=r").err
+
+
+def _edited(config: str, setting: str, value: str) -> str:
+    """config.yaml with another value of a setting, named as typed."""
+    settings = yaml.safe_load(config)
+    group, name = settings, setting.split(".")
+    for part in name[:-1]:
+        group = group[part]
+    group[name[-1]] = yaml.safe_load(value)
+    return yaml.safe_dump(settings, sort_keys=False)
+
+
+def test_a_run_goes_on_with_its_own_text_and_settings_only(
+    train, program, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = corpus.read_text()[:50_000]
+    (tmp_path / "a.txt").write_text(text)
+    crash_in(monkeypatch, 5)
+    named = ["data.files=[*.txt]", "data.cache_dir=cache", "max_steps=8", "qat=int6"]
+    crashed(train, *named, "checkpoint.every_steps=4", "run_name=torn")
+    config = RUNS / "torn" / "config.yaml"
+    own = config.read_text()
+
+    def refused(change: str) -> None:
+        before = {path: path.read_bytes() for path in (RUNS / "torn").iterdir()}
+        done = program("train.py", "resume=torn")
+        error = done.err.splitlines()[-1]
+        assert done.code == 2
+        assert error.startswith("error: resume=logs/runs/torn: its checkpoint was made of")
+        assert change in error
+        assert {path: path.read_bytes() for path in (RUNS / "torn").iterdir()} == before
+
+    (tmp_path / "a.txt").write_text(text + "One more line.\n")
+    refused(f"{tmp_path / 'a.txt'} has other content: bring that back")
+    (tmp_path / "a.txt").write_text(text)
+    (tmp_path / "b.txt").write_text("A file that the glob matches too.\n")
+    refused(f"{tmp_path / 'b.txt'} is new: bring that back")
+    (tmp_path / "b.txt").unlink()
+    for setting, value, said in (
+        ("seed", "7", "seed was 1337 and is 7"),
+        ("grid.bits", "4", "grid.bits was 6 and is 4"),
+        ("plan.rules", "{'*': grid, 'blocks.*': fp32}", "plan.rules was "),
+    ):
+        config.write_text(_edited(own, setting, value))
+        refused(said)
+    for setting, value in (("data.cache_dir", "moved"), ("logger.tags", "[a]")):
+        config.write_text(own := _edited(own, setting, value))
+    (tmp_path / "cache").rename(tmp_path / "moved")
+    (RUNS / "torn").rename(tmp_path / "elsewhere")
+    (tmp_path / "a.txt").rename(tmp_path / "renamed.txt")
+    done = program("train.py", "resume=elsewhere")
+    assert done.code == 0, done.err
+    assert "going on after step 4" in done.err
+
+
+def test_shards_and_tokenizer_of_a_run_that_goes_on(
+    train, program, prepared_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = shutil.copytree(prepared_text, tmp_path / "data")
+    tokens = np.fromfile(data / "train_000000.bin", "<u2")[512:]
+    crash_in(monkeypatch, 5)
+    named = ["data.files=null", "data.train_files=data/train_*.bin", "data.val_files=data/val_*",
+             "data.tokenizer=data/tokenizer.model", "checkpoint.every_steps=4"]  # fmt: skip
+    crashed(train, *named, "run_name=torn")
+
+    def refused(change: str) -> None:
+        done = program("train.py", "resume=torn")
+        assert (done.code, len(done.err.splitlines())) == (2, 1), done.err
+        assert change in done.err
+
+    shard = data / "train_000000.bin"
+    own = shard.read_bytes()
+    raw = bytearray(own)
+    raw[1024 + 2 * (len(tokens) // 2)] ^= 1  # of a token in the middle
+    shard.write_bytes(raw)
+    refused(f"{shard} has other content")
+    shard.write_bytes(own)
+    writer = ShardWriter(tmp_path, "more")
+    writer.write(tokens[:100])
+    writer.close()
+    (tmp_path / "more_000000.bin").rename(data / "train_000001.bin")
+    refused(f"{data / 'train_000001.bin'} is new")
+    (data / "train_000001.bin").unlink()
+    (data / "notes.json").unlink()  # which says what tokenizer made them
+    model = (data / "tokenizer.model").read_bytes()
+    (data / "tokenizer.model").write_bytes(model + b"\x1a\x02\x18\x00")  # puts no space in front
+    refused(f"{data / 'tokenizer.model'} has other content")
+
+
+def test_what_is_made_of_a_checkpoint_keeps_to_its_text(
+    program, finished: Path, corpus: Path, tmp_path: Path
+) -> None:
+    """Stored again, or scored, on other text than the run's own: refused in one line."""
+    run = shutil.copytree(finished, tmp_path / "copy")
+    other = tmp_path / "other.txt"
+    other.write_text(corpus.read_text().replace("sky", "hill"))
+    for name in ("config.yaml", "result.json"):
+        text = (run / name).read_text()
+        assert str(corpus) in text
+        (run / name).write_text(text.replace(str(corpus), str(other)))
+    for asked, said in (
+        (["task=fill", "run=copy", "limit_bytes=900000"], "run=copy: its checkpoint was made of"),
+        (["task=cabinet", "run=copy"], "run=copy: its checkpoint was made of something else: "),
+        (["eval=full", "artifact=copy/checkpoint.ckpt"], "something else: data.files was "),
+        (
+            ["eval=full", "artifact=copy/checkpoint.ckpt", f"data.files=[{other}]"],
+            "not the tokenizer this artifact was trained with",
+        ),
+    ):
+        done = program("eval.py", *asked)
+        assert done.code == 2, done.err
+        assert said in done.err.splitlines()[-1]
+
+
+def test_what_was_made_of_something_else_is_named() -> None:
+    held = CheckpointIdentity(
+        {"seed": 1, "data.files": "a"}, {"train": "1", "val": "2"}, {"a": "x"}
+    )
+    assert held.changes(replace(held, files={"b": "x"})) == []  # moved
+    assert held.changes(replace(held, settings=held.settings | {"data.files": "b"})) == []
+    other = replace(held, settings=held.settings | {"seed": 2, "grid.bits": 4})
+    assert held.changes(other, apart_from=["grid"]) == ["seed was 1 and is 2"]
+    assert held.changes(other, ["seed", "grid"]) == []
+    other = replace(held, data={"val": "3"})
+    assert held.changes(other) == ["the validation text is another"]
+    other = replace(
+        other,
+        data={"train": "1", "val": "3"},
+        files={"b": "y"},
+        settings=held.settings | {"data.files": "b"},
+    )
+    assert held.changes(other) == ["a is gone", "b is new", "data.files was a and is b"]
+    other = replace(held, settings=held.settings | {"data.val_fraction": 0.1})
+    assert held.changes(other) == ["data.val_fraction was None and is 0.1"]
+    with pytest.raises(UserError, match="resume=r: an earlier version wrote its checkpoint"):
+        check_resumed("resume=r", CheckpointIdentity.held_by({"weights": {}}), held)
+    check_same("run=r", None, held)
+    with pytest.raises(UserError, match="of something else: the validation text is another: "):
+        check_same(
+            "run=r", CheckpointIdentity.held_by({KEY: vars(held)}), replace(held, data={"val": "3"})
+        )
 
 
 def test_two_processes_never_share_a_run(train, program, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -292,7 +292,7 @@ def test_questions_are_answered_and_nothing_else_said(script: str, flag: str, pr
     [
         ("empty.txt", b"", "there is no text to train on"),
         ("half.jsonl", rb'{"text": "\ud800"}', "half.jsonl, line 1: half of a surrogate pair"),
-        ("latin.txt", b"caf\xe9", "latin.txt is not UTF-8 text"),
+        ("latin.txt", b"caf\xe9", "latin.txt, line 1: not UTF-8 text (byte 0xe9)"),
     ],
 )
 def test_text_that_cannot_be_used(

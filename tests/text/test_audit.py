@@ -90,6 +90,7 @@ def check(val: Tokens, train: Tokens | None, shard_tokens: int) -> Audit:
             stream(folder, "val", val, shard_tokens),
             None if train is None else stream(folder, "train", train, shard_tokens),
             TABLE,
+            BOS_ID,
             UNKNOWN,
             Console(stderr=True),
         )
@@ -151,7 +152,7 @@ def test_hashes_tell_documents_apart() -> None:
     with TemporaryDirectory() as name:
         every_pair = joined([[a, b] for a in range(2, 200) for b in range(2, 200)])
         one = stream(Path(name), "val", every_pair, 10**6)
-        reader = audit_module._Reader(one, TABLE, UNKNOWN)
+        reader = audit_module._Reader(one, TABLE, BOS_ID, UNKNOWN)
         with audit_module.Progress(disable=True) as progress:
             hashes = np.concatenate([part.hashes for part in reader.documents(progress, "")])
     assert len(np.unique(hashes)) == 198**2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +14,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from qat.errors import UserError
+from qat.evaluation.sample_task import sample
+from qat.model.gpt import GPT
+from qat.model.spec import ModelSpec
 from qat.text import byte_table as vocabulary
 from qat.text.byte_table import SPACE, byte_piece
 from qat.text.shards import ShardWriter, TokenStream
@@ -187,7 +191,7 @@ def test_a_normalising_vocabulary_is_said_in_one_line(
     tokens = TokenStream([GOLF / "fineweb_val_000000.bin"], "data").take(0, 1000)
     for side in ("val", "train"):
         writer = ShardWriter(tmp_path, side)
-        writer.write(tokens.tolist())
+        writer.write(tokens.tolist()[side == "train" :])
         writer.close()
     data = ("data.val_files=val_*.bin", f"data.tokenizer={GOLF}/tokenizer.model")
     done = program(*SCORE, *data)
@@ -208,3 +212,60 @@ def test_the_challenges_own_normalises_and_that_is_said() -> None:
     assert tokenizer.warning.endswith(f"{fault}")
     assert fault.endswith("bytes of the normalised text")
     assert "\n" not in tokenizer.warning
+
+
+@pytest.mark.parametrize("ids", [{"bos_id": 2, "eos_id": 1}, {"bos_id": 0, "unk_id": 1}])
+def test_bos_is_the_vocabularys_own(ids: dict, tmp_path: Path) -> None:
+    tokenizer = Tokenizer(trained(tmp_path / "t.model", **ids))
+    assert tokenizer.bos_id == ids["bos_id"]
+    assert tokenizer.encode_document("a fox") == [ids["bos_id"], *tokenizer.pieces.encode("a fox")]
+    assert tokenizer.encode_documents(["a", SPACE])[1][0] == ids["bos_id"]
+
+
+def test_without_bos_what_needs_it_is_refused(tmp_path: Path) -> None:
+    tokenizer = Tokenizer(trained(tmp_path / "t.model", bos_id=-1))
+    assert tokenizer.bos_id is None
+    with pytest.raises(UserError, match=r"t\.model: its vocabulary has no BOS"):
+        tokenizer.encode_documents(["a fox"])
+
+
+def test_programs_take_the_bos_of_the_tokenizer(
+    program: Callable[..., Done], tmp_path: Path
+) -> None:
+    """Windows by document, the audit and samples; then a vocabulary without one."""
+    for name, ids in (("two", {"bos_id": 2, "eos_id": 1}), ("none", {"bos_id": -1})):
+        tokenizer = Tokenizer(trained(tmp_path / f"{name}.model", **ids))
+        for side, texts in (("val", TEXTS[:40]), ("train", TEXTS[40:])):
+            writer = ShardWriter(tmp_path, f"{name}_{side}")
+            for text in texts:
+                start = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+                writer.write([*start, *tokenizer.pieces.encode(text)])
+            writer.close()
+        data = [f"data.train_files={name}_train_*.bin", f"data.val_files={name}_val_*.bin",
+                f"data.tokenizer={name}.model"]  # fmt: skip
+        size = f"model.vocab_size={tokenizer.vocab_size}"
+        asked = ("train.py", *TINY, *data, size, "max_steps=1", "eval.by_document=true")
+        audited = program("eval.py", "task=audit", *data)
+        if name == "two":
+            assert audited.code == 0, audited.out
+            assert re.search(r"documents +40 +160", audited.out)
+            assert program(*asked, "run_name=two").code == 0
+            done = program("eval.py", "task=sample", "run=two", *data, "prompt=the quick")
+            assert done.code == 0, done.err
+        else:
+            assert audited.code == 2
+            assert "none.model: its vocabulary has no BOS" in audited.err
+            done = program(*asked)
+            assert done.code == 2
+            assert "error: data.tokenizer: its vocabulary has no BOS" in done.err
+            assert program(*asked[:-1], "run_name=none").code == 0  # nothing needs it
+            done = program("eval.py", "task=sample", "run=none", *data)
+            assert "none.model: its vocabulary has no BOS" in done.err
+
+
+@pytest.mark.parametrize(("bos_id", "expected"), [(0, [0]), (1, [1, 0, 0, 0])])
+def test_a_sample_ends_where_the_next_document_starts(bos_id: int, expected: list[int]) -> None:
+    """Weights of zero find all tokens alike, and 0 comes first."""
+    spec = ModelSpec(8, 1, 16, 2, 1, 2, True)
+    weights = {name: torch.zeros_like(w) for name, w in GPT(spec).named_parameters()}
+    assert sample(spec, weights, [bos_id], 3, 16, 0.0, seed=1) == expected

@@ -14,7 +14,7 @@ from torch._dynamo.utils import counters
 
 from qat.artifact.container import read_artifact
 from qat.compiled import forget
-from qat.errors import TrainingError
+from qat.errors import TrainingError, UserError
 from qat.model.gpt import GPT
 from qat.model.spec import ModelSpec
 from qat.qat_model import QatModel, weights_seen
@@ -23,9 +23,10 @@ from qat.quantize.grid import Grid
 from qat.quantize.plan import build_plan
 from qat.quantize.rounding import encode, snap
 from qat.runs.store_again import stored_tensors
-from qat.settings.schema import OptimizerSettings
+from qat.settings.schema import ModelSettings, OptimizerSettings
 from qat.text.batches import BatchShape, TrainingBatches
 from qat.text.shards import TokenStream
+from qat.training.build import build_model, spec_of
 from qat.training.clock import TrainingClock
 from qat.training.fit import build_trainer
 from qat.training.liveness import LivenessProof
@@ -288,6 +289,27 @@ def test_initial_weights_from_a_file(train, tmp_path: Path) -> None:
     assert "model.init_from=bad.pt" in done.err
 
 
+def test_why_initial_weights_are_refused(tmp_path: Path) -> None:
+    model = ModelSettings(320, 2, 64, 4, 2, 2, init_from=str(tmp_path / "bad.pt"))
+    good = GPT(spec_of(model)).state_dict()
+    name = "blocks.0.attn.c_q.weight"
+    for saved, reason in (
+        (good | {name: good[name][:9]}, f"{name} is (9, 64), in the model (64, 64)"),
+        (good | {name: good[name] * torch.nan}, f"{name} is not finite"),
+        ({key: w for key, w in good.items() if key != name}, f"it has no {name}"),
+        (good | {"more": good[name]}, "the model has no more"),
+        ({"model": good}, "not a dict of name -> tensor"),
+        ({"model": Path("x")}, "it holds more than tensors, or is no torch file"),
+        (None, "No such file or directory"),
+    ):
+        (tmp_path / "bad.pt").unlink(missing_ok=True)
+        if saved is not None:
+            torch.save(saved, tmp_path / "bad.pt")
+        with pytest.raises(UserError) as caught:
+            build_model(model, 1)
+        assert str(caught.value).endswith(f"bad.pt: not weights of this model ({reason})")
+
+
 def test_a_weight_that_bypasses_its_snapped_copy_is_an_error() -> None:
     """The planted fault: a bank that the forward pass reads from elsewhere."""
     under_test = module(compile_model=False, start_step=0, max_steps=2)
@@ -295,6 +317,14 @@ def test_a_weight_that_bypasses_its_snapped_copy_is_an_error() -> None:
     bank = mlp.fc.weight.detach().clone()
     mlp.forward = lambda x: mlp.proj(torch.relu(x @ bank.T).square())  # type: ignore[method-assign]
     with pytest.raises(TrainingError, match=r"blocks\.0\.mlp\.fc\.weight"):
+        fit(under_test)
+
+
+def test_a_weight_that_is_not_a_number_is_called_so() -> None:
+    under_test = module(compile_model=False, start_step=0, max_steps=2)
+    with torch.no_grad():
+        under_test.masters["blocks.0.mlp.fc.weight"][0, 0] = torch.nan
+    with pytest.raises(TrainingError, match=r"fc\.weight is not finite before the first step"):
         fit(under_test)
 
 
