@@ -27,6 +27,7 @@ HYDRAS_FOLDERS = (
     "hydra.run.dir", "hydra.sweep.dir", "hydra.sweep.subdir", "hydra.job.chdir",
     "hydra.output_subdir",
 )  # fmt: skip
+OF_A_STUDY = ("clock", "prices")  # settings of it that are typed
 SCHEMAS = {"train": TrainSettings, "eval": EvalTaskSettings}
 
 
@@ -136,8 +137,10 @@ def check_settings(arguments: list[str], config_name: str) -> None:
         key, typed = override.key_or_group, override.input_line
         if key == "hydra/sweeper":
             raise UserError(f"{typed}: sweeps are products of values here; drop it")
-        if config_name == "train" and key.split(".")[0] == "study":
-            raise UserError(f"{typed}: a study is as its file says; of it give arm= and seed=")
+        first, second, *_ = [*key.split("."), ""]
+        if config_name == "train" and first == "study" and second not in OF_A_STUDY:
+            of_it = "of it give arm=, seed=, study.clock= and study.prices="
+            raise UserError(f"{typed}: a study is as its file says; {of_it}")
         if key in HYDRAS_FOLDERS:
             raise UserError(f"{typed}: the folders of runs are runs_dir, sweep_name and run_name")
         if key.startswith(("hydra.", "hydra/")):

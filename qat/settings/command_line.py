@@ -208,7 +208,7 @@ class Jobs:
         run = HydraConfig.get()
         job = Job(
             _choices(run),
-            OmegaConf.to_container(run.overrides.task, resolve=False),  # type: ignore[arg-type]
+            _as_asked(run),
             Path(run.sweep.dir) if run.mode == RunMode.MULTIRUN else None,
         )
         # Nothing but an interrupt may leave: Hydra would add lines of its own.
@@ -252,7 +252,7 @@ class Jobs:
         for config in configs:
             choices = _choices(config.hydra)
             study = choices["experiment"] if choices.get(ARM) else None
-            asked.append(list(config.hydra.overrides.task))
+            asked.append(_as_asked(config.hydra))
             del config.hydra
             jobs.append((self.program.resolve(as_settings(config), choices), choices))
             if (first := jobs.index(jobs[-1])) < len(jobs) - 1:
@@ -272,6 +272,11 @@ class Jobs:
     def end_sweep(self, sweep: Sweep) -> None:
         assert self.program.after_sweep is not None
         self.exit_codes.append(self.program.after_sweep(sweep))
+
+
+def _as_asked(of_hydra: Any) -> list[str]:
+    """Overrides of a job; what they refer to is not looked up."""
+    return OmegaConf.to_container(of_hydra.overrides.task, resolve=False)  # type: ignore[return-value]
 
 
 def _choices(of_hydra: Any) -> dict[str, str | None]:

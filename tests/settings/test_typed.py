@@ -106,7 +106,7 @@ def test_numbers_with_commas_are_refused_by_name() -> None:
         ),
         (
             "study.seeds=[1]",
-            "study.seeds=[1]: a study is as its file says; of it give arm= and seed=",
+            "study.seeds=[1]: a study is as its file says; of it give arm=, seed=, ",
         ),
         ("hydra.job.chdir=true", "hydra.job.chdir=true: the folders of runs are runs_dir"),
         ("hydra.sweep.dir=x", "hydra.sweep.dir=x: the folders of runs are runs_dir"),
