@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 
@@ -193,12 +194,18 @@ def train(s: TrainSettings, training_run) -> int:
         if trainer.is_global_zero:
             save_checkpoint(training_run.kept_checkpoint(step), state | held)
 
+    on_curve = replace(scorer, max_targets=s.eval.curve_tokens)
+
+    def bpb_on_curve(weights) -> float:
+        return on_curve.score(weights, "a point of the curve").val_bpb
+
     averaging, proof = Averaging(**vars(s.averaging)), LivenessProof()
     control = price_control(s, plan, budget, file_bytes, trainer)
     hooks = [
         averaging,
         proof,
         *([TrainToBytes(control)] if control is not None else []),
+        training_run.validation_curve(first_step, bpb_on_curve),
         KeptCheckpoints(keep, s.fork.keep_steps),
         Checkpoints(write, s.checkpoint.every_steps, s.checkpoint.every_seconds),
     ]

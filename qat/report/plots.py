@@ -125,7 +125,9 @@ def _curves(findings: Findings) -> Picture | None:
     figure.legend(*ends.get_legend_handles_labels(), loc="outside lower right", ncols=2)
     return Picture(
         "curves",
-        "Above: training loss, mean over seeds; a diamond marks the mean start of QAT. The first "
+        "Above: training loss, mean over seeds; dots are validation on a part of the text "
+        "(eval.curve_points), of the weights that a file would hold while QAT is on, else of the "
+        "float weights; a diamond marks the mean start of QAT. The first "
         f"{100 * SHOWN_FROM:.0f} % of the clock may rise out of the picture. Below: validation at "
         "the end of each arm; the line from float weights to artifact is the quantization gap.",
         "Training curves of " + ", ".join(curve.arm for curve in curves),
@@ -150,6 +152,21 @@ def _draw_curves(axes: Any, curves: Sequence[Curve]) -> None:
         )
         highest = max(highest, float(interp(SHOWN_FROM * end, curve.seconds, curve.bpb)))
         lowest = min(lowest, *curve.bpb)
+    for at, curve in enumerate(curves):
+        seen = [
+            s if s is not None else f
+            for f, s in zip(curve.val_bpb, curve.val_bpb_snapped, strict=True)
+        ]
+        axes.plot(
+            curve.val_seconds, seen, "o", color=_arm_style(at)["color"], markersize=4,
+            markeredgecolor=SURFACE,
+        )  # fmt: skip
+        shown = [
+            bpb for t, bpb in zip(curve.val_seconds, seen, strict=True) if t >= SHOWN_FROM * end
+        ]
+        highest, lowest = max([highest, *shown]), min([lowest, *seen])
+    if any(curve.val_seconds for curve in curves):
+        axes.plot([], [], "o", color=MUTED, markersize=4, label="validation, as stored")
     for at, curve in enumerate(curves):
         if curve.switch_seconds is not None:
             there = float(interp(curve.switch_seconds, curve.seconds, curve.bpb))

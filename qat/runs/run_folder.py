@@ -24,7 +24,7 @@ from qat.runs import provenance
 
 CONFIG, OVERRIDES, LOG, CHECKPOINT = "config.yaml", "overrides.yaml", "train.log", "checkpoint.ckpt"
 CHOICES, EXPORTS, LOCK = "choices.json", "exports", ".lock"
-METRICS, KEPT = "metrics.csv", "kept"
+METRICS, CURVE, KEPT = "metrics.csv", "curve.csv", "kept"
 
 
 def claim(

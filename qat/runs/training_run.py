@@ -12,6 +12,7 @@ import shutil
 import signal
 import tempfile
 import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,9 +37,11 @@ from qat.settings.schema import TrainSettings, as_yaml
 from qat.text.shards import TokenStream
 from qat.text.source import Source, absolute_paths
 from qat.text.tokenizer import Tokenizer
+from qat.training import val_curve
 from qat.training.build import plan_of, spec_of
 from qat.training.fit import Outcome
 from qat.training.liveness import LivenessProof
+from qat.training.val_curve import ValidationCurve
 
 if TYPE_CHECKING:
     from qat.settings.command_line import Job
@@ -50,13 +53,13 @@ COLUMNS = ("step", "train_loss", "elapsed_seconds", "rate", "qat_on")
 class MetricsFile(Logger):
     """Keeps the rows up to ``first_step`` of an earlier process and appends to them."""
 
-    def __init__(self, path: Path, first_step: int = 0) -> None:
+    def __init__(self, path: Path, first_step: int = 0, columns: Sequence[str] = COLUMNS) -> None:
         super().__init__()
-        self._path = path
+        self._path, self._columns = path, columns
         kept = []
         if path.is_file():
             kept = [row for row in read_metrics(path) if int(row["step"]) <= first_step]
-        lines = [",".join(COLUMNS), *(",".join(row[key] for key in COLUMNS) for row in kept)]
+        lines = [",".join(columns), *(",".join(row[key] for key in columns) for row in kept)]
         write_atomically(path, "\n".join(lines) + "\n")
 
     @property
@@ -71,7 +74,7 @@ class MetricsFile(Logger):
         """TrainingError if the row cannot be written."""
         try:
             with open(self._path, "a", newline="", encoding="utf-8") as file:
-                csv.DictWriter(file, COLUMNS).writerow({"step": step, **metrics})
+                csv.DictWriter(file, self._columns).writerow({"step": step, **metrics})
         except OSError as error:
             raise TrainingError(f"cannot write {self._path}: {error.strerror}") from None
 
@@ -225,16 +228,30 @@ class TrainingRun:
         if self.folder is None:
             return []
         s = self.settings.logger
-        path = self.folder / run_folder.METRICS
-        if self._trunk is not None and not path.is_file():
-            shutil.copyfile(self._trunk / run_folder.METRICS, path)  # its first updates are ours
-        csv = MetricsFile(path, first_step)
+        csv = self._rows_of_steps(run_folder.METRICS, first_step, COLUMNS)
         if s.name == "csv":
             return [csv]
         from qat.runs.wandb_log import wandb_logger
 
         self._wandb = wandb_logger(self.folder, self.settings, self.row, self.job.sweep_dir)
         return [csv, self._wandb]
+
+    def _rows_of_steps(self, name: str, first_step: int, columns: Sequence[str]) -> MetricsFile:
+        assert self.folder is not None
+        path = self.folder / name
+        if self._trunk is not None and not path.is_file() and (self._trunk / name).is_file():
+            shutil.copyfile(self._trunk / name, path)  # its first updates are ours
+        return MetricsFile(path, first_step, columns)
+
+    def validation_curve(
+        self, first_step: int, score: Callable[[Mapping[str, torch.Tensor]], float]
+    ) -> ValidationCurve:
+        """Written to curve.csv, from after ``first_step``."""
+        points = self.settings.eval.curve_points
+        if not points or self.folder is None:
+            return ValidationCurve(points, score, lambda row, step: None)
+        file = self._rows_of_steps(run_folder.CURVE, first_step, val_curve.COLUMNS)
+        return ValidationCurve(points, score, file.log_metrics)
 
     def finish(
         self,

@@ -236,6 +236,8 @@ class EvalSettings:
     seq_len: int | None = checked(None, AT_LEAST_1)  # of a window; null = as trained
     stride: int | None = checked(None, AT_LEAST_1)  # null = windows do not overlap
     by_document: bool = False  # no window reaches from one document into the next
+    curve_points: int = checked(0, AT_LEAST_0)  # of the validation curve of a run; off the clock
+    curve_tokens: int = checked(32_768, AT_LEAST_1)  # of validation text, the same at every point
     # of validation text, in windows spread over all of it; null = all; auto: all on a GPU, on a CPU
     # the million that it scores in about a minute
     max_tokens: int | str | None = checked("auto", AUTO_OR_COUNT)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import mean
+from typing import Any
 
 import numpy as np
 
 from qat.runs.result import Result
-from qat.runs.run_folder import METRICS, read_metrics
+from qat.runs.run_folder import CURVE, METRICS, read_metrics
 from qat.study.findings import Curve
 
 POINTS = 120
@@ -38,12 +39,30 @@ def curve_of(arm: str, runs: Mapping[Path, Result]) -> Curve:
     together = np.mean([np.interp(shared, t, y) for t, y in zip(times, losses, strict=True)], 0)
     return Curve(
         arm=arm,
+        **validation_curve([read_metrics(f / CURVE) for f in runs if (f / CURVE).is_file()]),
         seconds=shared.tolist(),
         bpb=together.tolist(),
         switch_seconds=mean(switches) if switches else None,
         val_bpb_float=mean(r.val_bpb_float for r in scored if r.val_bpb_float),
         val_bpb_artifact=mean(r.val_bpb_artifact for r in scored if r.val_bpb_artifact),
     )
+
+
+def validation_curve(of_runs: Sequence[Sequence[Mapping[str, str]]]) -> dict[str, Any]:
+    """Means over the runs, point by point; of snapped weights where all runs scored them."""
+    points = list(zip(*of_runs, strict=False))
+    mean_of = {
+        name: [
+            mean(float(row[name]) for row in rows) if all(row[name] for row in rows) else None
+            for rows in points
+        ]
+        for name in ("elapsed_seconds", "val_bpb_float", "val_bpb_snapped")
+    }
+    return {
+        "val_seconds": mean_of["elapsed_seconds"],
+        "val_bpb": mean_of["val_bpb_float"],
+        "val_bpb_snapped": mean_of["val_bpb_snapped"],
+    }
 
 
 def _smoothed(loss: np.ndarray) -> np.ndarray:

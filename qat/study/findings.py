@@ -68,6 +68,10 @@ class Curve:
     switch_seconds: float | None  # mean start of QAT
     val_bpb_float: float | None
     val_bpb_artifact: float | None
+    # The validation curve, on a part of the text; snapped weights are scored while QAT is on.
+    val_seconds: list[float] = field(default_factory=list)
+    val_bpb: list[float] = field(default_factory=list)  # of float weights, as of the next line
+    val_bpb_snapped: list[float | None] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
