@@ -162,7 +162,7 @@ def describe(
     if diff := provenance.dirty_diff():
         about["dirty.diff"] = diff
     for name, text in about.items():
-        write_atomically(folder / name, text)
+        (folder / name).write_text(text, encoding="utf-8")
 
 
 class _LogFile(logging.FileHandler):

@@ -123,8 +123,9 @@ def unknown(key: str, known: set[str], config_name: str) -> str:
         return f"{parent} takes one value, it has no parts"
     close = difflib.get_close_matches(key, sorted(n for n in known if n[-1] != "."), n=1)
     hint = f"did you mean {close[0]}?" if close else f"see `python {config_name}.py --cfg job`"
+    is_there = any(name.endswith(f".{key}") for name in close)  # in a group
     for other in SCHEMAS.keys() - {config_name}:
-        if key in known_keys(SCHEMAS[other]) | groups(other):
+        if not is_there and key in known_keys(SCHEMAS[other]) | groups(other):
             hint = f"see `python {config_name}.py --cfg job`; it is one of {other}.py"
     return f"unknown setting; {hint}"
 

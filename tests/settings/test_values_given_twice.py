@@ -15,7 +15,7 @@ from tests.conftest import Done
     [
         (["seed=1,1"], "seed=1: given twice; give it once"),
         (["qat=none,int6,none"], "qat=none: given twice; give it once"),
-        (["seed=1,2,01"], "seed=01: the same run as seed=1; give one of them"),
+        (["seed=1,2,01"], "seed=1: given twice; give it once"),
         (["optimizer.matrix_lr=0.01,1e-2"], "optimizer.matrix_lr=0.01: given twice"),
         (["experiment=pair", "arm=int6,int6"], "arm=int6: given twice; give it once"),
         (["experiment=pair", "seed=3,3"], "seed=3: given twice; give it once"),
