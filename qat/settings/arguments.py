@@ -6,6 +6,7 @@ import difflib
 import re
 import sys
 from argparse import Namespace
+from functools import cache
 from os.path import expanduser, isdir
 from pathlib import Path
 from typing import NoReturn, get_origin
@@ -104,11 +105,12 @@ def known_keys(schema: type) -> set[str]:
     return {*found, *(f"{name}." for name, kind in found.items() if get_origin(kind) is dict)}
 
 
-def groups(config_name: str) -> set[str]:
+@cache
+def groups(config_name: str) -> frozenset[str]:
     """The groups of a program: those that its defaults list names."""
     defaults = OmegaConf.load(CONF / f"{config_name}.yaml").defaults
     keys = {str(key) for entry in defaults if isinstance(entry, DictConfig) for key in entry}
-    return {key for key in keys if not key.startswith("override ")}
+    return frozenset(key for key in keys if not key.startswith("override "))
 
 
 def opened(arguments: list[str], config_name: str) -> list[str]:
