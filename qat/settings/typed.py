@@ -22,10 +22,12 @@ from hydra.errors import HydraException
 
 from qat.errors import UserError
 
-# Prose and paths of eval.py, taken as typed, commas too.
+# Prose and paths of eval.py, taken as typed, commas too; of a path quotes around all of it go, as
+# of any other.
+VERBATIM_PATHS = ("artifact", "out", "run", "runs", "study", "cabinet")
 VERBATIM_KEYS = (
-    "prompt", "artifact", "out", "run", "runs", "study", "cabinet", "submission.author",
-    "submission.github_id", "submission.name", "submission.blurb",
+    "prompt", *VERBATIM_PATHS, "submission.author", "submission.github_id", "submission.name",
+    "submission.blurb",
 )  # fmt: skip
 SEARCHPATH = "hydra.searchpath"
 CLOSING = {"[": "]", "(": ")", "{": "}"}
@@ -130,7 +132,8 @@ def spelled(
         if not value:
             pass
         elif key in VERBATIM_KEYS and _is(kind, str):
-            value = in_quotes(value)
+            if not (key in VERBATIM_PATHS and QUOTED.fullmatch(value)):
+                value = in_quotes(value)
         elif _is(kind, int) or _is(kind, float):
             if WITH_COMMAS.fullmatch(value) and (",0" in value or not is_sweep):
                 one = value.replace(",", "." if value.startswith("0,") else "_")

@@ -65,6 +65,8 @@ def test_what_hydra_reads_rightly_is_left_to_it() -> None:
         f"{h}{Path.home()}/c" for h in ("", "file://")
     ]
     assert read("artifact=a,b ~", "eval") == "a,b ~"
+    assert read('out="~/s"', "eval") == read("out='~/s'", "eval") == "~/s"
+    assert read('prompt="a"', "eval") == '"a"'
     assert read("data.files=[${oc.env:A,b}/é]") == ["${oc.env:A,b}/é"]
 
 
