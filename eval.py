@@ -19,6 +19,7 @@ Each task is imported only when asked for: those that are not needed to score ar
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from importlib import import_module
 
 from qat.budget.budget import Budget
@@ -29,6 +30,7 @@ from qat.settings.command_line import Job, Program, main
 from qat.settings.schema import EvalTaskSettings, require
 
 GOLF_MODULE, GOLF_SUFFIX = "qat.golf.ptz_model", ".ptz"  # imported by name: see above
+RUNS_TEXT = "qat.runs.text_of_run"
 FULL = "qat.analysis.full_task"  # task=score, in more respects than val_bpb
 TASKS = {
     "score": "qat.evaluation.score_task",
@@ -46,7 +48,8 @@ TASKS = {
 
 def resolve(settings: EvalTaskSettings, choices) -> EvalTaskSettings:
     require(settings.task in TASKS, "task", settings.task, f"choose from {', '.join(TASKS)}")
-    return resolve_eval(settings, choices)
+    s = resolve_eval(settings, choices)
+    return replace(s, data=import_module(RUNS_TEXT).text_of_run(s.run, s.data)) if s.run else s
 
 
 def run(s: EvalTaskSettings, job: Job) -> int:

@@ -138,7 +138,7 @@ def train(s: TrainSettings, training_run) -> int:
     check_length(source, train_stream, s.batch_tokens)
     state = load_checkpoint(training_run.checkpoint) if s.resume is not None else None
     forked = training_run.forked_state()
-    held = {}
+    held, choices = {}, dict(training_run.job.choices)
     if machine.rank() == 0:  # reads every token
         for stream in (train_stream, val_stream):
             stream.check_ids(s.model.vocab_size)
@@ -146,10 +146,13 @@ def train(s: TrainSettings, training_run) -> int:
         streams = {"train": train_stream, "val": val_stream}
         identity = CheckpointIdentity.of(training_run.row.settings, source, tokenizer, streams)
         if state is not None:
-            check_resumed(f"resume={s.resume}", CheckpointIdentity.held_by(state), identity)
+            typed = f"resume={s.resume}"
+            check_resumed(typed, CheckpointIdentity.held_by(state), identity)
+            if state["choices"] != choices:
+                raise UserError(f"{typed}: its choices.json was changed; bring that back")
         elif forked is not None:
             check_resumed(s.fork.typed, CheckpointIdentity.held_by(forked), identity, APART)
-        held = {KEY: vars(identity)}
+        held = {KEY: vars(identity), "choices": choices}
     state = forked if state is None else state
     plan, spec = training_run.plan, training_run.spec
     module = build_model(s.model, s.seed)

@@ -401,7 +401,8 @@ def absolute_paths(data: DataSettings) -> DataSettings:
     named = ("train_files", "val_files", "tokenizer")
     absolute = {key: os.path.abspath(value) for key in named if (value := getattr(data, key))}
     files = [os.path.abspath(file) for file in data.files] if data.files else data.files
-    return replace(data, files=files, **absolute)
+    cache_dir = os.path.abspath(_cache_dir(data))
+    return replace(data, files=files, cache_dir=cache_dir, **absolute)
 
 
 def from_settings(data: DataSettings, vocab_size: int) -> Source:

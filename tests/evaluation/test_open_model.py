@@ -118,3 +118,21 @@ def test_a_model_that_its_tensors_are_not(
     with pytest.raises(UserError) as caught:
         open_artifact(path)
     assert re.fullmatch(rf"artifact={path}: its (tensors|header) .*", str(caught.value))
+
+
+def test_a_run_brings_its_text_along(train, program, prepared_text: Path, tmp_path: Path) -> None:
+    """Its own cache, wherever it is asked from; and shards that were given."""
+    assert train("run_name=own", "max_steps=1", "data.cache_dir=ca").code == 0
+    shards = (
+        "data.files=null", f"data.train_files={prepared_text}/train_*.bin",
+        f"data.val_files={prepared_text}/val_*.bin",
+        f"data.tokenizer={prepared_text}/tokenizer.model",
+    )  # fmt: skip
+    assert train("run_name=given", "max_steps=1", *shards).code == 0
+    for name in ("own", "given"):
+        done = program("eval.py", f"run={tmp_path}/logs/runs/{name}")
+        assert done.code == 0, done.err
+        bpb = result_of(tmp_path / "logs" / "runs" / name)["val_bpb_artifact"]
+        printed = re.search(r"val_bpb +(\S+)", done.out)
+        assert printed is not None
+        assert float(printed[1]) == pytest.approx(bpb, abs=1e-5)

@@ -273,8 +273,8 @@ def test_an_interrupted_run_goes_on(train, program, monkeypatch: pytest.MonkeyPa
 
 def test_the_clock_goes_on(train, program, monkeypatch: pytest.MonkeyPatch) -> None:
     """No time lost or charged twice beyond the last checkpoint."""
-    clock = ["max_steps=null", "budget_seconds=2", "checkpoint.every_seconds=0.4"]
-    crash_in(monkeypatch, 40)
+    clock = ["max_steps=null", "budget_seconds=2", "checkpoint.every_seconds=0.1"]
+    crash_in(monkeypatch, 15)
     crashed(train, *clock, "run_name=torn", "logger.every_steps=1")
     time.sleep(1.0)  # being dead costs nothing
     assert program("train.py", "resume=torn").code == 0
@@ -504,3 +504,14 @@ def test_twenty_kills(tiny: list[str], tmp_path: Path, train) -> None:
     assert done.returncode == 0, done.stderr
     assert train(*asked[len(tiny) :], "run_name=whole").code == 0
     same("whole", "torn")
+
+
+def test_choices_that_were_edited_are_refused(train, program) -> None:
+    """They say which row of a table a run is."""
+    assert train("qat=none", "run_name=r", "max_steps=2").code == 0
+    (RUNS / "r" / "result.json").unlink()
+    file = RUNS / "r" / "choices.json"
+    file.write_text(file.read_text().replace('"qat": "none"', '"qat": "int6"'))
+    done = program("train.py", "resume=r")
+    assert done.code == 2
+    assert "resume=logs/runs/r: its choices.json was changed; bring that back" in done.err
