@@ -80,7 +80,7 @@ def test_a_slow_rank_with_a_wrong_clock_ends_with_the_same_weights(
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds a rank in /proc")
 def test_a_dying_rank_ends_all_and_the_run_goes_on(tiny: list[str], tmp_path: Path) -> None:
-    asked = [*tiny, "qat=int6", "max_steps=4000", "schedule.warmdown_steps=40",
+    asked = [*tiny, "qat=int6", "max_steps=300", "schedule.warmdown_steps=40",
              "checkpoint.every_steps=20", "run_name=torn"]  # fmt: skip
     process = subprocess.Popen(
         torchrun_command(*asked), cwd=tmp_path, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True
@@ -98,9 +98,6 @@ def test_a_dying_rank_ends_all_and_the_run_goes_on(tiny: list[str], tmp_path: Pa
     assert "rank      : 1" in err  # torchrun's summary of what failed first
     assert "SIGKILL" in err
     assert not (folder / "artifact.qat").exists()
-    (folder / "config.yaml").write_text(
-        (folder / "config.yaml").read_text().replace("max_steps: 4000", "max_steps: 60")
-    )
     done = torchrun("resume=torn", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "going on after step" in done.stderr

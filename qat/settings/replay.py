@@ -12,8 +12,9 @@ from qat.settings.options import options
 from qat.settings.schema import EvalTaskSettings, TrainSettings
 from qat.settings.typed import in_quotes
 
-# Names and places of that run, and how it was watched.
-LEFT_OUT = ("run_name", "runs_dir", "sweep_name", "resume", "logger")
+# Names and places of that run, how it was watched, and which run made its first updates: in one
+# piece it has the same bits.
+LEFT_OUT = ("run_name", "runs_dir", "sweep_name", "resume", "logger", "fork")
 TEXT_PATHS = ("data.train_files", "data.val_files", "data.tokenizer", "data.files")
 SCORE_PATHS = ("data.val_files", "data.tokenizer", "data.files")
 

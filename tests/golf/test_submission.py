@@ -77,7 +77,8 @@ def commands(handed_in: Path) -> list[list[str]]:
 
 def settings_of(run: Path) -> dict:
     settings = result_of(run)["settings"]
-    names = ("run_name", "sweep_name", "logger")  # sweep_name is the time outside a sweep
+    # sweep_name is the time outside a sweep; a run that was forked is one of the same bits
+    names = ("run_name", "sweep_name", "logger", "fork")
     return {key: value for key, value in settings.items() if key not in names}
 
 
@@ -312,6 +313,8 @@ def test_a_job_of_a_sweep_is_replayed_as_one_run(
     assert done.code == 0, done.err
     again = Path("logs/runs/again")
     assert settings_of(again) == settings_of(tmp_path / run)
+    scores = [result_of(folder)["val_bpb_artifact"] for folder in (again, tmp_path / run)]
+    assert scores[0] == scores[1]
     assert result_of(again)["qat"] == "int6"
     assert (again / "artifact.qat").read_bytes() == (tmp_path / run / "artifact.qat").read_bytes()
 

@@ -84,7 +84,8 @@ def test_command(
     launchers = [word for word in words if word.startswith("hydra/launcher=")]
     for launcher in launchers:  # its presence is checked, SLURM is not here
         assert (CONF / f"{launcher.replace('=', '/')}.yaml").is_file()
-    arguments = [word for word in words if word not in launchers]
+    of_launcher = (*launchers, "hydra.launcher.")
+    arguments = [word for word in words if not word.startswith(of_launcher)]
     monkeypatch.setattr(sys, "argv", [f"{name}.py", *arguments])
     seen = []
     resolve = (train if name == "train" else eval_program).resolve
