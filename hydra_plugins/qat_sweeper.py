@@ -86,7 +86,11 @@ class CheckedSweeper(BasicSweeper):
         parser = OverridesParser.create(loader)
         overrides = parser.parse_overrides([*self._parse_config(), *arguments])
         for asked in overrides:
-            values = list(asked.sweep_string_iterator()) if asked.is_sweep_override() else []
+            if not asked.is_sweep_override():
+                continue
+            values = list(asked.sweep_string_iterator())
+            if not values:
+                raise UserError(f"{asked.input_line}: no values, so nothing to run")
             if twice := [value for n, value in enumerate(values) if value in values[:n]]:
                 raise UserError(f"{asked.get_key_element()}={twice[0]}: given twice; give it once")
         (jobs,) = self.split_arguments(overrides, None)

@@ -123,7 +123,8 @@ def unknown(key: str, known: set[str], config_name: str) -> str:
     parent = key.rpartition(".")[0]
     if parent in known and not any(name.startswith(f"{parent}.") for name in known):
         return f"{parent} takes one value, it has no parts"
-    close = difflib.get_close_matches(key, sorted(n for n in known if n[-1] != "."), n=1)
+    others = sorted(n for n in known if n[-1] != "." and not key.startswith(f"{n}."))
+    close = difflib.get_close_matches(key, others, n=1)
     hint = f"did you mean {close[0]}?" if close else f"see `python {config_name}.py --cfg job`"
     is_there = any(name.endswith(f".{key}") for name in close)  # in a group
     for other in SCHEMAS.keys() - {config_name}:

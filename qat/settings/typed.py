@@ -147,4 +147,6 @@ def plain_number(typed: str) -> str:
     """What to give instead of ``setting=value`` if it begins like a number, else ''."""
     name, _, value = typed.partition("=")
     unit = UNITS.get(name.rpartition("_")[2], "")
+    if re.fullmatch(r"[+-]?(inf|nan|[\d._]+(e[+-]?\d+)?)", value, re.IGNORECASE):
+        return f"; give a whole number{unit}"  # any number will do for the other kind
     return f"; give a plain number{unit}" if re.match(r"[+-]?\.?\d", value) else ""

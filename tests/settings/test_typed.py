@@ -99,6 +99,7 @@ def test_numbers_with_commas_are_refused_by_name() -> None:
         ("modle={dim: 3}", "modle={dim: 3}: unknown setting; did you mean model?"),
         ("model={dim: 3}", "model={dim: 3}: give model.dim=VALUE instead"),
         ("model={dimm: 3}", "model.dimm: unknown setting; did you mean model.dim?"),
+        ("optimizer.lr=1", "optimizer.lr=1: unknown setting; did you mean optimizer.head_lr?"),
         ("eval=3", "eval=3: eval has parts and no options here; give eval.NAME=VALUE"),
         (
             "prompt=x",
@@ -123,6 +124,10 @@ def test_mistakes_are_named_as_typed(typed: str, message: str) -> None:
     [
         ("limit_bytes=16MB", "to Integer; give a plain number of bytes, 1 MB = 1000000"),
         ("budget_seconds=10min", "to Float; give a plain number of seconds, 1 min = 60"),
+        ("seed=1.5", "to Integer; give a whole number"),
+        ("max_steps=inf", "to Integer; give a whole number"),
+        ("seed=range(1,1)", "seed=range(1,1): no values, so nothing to run"),
+        ("qat=glob(nothing*)", "qat=glob(nothing*): no values, so nothing to run"),
         ("seed=1\n", "seed=1\\n: cannot be read as setting=value"),
         ("runs_dir=${HOME}/x", "runs_dir, sweep_name: Interpolation key 'HOME' not found"),
         ("hydra=1", "hydra=1: unknown setting"),
