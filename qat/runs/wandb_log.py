@@ -48,8 +48,14 @@ def refusals_named() -> Iterator[None]:
 
 
 def check_login(s: LoggerSettings) -> None:
-    """Before a run takes its folder. UserError if W&B is to be reached and cannot be, or does not
-    know who asks."""
+    """Before a run takes its folder. UserError if a variable of W&B is wrong, or if it is to be
+    reached and cannot be, or does not know who asks."""
+    for name in sorted(name for name in os.environ if name.startswith("WANDB_")):
+        try:
+            wandb.Settings().update_from_env_vars({name: os.environ[name]})
+        except ValidationError as error:
+            reason = error.errors()[0]["msg"]
+            raise UserError(f"logger=wandb: {name}={os.environ[name]}: {reason}") from None
     if not s.offline:
         with refusals_named():
             wandb.Api()

@@ -141,3 +141,14 @@ def test_without_wandb_it_is_one_line(train, monkeypatch: pytest.MonkeyPatch) ->
     done = train("logger=wandb", "max_steps=1")
     assert (done.code, done.err.count("\n")) == (2, 1)
     assert "pip install 'qat[wandb]'" in done.err
+
+
+@pytest.mark.parametrize(("name", "value"), [("WANDB_SILENT", "nope"), ("WANDB_BASE_URL", "foo")])
+def test_a_wrong_variable_is_named_before_a_folder_is_taken(
+    name: str, value: str, train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(name, value)
+    done = train("logger=wandb", "run_name=r", "max_steps=1")
+    assert done.code == 2
+    assert f"logger=wandb: {name}={value}: " in done.err
+    assert not Path("logs/runs/r").exists()
