@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ from hydra._internal.core_plugins.basic_launcher import BasicLauncher
 
 from qat.runs.result import Result
 from qat.settings.command_line import Jobs
-from qat.study.study import run_name
 
+# By name: studies are no part of train_gpt.py, where Hydra finds this file too.
+STUDY_RUNS = "qat.study.study"
 TRAIN = Path(__file__).resolve().parents[1] / "train.py"
 
 
@@ -69,4 +71,7 @@ def exit_code(command: list[str]) -> int:
 def _name(overrides: Sequence[str]) -> str | None:
     """Of a study's run; others take a name of their own."""
     typed = dict(override.partition("=")[::2] for override in overrides)
-    return run_name(typed["arm"], int(typed["seed"])) if "arm" in typed else None
+    if "arm" not in typed:
+        return None
+    name: str = import_module(STUDY_RUNS).run_name(typed["arm"], int(typed["seed"]))
+    return name
