@@ -137,7 +137,7 @@ def train(s: TrainSettings, training_run) -> int:
     val_stream = TokenStream(source.val_files, "data.val_files")
     check_length(source, train_stream, s.batch_tokens)
     state = load_checkpoint(training_run.checkpoint) if s.resume is not None else None
-    forked = training_run.forked_state()
+    forked = training_run.forked_state() if state is None else None
     held, choices = {}, dict(training_run.job.choices)
     if machine.rank() == 0:  # reads every token
         for stream in (train_stream, val_stream):
@@ -197,7 +197,7 @@ def train(s: TrainSettings, training_run) -> int:
         if trainer.is_global_zero:
             save_checkpoint(training_run.kept_checkpoint(step), state | held)
 
-    on_curve = replace(scorer, max_targets=s.eval.curve_tokens)
+    on_curve = replace(scorer, max_targets=s.eval.curve_tokens) if s.eval.curve_points else scorer
 
     def bpb_on_curve(weights) -> float:
         return on_curve.score(weights, "a point of the curve").val_bpb

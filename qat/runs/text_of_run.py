@@ -6,6 +6,7 @@ from dataclasses import replace
 from os.path import expanduser
 from pathlib import Path
 
+from qat.evaluation.open_model import names_text
 from qat.runs.run_folder import CONFIG, read_config
 from qat.settings.schema import DataSettings, from_yaml
 
@@ -13,8 +14,7 @@ from qat.settings.schema import DataSettings, from_yaml
 def text_of_run(run: str, data: DataSettings) -> DataSettings:
     """``data`` as typed, or if it names no text that of the run: its shards and tokenizer, or the
     cache that it prepared its text in. UserError if the run's settings are damaged."""
-    is_named = data.val_files or data.tokenizer or data.files or data.source != "from_artifact"
-    if is_named or not (Path(run) / CONFIG).is_file():
+    if names_text(data) or not (Path(run) / CONFIG).is_file():
         return data
     own = from_yaml(read_config(Path(run), "run")[0], f"run={run}").data
     if own.val_files:

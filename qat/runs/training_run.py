@@ -130,6 +130,8 @@ class TrainingRun:
             data=None,
             limit_bytes=s.limit_bytes,
             storing_code=provenance.storing_code(),
+            forked_from=Path(s.fork.run).name if s.fork.run else None,
+            forked_steps=s.fork.step,
             settings=asdict(s) | {"data": asdict(absolute_paths(s.data))},
         )
 
@@ -205,13 +207,12 @@ class TrainingRun:
         return Path(self.settings.resume or self.path("")) / run_folder.CHECKPOINT
 
     def forked_state(self) -> dict[str, Any] | None:
-        """What this run goes on from; None if it has updates of its own only. UserError if it
-        cannot."""
+        """What a run that has no checkpoint of its own goes on from; None if it is no fork.
+        UserError if it cannot."""
         s = self.settings
         if s.fork.run is None:
             return None
         self._trunk = trunk_folder(s, self.job.sweep_dir)
-        self.row.forked_from, self.row.forked_steps = self._trunk.name, s.fork.step
         return forked_state(s, self._trunk)
 
     def kept_checkpoint(self, step: int) -> Path:

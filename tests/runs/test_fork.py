@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -96,6 +97,11 @@ def test_a_fork_of_a_fork_resumes_to_the_same_bits(train, program) -> None:
     (folder / "checkpoint.ckpt").unlink()
     assert program("train.py", "resume=twig").code == 0
     assert same_run(RUNS / "whole", folder)
+    # With a checkpoint of its own it needs the fork no more.
+    (folder / "result.json").unlink()
+    shutil.rmtree(RUNS / "branch" / "kept")
+    assert program("train.py", "resume=twig").code == 0
+    assert result_of(folder)["forked_from"] == "branch"
 
 
 @pytest.mark.parametrize(
