@@ -38,10 +38,10 @@ import torch
 from torch import Tensor
 
 from qat.artifact.coder import CODERS, encode_section
-from qat.artifact.sections import Section, matrices_of, section_sizes
+from qat.artifact.sections import Section, matrices_of, section_of, section_sizes
 from qat.errors import UserError
 from qat.quantize.plan import Encoded, Entry, Plan
-from qat.quantize.rounding import DTYPES, Codes
+from qat.quantize.rounding import Codes
 
 ARTIFACT = "artifact.qat"  # the name of a run's file
 OVERSIZE_SUFFIX = ".oversize"
@@ -105,7 +105,10 @@ def read_header(text: bytes | bytearray) -> Header:
 def declared_bytes(plan: Plan) -> int:
     """What its tensors take as float32, scales and zero points included."""
     return 4 * sum(
-        e.num_elements + (math.prod(e.scales_shape) + e.num_zeros if e.grid else 0) for e in plan
+        (e.num_elements if e.grid else 0)
+        + e.num_zeros
+        + sum(math.prod(shape) for _, shape in e.stored_floats)
+        for e in plan
     )
 
 
@@ -172,21 +175,19 @@ def _join_planes(raw: Buffer) -> memoryview:
 
 def pack(encoded: list[Encoded], plan: Plan, meta: Mapping[str, Any], coder: str) -> bytes:
     """The whole file as bytes. ValueError if its header is longer than a reader takes."""
-    codes, halves, words = bytearray(), bytearray(), bytearray()
+    raws = {name: bytearray() for name in section_sizes(plan)}
     for item in encoded:
         if item.coded is not None:
-            codes += _raw(item.coded.codes)
-            if item.coded.zeros is not None:
-                codes += _raw(item.coded.zeros)
-        (halves if item.floats.element_size() == 2 else words).extend(_raw(item.floats))
-    raws = {
-        "codes": bytes(codes),
-        "floats16": _split_planes(bytes(halves)),
-        "floats32": bytes(words),
-    }
+            raws["codes"] += _raw(item.coded.codes)
+            if item.entry.num_zeros and item.coded.zeros is not None:
+                raws["codes"] += _raw(item.coded.zeros)
+        for floats in item.floats:
+            raws[section_of(floats.dtype)] += _raw(floats)
     sections, parts = [], []
     for name, size in section_sizes(plan).items():
-        used, data = encode_section(raws[name], matrices_of(plan, name), coder)
+        raw = bytes(raws.pop(name))
+        raw = _split_planes(raw) if name == "floats16" else raw
+        used, data = encode_section(raw, matrices_of(plan, name), coder)
         sections.append(Section(name, used, size, len(data)))
         parts.append(data)
     header = Header(dict(meta), plan, sections).as_bytes()
@@ -288,13 +289,14 @@ def _read(file: BufferedReader, size: int) -> Artifact:
     weights = {}
     for item in encoded:
         weights[item.entry.name] = w = item.decode()
-        if not _is_finite(item.floats) or not _is_finite(w):
+        if not all(map(_is_finite, item.floats)) or not _is_finite(w):
             raise ValueError(f"tensor {item.entry.name} has a value that is not finite")
     return Artifact(header.meta, header.plan, weights, encoded, header.sections, size)
 
 
 def _is_finite(values: Tensor) -> bool:
     """Without a copy, as ``isfinite`` makes; a NaN is the least and the largest."""
+    values = values.float() if values.element_size() == 1 else values  # which has no maxima
     return not values.numel() or all(torch.isfinite(end) for end in torch.aminmax(values))
 
 
@@ -310,10 +312,6 @@ def _split(plan: Plan, raws: Mapping[str, Buffer]) -> list[Encoded]:
         offsets[section] += count * dtype.itemsize
         return torch.frombuffer(raws[section], dtype=dtype, count=count, offset=start).view(shape)
 
-    def take_floats(storage: str, shape: tuple[int, ...]) -> Tensor:
-        dtype = DTYPES[storage]
-        return take("floats16" if dtype.itemsize == 2 else "floats32", dtype, shape)
-
     def take_codes(entry: Entry, shape: tuple[int, ...]) -> Tensor:
         assert entry.grid is not None
         codes = take("codes", torch.int8, shape)
@@ -324,11 +322,14 @@ def _split(plan: Plan, raws: Mapping[str, Buffer]) -> list[Encoded]:
 
     encoded = []
     for entry in plan:
+        floats = [take(section_of(dtype), dtype, shape) for dtype, shape in entry.stored_floats]
         if entry.grid is None:
-            encoded.append(Encoded(entry, plain=take_floats(entry.dtype, entry.shape)))
+            encoded.append(Encoded(entry, plain=floats[0]))
         else:
             codes = take_codes(entry, entry.shape)
-            zeros = take_codes(entry, entry.scales_shape) if entry.num_zeros else None
-            scales = take_floats(entry.grid.scale_dtype, entry.scales_shape)
-            encoded.append(Encoded(entry, Codes(codes, scales, zeros)))
+            tensor_scale = floats.pop() if entry.grid.has_tensor_scale else None
+            zeros = floats.pop() if entry.grid.table.has_minimum else None
+            if entry.num_zeros:
+                zeros = take_codes(entry, entry.scales_shape)
+            encoded.append(Encoded(entry, Codes(codes, floats[0], zeros, tensor_scale)))
     return encoded

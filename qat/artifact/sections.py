@@ -1,8 +1,9 @@
 """What the sections of an artifact hold, as its coders see them.
 
-Three sections, in file order: ``codes`` (int8, one symbol per byte, then the zero points of an
-asymmetric grid; tensor after tensor in plan order), ``floats16`` and ``floats32``: scales and plain
-tensors (low bytes, then high bytes, of all 16-bit values; 32-bit values as is).
+Sections in file order: ``codes`` (int8, one symbol per byte, then the zero points of an asymmetric
+grid; tensor after tensor in plan order), ``floats8`` (scales of a byte, in files that have some),
+``floats16`` and ``floats32``: scales, minima and plain tensors (low bytes, then high bytes, of all
+16-bit values; 32-bit values as is).
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
+
 from qat.quantize.plan import Entry, Plan
-from qat.quantize.rounding import DTYPES
 
 
 class Matrix(NamedTuple):
@@ -43,14 +45,19 @@ def matrix_of(entry: Entry) -> Matrix:
 
 
 def matrices_of(plan: Plan, section: str) -> list[Matrix]:
-    """The codes section as tensors, in its order: codes, then the zero points if there are some.
+    """A section of bytes as tensors, in its order; of codes with the zero points if there are some.
 
-    The other sections have none.
+    The sections of wider values have none.
     """
     found: list[Matrix] = []
-    if section != "codes":
+    if section not in ("codes", "floats8"):
         return found
     for entry in plan.on_grid:
+        if section == "floats8":
+            if entry.stored_floats[0][0].itemsize == 1:
+                role = f"scales of {matrix_of(entry).role}"
+                found.append(Matrix(*entry.scales_shape, 8, False, role))
+            continue
         found.append(matrix_of(entry))
         if entry.num_zeros:
             found.append(Matrix(1, entry.num_zeros, 8, False, "zero points"))
@@ -66,12 +73,14 @@ class Section(NamedTuple):
 
 def section_sizes(plan: Plan) -> dict[str, int]:
     """Raw bytes of each section, in file order, from the plan alone."""
-    floats = [
-        (e.grid.scale_dtype, math.prod(e.scales_shape)) if e.grid else (e.dtype, e.num_elements)
-        for e in plan
-    ]
-    by_width = {2: 0, 4: 0}
-    for dtype, count in floats:
-        by_width[DTYPES[dtype].itemsize] += DTYPES[dtype].itemsize * count
+    by_width = {1: 0, 2: 0, 4: 0}
+    for entry in plan:
+        for dtype, shape in entry.stored_floats:
+            by_width[dtype.itemsize] += dtype.itemsize * math.prod(shape)
     codes = sum(e.num_elements + e.num_zeros for e in plan.on_grid)
-    return {"codes": codes, "floats16": by_width[2], "floats32": by_width[4]}
+    bytes_ = {"floats8": by_width[1]} if by_width[1] else {}
+    return {"codes": codes, **bytes_, "floats16": by_width[2], "floats32": by_width[4]}
+
+
+def section_of(dtype: torch.dtype) -> str:
+    return f"floats{8 * dtype.itemsize}"

@@ -171,7 +171,7 @@ def _bits_for(largest_code: float) -> int:
 
 
 def _bits_of(encoded: Encoded) -> float:
-    bits = bits_of_floats([encoded.floats])
+    bits = bits_of_floats(encoded.floats)
     if encoded.coded is None:
         return bits
     return bits + bits_of_codes(encoded.coded.codes.reshape(encoded.entry.num_rows, -1))

@@ -38,9 +38,9 @@ def order0_bits(codes: torch.Tensor) -> float:
 def _row(item: Encoded, coder: str) -> list[str]:
     entry = item.entry
     shape = " x ".join(map(str, entry.shape))
-    floats_bytes = item.floats.numel() * item.floats.element_size()
+    floats_bytes = sum(floats.numel() * floats.element_size() for floats in item.floats)
     if item.coded is None or entry.grid is None:
-        bits = 8.0 * item.floats.element_size()
+        bits = 8.0 * item.floats[0].element_size()
         return [entry.name, entry.dtype, shape, "", "", f"{floats_bytes:,}", f"{bits:.3f}", ""]
     codes = item.coded.codes
     coded = CODERS[coder].encode(codes.numpy().tobytes(), [matrix_of(entry)])

@@ -174,7 +174,7 @@ def unpack_golf(data: bytes) -> GolfFile:
         raise ValueError(f"it is longer than {MAX_RAW_BYTES} bytes")
     raw = _expand(data)
     items = _items(_load(raw))
-    stored = [part for item, _ in items for part in (item.coded or (item.floats,))]
+    stored = [part for item, _ in items for part in (item.coded or item.floats)]
     # Tensors may share a storage, and a file of one weight could name it a million times.
     if sum(part.nbytes for part in stored if part is not None) > len(raw):
         raise ValueError("its tensors are larger than the file")
@@ -182,7 +182,7 @@ def unpack_golf(data: bytes) -> GolfFile:
     for item, type_name in items:
         name = item.entry.name
         weights[name] = item.decode().to(TYPE_NAMES[type_name]).float()
-        if not torch.isfinite(item.floats).all() or not torch.isfinite(weights[name]).all():
+        if not torch.isfinite(item.floats[0]).all() or not torch.isfinite(weights[name]).all():
             raise ValueError(f"tensor {_label(name)} has a value that is not finite")
     return GolfFile(Plan([item.entry for item, _ in items]), weights, len(data))
 
@@ -206,10 +206,11 @@ def pack_golf(encoded: list[Encoded]) -> bytes:
             content["dtypes"][name] = "float32"
             content["qmeta"][name] = dict(PER_ROW)
         else:
-            if item.floats.dtype not in STORED_AS:
+            (floats,) = item.floats
+            if floats.dtype not in STORED_AS:
                 raise ValueError(f"tensor {name} is stored as {item.entry.dtype}, not fp16 or fp32")
-            content["passthrough"][name] = item.floats.clone()
-            if item.floats.dtype == torch.float16:
+            content["passthrough"][name] = floats.clone()
+            if floats.dtype == torch.float16:
                 content["passthrough_orig_dtypes"][name] = "float32"
     kept = {key: part for key, part in content.items() if part or key in SECTIONS}
     raw = io.BytesIO()

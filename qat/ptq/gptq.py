@@ -181,7 +181,7 @@ class _ColumnLevels:
 
     def __init__(self, coded: Codes, grid: Grid) -> None:
         rows, columns = coded.codes.shape
-        scales = coded.scales.float()
+        scales = coded.decoding_scales
         self._column_scales = scales.new_ones(columns)
         if grid.column_scales:
             scales, self._column_scales = scales[:rows], scales[rows:, 0]
@@ -202,7 +202,7 @@ class _ColumnLevels:
         """What the codes (rows,) of a column stand for."""
         group = column // self._group_size
         zero = None if self._zeros is None else self._zeros[group]
-        decoded = decode_view(codes[:, None].clone(), self._steps[group], zero)
+        decoded = decode_view(codes[:, None].clone(), self._grid, self._steps[group], zero)
         return decoded[:, 0] * self._column_scales[column]
 
 

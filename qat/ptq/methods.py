@@ -37,8 +37,7 @@ def encoded_by(
         name = item.entry.name
         if item.entry.grid is not None:
             entry, codes = method(item.entry, weights[name], scales.get(name))
-            zeros = None if codes.zeros is None else codes.zeros.cpu()
-            item = Encoded(entry, Codes(codes.codes.cpu(), codes.scales.cpu(), zeros))
+            item = Encoded(entry, codes.cpu())
         found.append(item)
     return found
 

@@ -6,8 +6,9 @@ compiled on a CPU and Triton kernels on CUDA (triton_kernels.py); the small one 
 compilers drop the scale's detour through its storage dtype, and 96 % of the weights change in the
 last bit.
 
-Fused are the grids whose bits do not depend on the order of work: int and ternary levels with a
-scale from maxima and minima (amax, exact percentile). Sums round differently when reordered, so the
+Fused are the grids whose bits do not depend on the order of work: scales from maxima and minima
+(amax, exact percentile, power), and levels that a compiler rounds to as torch does; on CUDA whole
+numbers alone, which the kernels are written for. Sums round differently when reordered, so the
 other grids, and plain tensors, go through ``Entry.snap``.
 """
 
@@ -19,11 +20,15 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from qat.quantize.passes import CompiledPasses, batches_of, is_fusable
-from qat.quantize.plan import Plan
-from qat.quantize.rounding import (
-    coding_from,
+from qat.quantize.passes import (
+    CompiledPasses,
+    Found,
+    batches_of,
+    has_kernel,
+    is_fusable,
 )
+from qat.quantize.plan import Entry, Plan
+from qat.quantize.rounding import coding_from, tensor_scale_of
 
 if TYPE_CHECKING:
     from qat.quantize.triton_kernels import TritonPasses
@@ -33,14 +38,20 @@ class FusedSnap:
     """Snaps the masters of one plan; compiled at the first call."""
 
     def __init__(self, plan: Plan) -> None:
-        self.names = [entry.name for entry in plan.on_grid if is_fusable(entry)]
-        self.batches = batches_of([plan.entries[name] for name in self.names])
+        self._take([entry for entry in plan.on_grid if is_fusable(entry)])
         self._snapped: dict[str, Tensor] = {}
         self._passes: CompiledPasses | TritonPasses | None = None
+
+    def _take(self, entries: list[Entry]) -> None:
+        self._entries = entries
+        self.names = [entry.name for entry in entries]
+        self.batches = batches_of(entries)
 
     @torch.no_grad()
     def __call__(self, masters: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Name -> snapped weight of every fusable tensor, overwritten by the next call."""
+        if self._passes is None and self.names and masters[self.names[0]].is_cuda:
+            self._take([entry for entry in self._entries if has_kernel(entry)])
         weights = {name: masters[name].detach() for name in self.names}
         if not weights:
             return {}
@@ -48,12 +59,33 @@ class FusedSnap:
             self._passes = self._passes_for(weights)
             # Kept: allocating them anew costs more than writing them.
             self._snapped = {name: torch.empty_like(w) for name, w in weights.items()}
+        found = self._passes.look(weights)
+        scales = self._tensor_scales(found)
         codings = [
-            coding_from(found, batch.grid, batch.columns)
-            for batch, found in zip(self.batches, self._passes.look(weights), strict=True)
+            coding_from(of_groups, batch.grid, batch.columns, scale)
+            for batch, of_groups, scale in zip(self.batches, found, scales, strict=True)
         ]
         self._passes.write(weights, codings, self._snapped)
         return self._snapped
+
+    def _tensor_scales(self, found: list[Found]) -> list[Tensor | None]:
+        """For every group of a batch its tensor's scale, where scales are in units of one."""
+        amax: dict[str, Tensor] = {}
+        for batch, (largest, *_) in zip(self.batches, found, strict=True):
+            if batch.grid.has_tensor_scale:
+                for (name, _), own in zip(batch.views, largest.split(batch.counts), strict=True):
+                    amax[name] = torch.maximum(amax.get(name, own.amax()), own.amax())
+        return [
+            torch.cat(
+                [
+                    tensor_scale_of(amax[name], batch.grid).expand(count)
+                    for (name, _), count in zip(batch.views, batch.counts, strict=True)
+                ]
+            )
+            if batch.grid.has_tensor_scale
+            else None
+            for batch in self.batches
+        ]
 
     def _passes_for(self, weights: dict[str, Tensor]) -> CompiledPasses | TritonPasses:
         if weights[self.names[0]].device.type != "cuda":

@@ -6,13 +6,15 @@
 (the last may be shorter) or per tensor. These rules find a clip, and the scale is the clip by half
 of what lies between the lowest and the highest level:
 
-    amax     max|w|               percentile  quantile of |w|
+    amax     max|w| (of most gguf blocks with its sign)
+    percentile  quantile of |w|
     sigma    sigma * std(w)       mse         the share of max|w| with the least square error
 
 and these the scale itself:
 
     absmean  mean|w|              fixed       ``fixed_scale``
     learned  a parameter (LSQ, arXiv 1902.08153); without one as mse
+    power    max|w| rounded down to a power of two, over that of the highest level (OCP MX v1.0)
     given    comes with the weights, from whoever chose the grid (the budget solver)
 
 With ``column_scales`` there is a scale per column beside that per row, and they multiply:
@@ -20,14 +22,18 @@ With ``column_scales`` there is a scale per column beside that per row, and they
 row feeds, so products are near the best scales where sensitivities differ (AWQ, arXiv 2306.00978,
 scales columns likewise). Both are stored in ``scale_dtype``, rows first.
 
-The scale is rounded to its storage dtype *before* codes are computed. Two grids store another scale
-than they code with, on purpose: ``code_scale_dtype`` (the challenge's own int8 file codes with the
-float32 scale and decodes with its float16 rounding) and ``refit`` (ternary: the stored scale is
-divided by mean|code|, which undoes the shrinkage of mean|w|).
+The scale is rounded to its storage dtype *before* codes are computed. e8m0 is a byte of powers of
+two, and rounds up, so that nothing is clipped. e4m3 are bytes in units of one float32 scale per
+tensor, max|w| over the highest level and 448 (NVFP4).
 
-Scales by amax and percentile, and those that are fixed or handed in, give the same bits on a CPU
-and on CUDA. sigma, mse and absmean depend on the order of sums, and so does a learned scale when it
-is first found: there a device may find another last digit of a scale, and so other codes.
+Some grids store another scale than they code with, on purpose: gguf blocks (levels/gguf.py),
+``code_scale_dtype`` (the challenge's own int8 file codes with the float32 scale and decodes with
+its float16 rounding) and ``refit`` (ternary: the stored scale is divided by mean|code|, which
+undoes the shrinkage of mean|w|).
+
+Scales by amax, percentile and power, and those that are fixed or handed in, give the same bits on a
+CPU and on CUDA. sigma, mse and absmean depend on the order of sums, and so does a learned scale
+when it is first found: there a device may find another last digit of a scale, and so other codes.
 
 ``scale_floor`` is a lower bound of the scale. In the challenge's file it is 1/127: a row is treated
 as if max|w| >= 1, so one with max|w| = 0.2 keeps 51 levels of 255. SDClip: PR 1394.
@@ -42,7 +48,8 @@ from typing import Any, get_args, get_type_hints
 
 from qat.quantize.levels import SCALE_RULES, Levels, all_levels
 
-SCALE_DTYPES = ("fp32", "bf16", "fp16")
+FLOAT_DTYPES = ("fp32", "bf16", "fp16")
+SCALE_DTYPES = (*FLOAT_DTYPES, "e8m0", "e4m3")
 # What a field means that a file does not name. It stays, whatever a grid's defaults become, so that
 # no file ever changes its meaning; a new field joins with the value that says what was done before.
 STORED_DEFAULTS: dict[str, Any] = {
@@ -65,12 +72,12 @@ class Grid:
     range: str = "symmetric"  # symmetric | full | asymmetric, of int levels
     group_size: int | None = None  # columns per scale; null = one scale per row
     per_tensor: bool = False
-    scale_rule: str = "amax"  # amax | percentile | sigma | mse | fixed | absmean | learned
+    scale_rule: str = "amax"  # amax | percentile | sigma | mse | power | fixed | absmean | learned
     percentile: float = 0.9999984  # a fraction in (0, 1], used by scale_rule=percentile
     sigma: float = 12.85  # clip in standard deviations, used by scale_rule=sigma
     fixed_scale: float | None = None  # used by scale_rule=fixed
     scale_floor: float = 0.0
-    scale_dtype: str = "fp16"  # fp32 | bf16 | fp16, as stored
+    scale_dtype: str = "fp16"  # fp32 | bf16 | fp16 | e8m0 | e4m3, as stored
     code_scale_dtype: str | None = None  # null = scale_dtype
     refit: bool = False  # ternary: undo the shrinkage of mean|w|
     column_scales: bool = False  # learned scales per row and per column, multiplied
@@ -87,7 +94,7 @@ class Grid:
         one_of("scale_rule", SCALE_RULES)
         one_of("scale_dtype", SCALE_DTYPES)
         if self.code_scale_dtype is not None:
-            one_of("code_scale_dtype", SCALE_DTYPES)
+            one_of("code_scale_dtype", FLOAT_DTYPES)
         table, is_learned = self.table, self.scale_rule == "learned"
         taken = f"{self.levels} levels take {', '.join(table.scale_rules)}"
         require(self.scale_rule in table.scale_rules, "scale_rule", taken)
@@ -120,6 +127,18 @@ class Grid:
             "code_scale_dtype",
             "a learned scale codes and decodes; leave it null",
         )
+        is_byte = self.scale_dtype not in FLOAT_DTYPES
+        for name in ("code_scale_dtype", "refit", "scale_floor", "column_scales"):
+            fits = not (is_byte or table.multiplies) or not getattr(self, name)
+            require(fits, name, f"not of {self.levels} levels with {self.scale_dtype} scales")
+        require(not (is_byte and table.multiplies), "scale_dtype", "blocks of gguf take fp16")
+        require(not is_learned or not is_byte, "scale_dtype", "learned scales take fp16")
+        require(
+            self.scale_dtype != "e4m3" or self.scale_rule in ("amax", "given"),
+            "scale_rule",
+            "scale_dtype=e4m3 takes amax",
+        )
+        require(not (is_byte and self.range == "asymmetric"), "scale_dtype", "zero points: fp16")
         require(not (self.refit and is_learned), "refit", "not of learned scales")
         require(not self.refit or "refit" in table.takes, "refit", "is for ternary levels")
         plain = self.range == "symmetric" and self.scale_rule in ("given", "learned")
@@ -140,6 +159,11 @@ class Grid:
     def table(self) -> Levels:
         """The levels themselves."""
         return all_levels()[self.levels].of(self.bits, self.range)
+
+    @property
+    def has_tensor_scale(self) -> bool:
+        """A float32 scale of the whole tensor, in units of which its scales are stored."""
+        return self.scale_dtype == "e4m3"
 
     @staticmethod
     def from_json(data: dict) -> Grid:
@@ -169,6 +193,7 @@ class Grid:
             "mse": "mse",
             "learned": "learned",
             "given": "given",
+            "power": "power",
         }
         parts += [rules[self.scale_rule]] if self.scale_rule in rules else []
         parts += [f"floor{self.scale_floor:g}"] if self.scale_floor else []

@@ -15,6 +15,7 @@ from qat.compiled import compiled
 from qat.quantize.grid import Grid
 from qat.quantize.plan import Entry
 from qat.quantize.rounding import (
+    DTYPES,
     Coding,
     decode_view,
     encode_view,
@@ -32,6 +33,7 @@ class GroupBatch(NamedTuple):
     grid: Grid
     columns: int
     views: tuple[tuple[str, int], ...]  # tensor and index of the view in ``group_views``
+    counts: tuple[int, ...]  # groups of each view
 
 
 Batches = tuple[GroupBatch, ...]
@@ -43,26 +45,35 @@ def _shapes_of_views(entry: Entry) -> list[Tensor]:
 
 
 def is_fusable(entry: Entry) -> bool:
-    if entry.grid is None or not entry.grid.table.is_even or entry.grid.refit:
+    if entry.grid is None or not entry.grid.table.fuses or entry.grid.refit:
         return False
     grid = entry.grid
     return all(order_statistics(view, grid) for view in _shapes_of_views(entry))
 
 
+def has_kernel(entry: Entry) -> bool:
+    """Of a fusable one: whether the Triton kernels know its levels and scales."""
+    assert entry.grid is not None
+    return entry.grid.table.is_even and entry.grid.scale_dtype in DTYPES
+
+
 def batches_of(entries: list[Entry]) -> Batches:
-    views: dict[tuple[Grid, int], list[tuple[str, int]]] = {}
+    views: dict[tuple[Grid, int], list[tuple[str, int, int]]] = {}
     for entry in entries:
         assert entry.grid is not None
         for index, view in enumerate(_shapes_of_views(entry)):
             key = entry.grid, view.size(-1)
-            views.setdefault(key, []).append((entry.name, index))
-    return tuple(GroupBatch(*key, tuple(found)) for key, found in views.items())
+            views.setdefault(key, []).append((entry.name, index, view[..., 0].numel()))
+    return tuple(
+        GroupBatch(*key, tuple((name, i) for name, i, _ in found), tuple(n for *_, n in found))
+        for key, found in views.items()
+    )
 
 
 def _look(weights: Mapping[str, Tensor], batches: Batches) -> list[Found]:
     """Order statistics of every batch, tensor after tensor."""
     found = []
-    for grid, _, views in batches:
+    for grid, _, views, _ in batches:
         parts = [order_statistics(group_views(weights[name], grid)[i], grid) for name, i in views]
         kinds = zip(*parts, strict=True)
         found.append(tuple(torch.cat([part.flatten() for part in kind]) for kind in kinds))
@@ -77,7 +88,7 @@ def _write(
 ) -> None:
     """Write every tensor's snapped weights."""
     parts: dict[str, dict[int, Tensor]] = {name: {} for name in weights}
-    for (grid, _, views), coding in zip(batches, codings, strict=True):
+    for (grid, _, views, _), coding in zip(batches, codings, strict=True):
         start = 0
         for name, i in views:
             view = group_views(weights[name], grid)[i]
@@ -85,7 +96,7 @@ def _write(
             end = start + size.numel()
             own = coding.part(start, end, size)
             code = encode_view(view, grid, own)
-            parts[name][i] = decode_view(code, own.stored_scale.float(), own.zero)
+            parts[name][i] = decode_view(code, grid, own.decoding_scale, own.decoding_zero)
             start = end
     for name, w in into.items():
         w.copy_(join_groups([parts[name][i] for i in sorted(parts[name])], w.shape))

@@ -18,7 +18,15 @@ import torch
 from torch import Tensor, nn
 
 from qat.quantize.grid import Grid
-from qat.quantize.rounding import DTYPES, Codes, check_finite, decode, encode, snap
+from qat.quantize.rounding import (
+    DTYPES,
+    SCALE_DTYPES,
+    Codes,
+    check_finite,
+    decode,
+    encode,
+    snap,
+)
 
 Scales = Mapping[str, Tensor]  # learned scales (rows, groups) by tensor name
 
@@ -58,14 +66,22 @@ class Entry:
         return math.prod(self.scales_shape) if asymmetric else 0
 
     @property
+    def stored_floats(self) -> list[tuple[torch.dtype, tuple[int, ...]]]:
+        """What a file stores of it as floats, in order: scales, minima, the tensor's scale; or all
+        of its values."""
+        if self.grid is None:
+            return [(DTYPES[self.dtype], self.shape)]
+        scales = SCALE_DTYPES[self.grid.scale_dtype], self.scales_shape
+        minima = [scales] if self.grid.table.has_minimum else []
+        return [scales, *minima, *([(torch.float32, (1,))] if self.grid.has_tensor_scale else [])]
+
+    @property
     def packed_bytes(self) -> int:
         """Size before entropy coding, codes packed at their bit width; scales included."""
+        floats = sum(dtype.itemsize * math.prod(shape) for dtype, shape in self.stored_floats)
         if self.grid is None:
-            return self.num_elements * DTYPES[self.dtype].itemsize
-        scale_bytes = math.prod(self.scales_shape) * DTYPES[self.grid.scale_dtype].itemsize
-        return (
-            math.ceil(self.num_elements * self.grid.table.bits / 8) + scale_bytes + self.num_zeros
-        )
+            return floats
+        return math.ceil(self.num_elements * self.grid.table.bits / 8) + floats + self.num_zeros
 
     def snap(self, w: Tensor, scales: Tensor | None = None) -> Tensor:
         """``w`` as a file would give it back."""
@@ -83,16 +99,19 @@ class Encoded:
     plain: Tensor | None = None
 
     @property
-    def floats(self) -> Tensor:
-        """The part stored as floats: scales, or the plain values."""
-        values = self.plain if self.coded is None else self.coded.scales
-        assert values is not None
-        return values
+    def floats(self) -> list[Tensor]:
+        """As ``entry.stored_floats`` lists them."""
+        if self.coded is None:
+            assert self.plain is not None
+            return [self.plain]
+        minima = None if self.entry.num_zeros else self.coded.zeros
+        found = (self.coded.scales, minima, self.coded.tensor_scale)
+        return [tensor for tensor in found if tensor is not None]
 
     def decode(self) -> Tensor:
         """Float32 weights."""
         if self.coded is None:
-            return self.floats.float()
+            return self.floats[0].float()
         assert self.entry.grid is not None
         return decode(self.coded, self.entry.grid)
 
@@ -201,10 +220,10 @@ class Plan:
                 check_finite(entry.name, w, plain.reshape(1, -1))
                 encoded.append(Encoded(entry, plain=plain.cpu()))
             else:
-                codes, found, zeros = encode(w, entry.grid, scales.get(entry.name))
-                check_finite(entry.name, w, found)
-                kept = Codes(codes.cpu(), found.cpu(), None if zeros is None else zeros.cpu())
-                encoded.append(Encoded(entry, kept))
+                coded = encode(w, entry.grid, scales.get(entry.name)).cpu()
+                encoded.append(Encoded(entry, coded))
+                for floats in encoded[-1].floats:
+                    check_finite(entry.name, w, floats)
         return encoded
 
     @property

@@ -13,7 +13,8 @@ operation is one that rounds alike everywhere. So there is division by the scale
 by its reciprocal, which differs in the last bit; and products are rounded before they are added to.
 CUDA hides both: a tensor divided by a Python number is multiplied by its reciprocal there, and
 ``torch.lerp`` (or ``torch.mean``) is one kernel that a compiler fuses as the device likes. Hence
-``quotient`` and ``between``.
+``quotient`` and ``between``. A format that another program defines by a product with the reciprocal
+gets that: ``Coding.inverse``.
 
 The percentile clip needs no sort: the linear-interpolated quantile of a row shorter than 1 / (1 -
 q) lies between its two largest entries, so those two are all that has to be found; only longer rows
@@ -22,6 +23,7 @@ are sorted.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import NamedTuple
@@ -32,6 +34,9 @@ from torch import Tensor
 from qat.quantize.grid import Grid
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # of storage
+SCALE_DTYPES = DTYPES | {"e8m0": torch.float8_e8m0fnu, "e4m3": torch.float8_e4m3fn}
+LARGEST_E4M3, LEAST_NORMAL_E4M3 = 448.0, 2.0**-6
+LEAST_E8M0 = 2.0**-127
 
 
 @torch.compiler.assume_constant_result
@@ -98,11 +103,21 @@ MSE_SHARES = tuple(1.0 - 0.04 * k for k in range(16))  # of max|w|, tried by the
 
 
 class Codes(NamedTuple):
-    """int8 codes of the weight's shape; scales and zero points (rows, groups)."""
+    """int8 codes of the weight's shape; scales, and zero points or minima, (rows, groups)."""
 
     codes: Tensor
     scales: Tensor
     zeros: Tensor | None = None
+    tensor_scale: Tensor | None = None  # (1,), of scales in its units
+
+    def cpu(self) -> Codes:
+        return Codes(*(None if t is None else t.cpu() for t in self))  # type: ignore[arg-type]
+
+    @property
+    def decoding_scales(self) -> Tensor:
+        """Float32 (rows, groups)."""
+        scales = self.scales.float()
+        return scales if self.tensor_scale is None else scales * self.tensor_scale
 
 
 def group_views(w: Tensor, grid: Grid) -> list[Tensor]:
@@ -141,7 +156,7 @@ def round_to_levels(x: Tensor, grid: Grid) -> Tensor:
 
 def in_scale_units(view: Tensor, scale: Tensor) -> Tensor:
     """w / scale, and 0 where the scale is 0."""
-    return view / torch.where(scale > 0, scale, torch.inf)
+    return view / torch.where(scale != 0, scale, torch.inf)
 
 
 def _clip_to_scale(clip: Tensor, grid: Grid) -> Tensor:
@@ -149,9 +164,29 @@ def _clip_to_scale(clip: Tensor, grid: Grid) -> Tensor:
     return quotient(clip, (high - low) / 2).clamp_min(grid.scale_floor)
 
 
+def power_below(x: Tensor) -> Tensor:
+    """The largest power of two that is not above x >= 0, float32; 0 of 0 and of subnormals."""
+    return (x.view(torch.int32) & 0x7F800000).view(torch.float32)
+
+
+def power_above(x: Tensor) -> Tensor:
+    """The least power of two that is not below x >= 0, and not below that of the byte 0."""
+    bits = x.view(torch.int32)
+    exponent = (bits >> 23) + ((bits & 0x7FFFFF) > 0)
+    return torch.where(x <= LEAST_E8M0, LEAST_E8M0, (exponent << 23).view(torch.float32))
+
+
 def stored_scales(scales: Tensor, grid: Grid) -> Tensor:
-    """Scales as a file stores them."""
-    return scales.to(DTYPES[grid.scale_dtype])
+    """Scales as a file stores them, but for those in units of a tensor's scale."""
+    if grid.scale_dtype == "e8m0":
+        scales = power_above(scales)
+    return scales.to(SCALE_DTYPES[grid.scale_dtype])
+
+
+def _reciprocal(x: Tensor) -> Tensor:
+    """1 / x, rounded once on every device; 0 of 0, and the largest number where it overflows."""
+    largest = torch.finfo(torch.float32).max
+    return torch.where(x != 0, torch.ones_like(x) / x, 0.0).clamp(-largest, largest)
 
 
 class Coding(NamedTuple):
@@ -159,8 +194,21 @@ class Coding(NamedTuple):
 
     stored_scale: Tensor  # in its storage dtype
     code_scale: Tensor  # float32, what codes are computed with
-    zero: Tensor | None = None
+    zero: Tensor | None = None  # added to codes; of grids with a minimum: taken from weights
     clip: Tensor | None = None  # where it must bind by itself
+    inverse: Tensor | None = None  # weights are multiplied by it, not divided by code_scale
+    stored_zero: Tensor | None = None  # as codes.zeros, where it is not the zero that codes
+    tensor_scale: Tensor | None = None
+
+    @property
+    def decoding_scale(self) -> Tensor:
+        """Float32."""
+        scale = self.stored_scale.float()
+        return scale if self.tensor_scale is None else scale * self.tensor_scale
+
+    @property
+    def decoding_zero(self) -> Tensor | None:
+        return self.zero if self.stored_zero is None else self.stored_zero.float()
 
     def part(self, start: int, end: int, shape: torch.Size) -> Coding:
         """Of flat scales, those of some groups, in the shape of their view."""
@@ -168,10 +216,23 @@ class Coding(NamedTuple):
         return Coding(*kept)  # type: ignore[arg-type]
 
 
-def _coding(scale: Tensor, grid: Grid, clip: Tensor | None = None) -> Coding:
+def _coding(
+    scale: Tensor, grid: Grid, clip: Tensor | None = None, tensor_scale: Tensor | None = None
+) -> Coding:
+    if tensor_scale is not None:
+        # In this order, and by the reciprocal: the bits of NVFP4 as torchao makes it.
+        units = in_scale_units(scale, tensor_scale).clamp(LEAST_NORMAL_E4M3, LARGEST_E4M3)
+        stored = units.to(SCALE_DTYPES[grid.scale_dtype])
+        inverse = _reciprocal(tensor_scale) / stored.float()
+        tensor_scale = tensor_scale.expand_as(scale)
+        code_scale = stored.float() * tensor_scale
+        return Coding(stored, code_scale, inverse=inverse, tensor_scale=tensor_scale)
     stored = stored_scales(scale, grid)
-    code_dtype = DTYPES[grid.code_scale_dtype or grid.scale_dtype]
-    return Coding(stored, scale.to(code_dtype).float(), clip=clip)
+    if grid.table.multiplies:
+        return Coding(stored, scale, inverse=_reciprocal(scale))
+    if grid.code_scale_dtype is None:
+        return Coding(stored, stored.float(), clip=clip)
+    return Coding(stored, scale.to(DTYPES[grid.code_scale_dtype]).float(), clip=clip)
 
 
 def order_statistics(view: Tensor, grid: Grid) -> tuple[Tensor, ...]:
@@ -179,19 +240,48 @@ def order_statistics(view: Tensor, grid: Grid) -> tuple[Tensor, ...]:
 
     Maxima and minima are exact in whatever order they are found, so a fused pass may find them.
     """
-    if grid.scale_rule not in ("amax", "percentile"):
+    if grid.scale_rule not in ("amax", "percentile", "power"):
         return ()
-    if grid.range == "asymmetric":
+    if grid.range == "asymmetric" or grid.table.has_minimum:
         return view.amin(-1), view.amax(-1)
-    if grid.scale_rule == "amax":
+    if grid.table.scale_has_sign:
+        return (_signed_maximum(view),)
+    if grid.scale_rule in ("amax", "power"):
         return (view.abs().amax(-1),)
     if is_among_top_two(view.size(-1), grid.percentile):
         return top_two(view.abs())
     return ()
 
 
-def coding_from(found: tuple[Tensor, ...], grid: Grid, columns: int) -> Coding:
+def _signed_maximum(view: Tensor) -> Tensor:
+    """The weight of largest magnitude of each row, of equal ones the first; (..., n) -> (...)."""
+    high, low = view.amax(-1), view.amin(-1)
+    places = torch.arange(view.size(-1), device=view.device)
+    first_high = torch.where(view == high[..., None], places, view.size(-1)).amin(-1)
+    first_low = torch.where(view == low[..., None], places, view.size(-1)).amin(-1)
+    is_high = torch.where(high == -low, first_high < first_low, high > -low)
+    return torch.where(is_high, high, low)
+
+
+def tensor_scale_of(amax: Tensor, grid: Grid) -> Tensor:
+    """The scale of a tensor from max|w| of all of it, where e4m3 scales are in its units."""
+    return quotient(amax, LARGEST_E4M3 * grid.table.limits[1])
+
+
+def coding_from(
+    found: tuple[Tensor, ...], grid: Grid, columns: int, tensor_scale: Tensor | None = None
+) -> Coding:
     """The scale of groups of ``columns`` weights from their order statistics."""
+    if grid.table.has_minimum:
+        low, high = grid.table.limits
+        coding = _coding(quotient(found[1] - found[0], high - low), grid)
+        stored = found[0].to(coding.stored_scale.dtype)
+        return coding._replace(zero=found[0], stored_zero=stored)
+    if grid.table.scale_has_sign:
+        return _coding(quotient(found[0], grid.table.limits[0]), grid)
+    if grid.scale_rule == "power":
+        exponent = math.frexp(grid.table.limits[1])[1] - 1
+        return _coding(quotient(power_below(found[0]), 2.0**exponent), grid)
     if grid.range == "asymmetric":
         low, high = grid.table.limits
         lowest, highest = found[0].clamp_max(0.0), found[1].clamp_min(0.0)
@@ -200,7 +290,7 @@ def coding_from(found: tuple[Tensor, ...], grid: Grid, columns: int) -> Coding:
         zero = (low - in_scale_units(lowest, coding.stored_scale.float())).round().clamp(low, high)
         return coding._replace(zero=zero)
     if grid.scale_rule == "amax":
-        return _coding(_clip_to_scale(found[0], grid), grid)
+        return _coding(_clip_to_scale(found[0], grid), grid, tensor_scale=tensor_scale)
     first, second = found
     return _clipped_coding(between_top_two(first, second, columns, grid.percentile), grid)
 
@@ -211,9 +301,9 @@ def _clipped_coding(clip: Tensor, grid: Grid) -> Coding:
     return _coding(_clip_to_scale(clip, grid), grid, clip if binds else None)
 
 
-def _find_coding(view: Tensor, grid: Grid) -> Coding:
+def _find_coding(view: Tensor, grid: Grid, tensor_scale: Tensor | None = None) -> Coding:
     if found := order_statistics(view, grid):
-        return coding_from(found, grid, view.size(-1))
+        return coding_from(found, grid, view.size(-1), tensor_scale)
     if grid.scale_rule == "given":
         raise ValueError("scale_rule = given: the scales have to be handed in")
     if grid.scale_rule == "fixed":
@@ -256,18 +346,27 @@ def encode_view(view: Tensor, grid: Grid, coding: Coding) -> Tensor:
     """Levels of one view, with zero points: codes of it, as float32 numbers."""
     if coding.clip is not None:
         view = view.clamp(-coding.clip[..., None], coding.clip[..., None])
-    x = in_scale_units(view, coding.code_scale[..., None])
-    if coding.zero is not None:
+    if coding.zero is not None and grid.table.has_minimum:
+        view = view - coding.zero[..., None]
+    if coding.inverse is None:
+        x = in_scale_units(view, coding.code_scale[..., None])
+    else:
+        x = view * coding.inverse[..., None]
+    if coding.zero is not None and not grid.table.has_minimum:
         return x.round().add_(coding.zero[..., None]).clamp_(*grid.table.limits)
     level = round_to_levels(x, grid)
     return level if grid.table.has_zero else level * (coding.code_scale > 0)[..., None]
 
 
-def decode_view(code: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
+def decode_view(code: Tensor, grid: Grid, scale: Tensor, zero: Tensor | None) -> Tensor:
     """Weights of one view from what ``encode_view`` makes of it; ``code`` is overwritten."""
+    if zero is not None and grid.table.has_minimum:
+        return code.mul_(scale[..., None]).add_(zero[..., None])
     if zero is not None:
         code.sub_(zero[..., None])
-    return code.mul_(scale[..., None]).add_(0.0)  # -0 becomes +0: equal weights are equal bits
+    code.mul_(scale[..., None])
+    # -0 becomes +0: equal weights are equal bits
+    return code if grid.table.keeps_negative_zero else code.add_(0.0)
 
 
 def _refitted(code: Tensor, coding: Coding) -> Tensor:
@@ -310,23 +409,37 @@ def encode(w: Tensor, grid: Grid, scales: Tensor | None = None) -> Codes:
         inner = encode(scaled, by_row, scales[:rows])
         return inner._replace(scales=torch.cat([inner.scales, columns]))
     views = group_views(w, grid)
+    tensor_scale = None
+    if grid.has_tensor_scale:
+        if scales is not None:
+            tensor_scale = quotient(scales.amax(), LARGEST_E4M3)
+        else:
+            tensor_scale = tensor_scale_of(w.abs().amax(), grid)
     if scales is None:
-        codings = [_find_coding(view, grid) for view in views]
+        codings = [_find_coding(view, grid, tensor_scale) for view in views]
     else:
-        given = split_scales(scales, views)
-        codings = [_coding(scale[..., 0].clamp_min(grid.scale_floor), grid) for scale in given]
+        given = [scale[..., 0] for scale in split_scales(scales, views)]
+        if not grid.table.scale_has_sign:
+            given = [scale.clamp_min(grid.scale_floor) for scale in given]
+        codings = [_coding(scale, grid, tensor_scale=tensor_scale) for scale in given]
     pairs = list(zip(views, codings, strict=True))
     coded = [encode_view(view, grid, coding) for view, coding in pairs]
     stored = [coding.stored_scale for coding in codings]
     if grid.refit:
         stored = [_refitted(code, coding) for code, coding in zip(coded, codings, strict=True)]
     codes = join_groups(coded, w.shape)
-    zeros = [coding.zero.to(torch.int8) for coding in codings if coding.zero is not None]
+    zeros = [_stored_zero(coding) for coding in codings if coding.zero is not None]
     return Codes(
         grid.table.to_codes(codes),
         torch.cat(stored, dim=1),
         torch.cat(zeros, dim=1) if zeros else None,
+        None if tensor_scale is None else tensor_scale.reshape(1),
     )
+
+
+def _stored_zero(coding: Coding) -> Tensor:
+    assert coding.zero is not None
+    return coding.zero.to(torch.int8) if coding.stored_zero is None else coding.stored_zero
 
 
 def decode(coded: Codes, grid: Grid) -> Tensor:
@@ -339,11 +452,11 @@ def decode(coded: Codes, grid: Grid) -> Tensor:
     weights = grid.table.from_codes(coded.codes.contiguous())
     views = group_views(weights, grid)
     counts = [view.size(1) for view in views]
-    scales = coded.scales.float().split(counts, dim=1)
+    scales = coded.decoding_scales.split(counts, dim=1)
     zeros = [None] * len(views) if coded.zeros is None else coded.zeros.float().split(counts, dim=1)
     for view, scale, zero in zip(views, scales, zeros, strict=True):
         # In place: a second copy would double the memory of a reader.
-        decode_view(view, scale, zero)
+        decode_view(view, grid, scale, zero)
     return weights
 
 
@@ -356,7 +469,8 @@ def check_finite(name: str, w: Tensor, scales: Tensor) -> None:
     """Raise ValueError naming the tensor (and row) if its weights or scales are not finite."""
     if not torch.isfinite(w).all():
         raise ValueError(f"tensor {name} holds NaN or infinity")
-    bad_rows = (~torch.isfinite(scales)).any(dim=1).nonzero().flatten()
+    is_bad = ~torch.isfinite(scales.float())
+    bad_rows = is_bad.reshape(len(scales), -1).any(dim=1).nonzero().flatten()
     if len(bad_rows):
         dtype = str(scales.dtype).removeprefix("torch.")
         raise ValueError(

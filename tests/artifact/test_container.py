@@ -41,9 +41,19 @@ OTHERS = [
         ("fp8_e5m2", "percentile", False),
         ("nf4", "amax", False),
         ("nf4", "mse", False),
+        ("int2_seq", "learned", False),
+        ("e2m1", "amax", False),
+        ("e2m3", "percentile", False),
+        ("e3m2", "power", False),
+        *((f"q{kind}", "amax", False) for kind in ("4_0", "4_1", "5_0", "5_1", "8_0")),
     )
     for group_size in (None, 20)
     for dtype in ("fp16", "bf16", "fp32")
+]
+OTHERS += [
+    Grid(levels, scale_rule=rule, group_size=20, scale_dtype=dtype)
+    for levels in ("e2m1", "e2m3", "e3m2", "fp8_e4m3", "fp8_e5m2")
+    for rule, dtype in (("power", "e8m0"), ("amax", "e8m0"), ("mse", "e8m0"), ("amax", "e4m3"))
 ]
 GRIDS = [
     *INTS,

@@ -26,6 +26,10 @@ def of_bytes(dtype: torch.dtype) -> list[float]:
     return values[values.isfinite()].unique().tolist()
 
 
+def mirrored(magnitudes: list[float]) -> list[float]:
+    return [-m for m in reversed(magnitudes)] + [0.0, *magnitudes]
+
+
 # What a grid's levels are, how many bits a magnitude of its codes takes.
 FORMATS: dict[str, tuple[Grid, list[float], int]] = {
     "int2": (Grid(bits=2), [-1, 0, 1], 1),
@@ -35,6 +39,21 @@ FORMATS: dict[str, tuple[Grid, list[float], int]] = {
     "binary": (Grid("binary", scale_rule="absmean"), [-1, 1], 1),
     "fp8_e4m3": (Grid("fp8_e4m3"), of_bytes(torch.float8_e4m3fn), 7),
     "fp8_e5m2": (Grid("fp8_e5m2"), of_bytes(torch.float8_e5m2), 7),
+    "int2_seq": (Grid("int2_seq"), [-1.5, -0.5, 0.5, 1.5], 2),
+    "e2m1": (Grid("e2m1"), mirrored([0.5, 1, 1.5, 2, 3, 4, 6]), 3),
+    "e2m3": (Grid("e2m3"), mirrored(
+        [k / 8 for k in range(1, 16)]
+        + [2 + k / 4 for k in range(8)] + [4 + k / 2 for k in range(8)]
+    ), 5),
+    "e3m2": (Grid("e3m2"), mirrored(
+        [k / 16 for k in range(1, 8)]
+        + [2**e * (1 + k / 4) for e in range(-1, 5) for k in range(4)]
+    ), 5),
+    "q4_0": (Grid("q4_0", group_size=32), list(range(-8, 8)), 4),
+    "q4_1": (Grid("q4_1", group_size=32), list(range(16)), 4),
+    "q5_0": (Grid("q5_0", group_size=32), list(range(-16, 16)), 5),
+    "q5_1": (Grid("q5_1", group_size=32), list(range(32)), 5),
+    "q8_0": (Grid("q8_0", group_size=32), list(range(-127, 128)), 7),
     "nf4": (Grid("nf4"), [
         -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
         -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,

@@ -470,7 +470,7 @@ def test_learned_scales_learn_and_stay_out_of_muon() -> None:
     steps = under_test.switch.learned_scales
     assert set(steps) == {e.name for e in under_test.switch.plan.on_grid}
     fresh = under_test.switch.plan.encode(under_test.masters)
-    found = {item.entry.name: item.floats.float() for item in fresh if item.coded is not None}
+    found = {item.entry.name: item.floats[0].float() for item in fresh if item.coded is not None}
     assert any(not torch.equal(steps[name].half().float(), found[name]) for name in steps)
     assert proof_of(under_test).on_grid_share == 1.0
 

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 CLIP_RULES = ("amax", "percentile", "sigma", "mse")  # find a clip: the place of the highest level
-SCALE_RULES = (*CLIP_RULES, "fixed", "absmean", "learned", "given")
+SCALE_RULES = (*CLIP_RULES, "power", "fixed", "absmean", "learned", "given")
+INTEGER_RULES = tuple(rule for rule in SCALE_RULES if rule != "power")
 CHUNK = 1 << 22  # codes looked up at once: an index takes four bytes
 
 
@@ -33,11 +34,17 @@ class Levels:
     bits: float  # of a code, packed as tightly as the number of levels allows
     scale_rules: tuple[str, ...] = tuple(rule for rule in SCALE_RULES if rule != "learned")
     takes: tuple[str, ...] = ()  # of Grid's fields ``refit`` and ``column_scales``
-    # Neighbours are 1 apart, between limits: relaxed gradients, learned scales and fused passes,
-    # which round without asking ``nearest``, need that.
+    # Whole numbers, rounded to even: relaxed gradients and the Triton kernels, which round without
+    # asking ``nearest``, need that.
     is_even = False
+    fuses = False  # a compiler gives ``nearest`` the same bits: no detour through another dtype
     has_zero = True  # without: where a scale is 0, the code is 0 all the same
     zero_has_sign = False  # a code is a sign bit and a magnitude of seven
+    # Of formats that are defined by another program's code:
+    multiplies = False  # weights are multiplied by the reciprocal of a scale that is not rounded
+    has_minimum = False  # levels count from a group's least weight, stored beside its scale
+    scale_has_sign = False  # the weight of largest magnitude gets the lowest level
+    keeps_negative_zero = False
 
     @property
     def label(self) -> str:

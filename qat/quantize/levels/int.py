@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from qat.quantize.levels import SCALE_RULES, Levels
+from qat.quantize.levels import INTEGER_RULES, Levels
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,9 +20,9 @@ MIN_BITS, MAX_BITS = 2, 8
 
 class Int(Levels):
     name = "int"
-    scale_rules = SCALE_RULES
+    scale_rules = INTEGER_RULES
     takes = ("column_scales",)
-    is_even = True
+    is_even = fuses = True
 
     def __init__(self, bits: int = MAX_BITS, range: str = "symmetric") -> None:
         half = 2 ** (bits - 1)

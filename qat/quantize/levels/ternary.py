@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from qat.quantize.levels import SCALE_RULES, Levels
+from qat.quantize.levels import INTEGER_RULES, Levels
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -15,9 +15,9 @@ class Ternary(Levels):
     name = "ternary"
     limits = codes = -1, 1
     bits = math.log2(3)
-    scale_rules = SCALE_RULES
+    scale_rules = INTEGER_RULES
     takes = ("refit",)
-    is_even = True
+    is_even = fuses = True
 
     def nearest(self, x: Tensor) -> Tensor:
         return x.round().clamp_(-1, 1)
