@@ -43,6 +43,15 @@ OURS = {
         bits=8, scale_rule="percentile", scale_floor=1 / 127, code_scale_dtype="fp32"
     ),
     "ternary": Grid("ternary", scale_rule="absmean", refit=True),
+    "mxfp4": Grid("e2m1", group_size=32, scale_rule="power", scale_dtype="e8m0"),
+    "mxfp6": Grid("e2m3", group_size=32, scale_rule="power", scale_dtype="e8m0"),
+    "mxfp8": Grid("fp8_e4m3", group_size=32, scale_rule="power", scale_dtype="e8m0"),
+    "nvfp4": Grid("e2m1", group_size=16, scale_dtype="e4m3"),
+    "nf4": Grid("nf4", group_size=64),
+    "q4_0": Grid("q4_0", group_size=32),
+    "q4_1": Grid("q4_1", group_size=32),
+    "q5_0": Grid("q5_0", group_size=32),
+    "q8_0": Grid("q8_0", group_size=32),
 }
 
 

@@ -23,12 +23,13 @@ from torch import Tensor
 from qat.quantize.passes import (
     CompiledPasses,
     Found,
+    GroupBatch,
     batches_of,
     has_kernel,
     is_fusable,
 )
 from qat.quantize.plan import Entry, Plan
-from qat.quantize.rounding import coding_from, tensor_scale_of
+from qat.quantize.rounding import coding_from, group_views, signed_maximum, tensor_scale_of
 
 if TYPE_CHECKING:
     from qat.quantize.triton_kernels import TritonPasses
@@ -59,7 +60,10 @@ class FusedSnap:
             self._passes = self._passes_for(weights)
             # Kept: allocating them anew costs more than writing them.
             self._snapped = {name: torch.empty_like(w) for name, w in weights.items()}
-        found = self._passes.look(weights)
+        found = [
+            self._with_sign(weights, batch, ends) if batch.grid.table.scale_has_sign else ends
+            for batch, ends in zip(self.batches, self._passes.look(weights), strict=True)
+        ]
         scales = self._tensor_scales(found)
         codings = [
             coding_from(of_groups, batch.grid, batch.columns, scale)
@@ -67,6 +71,15 @@ class FusedSnap:
         ]
         self._passes.write(weights, codings, self._snapped)
         return self._snapped
+
+    @staticmethod
+    def _with_sign(weights: Mapping[str, Tensor], batch: GroupBatch, ends: Found) -> Found:
+        def groups_at(places: Tensor) -> Tensor:
+            views = [group_views(weights[name], batch.grid)[i] for name, i in batch.views]
+            return torch.cat([view.flatten(0, -2) for view in views])[places]
+
+        low, high = ends
+        return (signed_maximum(low, high, groups_at),)
 
     def _tensor_scales(self, found: list[Found]) -> list[Tensor | None]:
         """For every group of a batch its tensor's scale, where scales are in units of one."""

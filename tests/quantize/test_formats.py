@@ -65,7 +65,7 @@ def test_blocks_are_those_of_the_gguf_package(name: str, w: Tensor) -> None:
 
 @pytest.mark.parametrize("rule", ["power", "amax"])
 @pytest.mark.parametrize("name", MX)
-@given(w=blocks())
+@given(w=blocks(smallest=-20))  # torchao does not divide by the least scale, 2^-127
 def test_mx_is_torchaos(name: str, rule: str, w: Tensor) -> None:
     base = read_grid(name)
     grid = Grid(base.levels, group_size=32, scale_rule=rule, scale_dtype="e8m0")

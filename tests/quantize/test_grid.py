@@ -13,6 +13,7 @@ from qat.quantize.grid import Grid
 from qat.quantize.levels import all_levels
 from qat.quantize.levels.int import RANGES
 from qat.quantize.rounding import (
+    DTYPES,
     SCALE_DTYPES,
     Codes,
     check_finite,
@@ -27,7 +28,11 @@ from qat.quantize.rounding import (
 def grids(draw: st.DrawFn) -> Grid:
     """Any grid that is allowed."""
     levels = draw(st.sampled_from(tuple(all_levels())))
-    rule = draw(st.sampled_from(all_levels()[levels].scale_rules))
+    table = all_levels()[levels]
+    rule = draw(st.sampled_from(table.scale_rules))
+    is_float = "power" in table.scale_rules and rule in ("amax", "power", "mse")
+    dtype = draw(st.sampled_from(tuple(SCALE_DTYPES if is_float else DTYPES)))
+    is_plain = dtype in DTYPES and not table.multiplies
     fields = {
         "levels": levels,
         "bits": draw(st.integers(2, 8)) if levels == "int" else None,
@@ -37,9 +42,9 @@ def grids(draw: st.DrawFn) -> Grid:
         "percentile": draw(st.sampled_from((0.9, 0.99, 0.9999984, 1.0))),
         "sigma": draw(st.sampled_from((2.0, 12.85))),
         "fixed_scale": 0.01 if rule == "fixed" else None,
-        "scale_floor": draw(st.sampled_from((0.0, 1 / 127))),
-        "scale_dtype": draw(st.sampled_from(tuple(SCALE_DTYPES))),
-        "code_scale_dtype": draw(st.none() | st.just("fp32")),
+        "scale_floor": draw(st.sampled_from((0.0, 1 / 127))) if is_plain else 0.0,
+        "scale_dtype": dtype,
+        "code_scale_dtype": draw(st.none() | st.just("fp32")) if is_plain else None,
         "refit": levels == "ternary" and draw(st.booleans()),
         "column_scales": rule == "given" and draw(st.booleans()),
     }
