@@ -54,6 +54,17 @@ def test_clipped_is_zero_outside_the_clip(w: torch.Tensor) -> None:
     assert torch.equal(grad, torch.where(outside, torch.zeros(()), c))
 
 
+def test_clipped_floats_are_clamped_beyond_half_of_their_last_gap(w: torch.Tensor) -> None:
+    """OCP's rule for scales clips up to a quarter of a binade: 6 of e2m1 reaches to 7."""
+    grid = Grid("e2m1", group_size=5, scale_rule="power", scale_dtype="e8m0")
+    seen, grad, c, _ = gradient(w, "clipped", grid)
+    x = w / encode(w, grid).scales.float().repeat_interleave(5, 1)
+    outside = x.abs() > 7
+    assert outside.any()
+    assert torch.equal(seen, snap(w, grid))
+    assert torch.equal(grad, torch.where(outside, torch.zeros(()), c))
+
+
 def test_soft_round_slope_is_its_derivative(w: torch.Tensor) -> None:
     """Against autograd through the formula, with the scale held."""
     seen, grad, c, _ = gradient(w, "soft_round")
@@ -107,6 +118,22 @@ def test_learned_scale_has_the_lsq_gradient(w: torch.Tensor) -> None:
         n = columns[1] - columns[0]
         expected = (c * slope)[:, part].sum(1) / math.sqrt(n * 3)
         assert torch.allclose(scales.grad[:, group], expected, atol=1e-5)
+
+
+def test_learned_scale_of_levels_without_a_zero(w: torch.Tensor) -> None:
+    """ParetoQ's SEQ: four equal parts of [-2, 2] in units of the scale, clamped beyond them."""
+    grid = Grid("int2_seq", scale_rule="learned", scale_dtype="fp32")
+    seen, grad, c, scales = gradient(w, "identity", grid)
+    assert scales is not None
+    x = w / scales.detach()
+    level = x.floor().clamp(-2, 1) + 0.5
+    assert torch.equal(seen, level * scales.detach())
+    inside = x.abs() < 2
+    assert not inside.all()
+    assert torch.equal(grad, torch.where(inside, c, torch.zeros(())))
+    slope = torch.where(inside, level - x, level)
+    expected = (c * slope).sum(1, keepdim=True) / math.sqrt(25 * 1.5)
+    assert torch.allclose(scales.grad, expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("rule", sorted(set(rule_kinds()) - {"learned"}))

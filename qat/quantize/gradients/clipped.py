@@ -12,12 +12,17 @@ from qat.quantize.rounding import by_group, encode, in_scale_units, round_to_lev
 
 
 class Clipped(GradientRule):
+    def supports(self, grid: Grid) -> bool:
+        plain = grid.code_scale_dtype is None and not grid.refit and not grid.has_tensor_scale
+        return grid.table.margin is not None and grid.range != "asymmetric" and plain
+
     def see(self, w: Tensor, grid: Grid, **_: Any) -> Seen:
-        low, high = grid.table.limits
+        (low, high), margin = grid.table.limits, grid.table.margin
+        assert margin is not None
 
         def of_group(view: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
             x = in_scale_units(view, scale)
-            inside = (x >= low - 0.5) & (x <= high + 0.5)
+            inside = (x >= low - margin) & (x <= high + margin)
             return round_to_levels(x, grid) * scale + 0.0, inside.float()
 
         return Seen(*by_group(of_group, w, encode(w, grid).scales, grid))

@@ -38,11 +38,14 @@ class Learned(GradientRule):
         if grid.column_scales:
             return self._see_products(w, grid, scales)
         low, high = grid.table.limits
+        # Without a zero, levels are the middles of equal parts: only beyond the outer parts' ends
+        # is a weight clamped (ParetoQ, arXiv 2502.02631).
+        beyond = 0.0 if grid.table.has_zero else grid.table.margin or 0.0
 
         def of_group(view: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             x = in_scale_units(view, scale)
             code = round_to_levels(x, grid)
-            inside = (x > low) & (x < high)
+            inside = (x > low - beyond) & (x < high + beyond)
             slope = (code - x * inside) / math.sqrt(view.size(-1) * high)
             return code * scale + 0.0, inside.float(), slope
 

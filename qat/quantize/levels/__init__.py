@@ -37,6 +37,7 @@ class Levels:
     # Whole numbers, rounded to even: relaxed gradients and the Triton kernels, which round without
     # asking ``nearest``, need that.
     is_even = False
+    margin: float | None = None  # how far beyond a limit a weight may be that is not clamped
     fuses = False  # a compiler gives ``nearest`` the same bits: no detour through another dtype
     has_zero = True  # without: where a scale is 0, the code is 0 all the same
     zero_has_sign = False  # a code is a sign bit and a magnitude of seven

@@ -23,6 +23,7 @@ class Int(Levels):
     scale_rules = INTEGER_RULES
     takes = ("column_scales",)
     is_even = fuses = True
+    margin = 0.5
 
     def __init__(self, bits: int = MAX_BITS, range: str = "symmetric") -> None:
         half = 2 ** (bits - 1)

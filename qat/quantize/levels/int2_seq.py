@@ -20,6 +20,7 @@ class Int2Seq(Levels):
     bits = 2.0
     scale_rules = (*CLIP_RULES, "fixed", "given", "learned")
     has_zero = False
+    margin = 0.5
     fuses = True
 
     def nearest(self, x: Tensor) -> Tensor:

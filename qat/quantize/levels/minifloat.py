@@ -29,6 +29,7 @@ class Minifloat(ListedLevels):
             magnitudes += [start + gap * k for k in range(2**mantissa_bits)]
         values = (*(-m for m in magnitudes[:0:-1]), *magnitudes)
         super().__init__(name, values, (*CLIP_RULES, "power", "fixed", "given"))
+        self.margin = self.gaps[-1][1] / 2
         self.bits = float(math.ceil(self.bits))  # files of this format have a place for -0
 
     def nearest(self, x: Tensor) -> Tensor:

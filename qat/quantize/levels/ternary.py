@@ -18,6 +18,7 @@ class Ternary(Levels):
     scale_rules = INTEGER_RULES
     takes = ("refit",)
     is_even = fuses = True
+    margin = 0.5
 
     def nearest(self, x: Tensor) -> Tensor:
         return x.round().clamp_(-1, 1)
