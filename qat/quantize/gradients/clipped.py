@@ -25,7 +25,7 @@ class Clipped(GradientRule):
             inside = (x >= low - margin) & (x <= high + margin)
             return round_to_levels(x, grid) * scale + 0.0, inside.float()
 
-        return Seen(*by_group(of_group, w, encode(w, grid).scales, grid))
+        return Seen(*by_group(of_group, w, encode(w, grid).decoding_scales, grid))
 
 
 RULE = Clipped
