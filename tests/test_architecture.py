@@ -45,7 +45,6 @@ ONLY = {  # third-party package -> rooms that may import it
     "scipy": {"analysis", "study"},
     "torchao": {"cabinet"},
     "bitsandbytes": {"cabinet"},
-    "gguf": {"cabinet"},
 }
 FLOOR_OF = {room: height for height, rooms in enumerate(FLOORS) for room in rooms}
 

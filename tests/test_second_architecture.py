@@ -21,7 +21,7 @@ LLAMA = ("model=llama_4x288", "model.num_layers=2", "model.dim=64", "model.num_h
 RUNS = Path("logs/runs")
 VARIANTS = ("fp32", "rtn_int8_tensor_folded", "gptq_int4", "gptq_self_int4_g64_e8",
             "gptq_sequential_int4_g64_e8", "awq_int4_e8", "smoothquant_w8a8", "lqer_int4_g64_e8",
-            "hqq_int4_g64_e8", "torchao Int8WeightOnly", "bitsandbytes NF4", "gguf Q8_0",
+            "hqq_int4_g64_e8", "torchao Int8WeightOnly", "bitsandbytes NF4", "rtn_q8_0",
             "own_artifact")  # fmt: skip
 
 

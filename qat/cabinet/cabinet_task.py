@@ -23,7 +23,6 @@ from qat.analysis.full import TRAINING_TOKENS, encode_pairs, pairs_of
 from qat.analysis.token_scores import ScoredText
 from qat.artifact.container import ARTIFACT
 from qat.cabinet.bitsandbytes_variants import bitsandbytes_variants
-from qat.cabinet.gguf_variants import gguf_variants
 from qat.cabinet.grid_variants import Frozen, grid_variants, kept
 from qat.cabinet.report import stop_text, write_report
 from qat.cabinet.roofline import Ceilings, measure_ceilings
@@ -57,7 +56,7 @@ def run(s: EvalTaskSettings, budget: Budget) -> int:
     bos_id = bench.scorer.bos_id
     assert bos_id is not None  # the bench knows where documents start
     artifact = path.parent / ARTIFACT
-    variants = _variants(model, weights, training, bos_id, artifact, folder, s, device)
+    variants = _variants(model, weights, training, bos_id, artifact, s, device)
     console = Console(stderr=True)
     todo = [v for v in variants if not (folder / v.name / ROW).is_file()]
     if todo:
@@ -135,7 +134,6 @@ def _variants(
     training: TokenStream,
     bos_id: int,
     artifact: Path,
-    folder: Path,
     s: EvalTaskSettings,
     device: torch.device,
 ) -> list[Variant]:
@@ -149,7 +147,6 @@ def _variants(
     rows = grid_variants(Frozen(model.spec, weights, texts))
     rows += torchao_variants(model.spec, weights, device)
     rows += bitsandbytes_variants(model.spec, weights, device)
-    rows += gguf_variants(model.spec, weights, folder)
     if artifact.is_file():
         rows.append(_own_variant(artifact))
     if s.variants is None:

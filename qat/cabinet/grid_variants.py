@@ -46,6 +46,13 @@ CLIPS = {
     "int6_mse": Grid(bits=6, scale_rule="mse"),
     "int4_mse": Grid(bits=4, scale_rule="mse"),
 }
+# What other programs open, in blocks of their own.
+SHIPPED = {
+    "mxfp8": Grid("fp8_e4m3", group_size=32, scale_rule="power", scale_dtype="e8m0"),
+    "mxfp4": Grid("e2m1", group_size=32, scale_rule="power", scale_dtype="e8m0"),
+    "nvfp4": Grid("e2m1", group_size=16, scale_dtype="e4m3"),
+    **{name: Grid(name, group_size=32) for name in ("q8_0", "q5_1", "q5_0", "q4_1", "q4_0")},
+}
 
 
 class Frozen:
@@ -207,7 +214,7 @@ def grid_variants(model: Frozen) -> list[Variant]:
         Variant(dtype, "float", partial(_floats, model, dtype))
         for dtype in ("fp32", "bf16", "fp16")
     ]
-    for name, grid in (GRIDS | CLIPS).items():
+    for name, grid in (GRIDS | CLIPS | SHIPPED).items():
         rows.append(Variant(f"rtn_{name}", "rounding", on(grid, grid, lambda: nearest)))
     rows.append(
         Variant("rtn_int6_lite", "rounding", on(GRIDS["int6"], GRIDS["int6"], lambda: lite))
@@ -219,8 +226,8 @@ def grid_variants(model: Frozen) -> list[Variant]:
             else f"{model.spec.name} has no channel scales to fold",
         )
     )  # fmt: skip
-    for name in ("int6", "int5", "int4", "int4_g64", "int4_g128", "ternary"):
-        grid = GRIDS[name]
+    for name in ("int6", "int5", "int4", "int4_g64", "int4_g128", "ternary", "mxfp4", "q4_0"):
+        grid = (GRIDS | SHIPPED)[name]
         rows.append(Variant(f"gptq_{name}", "gptq", on(grid, grid, lambda: gptq(train()))))
     for name in ("int4", "int4_g64", "ternary"):
         grid = GRIDS[name]

@@ -62,8 +62,7 @@ def _overlap(a: Box, b: Box) -> bool:
 
 FAMILY_COLOURS = {  # in the order in which tables list them
     "float": "#000000", "rounding": "#4477aa", "gptq": "#cc6677", "scaled": "#228833",
-    "low rank": "#aa3377", "torchao": "#66ccee", "bitsandbytes": "#997700", "gguf": "#ee7733",
-    "qat": "#332288",
+    "low rank": "#aa3377", "torchao": "#66ccee", "bitsandbytes": "#997700", "qat": "#332288",
 }  # fmt: skip
 LINE_COLOURS = ("#4477aa", "#cc6677", "#228833", "#997700", "#aa3377", "#66ccee", "#ee7733", "grey")
 LINE_STYLES = {"float32": "-", "bfloat16": "--", "int8": ":"}  # of compute ceilings

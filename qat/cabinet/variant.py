@@ -44,7 +44,7 @@ class Variant:
     """A row of the table. ``missing`` returns why this machine cannot make it, or None."""
 
     name: str
-    family: str  # float | rounding | gptq | scaled | low rank | torchao | bitsandbytes | gguf | qat
+    family: str  # float | rounding | gptq | scaled | low rank | torchao | bitsandbytes | qat
     make: Callable[[], Kept]
     missing: Callable[[], str | None] = lambda: None
 

@@ -18,7 +18,7 @@ ROWS = [
     make_row("fast", "torchao", 2_000_000, 0.05, latency_ms=8.0),
     make_row("small", "gptq", 1_000_000, 0.02, latency_ms=12.0),
     make_row("best", "rounding", 2_400_000, 0.001, latency_ms=12.0),
-    make_row("beaten", "gguf", 2_500_000, 0.06, latency_ms=9.0),
+    make_row("beaten", "torchao", 2_500_000, 0.06, latency_ms=9.0),
     unavailable("bnb", "bitsandbytes", "needs [CUDA]"),
 ]
 
@@ -60,8 +60,8 @@ def test_where_nothing_is_left(program, folder: Path) -> None:
 
 def test_ties_go_to_fewer_bytes() -> None:
     twins = [
-        make_row("large", "gguf", 900, latency_ms=1.0),
-        make_row("compact", "gguf", 800, latency_ms=2.0),
+        make_row("large", "torchao", 900, latency_ms=1.0),
+        make_row("compact", "torchao", 800, latency_ms=2.0),
     ]
     found = choose(twins, {"latency_ms": 3.0})
     assert len(found.candidates) == 2
@@ -81,7 +81,7 @@ def test_choice_and_runner_up_against_their_definition(
     table: list[tuple[float, float, float]], limits: dict[str, float]
 ) -> None:
     rows = [
-        make_row(str(i), "gguf", int(size), bpb - 1.35, latency_ms=ms, val_bpb=bpb)
+        make_row(str(i), "torchao", int(size), bpb - 1.35, latency_ms=ms, val_bpb=bpb)
         for i, (ms, size, bpb) in enumerate(table)
     ]
     names = ("latency_ms", "artifact_bytes", "val_bpb")

@@ -111,7 +111,7 @@ def test_the_roof_is_the_slower_of_arithmetic_and_memory() -> None:
     row = make_float(flops=50, weight_traffic_bytes=150, activation_bytes=50, latency_ms=10_000.0)
     assert roof_seconds(row, ceilings, "float32") == 5.0
     assert roof_seconds(row, ceilings, "int8") == 2.0
-    fast = make_row("w", "gguf", 1, flops=50, weight_traffic_bytes=50, activation_bytes=50,
+    fast = make_row("w", "torchao", 1, flops=50, weight_traffic_bytes=50, activation_bytes=50,
                     latency_ms=20_000.0)  # fmt: skip
     speed = summarise([row, fast], ceilings)["speed"]
     assert speed["fp32"]["promised"] == {"float32": 1.0, "int8": 2.5}
@@ -124,7 +124,7 @@ def test_the_roof_is_the_slower_of_arithmetic_and_memory() -> None:
 
 @pytest.mark.parametrize("count", [1, 7, 8, 9, 30])
 def test_pictures_of_many_variants_show_a_few(count: int) -> None:
-    rows = [make_row(f"v{i}", "gguf", 1000 + i, 1.0 - i / 100) for i in range(count)]
+    rows = [make_row(f"v{i}", "torchao", 1000 + i, 1.0 - i / 100) for i in range(count)]
     beaten = make_row("other", "qat", 5000, 3.0)
     shown = [row["variant"] for row in spread_over([*rows, beaten], MAX_VARIANTS)]
     assert len(shown) == len(set(shown)) == min(MAX_VARIANTS, count + 1)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-class Block(Levels):
+class GgufLevels(Levels):
     multiplies = True
     keeps_negative_zero = True  # as llama.cpp decodes
     fuses = True
@@ -38,7 +38,7 @@ class Block(Levels):
         return (x + (0.5 - lowest)).trunc().clamp(0, highest - lowest).add(lowest)
 
 
-class SymmetricBlock(Block):
+class GgufSymmetric(GgufLevels):
     def nearest(self, x: Tensor) -> Tensor:
         magnitude = x.abs()
         below = magnitude.floor()
@@ -47,9 +47,9 @@ class SymmetricBlock(Block):
 
 
 LEVELS = (
-    Block("q4_0", -8, 7),
-    Block("q4_1", 0, 15),
-    Block("q5_0", -16, 15),
-    Block("q5_1", 0, 31),
-    SymmetricBlock("q8_0", -127, 127),
+    GgufLevels("q4_0", -8, 7),
+    GgufLevels("q4_1", 0, 15),
+    GgufLevels("q5_0", -16, 15),
+    GgufLevels("q5_1", 0, 31),
+    GgufSymmetric("q8_0", -127, 127),
 )
