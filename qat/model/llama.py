@@ -50,6 +50,14 @@ class LlamaAttention(nn.Module):
         return self.o_proj(y_BHTD.transpose(1, 2).flatten(2))
 
 
+class WeightedNorm(nn.RMSNorm):
+    """In the dtype of what it reads, also where weights are float32 and activations bf16."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert self.weight is not None
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+
+
 class SwiGLU(nn.Module):
     def __init__(self, dim: int, mlp_dim: int) -> None:
         super().__init__()
@@ -64,9 +72,9 @@ class SwiGLU(nn.Module):
 class LlamaBlock(nn.Module):
     def __init__(self, spec: ModelSpec, mlp_dim: int, rope_base: float, norm_eps: float) -> None:
         super().__init__()
-        self.input_layernorm = nn.RMSNorm(spec.dim, norm_eps)
+        self.input_layernorm = WeightedNorm(spec.dim, norm_eps)
         self.self_attn = LlamaAttention(spec.dim, spec.num_heads, spec.num_kv_heads, rope_base)
-        self.post_attention_layernorm = nn.RMSNorm(spec.dim, norm_eps)
+        self.post_attention_layernorm = WeightedNorm(spec.dim, norm_eps)
         self.mlp = SwiGLU(spec.dim, mlp_dim)
 
     def forward(self, x_BTC: Tensor) -> Tensor:
@@ -84,7 +92,7 @@ class LlamaTrunk(nn.Module):
         )
         self.embed_tokens = nn.Embedding(spec.vocab_size, spec.dim)
         self.layers = nn.ModuleList(LlamaBlock(spec, **sizes) for _ in range(spec.num_layers))
-        self.norm = nn.RMSNorm(spec.dim, sizes["norm_eps"])
+        self.norm = WeightedNorm(spec.dim, sizes["norm_eps"])
 
     def forward(self, ids_BT: Tensor) -> Tensor:
         x_BTC = in_autocast_dtype(self.embed_tokens(ids_BT))
