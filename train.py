@@ -97,7 +97,7 @@ def train(s: TrainSettings, training_run) -> int:
     from qat.artifact.container import ARTIFACT, pack
     from qat.budget.budget import Budget
     from qat.budget.fill import PLOT, TrainedModel
-    from qat.evaluation.open_model import artifact_meta
+    from qat.evaluation.open_model import artifact_meta, open_teacher
     from qat.evaluation.ranks import join_ranks
     from qat.evaluation.score import Score, Scorer
     from qat.golf.bundle import count_code_bytes
@@ -116,6 +116,7 @@ def train(s: TrainSettings, training_run) -> int:
         load_checkpoint,
         save_checkpoint,
     )
+    from qat.training.distill import Teacher
     from qat.training.fit import (
         Forecast,
         StopAtSignal,
@@ -155,7 +156,10 @@ def train(s: TrainSettings, training_run) -> int:
         held = {KEY: vars(identity), "choices": choices}
     state = forked if state is None else state
     plan, spec = training_run.plan, training_run.spec
-    module = build_model(s.model, s.seed)
+    module, teacher = build_model(s.model, s.seed), None
+    if s.qat.enabled and s.qat.distill.teacher is not None:
+        opened = open_teacher(s.qat.distill.teacher, s.runs_dir, tokenizer.sha256)
+        teacher = Teacher(opened.spec, opened.artifact.weights)
     device = join_ranks()
     scorer = Scorer(
         spec, val_stream, tokenizer.byte_table, s.seq_len, s.eval, device, training_run.console,
@@ -212,7 +216,7 @@ def train(s: TrainSettings, training_run) -> int:
         KeptCheckpoints(keep, s.fork.keep_steps),
         Checkpoints(write, s.checkpoint.every_steps, s.checkpoint.every_seconds),
     ]
-    loop = build_loop(s, module, plan, hooks)
+    loop = build_loop(s, module, plan, hooks, teacher)
     batches = BatchShape(s.batch_tokens, s.seq_len, machine.world_size(), loop.pace.micro_batches)
     outcome = fit(loop, train_stream, batches, trainer, state)
 

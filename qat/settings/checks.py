@@ -46,6 +46,7 @@ WANDB_VARIABLES = {
 WANDB_MODES = ("online", "offline")  # which of them logger.offline decides
 MAX_VOCAB_SIZE = 65_536  # token ids are stored as uint16
 Eval = TypeVar("Eval", bound=EvalSettings)
+MAX_LOGITS = 2**28  # of a micro-batch with a teacher: a gigabyte as float32
 TEXT_SOURCES = ("web_bible", "text", "hub")
 
 
@@ -257,6 +258,20 @@ def _resolve_start(s: TrainSettings) -> QatSettings:
     if q.stop_step is not None and q.start_step is not None and q.stop_step <= q.start_step:
         raise UserError(
             f"qat.stop_step = {q.stop_step}: must be more than qat.start_step = {q.start_step}"
+        )
+    if q.distill.weight:
+        tokens = s.batch_tokens // (machine.world_size() * micro_batches(s))
+        require(
+            tokens * s.model.vocab_size <= MAX_LOGITS,
+            "micro_batch_tokens",
+            s.micro_batch_tokens,
+            f"with a teacher all logits of {tokens:,} tokens are held; "
+            f"give at most {MAX_LOGITS // s.model.vocab_size}",
+        )
+    if q.distill.teacher is not None and not q.distill.weight:
+        raise UserError(
+            f"qat.distill.teacher = {q.distill.teacher}: it has no weight in the loss; "
+            "give qat.distill.weight"
         )
     if q.start_lr_scale is not None and q.start_lr_scale < 1:
         lowest = s.schedule.floor

@@ -179,6 +179,13 @@ class PlanSettings:
 
 
 @dataclass
+class DistillSettings:  # part of the target is a float model's, while QAT is on
+    weight: float = checked(0.0, FRACTION)  # of the teacher in the loss; 0 = no teacher
+    temperature: float = checked(1.0, ABOVE_0)
+    teacher: str | None = path()  # a run or a .qat file; null = the float weights at the switch
+
+
+@dataclass
 class QatSettings:
     enabled: bool = MISSING
     grid: str | None = None  # the grid= and plan= options that this arm stands for
@@ -195,6 +202,7 @@ class QatSettings:
     to_bytes: bool = False
     # nats per token and bit; null = so that the limit is met
     bit_price: float | None = checked(None, AT_LEAST_0)
+    distill: DistillSettings = field(default_factory=DistillSettings)
 
 
 @dataclass

@@ -31,6 +31,7 @@ from qat.settings.signals import stop_now, when_asked_to_stop
 from qat.text.batches import BatchShape, TrainingBatches
 from qat.text.shards import TokenStream
 from qat.training.build import build_schedule, spec_of
+from qat.training.distill import Distillation, Teacher
 from qat.training.loop import Batch, Pace, TrainingLoop, UpdateHook, compiled_loss
 from qat.training.schedule import Schedule
 
@@ -184,15 +185,24 @@ class StopAtSignal(Callback):
 
 
 def build_loop(
-    s: TrainSettings, module: nn.Module, plan: Plan, hooks: Sequence[UpdateHook]
+    s: TrainSettings,
+    module: nn.Module,
+    plan: Plan,
+    hooks: Sequence[UpdateHook],
+    teacher: Teacher | None = None,
 ) -> TrainingLoop:
-    """A loop that trains the module as the settings say."""
+    """A loop that trains the module as the settings say; ``teacher``: None = itself, if any."""
     gradient = s.qat.gradient if s.qat.enabled else "identity"
     is_compiled = s.compile == "true"
     model = QatModel(module, plan, gradient, s.seed, fused=is_compiled)
     pace = Pace(micro_batches(s), s.schedule.warmup_steps, s.precision, s.logger.every_steps)
-    loss = compiled_loss(spec_of(s.model)) if is_compiled else None
-    return TrainingLoop(model, build_schedule(s), s.optimizer, pace, hooks, loss)
+    spec = spec_of(s.model) if is_compiled else None
+    loss = None if spec is None else compiled_loss(spec)
+    qat_loss, d = None, s.qat.distill
+    if s.qat.enabled and d.weight:
+        distillation = Distillation(d.weight, d.temperature, module, spec, teacher)
+        hooks, qat_loss = [*hooks, distillation], distillation.loss
+    return TrainingLoop(model, build_schedule(s), s.optimizer, pace, hooks, loss, qat_loss)
 
 
 def price_control(

@@ -189,7 +189,8 @@ class _Losses:
 class TrainingLoop(LightningModule):
     """Trains ``model`` until ``schedule`` says stop.
 
-    ``loss`` is that of the model's module, perhaps compiled (default: as it is).
+    ``loss`` is that of the model's module, perhaps compiled (default: as it is); ``qat_loss`` takes
+    its place while QAT is on (default: none does).
     """
 
     def __init__(
@@ -200,6 +201,7 @@ class TrainingLoop(LightningModule):
         pace: Pace,
         hooks: Sequence[UpdateHook] = (),
         loss: LossFunction | None = None,
+        qat_loss: LossFunction | None = None,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
@@ -218,13 +220,17 @@ class TrainingLoop(LightningModule):
         self._micro = 0
         self._is_first_batch = True
         self._loss = loss or loss_of(model.model)
+        self._qat_loss = qat_loss or self._loss
 
-    def loss(self, weights: dict[str, Tensor], ids_BT: Tensor, targets_BT: Tensor) -> Tensor:
-        """Mean loss in nats of a model of these weights."""
+    def loss(
+        self, weights: dict[str, Tensor], ids_BT: Tensor, targets_BT: Tensor, is_on: bool = False
+    ) -> Tensor:
+        """Mean loss in nats of a model of these weights; ``is_on``: as it is trained with QAT."""
         # Around the compiled function, not in it: torch keeps no graph that enters autocast.
         enabled = self.pace.precision == "bf16"
         with torch.autocast(ids_BT.device.type, torch.bfloat16, enabled=enabled):
-            return self._loss(weights, ids_BT, targets_BT)
+            function = self._qat_loss if is_on else self._loss
+            return function(weights, ids_BT, targets_BT)
 
     @property
     def is_over(self) -> bool:
@@ -283,7 +289,8 @@ class TrainingLoop(LightningModule):
                 hook.first_batch(self, batch)
             if not self.is_priming:
                 self.clock.start()
-        loss = self.loss(self.model.weights(), *batch)
+        is_on = self.model.is_on and not self.is_priming
+        loss = self.loss(self.model.weights(), *batch, is_on)
         backward(loss / self.pace.micro_batches)
         self._micro_losses.append(loss.detach())
         self._micro += 1
