@@ -28,6 +28,7 @@ from qat.text.batches import BatchShape, TrainingBatches
 from qat.text.shards import TokenStream
 from qat.training.build import build_model, spec_of
 from qat.training.clock import TrainingClock
+from qat.training.distill import Distillation
 from qat.training.fit import build_trainer
 from qat.training.liveness import LivenessProof
 from qat.training.loop import Pace, TrainingLoop, compiled_loss
@@ -182,7 +183,11 @@ def test_weights_that_diverged_are_not_the_users_mistake(train) -> None:
 
 
 def module(
-    compile_model: bool, start_step: int | None, max_steps: int, grid: Grid = INT4
+    compile_model: bool,
+    start_step: int | None,
+    max_steps: int,
+    grid: Grid = INT4,
+    distilled: bool = False,
 ) -> TrainingLoop:
     torch.manual_seed(0)
     spec = ModelSpec(512, 2, 32, 4, 2, 2, True)
@@ -192,12 +197,17 @@ def module(
     schedule = Schedule(None, max_steps, 2, 0.85, 0.95, 500, start_step)
     pace = Pace(log_every_steps=1)
     loss = compiled_loss(spec) if compile_model else None
-    model = QatModel(gpt, plan, fused=compile_model)
-    return TrainingLoop(model, schedule, OptimizerSettings(), pace, [LivenessProof()], loss)
+    model, settings = QatModel(gpt, plan, fused=compile_model), OptimizerSettings()
+    if not distilled:
+        return TrainingLoop(model, schedule, settings, pace, [LivenessProof()], loss)
+    teacher = Distillation(0.5, 2.0, gpt, spec if compile_model else None)
+    return TrainingLoop(
+        model, schedule, settings, pace, [LivenessProof(), teacher], loss, teacher.loss
+    )
 
 
 def proof_of(loop: TrainingLoop) -> LivenessProof:
-    (proof,) = loop.hooks
+    proof = loop.hooks[0]
     assert isinstance(proof, LivenessProof)
     return proof
 
@@ -212,26 +222,34 @@ def fit(module: TrainingLoop) -> None:
 # What is captured, and what makes it be captured again, is the same whatever compiles it: C++ in
 # half a minute, or nothing.
 @compiles
+@pytest.mark.parametrize("distilled", [False, True])
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 def test_one_model_graph_before_and_after_the_switch(
-    backend: str, monkeypatch: pytest.MonkeyPatch
+    backend: str, distilled: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Promise 3 in the real training loop: Lightning, compiled model, switch at step 3."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
     forget()
     counters.clear()
-    under_test = module(compile_model=True, start_step=3, max_steps=6)
+    under_test = module(True, start_step=3, max_steps=6, distilled=distilled)
+    at_first_update = []
+    under_test.hooks[0].at_switch = lambda loop: at_first_update.append(  # type: ignore[method-assign]
+        counters["stats"]["unique_graphs"]
+    )
     with torch._dynamo.config.patch(error_on_recompile=True):
         fit(under_test)
     assert under_test.progress.qat_steps == 3
-    # The model, and on a CPU the two passes of the snap; on CUDA these are Triton's.
-    assert counters["stats"]["unique_graphs"] == (1 if torch.cuda.is_available() else 3)
+    # The model, and on a CPU the two passes of the snap; on CUDA these are Triton's. With a
+    # teacher, its logits and the loss with them.
+    graphs = (1 if torch.cuda.is_available() else 3) + (2 if distilled else 0)
+    assert counters["stats"]["unique_graphs"] == graphs
+    assert at_first_update == [graphs]
     assert proof_of(under_test).on_grid_share == 1.0
     with torch._dynamo.config.patch(error_on_recompile=True):
-        fit(module(compile_model=True, start_step=3, max_steps=6))
+        fit(module(True, start_step=3, max_steps=6, distilled=distilled))
     # The next run of a sweep compiles nothing.
-    assert counters["stats"]["unique_graphs"] == (1 if torch.cuda.is_available() else 3)
+    assert counters["stats"]["unique_graphs"] == graphs
     forget()
 
 
