@@ -363,7 +363,8 @@ class ConstraintSettings:  # of task=choose: the most that a variant may have; n
 class EvalTaskSettings:
     task: str = "score"  # what to do; all of them: TASKS in eval.py
     artifact: str | None = path()  # file: a .qat, or a .ptz of the challenge
-    out: str | None = path()  # what is written: convert's .ptz, fill's .qat, submission's folder
+    # what is written: fill's .qat, submission's folder, and of export what the name says
+    out: str | None = path()
     run: str | None = path()  # run folder or run name; stands for its artifact
     runs: str | None = path()  # glob of run folders
     study: str | None = path()  # folder or name of a study's sweep
