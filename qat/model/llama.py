@@ -101,6 +101,8 @@ class LlamaTrunk(nn.Module):
 class Llama(nn.Module):
     """Token ids (B, T) -> float32 logits (B, T, V), or the mean loss in nats with targets."""
 
+    sizes_of = staticmethod(sizes_of)
+
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
         self.model = LlamaTrunk(spec)

@@ -108,7 +108,9 @@ def check_each(settings: Any, prefix: str = "") -> None:
 
 @dataclass
 class ModelSettings(ModelSpec):  # sizes and architecture: qat/model/spec.py
-    init_from: str | None = path()  # a torch file of initial weights (read with weights_only)
+    # initial weights: a torch file (read with weights_only), a .safetensors file, or a folder of
+    # Hugging Face's Llama; the sizes that the last two say are taken too, but for those typed
+    init_from: str | None = path()
 
 
 @dataclass
