@@ -13,15 +13,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qat.errors import UserError
-from qat.evaluation.open_model import OpenedModel, artifact_path, open_artifact, open_validation
+from qat.evaluation.open_model import (
+    OTHER_TOKENIZER,
+    OpenedModel,
+    artifact_path,
+    open_artifact,
+    open_validation,
+)
 from qat.export.gguf_file import write_gguf
 from qat.export.golf_file import write_golf
 from qat.export.hugging_face import write_folder
 from qat.export.plain_tensors import write_tensors
+from qat.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from qat.budget.budget import Budget
-    from qat.settings.schema import EvalTaskSettings
+    from qat.settings.schema import DataSettings, EvalTaskSettings
 
 NEEDS = {".gguf": "gguf", ".safetensors": "safetensors", "": "safetensors"}  # packages
 
@@ -60,5 +67,14 @@ def _write(kind: str, out: Path, opened: OpenedModel, s: EvalTaskSettings) -> li
             f"its model is a {opened.spec.name}, of which {reader} knows nothing; "
             "give out=FILE.safetensors"
         )
-    _, tokenizer = open_validation(opened, s.data)
-    return (write_gguf if kind else write_folder)(out, opened, tokenizer)
+    return (write_gguf if kind else write_folder)(out, opened, _tokenizer(opened, s.data))
+
+
+def _tokenizer(opened: OpenedModel, data: DataSettings) -> Tokenizer:
+    """That of the artifact. UserError if it is not found."""
+    if not data.tokenizer:
+        return open_validation(opened, data)[1]
+    tokenizer = Tokenizer(Path(data.tokenizer))
+    if tokenizer.sha256 != opened.artifact.meta.get("tokenizer_sha256"):
+        raise UserError(f"data.tokenizer={data.tokenizer}: {OTHER_TOKENIZER}")
+    return tokenizer
