@@ -7,7 +7,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-import yaml
 from torch import Tensor
 
 from qat.export.gguf_blocks import BLOCK, LAYOUTS, gguf_tensor, pack
@@ -15,10 +14,9 @@ from qat.export.gguf_file import row_order
 from qat.model.llama import rotate_halves
 from qat.model.spec import ModelSpec
 from qat.quantize.grid import Grid
-from qat.quantize.levels import all_levels
 from qat.quantize.plan import Encoded, Entry
 from qat.quantize.rounding import Codes, encode
-from tests.conftest import ROOT
+from tests.export.conftest import OF_GGUF, named
 
 gguf = pytest.importorskip("gguf", reason="needs gguf (export)")
 SHAPE = (12, 192)
@@ -32,22 +30,12 @@ def weights() -> Tensor:
     return w
 
 
-def named(name: str) -> Grid:
-    return Grid(**yaml.safe_load((ROOT / f"conf/grid/{name}.yaml").read_text()))
-
-
 def stored(grid: Grid, w: Tensor | None = None) -> Encoded:
     w = weights() if w is None else w
     return Encoded(Entry("w", tuple(w.shape), grid), encode(w, grid))
 
 
-needs_blocks = pytest.mark.skipif(
-    "q4_0" not in all_levels(), reason="the grids of GGUF's blocks are not on this branch"
-)
-
-
-@needs_blocks
-@pytest.mark.parametrize("name", ["q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "mxfp4"])
+@pytest.mark.parametrize("name", OF_GGUF)
 def test_grids_that_gguf_defines(name: str) -> None:
     """The sign of a zero too."""
     item = stored(named(name))

@@ -33,7 +33,7 @@ def test_what_it_says(stored: Stored, tokenizer: Tokenizer, tmp_path: Path) -> N
     reader = gguf.GGUFReader(tmp_path / "m.gguf")
     expected = {
         "general.architecture": "llama", "general.name": "m", "llama.vocab_size": 320,
-        "llama.context_length": 32, "llama.embedding_length": 64, "llama.block_count": 2,
+        "llama.context_length": 128, "llama.embedding_length": 64, "llama.block_count": 2,
         "llama.feed_forward_length": 96, "llama.attention.head_count": 4,
         "llama.attention.head_count_kv": 2, "llama.rope.dimension_count": 16,
         "llama.rope.freq_base": 5e5, "tokenizer.ggml.bos_token_id": 1,
