@@ -101,8 +101,9 @@ def spec_at(path: Path) -> ModelSpec | None:
     try:
         if path.is_dir():
             return spec_of(json.loads((path / CONFIG).read_text("utf-8")))
-        if path.suffix == ".safetensors" and MODEL in (meta := metadata_of(path)):
-            return ModelSpec.from_json(json.loads(meta[MODEL]))
+        if path.suffix == ".safetensors" and path.is_file():
+            meta = metadata_of(path)
+            return ModelSpec.from_json(json.loads(meta[MODEL])) if MODEL in meta else None
     except (KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"it describes no model ({error})") from None
     return None
