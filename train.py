@@ -124,7 +124,6 @@ def train(s: TrainSettings, training_run) -> int:
         fit,
         price_control,
     )
-    from qat.training.initial_weights import check_tokenizer
     from qat.training.liveness import LivenessProof
     from qat.training.progress_bar import ProgressBar
     from qat.training.to_bytes import TrainToBytes
@@ -156,8 +155,7 @@ def train(s: TrainSettings, training_run) -> int:
         held = {KEY: vars(identity), "choices": choices}
     state = forked if state is None else state
     plan, spec = training_run.plan, training_run.spec
-    check_tokenizer(s.model.init_from, tokenizer)
-    module = build_model(s.model, s.seed)
+    module = build_model(s.model, s.seed, tokenizer)
     device = join_ranks()
     scorer = Scorer(
         spec, val_stream, tokenizer.byte_table, s.seq_len, s.eval, device, training_run.console,

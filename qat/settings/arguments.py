@@ -8,6 +8,7 @@ import sys
 from argparse import Namespace
 from dataclasses import asdict
 from functools import cache
+from importlib import import_module
 from os.path import expanduser, isdir
 from pathlib import Path
 from typing import NoReturn, get_origin
@@ -18,7 +19,6 @@ from hydra.core.override_parser.types import ChoiceSweep
 from omegaconf import DictConfig, OmegaConf
 
 from qat.errors import UserError
-from qat.model.hugging_face import spec_at
 from qat.settings import machine
 from qat.settings.arms import ARM
 from qat.settings.options import CONF, no_such_option
@@ -31,6 +31,7 @@ HYDRAS_FOLDERS = (
     "hydra.output_subdir",
 )  # fmt: skip
 OF_A_STUDY = ("clock", "prices")  # settings of it that are typed
+SIZES = "qat.model.hugging_face"  # by name: it is no part of train_gpt.py
 SCHEMAS = {"train": TrainSettings, "eval": EvalTaskSettings}
 
 
@@ -112,7 +113,10 @@ def with_sizes(arguments: list[str], as_spelled: list[str]) -> list[str]:
     if not isinstance(value, str) or asked.keys() & {"model", "resume"}:
         return arguments
     try:
-        spec = spec_at(Path(expanduser(value)))
+        spec = import_module(SIZES).spec_at(Path(expanduser(value)))
+    except ModuleNotFoundError:
+        whole = "train_gpt.py begins from random weights; this takes the whole project"
+        raise UserError(f"model.init_from={value}: {whole}") from None
     except (ValueError, OSError) as error:
         raise UserError(f"model.init_from={value}: {error}") from None
     if spec is None:

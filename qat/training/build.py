@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,12 +18,14 @@ from qat.quantize.grid import Grid
 from qat.quantize.plan import Plan, build_plan
 from qat.quantize.switch import QatSwitch
 from qat.settings.schema import QatSettings
-from qat.training.initial_weights import initial_weights
 from qat.training.schedule import Schedule
 
 if TYPE_CHECKING:
     from qat.settings.schema import ModelSettings, PlanSettings, TrainSettings
+    from qat.text.tokenizer import Tokenizer
 
+# By name: a submission began from random weights, so this is no part of train_gpt.py.
+INITIAL_WEIGHTS = "qat.training.initial_weights"
 GRID = "grid"  # the name in plan.rules of the grid that grid= chooses
 
 
@@ -71,8 +74,9 @@ def check_artifact(s: TrainSettings, code_bytes: int) -> None:
         )
 
 
-def build_model(m: ModelSettings, seed: int) -> nn.Module:
-    """A model initialised from its seed, or from the weights of ``model.init_from``."""
+def build_model(m: ModelSettings, seed: int, tokenizer: Tokenizer | None = None) -> nn.Module:
+    """A model initialised from its seed, or from the weights of ``model.init_from``, which have to
+    be of this tokenizer."""
     torch.manual_seed(seed)
     try:
         model = model_of(spec_of(m))
@@ -83,7 +87,10 @@ def build_model(m: ModelSettings, seed: int) -> nn.Module:
     if m.init_from is None:
         return model
     try:
-        weights = initial_weights(Path(m.init_from), spec_of(m), model.state_dict())
+        reader = import_module(INITIAL_WEIGHTS)
+        weights = reader.initial_weights(Path(m.init_from), spec_of(m), model.state_dict())
+        if tokenizer is not None:
+            reader.check_tokenizer(Path(m.init_from), tokenizer)
     except ValueError as error:
         raise UserError(
             f"model.init_from={m.init_from}: not weights of this model ({error})"

@@ -109,14 +109,13 @@ def _of_folder(folder: Path) -> dict[str, Tensor]:
     return found
 
 
-def check_tokenizer(init_from: str | None, tokenizer: Tokenizer) -> None:
-    """UserError if ``model.init_from`` says that its weights are of another vocabulary."""
-    path = Path(init_from or "")
+def check_tokenizer(path: Path, tokenizer: Tokenizer) -> None:
+    """UserError if these weights, which can be read, say that they are of another vocabulary."""
     file = path / WHOLE if path.is_dir() else path
-    if init_from is None or file.suffix != ".safetensors" or not file.is_file():
+    if file.suffix != ".safetensors" or not file.is_file():
         return
     if metadata_of(file).get(TOKENIZER, tokenizer.sha256) != tokenizer.sha256:
         raise UserError(
-            f"model.init_from={init_from}: trained with another tokenizer than {tokenizer.path}; "
+            f"model.init_from={path}: trained with another tokenizer than {tokenizer.path}; "
             "give its own by data.tokenizer, and shards made with it"
         )

@@ -15,15 +15,17 @@ from qat.errors import UserError
 from qat.evaluation.open_model import OpenedModel
 from qat.export.hugging_face import write_folder
 from qat.export.plain_tensors import write_tensors
+from qat.golf.bundle import code_files
 from qat.model.registry import model_of
 from qat.model.spec import ModelSpec
+from qat.settings import arguments
 from qat.settings.arguments import with_sizes
 from qat.settings.schema import ModelSettings
 from qat.text.tokenizer import Tokenizer
 from qat.training.build import build_model
 from qat.training.initial_weights import check_tokenizer
-from tests.conftest import GOLF
-from tests.export.conftest import SPEC, stored, tokenizer, untied  # noqa: F401
+from tests.conftest import GOLF, result_of
+from tests.export.conftest import SPEC, untied
 
 Stored = Callable[..., OpenedModel]
 
@@ -41,14 +43,14 @@ def refused(path: Path, spec: ModelSpec = SPEC, **changes) -> str:
 
 
 @pytest.fixture
-def folder(stored: Stored, tokenizer: Tokenizer, tmp_path: Path) -> Path:  # noqa: F811
+def folder(stored: Stored, tokenizer: Tokenizer, tmp_path: Path) -> Path:
     write_folder(tmp_path / "hf", stored(), tokenizer)
     return tmp_path / "hf"
 
 
 @pytest.mark.parametrize("spec", [SPEC, untied(), ModelSpec(320, 2, 64, 4, 2, 2)], ids=str)
 def test_the_same_bits_come_back(
-    spec: ModelSpec, stored: Stored, tokenizer: Tokenizer, tmp_path: Path  # noqa: F811
+    spec: ModelSpec, stored: Stored, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:  # fmt: skip
     opened = stored(spec)
     write_tensors(tmp_path / "m.safetensors", opened)
@@ -154,17 +156,31 @@ def test_sizes_are_taken_from_it_but_for_those_typed(folder: Path) -> None:
         added()
 
 
-def test_trained_on_from_a_folder(folder: Path, train, tmp_path: Path) -> None:
-    """With nothing said of its sizes; of another tokenizer it is not."""
-    done = train("model.init_from=hf", "max_steps=1", "run_name=r")
+def test_trained_on(finished: Path, folder: Path, train, program) -> None:
+    """The first loss is that of the stored model; of another tokenizer's there is none."""
+    done = program("eval.py", "task=export", f"run={finished}", "out=m.safetensors")
+    assert done.code == 0, done.err
+    done = train("model.init_from=m.safetensors", "max_steps=1", "run_name=r", "qat=none")
+    assert done.code == 0, done.err
+    before, row = result_of(finished), result_of(Path("logs/runs/r"))
+    assert abs(row["train_loss"] - before["val_loss_artifact"]) < 0.3 < before["train_loss"]
+    done = train("model.init_from=hf", "max_steps=1", "run_name=s")
     assert (done.code, len(done.err.splitlines())) == (2, 1), done.err
     assert "model.init_from=hf: trained with another tokenizer than " in done.err
 
 
-def test_its_tokenizer_is_the_texts(folder: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:  # noqa: F811
-    for path in (None, "none.pt", str(folder)):
-        check_tokenizer(path, tokenizer)
+def test_its_tokenizer_is_the_texts(folder: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    check_tokenizer(folder, tokenizer)
     other = Tokenizer(GOLF / "tokenizer.model")
-    check_tokenizer("none.pt", other)
+    check_tokenizer(Path("any.pt"), other)
     with pytest.raises(UserError, match="trained with another tokenizer than"):
-        check_tokenizer(str(folder), other)
+        check_tokenizer(folder, other)
+
+
+def test_a_submission_has_no_code_for_it(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    counted = {path.name for path in code_files()}
+    assert not counted & {"initial_weights.py", "hugging_face.py"}
+    monkeypatch.setattr(arguments, "SIZES", "qat.model.not_there")
+    asked = [f"model.init_from={folder}"]
+    with pytest.raises(UserError, match=r"train_gpt\.py begins from random weights"):
+        with_sizes(asked, asked)
