@@ -50,13 +50,16 @@ def config_of(spec: ModelSpec, sizes: dict[str, Any], seq_len: int, bos_id: int)
 
 
 def spec_of(config: Any) -> ModelSpec:
-    """The model that a config.json describes. ValueError names what this Llama has not."""
+    """The model that a config.json describes. ValueError names what this Llama has not;
+    LookupError, TypeError and ArithmeticError are of what describes none."""
     if not isinstance(config, dict):
         raise ValueError("its config.json is no object")
     for key, known in ONLY.items():
         if config.get(key, known[0]) not in known:
             raise ValueError(f"its {key} is {config[key]!r:.80}, and this Llama's {known[0]}")
     rope = config.get("rope_parameters") or {}
+    if not isinstance(rope, dict):
+        raise TypeError("rope_parameters are no object")
     if rope.get("rope_type", "default") != "default":
         raise ValueError(f"its rope_type is {rope['rope_type']!r:.80}, and this Llama's default")
     dim, heads = config["hidden_size"], config["num_attention_heads"]
@@ -104,6 +107,6 @@ def spec_at(path: Path) -> ModelSpec | None:
         if path.suffix == ".safetensors" and path.is_file():
             meta = metadata_of(path)
             return ModelSpec.from_json(json.loads(meta[MODEL])) if MODEL in meta else None
-    except (KeyError, TypeError, RecursionError) as error:
-        raise ValueError(f"it describes no model ({error})") from None
+    except (LookupError, TypeError, ArithmeticError, RecursionError) as error:
+        raise ValueError(f"it describes no model ({type(error).__name__}: {error})") from None
     return None

@@ -31,12 +31,14 @@ TOKENIZER = "tokenizer_sha256"  # of the metadata
 def initial_weights(
     path: Path, spec: ModelSpec, expected: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """Name -> tensor. ValueError says in what they are not ``expected``, those of ``spec``."""
+    """Name -> float32 tensor. ValueError says in what they are not ``expected``, of ``spec``."""
     try:
         found = _of_folder(path) if path.is_dir() else _of_file(path)
         source = spec_at(path)
     except OSError as error:
         raise ValueError(error.strerror or error) from None
+    except RecursionError:  # of an index
+        raise ValueError("it is nested too deep") from None
     for name in [*expected, *found]:
         if name not in found:
             raise ValueError(f"it has no {name}")
@@ -47,6 +49,7 @@ def initial_weights(
             raise ValueError(f"{name} is {shapes[0]}, in the model {shapes[1]}")
         if not found[name].is_floating_point():
             raise ValueError(f"{name} is of {found[name].dtype}, no float")
+        found[name] = found[name].float()
         if not found[name].isfinite().all():
             raise ValueError(f"{name} is not finite")
     asked = _sizes(spec)
@@ -92,7 +95,11 @@ def _of_safetensors(path: Path) -> dict[str, Tensor]:
 
 def _of_folder(folder: Path) -> dict[str, Tensor]:
     if (folder / INDEX).is_file():
-        parts = json.loads((folder / INDEX).read_text("utf-8"))["weight_map"].values()
+        index = json.loads((folder / INDEX).read_text("utf-8"))
+        names = index.get("weight_map") if isinstance(index, dict) else None
+        if not isinstance(names, dict) or not all(isinstance(p, str) for p in names.values()):
+            raise ValueError(f"its {INDEX} names no files")
+        parts = list(names.values())
     elif (folder / WHOLE).is_file():
         parts = [WHOLE]
     else:

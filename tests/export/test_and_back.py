@@ -16,6 +16,7 @@ from qat.evaluation.open_model import OpenedModel
 from qat.export.hugging_face import write_folder
 from qat.export.plain_tensors import write_tensors
 from qat.golf.bundle import code_files
+from qat.model.hugging_face import spec_at
 from qat.model.registry import model_of
 from qat.model.spec import ModelSpec
 from qat.settings import arguments
@@ -83,6 +84,53 @@ def test_a_folder_that_transformers_writes(tmp_path: Path) -> None:
         assert torch.equal(w, weights[name].float()), name
     index.write_text(json.dumps({"weight_map": {"w": "../model.safetensors"}}))
     assert refused(tmp_path) == "its index names '../model.safetensors', which is not in it"
+    for damaged in ("[]", "{}", '{"weight_map": {"w": 3}}', '{"weight_map": 3}'):
+        index.write_text(damaged)
+        assert refused(tmp_path) == "its model.safetensors.index.json names no files"
+    index.write_text("{")
+    assert refused(tmp_path).startswith("Expecting property name")
+    index.write_text("[" * 100_000)
+    assert refused(tmp_path) == "it is nested too deep"
+
+
+DAMAGED = ("", "[]", "3", "{}", "{", "[" * 100_000, '{"model_type": "llama"}', "\udc80")
+WRONG = ({"num_attention_heads": 0}, {"hidden_size": "64"}, {"rope_parameters": [1]},
+         {"rope_theta": 10**400}, {"rms_norm_eps": None}, {"vocab_size": 1.5})  # fmt: skip
+
+
+def test_what_describes_no_model(tmp_path: Path) -> None:
+    config = {"model_type": "llama", "vocab_size": 320, "hidden_size": 64, "num_hidden_layers": 2,
+              "num_attention_heads": 4, "intermediate_size": 128}  # fmt: skip
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(config))
+    assert spec_at(tmp_path) is not None
+    for text in (*DAMAGED, *(json.dumps(config | wrong) for wrong in WRONG)):
+        path.write_bytes(text.encode(errors="surrogateescape"))
+        with pytest.raises(ValueError, match=r"\w"):
+            spec_at(tmp_path)
+
+
+def test_what_is_no_safetensors_file(tmp_path: Path) -> None:
+    path = tmp_path / "m.safetensors"
+
+    def written(header: bytes, size: int | None = None) -> Path:
+        length = len(header) if size is None else size
+        path.write_bytes(length.to_bytes(8, "little") + header)
+        return path
+
+    assert spec_at(written(b"{}")) is None
+    assert spec_at(written(b'{"__metadata__": {"format": "pt"}}')) is None
+    for header, size in (
+        (b"", None), (b"[]", None), (b"{", None), (b"{}", 1 << 60), (b"[" * 100_000, None),
+        (b'{"__metadata__": 3}', None), (b'{"__metadata__": {"model": 3}}', None),
+        (b'{"__metadata__": {"model": "3"}}', None), (b"\x80", None),
+        (b'{"__metadata__": {"model": "{\\"dim\\": 3}"}}', None),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=r"\w"):
+            spec_at(written(header, size))
+    path.write_bytes(b"short")
+    with pytest.raises(ValueError, match=r"not a \.safetensors file"):
+        spec_at(path)
 
 
 def test_why_it_is_refused(folder: Path) -> None:

@@ -17,10 +17,12 @@ from qat.artifact.container import read_artifact
 from qat.evaluation.open_model import OpenedModel
 from qat.export.hugging_face import write_folder
 from qat.export.tokenizer_json import tokenizer_files
-from qat.model.hugging_face import spec_of
+from qat.model.hugging_face import spec_at, spec_of
+from qat.settings.schema import ModelSettings
 from qat.text.corpus import web_bible
 from qat.text.shards import TokenStream
 from qat.text.tokenizer import Tokenizer
+from qat.training.build import build_model
 from tests.conftest import GOLF, result_of
 from tests.export.conftest import SPEC, untied
 
@@ -83,6 +85,13 @@ def test_transformers_opens_it_and_it_scores_the_same(
     for text in (*ODD, "The light of day. " * 9):
         assert cut(text)["input_ids"] == tokenizer.encode_document(text)
     assert model.generation_config.eos_token_id == cut.eos_token_id == tokenizer.bos_id
+
+    model.save_pretrained("again")
+    spec = spec_at(Path("again"))
+    assert spec is not None
+    back = build_model(ModelSettings(**vars(spec), init_from="again"), 1).state_dict()
+    for name, w in artifact.weights.items():
+        assert torch.equal(back[name].view(torch.int32), w.view(torch.int32)), name
 
 
 def test_its_config_is_the_spec_again(
