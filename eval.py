@@ -9,7 +9,7 @@
     python eval.py task=audit data.train_files=GLOB data.val_files=GLOB data.tokenizer=PATH
     python eval.py task=report runs='logs/runs/*'
     python eval.py task=choose cabinet=FOLDER 'constraints={latency_ms: 10}'
-    python eval.py task=convert artifact=PATH out=FILE.ptz
+    python eval.py task=export run=RUN out=FILE.gguf
     python eval.py task=submission run=RUN out=DIR
 
 Each task is imported only when asked for: those that are not needed to score are in no
@@ -40,7 +40,7 @@ TASKS = {
     "audit": "qat.evaluation.audit_task",
     "cabinet": "qat.cabinet.cabinet_task",
     "choose": "qat.cabinet.choose_task",
-    "convert": "qat.golf.convert_task",
+    "export": "qat.export.export_task",
     "submission": "qat.golf.submission_task",
     "report": "qat.report.report_task",
 }

@@ -156,7 +156,7 @@ def train(s: TrainSettings, training_run) -> int:
         held = {KEY: vars(identity), "choices": choices}
     state = forked if state is None else state
     plan, spec = training_run.plan, training_run.spec
-    module, teacher = build_model(s.model, s.seed), None
+    module, teacher = build_model(s.model, s.seed, tokenizer), None
     if s.qat.enabled and s.qat.distill.teacher is not None:
         opened = open_teacher(s.qat.distill.teacher, s.runs_dir, tokenizer.sha256)
         teacher = Teacher(opened.spec, opened.artifact.weights)

@@ -22,7 +22,7 @@ FLOORS = (
     ("training", "evaluation"),
     ("runs",),
     ("analysis", "golf"),
-    ("cabinet",),
+    ("cabinet", "export"),
     ("study",),
     ("report",),
 )
@@ -45,6 +45,8 @@ ONLY = {  # third-party package -> rooms that may import it
     "scipy": {"analysis", "study"},
     "torchao": {"cabinet"},
     "bitsandbytes": {"cabinet"},
+    "gguf": {"export"},
+    "safetensors": {"training", "export"},
 }
 FLOOR_OF = {room: height for height, rooms in enumerate(FLOORS) for room in rooms}
 

@@ -41,7 +41,7 @@ def test_all_else_is_done_with_it(train, program, cache_dir: Path) -> None:
         ("task=sample", "run=int6", "sample.max_tokens=4", "prompt=the"),
         ("task=cabinet", "run=int6", "variants=['gptq_int4*','rtn_int4','lqer*']"),
         ("task=submission", "run=int6", "out=handed_in"),
-        ("task=convert", "run=golf", "out=f.ptz"),
+        ("task=export", "run=golf", "out=f.ptz"),
     ):
         done = program("eval.py", *command, f"data.cache_dir={cache_dir}")
         assert done.code == 0, (command, done.err)

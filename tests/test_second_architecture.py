@@ -59,7 +59,7 @@ def test_trained_scored_sampled_and_stored_again(llama, program, cache_dir: Path
         assert done.code == 0, (command, done.err)
     assert "model/llama.py" in " ".join(path.as_posix() for path in code_files())
 
-    done = program("eval.py", "task=convert", "run=r", "out=f.ptz")
+    done = program("eval.py", "task=export", "run=r", "out=f.ptz")
     assert (done.code, done.err.count("\n")) == (2, 1)
     assert "its model is a llama; the challenge's file is read as its own baseline" in done.err
     assert not Path("f.ptz").exists()

@@ -12,6 +12,8 @@ Source: Touvron et al., arXiv 2302.13971; grouped queries: Ainslie et al., arXiv
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -21,6 +23,11 @@ from qat.model.layers import in_autocast_dtype, rotary_angles
 from qat.model.spec import ModelSpec
 
 INIT_STD = 0.02  # of matrices; those that write into the residual stream 1 / sqrt(2 * layers) of it
+
+
+def sizes_of(spec: ModelSpec) -> dict[str, Any]:
+    """What only a Llama has, by default or as ``more`` says. ValueError for what it has not."""
+    return spec.own(mlp_dim=2 * spec.mlp_mult * spec.dim // 3, rope_base=10_000.0, norm_eps=1e-6)
 
 
 def rotate_halves(x_BTHD: Tensor, base: float) -> Tensor:
@@ -87,9 +94,7 @@ class LlamaTrunk(nn.Module):
 
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
-        sizes = spec.own(
-            mlp_dim=2 * spec.mlp_mult * spec.dim // 3, rope_base=10_000.0, norm_eps=1e-6
-        )
+        sizes = sizes_of(spec)
         self.embed_tokens = nn.Embedding(spec.vocab_size, spec.dim)
         self.layers = nn.ModuleList(LlamaBlock(spec, **sizes) for _ in range(spec.num_layers))
         self.norm = WeightedNorm(spec.dim, sizes["norm_eps"])
@@ -103,6 +108,8 @@ class LlamaTrunk(nn.Module):
 
 class Llama(nn.Module):
     """Token ids (B, T) -> float32 logits (B, T, V), or the mean loss in nats with targets."""
+
+    sizes_of = staticmethod(sizes_of)
 
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()

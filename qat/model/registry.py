@@ -6,7 +6,8 @@ meta device too. Its constructor raises ValueError for a spec that it cannot bui
 snaps nor stores anything: weights are handed in from outside (``torch.func.functional_call``).
 
 Optional, and found by looking: an argument ``tail`` of forward (logits of the last positions only,
-at less than the price of all), and methods ``folded`` and ``numbers_moved`` (see qat/model/gpt.py).
+at less than the price of all), methods ``folded`` and ``numbers_moved`` (see qat/model/gpt.py), and
+``sizes_of`` (its own sizes, defaults filled in: qat/model/llama.py).
 """
 
 from __future__ import annotations

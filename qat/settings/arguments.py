@@ -6,7 +6,9 @@ import difflib
 import re
 import sys
 from argparse import Namespace
+from dataclasses import asdict
 from functools import cache
+from importlib import import_module
 from os.path import expanduser, isdir
 from pathlib import Path
 from typing import NoReturn, get_origin
@@ -29,6 +31,7 @@ HYDRAS_FOLDERS = (
     "hydra.output_subdir",
 )  # fmt: skip
 OF_A_STUDY = ("clock", "prices")  # settings of it that are typed
+SIZES = "qat.model.hugging_face"  # by name: it is no part of train_gpt.py
 SCHEMAS = {"train": TrainSettings, "eval": EvalTaskSettings}
 
 
@@ -97,6 +100,34 @@ def with_profile(arguments: list[str], say: bool = True) -> list[str]:
         print(f"profile={profile}: {reason}", file=sys.stderr)
     words = arguments if typed else [*arguments, "profile=auto"]
     return [re.sub(r"\bauto\b", profile, w) if w.startswith("profile=") else w for w in words]
+
+
+def with_sizes(arguments: list[str], as_spelled: list[str]) -> list[str]:
+    """Add the sizes of the model that ``model.init_from`` describes, but for those typed (all are
+    by ``model=OPTION``). UserError if it describes one that this program has not.
+
+    ``as_spelled``: the same arguments for Hydra.
+    """
+    asked = {o.key_or_group: o for o in OverridesParser.create().parse_overrides(as_spelled)}
+    value = asked["model.init_from"].value() if "model.init_from" in asked else None
+    if not isinstance(value, str) or asked.keys() & {"model", "resume"}:
+        return arguments
+    try:
+        spec = import_module(SIZES).spec_at(Path(expanduser(value)))
+    except ModuleNotFoundError:
+        whole = "train_gpt.py begins from random weights; this takes the whole project"
+        raise UserError(f"model.init_from={value}: {whole}") from None
+    except (ValueError, OSError) as error:
+        raise UserError(f"model.init_from={value}: {error}") from None
+    if spec is None:
+        return arguments
+    sizes = asdict(spec)
+    more = {} if "model.more" in asked else sizes.pop("more")
+    if "model.mlp_mult" in asked:
+        more.pop("mlp_dim", None)
+    sizes |= {f"more.{name}": size for name, size in more.items()}
+    added = {f"model.{name}": str(size).lower() for name, size in sizes.items()}
+    return [*arguments, *(f"{key}={size}" for key, size in added.items() if key not in asked)]
 
 
 def known_keys(schema: type) -> set[str]:

@@ -47,6 +47,7 @@ WANDB_MODES = ("online", "offline")  # which of them logger.offline decides
 MAX_VOCAB_SIZE = 65_536  # token ids are stored as uint16
 Eval = TypeVar("Eval", bound=EvalSettings)
 MAX_LOGITS = 2**28  # of a micro-batch with a teacher: a gigabyte as float32
+FILES = (".gguf", ".safetensors", ".ptz")  # that task=export writes
 TEXT_SOURCES = ("web_bible", "text", "hub")
 
 
@@ -317,6 +318,17 @@ def resolve_eval(settings: EvalTaskSettings, choices: Mapping[str, str | None]) 
         require(not s.artifact, "artifact", s.artifact, "a submission is made of run=RUN")
         require(bool(s.run), "run", s.run, "give the run to submit, run=RUN")
         require(bool(s.out), "out", s.out, "give the folder to write, out=DIR")
+    elif s.task == "export":
+        one = "give artifact=PATH or run=RUN (one of them)"
+        require(bool(s.artifact) != bool(s.run), "artifact", s.artifact, one)
+        require(
+            not (s.artifact or "").endswith(".ptz"), "artifact", s.artifact,
+            "the challenge's file holds tensors only; give a .qat",
+        )  # fmt: skip
+        out = s.out or ""
+        suffix = "/" if out.endswith("/") else os.path.splitext(out)[1]
+        remedy = f"give one of {', '.join(f'FILE{end}' for end in FILES)}, or DIR/ (Hugging Face)"
+        require(bool(out) and suffix in ("/", "", *FILES), "out", s.out, remedy)
     elif s.task == "audit" and not (s.artifact or s.run):
         d = s.data
         is_typed = bool(d.train_files or d.val_files or d.tokenizer or d.files)
@@ -347,11 +359,7 @@ def resolve_eval(settings: EvalTaskSettings, choices: Mapping[str, str | None]) 
 def _check_golf_file(s: EvalTaskSettings) -> None:
     """The challenge's file holds tensors only; what else scoring needs has to be typed."""
     is_golf = s.artifact is not None and s.artifact.endswith(".ptz")
-    if s.task == "convert":
-        require(not is_golf, "artifact", s.artifact, "a .ptz file already; give a .qat")
-        written = (s.out or "").endswith(".ptz")
-        require(written, "out", s.out, "give the file to write, out=FILE.ptz")
-    elif is_golf:
+    if is_golf:
         for setting, value, example in (
             ("eval.seq_len", s.eval.seq_len, "eval.seq_len=1024"),
             ("data.val_files", s.data.val_files, "data.val_files=GLOB"),

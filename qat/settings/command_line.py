@@ -38,6 +38,7 @@ from qat.settings.arguments import (
     split_flags,
     users_folders,
     with_profile,
+    with_sizes,
 )
 from qat.settings.arms import ARM, with_arms
 from qat.settings.schema import as_settings
@@ -180,6 +181,8 @@ def _main(program: Program) -> int:
         if not args.hydra_help and not any(word.startswith("resume=") for word in settings):
             is_question = args.help or args.cfg or args.info or args.shell_completion
             settings = with_profile(settings, say=not is_question)
+        if not args.shell_completion:
+            settings = with_sizes(settings, for_hydra())
         settings = with_arms(settings, groups(name), is_sweep)
     sys.argv[1:] = [*opened(for_hydra(), name), *flags]
     jobs = Jobs(program, folders, shlex.join(["python", f"{name}.py", *typed]))

@@ -108,7 +108,9 @@ def check_each(settings: Any, prefix: str = "") -> None:
 
 @dataclass
 class ModelSettings(ModelSpec):  # sizes and architecture: qat/model/spec.py
-    init_from: str | None = path()  # a torch file of initial weights (read with weights_only)
+    # initial weights: a torch file (read with weights_only), a .safetensors file, or a folder of
+    # Hugging Face's Llama; the sizes that the last two say are taken too, but for those typed
+    init_from: str | None = path()
 
 
 @dataclass
@@ -371,7 +373,8 @@ class ConstraintSettings:  # of task=choose: the most that a variant may have; n
 class EvalTaskSettings:
     task: str = "score"  # what to do; all of them: TASKS in eval.py
     artifact: str | None = path()  # file: a .qat, or a .ptz of the challenge
-    out: str | None = path()  # what is written: convert's .ptz, fill's .qat, submission's folder
+    # what is written: fill's .qat, submission's folder, and of export what the name says
+    out: str | None = path()
     run: str | None = path()  # run folder or run name; stands for its artifact
     runs: str | None = path()  # glob of run folders
     study: str | None = path()  # folder or name of a study's sweep

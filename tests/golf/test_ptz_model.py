@@ -187,11 +187,14 @@ def test_a_tokenizer_of_another_vocabulary(prepared_text: Path, program) -> None
             ("artifact=no.ptz", "eval.seq_len=128", *TEXT),
             "artifact=no.ptz: No such file or directory",
         ),
-        (("task=convert", "out=a.ptz"), "artifact = null: give artifact=PATH or run=RUN"),
-        (("task=convert", "artifact=a.qat"), "out = null: give the file to write, out=FILE.ptz"),
-        (("task=convert", "artifact=a.qat", "out=b.pt"), "out = b.pt: give the file to write"),
-        (("task=convert", "artifact=a.qat", "out=b.ptz"), "artifact=a.qat: No such file"),
-        (("task=convert", f"artifact={FIXTURE}", "out=b.ptz"), "a .ptz file already; give a .qat"),
+        (("task=export", "out=a.ptz"), "artifact = null: give artifact=PATH or run=RUN"),
+        (("task=export", "artifact=a.qat"), "out = null: give one of FILE.gguf, FILE.saf"),
+        (
+            ("task=export", "artifact=a.qat", "out=b.pt"),
+            "out = b.pt: give one of FILE.gguf, FILE.safetensors, FILE.ptz",
+        ),
+        (("task=export", "artifact=a.qat", "out=b.ptz"), "artifact=a.qat: No such file"),
+        (("task=export", f"artifact={FIXTURE}", "out=b.ptz"), "holds tensors only; give a .qat"),
     ],
     ids=str,
 )
@@ -209,7 +212,7 @@ def test_written_as_the_reference_writes(program, tmp_path: Path) -> None:
     plan, weights = plan_of(GOLF_SHAPE), random_weights(GOLF_SHAPE)
     encoded = plan.encode(weights)
     write_qat(tmp_path / "a.qat", GOLF_SHAPE, encoded, plan)
-    done = program("eval.py", "task=convert", "artifact=a.qat", "out=a,b (1).ptz")
+    done = program("eval.py", "task=export", "artifact=a.qat", "out=a,b (1).ptz")
     assert done.code == 0, done.err
     path = tmp_path / "a,b (1).ptz"
     assert value(done.out, "artifact_bytes") == path.stat().st_size
@@ -238,7 +241,7 @@ def test_a_trained_run_converted_scores_the_same(train, program, prepared_text: 
     assert train("qat=int8_golf", "plan.grid_min_elements=2000", "qat.start_step=4",
                  "run_name=r").code == 0  # fmt: skip
     run = Path("logs/runs/r")
-    done = program("eval.py", "task=convert", f"run={run}", "out=r.ptz")
+    done = program("eval.py", "task=export", f"run={run}", "out=r.ptz")
     assert done.code == 0, done.err
     done = program("eval.py", "artifact=r.ptz", "eval.seq_len=32", "eval.batch_tokens=2048",
                    f"data.val_files={prepared_text}/val_*.bin",
@@ -249,7 +252,7 @@ def test_a_trained_run_converted_scores_the_same(train, program, prepared_text: 
 
 
 def test_another_grid_is_refused(finished: Path, program, tmp_path: Path) -> None:
-    done = program("eval.py", "task=convert", f"artifact={finished}/artifact.qat", "out=r.ptz")
+    done = program("eval.py", "task=export", f"artifact={finished}/artifact.qat", "out=r.ptz")
     assert done.code == 2
     assert done.err == (
         f"error: artifact={finished}/artifact.qat: cannot become a .ptz file: it is on the grid "
@@ -263,7 +266,7 @@ def test_types_that_the_reference_never_writes_are_refused(program, tmp_path: Pa
     weights = random_weights(shape)
     bf16 = build_plan(tensor_shapes(shape), {"grid": GOLF_GRID}, {"*scale": "bf16"} | RULES)
     write_qat(tmp_path / "bf16.qat", shape, bf16.encode(weights), bf16)
-    done = program("eval.py", "task=convert", "artifact=bf16.qat", "out=o.ptz")
+    done = program("eval.py", "task=export", "artifact=bf16.qat", "out=o.ptz")
     assert done.code == 2
     assert "tensor blocks.0.attn_scale is stored as bf16, not fp16 or fp32" in done.err
     assert not (tmp_path / "o.ptz").exists()
@@ -277,7 +280,7 @@ def test_no_file_is_overwritten_and_none_left_behind(program, tmp_path: Path) ->
     for out, reason in (
         ("there.ptz", "it is there already"), ("no/a.ptz", "No such file or directory"),
     ):  # fmt: skip
-        done = program("eval.py", "task=convert", "artifact=a.qat", f"out={out}")
+        done = program("eval.py", "task=export", "artifact=a.qat", f"out={out}")
         assert done.code == 2
         assert done.err.startswith(f"error: out={out}: ")
         assert reason in done.err

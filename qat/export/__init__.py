@@ -1,0 +1,1 @@
+"""Files that other programs open: Hugging Face, safetensors, GGUF, the challenge's .ptz."""
