@@ -15,7 +15,6 @@ from qat.evaluation.open_model import OpenedModel, artifact_meta, open_artifact
 from qat.model.registry import tensor_shapes
 from qat.model.spec import ModelSpec
 from qat.quantize.grid import Grid
-from qat.quantize.levels import all_levels
 from qat.quantize.plan import build_plan
 from qat.text.tokenizer import Tokenizer, train_tokenizer
 from tests.conftest import ROOT, shared_folder
@@ -24,13 +23,7 @@ SPEC = ModelSpec(320, 2, 64, 4, 2, 3, True, "llama")
 NOT_TEXT = 3 + 256  # pieces: the specials and the bytes come first
 Q8 = Grid(bits=8, group_size=32)
 RULES = {"*norm*": "fp32", "*": "grid"}
-needs_blocks = pytest.mark.skipif(
-    "q4_0" not in all_levels(), reason="the grids of GGUF's blocks are not on this branch"
-)
-OF_GGUF = [
-    pytest.param(name, marks=needs_blocks)
-    for name in ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "mxfp4")
-]
+OF_GGUF = ["q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "mxfp4"]
 
 
 def named(name: str) -> Grid:

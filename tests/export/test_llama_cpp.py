@@ -135,7 +135,7 @@ def test_probabilities(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("grid", ["int8", "int4"])
+@pytest.mark.parametrize("grid", ["q4_0", "mxfp4", "int8"])
 def test_a_trained_model_writes_the_same_text(
     grid: str, program, cache_dir: Path, tmp_path: Path
 ) -> None:
