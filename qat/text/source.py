@@ -46,8 +46,10 @@ BATCH_BYTES = 1_000_000  # of text, and a document more, that are encoded at a t
 TOKENIZER_BYTES = 64_000_000  # of text, and a document more, train the tokenizer
 YARDSTICK_BYTES = 8_000_000
 SPLIT_HASH_BYTES = 8
+PASSAGES, PASSAGE_TOKENS = 4, 256  # of validation text, that are looked for in training text
 NOTES_FILE = "notes.json"
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # nothing that is read says so
+NOT_OURS = (errno.EACCES, errno.EPERM, errno.EROFS)
 CACHE_KEY = re.compile("[0-9a-f]{16}")
 SIDECAR = re.compile(r"(.+)_bytes(_\d+)?")  # the challenge's: how many bytes each token stands for
 
@@ -77,6 +79,21 @@ def check_length(source: Source, train: TokenStream, batch_tokens: int) -> None:
             f"{source.setting('train')}: {len(train):,} training tokens, fewer than the "
             f"batch_tokens + 1 = {batch_tokens + 1:,} of one step; give more text, or a smaller "
             "batch_tokens"
+        )
+
+
+def check_apart(source: Source, train: TokenStream, val: TokenStream) -> None:
+    """UserError if most of a few passages of the validation text are training text too (reads every
+    token). Of shards that the user gave, however they are cut; other text was split here."""
+    if source.identity["name"] != "shards" or len(val) < PASSAGES * PASSAGE_TOKENS:
+        return
+    starts = [number * len(val) // PASSAGES for number in range(PASSAGES)]
+    found = [train.holds(val.take(start, PASSAGE_TOKENS)) for start in starts]
+    if sum(found) > PASSAGES / 2:
+        raise UserError(
+            f"data.val_files: {sum(found)} of {PASSAGES} passages of it, of {PASSAGE_TOKENS} "
+            "tokens, are in data.train_files too; give other text "
+            "(`python eval.py task=audit` with the same data says more)"
         )
 
 
@@ -210,7 +227,7 @@ def from_text(
 def from_cache(identity: dict[str, Any], cache_dir: Path) -> Source | None:
     """The source an artifact's header names, if its prepared shards are still in the cache."""
     key = str(identity.get("cache_key"))
-    if not CACHE_KEY.fullmatch(key) or not (cache_dir / key / NOTES_FILE).is_file():
+    if not CACHE_KEY.fullmatch(key) or not os.path.isfile(cache_dir / key / NOTES_FILE):
         return None
     return _prepared(cache_dir / key, identity, {})
 
@@ -234,7 +251,8 @@ def _from_documents(
     key = hashlib.sha256(json.dumps(key_parts).encode()).hexdigest()[:16]
     identity = {"name": name, "cache_key": key, "val_fraction": val_fraction}
     folder = cache_dir / key
-    if (folder / NOTES_FILE).is_file():  # perhaps in a folder of somebody else, to read only
+    # Not Path.is_file, which fails in a folder that is not ours to look into.
+    if os.path.isfile(folder / NOTES_FILE):  # perhaps in a folder of somebody else, to read only
         return _prepared(folder, identity, files)
     temporary = cache_dir / f"{key}.tmp"
     try:
@@ -443,7 +461,6 @@ def from_named(identity: dict[str, Any], data: DataSettings, vocab_size: int) ->
 
 
 LISTING_TIMEOUT_SECONDS = 20
-DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 def from_hub(repo_id: str, revision: str, dataset: str, train_shards: int) -> Source:
@@ -489,7 +506,7 @@ def from_hub(repo_id: str, revision: str, dataset: str, train_shards: int) -> So
     except UserError:
         raise
     except Exception as error:  # the hub's HTTP library, and so its errors, differ by version
-        if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+        if isinstance(error, OSError) and error.errno in (*FULL, *NOT_OURS):
             raise UserError(
                 f"data.dataset={dataset}: cannot write {error.filename or 'its files'}: "
                 f"{error.strerror}; HF_HOME says where they go"

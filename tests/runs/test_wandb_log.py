@@ -88,6 +88,15 @@ def test_no_login_is_one_line(
     assert not (tmp_path / "logs").exists(), "the corrected command would find its name taken"
 
 
+@pytest.mark.parametrize("left", ["x", "3-99999-tcp-localhost-9-9"])
+def test_what_another_process_of_wandb_left_is_one_line(
+    left: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_SERVICE", left)
+    with pytest.raises(UserError, match=rf"^logger=wandb: WANDB_SERVICE={left}: .*; unset it$"):
+        wandb_log.check_login(LoggerSettings(name="wandb", offline=True))
+
+
 @pytest.mark.parametrize("variable", checks.WANDB_VARIABLES)
 def test_variables_that_settings_stand_for(variable: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(variable, "mine")

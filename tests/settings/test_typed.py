@@ -101,6 +101,7 @@ def test_numbers_with_commas_are_refused_by_name() -> None:
         ("modle={dim: 3}", "modle={dim: 3}: unknown setting; did you mean model?"),
         ("model={dim: 3}", "model={dim: 3}: give model.dim=VALUE instead"),
         ("model={dimm: 3}", "model.dimm: unknown setting; did you mean model.dim?"),
+        ("init_from=~/w.pt", "init_from=~/w.pt: unknown setting; did you mean model.init_from?"),
         ("optimizer.lr=1", "optimizer.lr=1: unknown setting; did you mean optimizer.head_lr?"),
         ("eval=3", "eval=3: eval has parts and no options here; give eval.NAME=VALUE"),
         (
@@ -118,6 +119,19 @@ def test_numbers_with_commas_are_refused_by_name() -> None:
 def test_mistakes_are_named_as_typed(typed: str, message: str) -> None:
     with pytest.raises(UserError) as refused:
         check_settings([typed], "train")
+    assert str(refused.value).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("typed", "message"),
+    [
+        ("sample.prompt=x", "sample.prompt=x: unknown setting; did you mean prompt?"),
+        ("max_tokens=5", "max_tokens=5: unknown setting; did you mean eval.max_tokens?"),
+    ],
+)
+def test_a_name_of_another_group_is_what_was_meant(typed: str, message: str) -> None:
+    with pytest.raises(UserError) as refused:
+        check_settings([typed], "eval")
     assert str(refused.value).startswith(message)
 
 
