@@ -6,6 +6,7 @@ from dataclasses import fields
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import TYPE_CHECKING
+from zipfile import is_zipfile
 
 import torch
 from torch import Tensor, nn
@@ -100,6 +101,8 @@ def _initial_weights(path: Path, expected: dict[str, Tensor]) -> dict[str, Tenso
     except UnpicklingError:  # torch's advice here is how to load it without a check
         raise ValueError("it holds more than tensors, or is no torch file") from None
     except Exception as error:  # torch raises many kinds for a file that it did not write
+        if not is_zipfile(path):
+            raise ValueError("it is no file of torch's") from None
         raise ValueError(str(error).strip().split("\n")[0][:120]) from None
     if not isinstance(found, dict) or not all(isinstance(w, Tensor) for w in found.values()):
         raise ValueError("not a dict of name -> tensor")

@@ -110,4 +110,7 @@ def load_checkpoint(path: Path) -> dict[str, Any] | None:
             f"{path}: a torch file, but no checkpoint of this program; put the run's own there, or "
             "remove it to begin anew"
         )
+    for name, weight in state["weights"].items():
+        if not bool(weight.isfinite().all()):  # never written here
+            raise UserError(f"{path}: {name} is not finite; start the run anew")
     return state

@@ -32,6 +32,13 @@ def test_saving_makes_no_copy_of_the_state(tmp_path: Path) -> None:
     assert torch.equal(found["weights"]["w"], saved["weights"]["w"])
 
 
+def test_weights_that_are_not_finite_are_named(tmp_path: Path) -> None:
+    path, broken = tmp_path / "a.ckpt", state(float("nan"), 10)
+    torch.save(broken, path)
+    with pytest.raises(UserError, match=r"a\.ckpt: w is not finite; start the run anew"):
+        load_checkpoint(path)
+
+
 def test_a_disk_that_is_full_half_way_keeps_the_last_one(tmp_path: Path) -> None:
     path = tmp_path / "a.ckpt"
     save_checkpoint(path, state(1.0, 10))
