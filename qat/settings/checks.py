@@ -124,11 +124,12 @@ def _check_to_bytes(s: TrainSettings) -> None:
     one_of_learned = s.grid.scale_rule == "learned" and s.grid.column_scales
     require(one_of_learned, "qat.to_bytes", "true", learned)
     late = (
-        "qat.to_bytes = true learns first what matters to the loss; start after an update or more"
+        "qat.to_bytes = true learns first what matters to the loss; start after two updates or more"
     )
-    for start in ("start_step", "start_fraction"):
+    # The first update moves what starts at zero, which no gradient gets through before.
+    for start, too_early in (("start_step", 1), ("start_fraction", 0)):
         value = getattr(s.qat, start)
-        require(value is None or value > 0, f"qat.{start}", value, late)
+        require(value is None or value > too_early, f"qat.{start}", value, late)
     scale = s.qat.start_lr_scale
     require(scale is None or scale < 1, "qat.start_lr_scale", scale, late)
     for setting, value, allowed in (

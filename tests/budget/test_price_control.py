@@ -145,6 +145,7 @@ def test_the_file_reads_back_what_training_saw(train: Callable[..., Done]) -> No
         (("qat=int6", "qat.to_bytes=true"), "qat.to_bytes = true: takes learned scales"),
         (("qat=rd", "artifact.fill=true"), "artifact.fill = True: not with qat.to_bytes"),
         (("qat=rd", "qat.start_step=0"), "qat.start_step = 0: qat.to_bytes = true learns first"),
+        (("qat=rd", "qat.start_step=1"), "qat.start_step = 1: qat.to_bytes = true learns first"),
         (
             ("qat=rd", "qat.start_lr_scale=1"),
             "qat.start_lr_scale = 1: qat.to_bytes = true learns",
