@@ -69,7 +69,12 @@ class Source:
     def setting(self, side: str) -> str:
         """What the user gave the text of ``train`` or ``val`` by."""
         name = self.identity["name"]
-        return {"shards": f"data.{side}_files", "text": "data.files"}.get(name, f"data={name}")
+        return f"data.{side}_files" if name == "shards" else _typed(name)
+
+
+def _typed(name: str) -> str:
+    """What a source that is no shards was given by."""
+    return "data.files" if name == "text" else f"data={name}"
 
 
 def check_length(source: Source, train: TokenStream, batch_tokens: int) -> None:
@@ -322,16 +327,16 @@ def _prepare(
         return (t for t in documents() if not is_validation(t, val_fraction))
 
     if next(iter(train_side()), None) is None:
-        raise UserError(f"data={name}: there is no text to train on; give more, or other files")
+        raise UserError(f"{_typed(name)}: there is no text to train on; give more, or other files")
     first = _FirstBytes(train_side(), TOKENIZER_BYTES)
     # Read before SentencePiece is at work, which would say that its own training went wrong.
     tokenizer, notes = train_tokenizer(list(first), vocab_size, folder / "tokenizer.model")
     notes |= write_shards(name, documents, tokenizer, val_fraction, folder)
     if first.num_bytes < notes["train_bytes"]:
         log.info(
-            "data=%s: the tokenizer was trained on the first %s of %s bytes of training text, in "
+            "%s: the tokenizer was trained on the first %s of %s bytes of training text, in "
             "the order of its documents",
-            name, f"{first.num_bytes:,}", f"{notes['train_bytes']:,}",
+            _typed(name), f"{first.num_bytes:,}", f"{notes['train_bytes']:,}",
         )  # fmt: skip
     (folder / NOTES_FILE).write_text(json.dumps(notes, indent=1), encoding="utf-8")
 
@@ -366,15 +371,15 @@ def write_shards(
     for side, writer in writers.items():
         if not writer.num_tokens:
             raise UserError(
-                f"data={name}: no document falls on the {side} side "
+                f"{_typed(name)}: no document falls on the {side} side "
                 f"({notes['train_documents'] + notes['val_documents']} in all, "
                 f"data.val_fraction = {val_fraction}); give more text or another fraction"
             )
         if counted[side] != notes[f"{side}_bytes"]:
             raise UserError(
-                f"data={name}: the tokens of the {side} side count {counted[side]} bytes, its text "
-                f"has {notes[f'{side}_bytes']}: this vocabulary cannot count bytes; try another "
-                "model.vocab_size"
+                f"{_typed(name)}: the tokens of the {side} side count {counted[side]} bytes, its "
+                f"text has {notes[f'{side}_bytes']}: this vocabulary cannot count bytes; try "
+                "another model.vocab_size"
             )
         notes[f"{side}_tokens"] = writer.num_tokens
     notes["val_xz_bits_per_byte"] = 8 * len(lzma.compress(bytes(sample), preset=9)) / len(sample)
