@@ -11,12 +11,13 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import ChoiceSweep, QuotedString
 
 from qat.errors import UserError
-from qat.settings.arguments import SCHEMAS, check_settings, groups
-from qat.settings.checks import find_run
+from qat.settings.arguments import SCHEMAS, check_settings, groups, split_flags
+from qat.settings.checks import TEXT_VOCAB_SIZE, find_run
 from qat.settings.command_line import Program, main
 from qat.settings.schema import DataSettings, EvalTaskSettings, TrainSettings, check_each
 from qat.settings.typed import kinds, spelled
 from qat.text.source import matching
+from qat.text.tokenizer import SMALLEST_VOCAB_SIZE
 
 
 @cache
@@ -225,3 +226,16 @@ def test_a_path_that_is_there_is_no_pattern(tmp_path: Path, monkeypatch) -> None
         assert [str(path) for path in matching(pattern)] == found
         absolute = [str(path) for path in matching(f"{tmp_path}/{pattern}")]
         assert absolute == [f"{tmp_path}/{name}" for name in found]
+
+
+@pytest.mark.parametrize(
+    ("flag", "told"),
+    [("--config-name=x", "in DIR/eval/"), ("--experimental-rerun=x", "type it once more")],
+)
+def test_what_eval_refuses_names_its_own_ways(flag: str, told: str) -> None:
+    with pytest.raises(UserError, match=f"{told}$"):
+        split_flags([flag], "eval")
+
+
+def test_the_smallest_vocabulary_that_is_advised_works() -> None:
+    assert TEXT_VOCAB_SIZE == SMALLEST_VOCAB_SIZE
