@@ -82,6 +82,13 @@ def run_one(s: TrainSettings, job: Job) -> int:
         log.error("error: %s", of_system(error))
         return training_run.fail(of_system(error), UserError.exit_code)
     except Exception as error:
+        from torch._inductor.exc import InductorError
+
+        if isinstance(error, InductorError):  # a compiler that is there and does not work
+            reason = str(error).splitlines()[0]
+            line = f"compile = true: nothing compiles here ({reason}); give compile=false"
+            log.error("error: %s", line)
+            return training_run.fail(line, UserError.exit_code)
         if not training_run.speaks:
             raise
         log.exception("the run failed")
@@ -106,7 +113,7 @@ def train(s: TrainSettings, training_run) -> int:
     from qat.runs.storing import CalibrationText, Storage
     from qat.text.batches import BatchShape
     from qat.text.shards import TokenStream
-    from qat.text.source import check_length, from_settings
+    from qat.text.source import check_apart, check_length, from_settings
     from qat.text.tokenizer import Tokenizer
     from qat.training.averaging import Averaging
     from qat.training.build import build_model
@@ -144,6 +151,7 @@ def train(s: TrainSettings, training_run) -> int:
         for stream in (train_stream, val_stream):
             stream.check_ids(s.model.vocab_size)
         tokenizer.check_unknown(val_stream)
+        check_apart(source, train_stream, val_stream)
         streams = {"train": train_stream, "val": val_stream}
         identity = CheckpointIdentity.of(training_run.row.settings, source, tokenizer, streams)
         if state is not None:

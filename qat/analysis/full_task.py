@@ -6,6 +6,7 @@ Writes ``metrics.json`` (numbers: docs/metrics.md) and plots, and prints one tab
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,7 +32,7 @@ METRICS = "metrics.json"
 def run(s: EvalTaskSettings, budget: Budget) -> int:
     path = artifact_path(s)
     out = Path(s.out or path.parent / f"{path.stem}_eval")
-    if out.exists() and not out.is_dir():
+    if os.path.exists(out) and not os.path.isdir(out):
         raise UserError(f"out={out}: a file; give the folder to write")
     with joined_ranks() as device:
         subject = _subject(path, s, device)

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("qat")
 
 PLOT = "rd.png"  # in a run's folder
+TIMED_ITEMS, SAID_SECONDS = 8, 10.0  # what takes longer is said after so many
 
 
 @dataclass(frozen=True)
@@ -82,8 +83,14 @@ class BudgetSolver:
         self.solver = Solver(sources, costs)
 
     def _track(self, items: Sequence[Any], title: str):
-        quiet = not self.console.is_terminal
-        return track(items, title, console=self.console, transient=True, disable=quiet)
+        quiet, started = not self.console.is_terminal, time.monotonic()
+        shown = track(items, title, console=self.console, transient=True, disable=quiet)
+        for number, item in enumerate(shown):
+            if number == TIMED_ITEMS:
+                seconds = (time.monotonic() - started) / number * len(items)
+                if seconds > SAID_SECONDS:
+                    log.info("budget solver: %s, about %.0f s off the clock", title, seconds)
+            yield item
 
     def solve(
         self, budget: Budget, meta: Mapping[str, Any], coder: str
@@ -207,4 +214,7 @@ def draw_curve(solution: Solution, measured: float, budget_bytes: int, path: Pat
     axes.set_xlabel("artifact, MB")
     axes.set_ylabel("rise of the loss, nats per token")
     axes.legend()
-    figure.savefig(path, dpi=120)
+    try:
+        figure.savefig(path, dpi=120)
+    except OSError as error:  # the file is worth more than its picture
+        log.warning("warning: cannot write %s: %s", path, error.strerror or error)

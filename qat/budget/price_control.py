@@ -33,6 +33,7 @@ from qat.budget.priced_scales import (
     zoom_rows,
 )
 from qat.budget.search import Trial, fill
+from qat.errors import TrainingError
 from qat.quantize.plan import Entry, Plan
 
 log = logging.getLogger("qat")
@@ -128,7 +129,13 @@ class PriceControl:
     @torch.no_grad()
     def first_scales(self, masters: Tensors) -> dict[str, Tensor]:
         """At the switch, after an update at least: scales (rows + columns, 1) at the price that
-        ends at the limit."""
+        ends at the limit. TrainingError names a matrix that had no gradient yet."""
+        for name, squares in self.squares.items():
+            if not squares.any():
+                raise TrainingError(
+                    f"qat.to_bytes: no gradient reached {name} before the switch, so what it is "
+                    "worth is unknown; start QAT later"
+                )
         at_price_one = {
             e.name: scales_at_price_one(e, self._sensitivity(e.name)) for e in self.entries
         }

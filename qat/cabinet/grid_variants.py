@@ -29,7 +29,7 @@ from qat.quantize.plan import Encoded, Entry, Plan, build_plan
 from qat.quantize.rounding import Codes
 
 CODER = "mix"
-RANK = 16  # of LQER's factors
+RANK = 16  # of LQER's factors, or that of a smaller matrix
 GRIDS = {
     "int8_tensor": Grid(bits=8, per_tensor=True),
     "int8": Grid(bits=8),
@@ -149,7 +149,7 @@ def _low_rank(model: Frozen, grid: Grid, embedding: Grid, inputs: LayerInputs) -
         name = item.entry.name
         if name in wiring.matrices:
             stored, w = item.decode(), model.weights[name].cpu()
-            found = lqer(w, stored, inputs.hessian(name).diagonal().cpu(), RANK)
+            found = lqer(w, stored, inputs.hessian(name).diagonal().cpu(), min(RANK, *w.shape))
             factors |= {f"{name}.left": found.left, f"{name}.right": found.right}
             corrected[name] = found.added_to(stored)
     made = kept(encoded, model.spec, factors)

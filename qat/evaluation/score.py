@@ -113,6 +113,11 @@ class Scorer:
                 "(eval.by_document, eval=full); give shards and a tokenizer with one"
             )
         starts = self.stream.find(self.bos_id)
+        if not len(starts):
+            raise UserError(
+                f"{self.stream.setting}: BOS (id {self.bos_id}), which starts a document "
+                "(eval.by_document, eval=full), is nowhere in it; give shards with BOS"
+            )
         return starts if len(starts) and starts[0] == 0 else np.append(0, starts)
 
     def batches(self, title: str, needed: np.ndarray | None = None) -> Iterator[Batch]:

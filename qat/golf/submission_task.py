@@ -208,7 +208,7 @@ def run(s: EvalTaskSettings, budget: Budget) -> int:
     assert s.run is not None  # asked for by the checks of the settings
     assert s.out is not None
     out = Path(s.out)
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+    if os.path.exists(out) and not (out.is_dir() and not any(out.iterdir())):
         raise UserError(f"out={out}: it is there already; give another name, or an empty folder")
     files = _contents(Path(s.run), s.submission)
     try:

@@ -6,6 +6,7 @@ The run's own file stays as it is; the new one is read back and scored.
 from __future__ import annotations
 
 import logging
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -34,7 +35,7 @@ def run(s: EvalTaskSettings, budget: Budget) -> int:
     finished = FinishedRun(folder, result, Console(stderr=True))
     out = Path(s.out or folder / EXPORTS / f"fill_{s.limit_bytes}.qat")
     for path in (out, Path(f"{out}{OVERSIZE_SUFFIX}")):
-        if path.exists():
+        if os.path.exists(path):
             raise UserError(f"out={path}: it is there already; give another name")
     log = logging.getLogger("qat")
     log.handlers[:] = [logging.StreamHandler()]

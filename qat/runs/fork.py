@@ -92,7 +92,12 @@ def forked_state(s: TrainSettings, folder: Path) -> dict[str, Any]:
         raise UserError(f"{typed}: that run has another {name}")
     if (most := ours.shared(theirs)) < step:
         raise UserError(f"{typed}: the two runs share {most} updates; fork there or before")
-    state = load_checkpoint(kept_checkpoint(folder, step))
+    state = load_checkpoint(path := kept_checkpoint(folder, step))
+    if state is None and path.exists():
+        raise UserError(
+            f"{typed}: {path} is damaged; run that one again, under another name, or fork at "
+            "another step"
+        )
     if state is None:
         kept = ", ".join(map(str, kept_steps(folder))) or "none"
         raise UserError(

@@ -86,17 +86,19 @@ def write_atomically(path: Path, text: str) -> None:
         raise UserError(f"cannot write {path}: {error.strerror}") from None
 
 
-def lock(folder: Path) -> filelock.FileLock:
-    """Hold the folder while this process lives. UserError if another process does."""
+def lock(folder: Path, named: str | None = None) -> filelock.FileLock:
+    """Hold the folder while this process lives, whatever name it takes. UserError if another
+    process does; ``named``: what it calls the folder."""
+    named = named or str(folder)
     held = filelock.FileLock(folder / LOCK)
     try:
         held.acquire(timeout=0)
     except filelock.Timeout:
-        raise UserError(f"{folder}: another process is at work on this run") from None
+        raise UserError(f"{named}: another process is at work on this run") from None
     except (OSError, NotImplementedError) as error:
         if isinstance(error, NotImplementedError) or error.errno in NO_LOCKS:
-            raise UserError(f"{folder}: cannot lock {LOCK} there ({error})") from None
-        raise UserError(f"{folder}: cannot write there ({error.strerror or error})") from None
+            raise UserError(f"{named}: cannot lock {LOCK} there ({error})") from None
+        raise UserError(f"{named}: cannot write there ({error.strerror or error})") from None
     for left in folder.glob(".*.tmp"):  # by a process that was killed while it wrote
         left.unlink(missing_ok=True)
     return held

@@ -150,9 +150,9 @@ class TrainingRun:
 
             def describe(folder: Path) -> None:
                 run_folder.describe(folder, yaml, asked, choices, machine.world_size())
+                self._lock = run_folder.lock(folder, f"runs_dir={parent}")
 
             self.folder = run_folder.claim(parent, s.run_name, default, describe)
-            self._lock = run_folder.lock(self.folder)
         self.row.run_name = self.folder.name
         self._handlers.append(run_folder.open_log(self.folder))
 

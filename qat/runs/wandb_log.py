@@ -19,6 +19,7 @@ import wandb
 from lightning.pytorch.loggers import WandbLogger
 from pydantic import ValidationError
 from wandb.sdk.lib.service.service_connection import WandbApiFailedError
+from wandb.sdk.lib.service.service_token import WandbServiceConnectionError
 from wandb.sdk.mailbox import HandleAbandonedError, MailboxClosedError
 
 from qat.errors import UserError
@@ -56,6 +57,14 @@ def check_login(s: LoggerSettings) -> None:
         except ValidationError as error:
             reason = error.errors()[0]["msg"]
             raise UserError(f"logger=wandb: {name}={os.environ[name]}: {reason}") from None
+    if left := os.environ.get(
+        "WANDB_SERVICE"
+    ):  # of the process that started this one, or a shell's
+        try:
+            wandb.setup()
+        except (ValueError, OSError, WandbServiceConnectionError) as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise UserError(f"logger=wandb: WANDB_SERVICE={left}: {reason}; unset it") from None
     if not s.offline:
         with refusals_named():
             wandb.Api()

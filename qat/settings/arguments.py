@@ -6,6 +6,7 @@ import difflib
 import re
 import sys
 from argparse import Namespace
+from collections.abc import Iterator
 from dataclasses import asdict
 from functools import cache
 from importlib import import_module
@@ -15,7 +16,8 @@ from typing import NoReturn, get_origin
 
 from hydra._internal.utils import get_args_parser
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import ChoiceSweep
+from hydra.core.override_parser.types import ChoiceSweep, Override
+from hydra.errors import OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 
 from qat.errors import UserError
@@ -32,6 +34,7 @@ HYDRAS_FOLDERS = (
 )  # fmt: skip
 OF_A_STUDY = ("clock", "prices")  # settings of it that are typed
 SIZES = "qat.model.hugging_face"  # by name: it is no part of train_gpt.py
+OWN_OPTIONS = {"train": "experiment", "eval": "eval"}  # the group that sets all others, or most
 SCHEMAS = {"train": TrainSettings, "eval": EvalTaskSettings}
 
 
@@ -55,10 +58,13 @@ def split_flags(arguments: list[str], config_name: str) -> tuple[list[str], list
     if args.config_path or args.config_name not in (None, config_name):
         raise UserError(
             f"--config-{'path' if args.config_path else 'name'}: {config_name}.py is made of "
-            f"conf/{config_name}.yaml; add options to it by --config-dir=DIR, in DIR/experiment/"
+            f"conf/{config_name}.yaml; add options to it by --config-dir=DIR, in "
+            f"DIR/{OWN_OPTIONS[config_name]}/"
         )
     if args.experimental_rerun:
-        raise UserError("--experimental-rerun: a run goes on, or is repeated, by resume=RUN")
+        is_train = config_name == "train"
+        again = "a run goes on, or is repeated, by resume=RUN" if is_train else "type it once more"
+        raise UserError(f"--experimental-rerun: {again}")
     commands = ("run", "multirun", "cfg", "info", "shell_completion")
     if len(both := [f"--{name.replace('_', '-')}" for name in commands if getattr(args, name)]) > 1:
         raise UserError(f"{' '.join(both)}: give one of them")
@@ -155,7 +161,9 @@ def unknown(key: str, known: set[str], config_name: str) -> str:
     if parent in known and not any(name.startswith(f"{parent}.") for name in known):
         return f"{parent} takes one value, it has no parts"
     others = sorted(n for n in known if n[-1] != "." and not key.startswith(f"{n}."))
-    close = difflib.get_close_matches(key, others, n=1)
+    last = key.rpartition(".")[2]
+    alike = [name for name in others if name.rpartition(".")[2] == last]  # in another group
+    close = difflib.get_close_matches(key, alike or others, n=1, cutoff=0.0 if alike else 0.6)
     hint = f"did you mean {close[0]}?" if close else f"see `python {config_name}.py --cfg job`"
     is_there = any(name.endswith(f".{key}") for name in close)  # in a group
     for other in SCHEMAS.keys() - {config_name}:
@@ -164,11 +172,25 @@ def unknown(key: str, known: set[str], config_name: str) -> str:
     return f"unknown setting; {hint}"
 
 
+def _parsed(arguments: list[str], known: set[str], config_name: str) -> Iterator[Override]:
+    """As Hydra reads them. UserError for a name that is unknown and a value that Hydra's grammar
+    does not know either: the name is what is wrong."""
+    for argument in arguments:
+        try:
+            yield from OverridesParser.create().parse_overrides([argument])
+        except OverrideParseException:
+            key = argument.partition("=")[0].lstrip("+~")
+            is_name = re.fullmatch(r"[\w.]+", key) and not key.startswith("hydra.")
+            if is_name and key not in known and f"{key.split('.')[0]}." not in known:
+                raise UserError(f"{argument}: {unknown(key, known, config_name)}") from None
+            raise
+
+
 def check_settings(arguments: list[str], config_name: str) -> None:
     """Hydra adds ``+foo=1`` silently, removes by ``~foo`` what the program needs, lets a group be a
     list or null, and of what it does not know it does not say what was meant."""
     known = known_keys(SCHEMAS[config_name]) | groups(config_name)
-    for override in OverridesParser.create().parse_overrides(arguments):
+    for override in _parsed(arguments, known, config_name):
         key, typed = override.key_or_group, override.input_line
         if key == "hydra/sweeper":
             raise UserError(f"{typed}: sweeps are products of values here; drop it")

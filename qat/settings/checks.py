@@ -44,6 +44,7 @@ WANDB_VARIABLES = {
     "WANDB_MODE": "give logger=csv, or logger.offline",
 }
 WANDB_MODES = ("online", "offline")  # which of them logger.offline decides
+TEXT_VOCAB_SIZE = 260  # the smallest that is made of text: qat/text/tokenizer.py
 MAX_VOCAB_SIZE = 65_536  # token ids are stored as uint16
 Eval = TypeVar("Eval", bound=EvalSettings)
 MAX_LOGITS = 2**28  # of a micro-batch with a teacher: a gigabyte as float32
@@ -125,11 +126,12 @@ def _check_to_bytes(s: TrainSettings) -> None:
     one_of_learned = s.grid.scale_rule == "learned" and s.grid.column_scales
     require(one_of_learned, "qat.to_bytes", "true", learned)
     late = (
-        "qat.to_bytes = true learns first what matters to the loss; start after an update or more"
+        "qat.to_bytes = true learns first what matters to the loss; start after two updates or more"
     )
-    for start in ("start_step", "start_fraction"):
+    # The first update moves what starts at zero, which no gradient gets through before.
+    for start, too_early in (("start_step", 1), ("start_fraction", 0)):
         value = getattr(s.qat, start)
-        require(value is None or value > 0, f"qat.{start}", value, late)
+        require(value is None or value > too_early, f"qat.{start}", value, late)
     scale = s.qat.start_lr_scale
     require(scale is None or scale < 1, "qat.start_lr_scale", scale, late)
     for setting, value, allowed in (
@@ -146,7 +148,8 @@ def _check_vocab_size(vocab_size: int) -> None:
         1 < vocab_size <= MAX_VOCAB_SIZE,
         "model.vocab_size",
         vocab_size,
-        f"give 2 to {MAX_VOCAB_SIZE}; shards store tokens in 16 bits",
+        f"give {TEXT_VOCAB_SIZE} to {MAX_VOCAB_SIZE}, or with shards what their tokenizer has; "
+        "tokens are stored in 16 bits",
     )
 
 
@@ -228,8 +231,11 @@ def _check_data(d: DataSettings, sources: tuple[str, ...]) -> None:
 def _check_runs_dir(runs_dir: str) -> None:
     """Before minutes are spent on the text; the folder itself is made when there is a run."""
     folder = Path(runs_dir).absolute()
-    there = next(path for path in (folder, *folder.parents) if path.exists())
-    if there.is_dir() and not os.access(there, os.W_OK | os.X_OK):
+    # Not Path.exists, which fails in a folder that is not ours to look into.
+    there = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
+    if not os.path.isdir(there):
+        raise UserError(f"runs_dir={runs_dir}: cannot write there ({there} is not a folder)")
+    if not os.access(there, os.W_OK | os.X_OK):
         raise UserError(f"runs_dir={runs_dir}: cannot write there ({there} is not ours to write)")
 
 

@@ -12,6 +12,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import sysconfig
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -179,14 +180,20 @@ def no_compiler() -> str | None:
     """Why nothing can be compiled here, None if it can.
 
     torch.compile calls a C++ compiler on a CPU (CXX, else g++), Triton on CUDA a C compiler (CC,
-    else gcc or clang).
+    else gcc or clang). Both need the headers of Python, which some systems pack apart.
     """
     variable, usual = ("CC", ("gcc", "clang")) if has_cuda() else ("CXX", ("g++",))
     typed = os.environ.get(variable)
-    for name in (typed,) if typed else usual:
-        found = shutil.which(name)
-        if found and not subprocess.run([found, "--version"], capture_output=True).returncode:
+    for name in filter(shutil.which, (typed,) if typed else usual):
+        if subprocess.run([name, "--version"], capture_output=True).returncode:
+            continue
+        language = "c" if has_cuda() else "c++"
+        flags = ("-x", language, "-fsyntax-only", f"-I{sysconfig.get_path('include')}", "-")
+        done = subprocess.run([name, *flags], input=b"#include <Python.h>", capture_output=True)
+        if not done.returncode:
             return None
+        reason = next(iter(done.stderr.decode(errors="replace").splitlines()), "no reason is given")
+        return f"{name} does not compile what includes Python.h ({reason})"
     return f"{variable}={typed} does not work" if typed else f"there is no {' or '.join(usual)}"
 
 

@@ -87,7 +87,9 @@ def _expand_paths(settings: Any) -> None:
 
 def require(condition: bool, setting: str, value: object, remedy: str) -> None:
     if not condition:
-        raise UserError(f"{setting} = {'null' if value is None else value}: {remedy}")
+        whole = isinstance(value, float) and value.is_integer()  # typed without a point, as a rule
+        told = "null" if value is None else f"{value:.0f}" if whole else value
+        raise UserError(f"{setting} = {told}: {remedy}")
 
 
 def check_each(settings: Any, prefix: str = "") -> None:

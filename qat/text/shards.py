@@ -25,6 +25,7 @@ HEADER_INTS = 256
 HEADER_BYTES = HEADER_INTS * 4
 SHARD_TOKENS = 100_000_000
 SCAN_TOKENS = 16_000_000
+CACHED_TOKENS = 1_000_000  # what is looked at more than once stays in the processor's cache
 
 
 class ShardWriter:
@@ -138,6 +139,20 @@ class TokenStream:
             found.append(np.flatnonzero(chunk == token) + start)
             start += len(chunk)
         return np.concatenate(found)
+
+    def holds(self, passage: ArrayLike) -> bool:
+        """Whether these tokens are in the stream, one after another (reads every token). Not found
+        where they are cut: by the end of a shard, or of what is read at a time."""
+        wanted = np.asarray(passage)
+        for chunk in self.chunks(CACHED_TOKENS):
+            found = np.flatnonzero(chunk[: max(0, len(chunk) - len(wanted) + 1)] == wanted[0])
+            for place, token in enumerate(wanted):
+                found = found[chunk[found + place] == token]
+                if not len(found):
+                    break
+            else:
+                return True
+        return False
 
     @cached_property
     def digests(self) -> dict[str, str]:

@@ -46,8 +46,10 @@ BATCH_BYTES = 1_000_000  # of text, and a document more, that are encoded at a t
 TOKENIZER_BYTES = 64_000_000  # of text, and a document more, train the tokenizer
 YARDSTICK_BYTES = 8_000_000
 SPLIT_HASH_BYTES = 8
+PASSAGES, PASSAGE_TOKENS = 4, 256  # of validation text, that are looked for in training text
 NOTES_FILE = "notes.json"
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # nothing that is read says so
+NOT_OURS = (errno.EACCES, errno.EPERM, errno.EROFS)
 CACHE_KEY = re.compile("[0-9a-f]{16}")
 SIDECAR = re.compile(r"(.+)_bytes(_\d+)?")  # the challenge's: how many bytes each token stands for
 
@@ -67,7 +69,12 @@ class Source:
     def setting(self, side: str) -> str:
         """What the user gave the text of ``train`` or ``val`` by."""
         name = self.identity["name"]
-        return {"shards": f"data.{side}_files", "text": "data.files"}.get(name, f"data={name}")
+        return f"data.{side}_files" if name == "shards" else _typed(name)
+
+
+def _typed(name: str) -> str:
+    """What a source that is no shards was given by."""
+    return "data.files" if name == "text" else f"data={name}"
 
 
 def check_length(source: Source, train: TokenStream, batch_tokens: int) -> None:
@@ -77,6 +84,21 @@ def check_length(source: Source, train: TokenStream, batch_tokens: int) -> None:
             f"{source.setting('train')}: {len(train):,} training tokens, fewer than the "
             f"batch_tokens + 1 = {batch_tokens + 1:,} of one step; give more text, or a smaller "
             "batch_tokens"
+        )
+
+
+def check_apart(source: Source, train: TokenStream, val: TokenStream) -> None:
+    """UserError if most of a few passages of the validation text are training text too (reads every
+    token). Of shards that the user gave, however they are cut; other text was split here."""
+    if source.identity["name"] != "shards" or len(val) < PASSAGES * PASSAGE_TOKENS:
+        return
+    starts = [number * len(val) // PASSAGES for number in range(PASSAGES)]
+    found = [train.holds(val.take(start, PASSAGE_TOKENS)) for start in starts]
+    if sum(found) > PASSAGES / 2:
+        raise UserError(
+            f"data.val_files: {sum(found)} of {PASSAGES} passages of it, of {PASSAGE_TOKENS} "
+            "tokens, are in data.train_files too; give other text "
+            "(`python eval.py task=audit` with the same data says more)"
         )
 
 
@@ -210,7 +232,7 @@ def from_text(
 def from_cache(identity: dict[str, Any], cache_dir: Path) -> Source | None:
     """The source an artifact's header names, if its prepared shards are still in the cache."""
     key = str(identity.get("cache_key"))
-    if not CACHE_KEY.fullmatch(key) or not (cache_dir / key / NOTES_FILE).is_file():
+    if not CACHE_KEY.fullmatch(key) or not os.path.isfile(cache_dir / key / NOTES_FILE):
         return None
     return _prepared(cache_dir / key, identity, {})
 
@@ -234,7 +256,8 @@ def _from_documents(
     key = hashlib.sha256(json.dumps(key_parts).encode()).hexdigest()[:16]
     identity = {"name": name, "cache_key": key, "val_fraction": val_fraction}
     folder = cache_dir / key
-    if (folder / NOTES_FILE).is_file():  # perhaps in a folder of somebody else, to read only
+    # Not Path.is_file, which fails in a folder that is not ours to look into.
+    if os.path.isfile(folder / NOTES_FILE):  # perhaps in a folder of somebody else, to read only
         return _prepared(folder, identity, files)
     temporary = cache_dir / f"{key}.tmp"
     try:
@@ -304,16 +327,16 @@ def _prepare(
         return (t for t in documents() if not is_validation(t, val_fraction))
 
     if next(iter(train_side()), None) is None:
-        raise UserError(f"data={name}: there is no text to train on; give more, or other files")
+        raise UserError(f"{_typed(name)}: there is no text to train on; give more, or other files")
     first = _FirstBytes(train_side(), TOKENIZER_BYTES)
     # Read before SentencePiece is at work, which would say that its own training went wrong.
     tokenizer, notes = train_tokenizer(list(first), vocab_size, folder / "tokenizer.model")
     notes |= write_shards(name, documents, tokenizer, val_fraction, folder)
     if first.num_bytes < notes["train_bytes"]:
         log.info(
-            "data=%s: the tokenizer was trained on the first %s of %s bytes of training text, in "
+            "%s: the tokenizer was trained on the first %s of %s bytes of training text, in "
             "the order of its documents",
-            name, f"{first.num_bytes:,}", f"{notes['train_bytes']:,}",
+            _typed(name), f"{first.num_bytes:,}", f"{notes['train_bytes']:,}",
         )  # fmt: skip
     (folder / NOTES_FILE).write_text(json.dumps(notes, indent=1), encoding="utf-8")
 
@@ -348,15 +371,15 @@ def write_shards(
     for side, writer in writers.items():
         if not writer.num_tokens:
             raise UserError(
-                f"data={name}: no document falls on the {side} side "
+                f"{_typed(name)}: no document falls on the {side} side "
                 f"({notes['train_documents'] + notes['val_documents']} in all, "
                 f"data.val_fraction = {val_fraction}); give more text or another fraction"
             )
         if counted[side] != notes[f"{side}_bytes"]:
             raise UserError(
-                f"data={name}: the tokens of the {side} side count {counted[side]} bytes, its text "
-                f"has {notes[f'{side}_bytes']}: this vocabulary cannot count bytes; try another "
-                "model.vocab_size"
+                f"{_typed(name)}: the tokens of the {side} side count {counted[side]} bytes, its "
+                f"text has {notes[f'{side}_bytes']}: this vocabulary cannot count bytes; try "
+                "another model.vocab_size"
             )
         notes[f"{side}_tokens"] = writer.num_tokens
     notes["val_xz_bits_per_byte"] = 8 * len(lzma.compress(bytes(sample), preset=9)) / len(sample)
@@ -443,7 +466,6 @@ def from_named(identity: dict[str, Any], data: DataSettings, vocab_size: int) ->
 
 
 LISTING_TIMEOUT_SECONDS = 20
-DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 def from_hub(repo_id: str, revision: str, dataset: str, train_shards: int) -> Source:
@@ -489,7 +511,7 @@ def from_hub(repo_id: str, revision: str, dataset: str, train_shards: int) -> So
     except UserError:
         raise
     except Exception as error:  # the hub's HTTP library, and so its errors, differ by version
-        if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+        if isinstance(error, OSError) and error.errno in (*FULL, *NOT_OURS):
             raise UserError(
                 f"data.dataset={dataset}: cannot write {error.filename or 'its files'}: "
                 f"{error.strerror}; HF_HOME says where they go"

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
+from zipfile import is_zipfile
 
 import torch
 
@@ -92,7 +93,11 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
 def load_checkpoint(path: Path) -> dict[str, Any] | None:
     """The state; None where there is none, and, with a warning, where it is damaged. UserError if
     the file is whole and something else."""
+    if path.is_dir():
+        raise UserError(f"{path}: a folder and no checkpoint; remove it to begin anew")
     try:
+        if path.exists() and not is_zipfile(path):  # torch would take it for an old pickle
+            raise ValueError("no file of torch's, or only its beginning")
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         return None
@@ -105,4 +110,7 @@ def load_checkpoint(path: Path) -> dict[str, Any] | None:
             f"{path}: a torch file, but no checkpoint of this program; put the run's own there, or "
             "remove it to begin anew"
         )
+    for name, weight in state["weights"].items():
+        if not bool(weight.isfinite().all()):  # never written here
+            raise UserError(f"{path}: {name} is not finite; start the run anew")
     return state

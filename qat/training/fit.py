@@ -39,6 +39,7 @@ log = logging.getLogger("qat")
 
 # Advice that does not apply here: batches are slices of a memory map, the folder is ours.
 SAID_SECONDS = 10.0  # of scoring; less is not worth a line
+TELLING_TOKENS = 1_024  # of a forward pass; with fewer its time is not that of its tokens
 LIGHTNING_NOISE = (
     ".*does not have many workers.*",
     ".*Experiment logs directory .* exists and is not empty.*",
@@ -97,7 +98,8 @@ class Forecast(Callback):
         batch_tokens = batch[0].numel() * pl_module.pace.micro_batches * trainer.world_size
         # A forward pass is a third of an update.
         seconds = pl_module.step_seconds / 3 * self.scored_tokens / batch_tokens
-        if seconds > SAID_SECONDS:
+        # Of smaller passes nothing is said here; the scorer times its own.
+        if seconds > SAID_SECONDS and batch[0].numel() >= TELLING_TOKENS:
             told = "scoring afterwards: about %.0f s (%s tokens; fewer: eval.max_tokens)"
             log.info(told, seconds, f"{self.scored_tokens:,}")
 

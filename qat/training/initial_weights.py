@@ -13,6 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
+from zipfile import is_zipfile
 
 import torch
 from torch import Tensor
@@ -77,6 +78,8 @@ def _of_file(path: Path) -> dict[str, Tensor]:
     except UnpicklingError:  # torch's advice here is how to load it without a check
         raise ValueError("it holds more than tensors, or is no torch file") from None
     except Exception as error:  # torch raises many kinds for a file that it did not write
+        if not is_zipfile(path):
+            raise ValueError("it is no file of torch's") from None
         raise ValueError(str(error).strip().split("\n")[0][:120]) from None
     if not isinstance(found, dict) or not all(isinstance(w, Tensor) for w in found.values()):
         raise ValueError("not a dict of name -> tensor")

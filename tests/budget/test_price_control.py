@@ -145,12 +145,13 @@ def test_the_file_reads_back_what_training_saw(train: Callable[..., Done]) -> No
         (("qat=int6", "qat.to_bytes=true"), "qat.to_bytes = true: takes learned scales"),
         (("qat=rd", "artifact.fill=true"), "artifact.fill = True: not with qat.to_bytes"),
         (("qat=rd", "qat.start_step=0"), "qat.start_step = 0: qat.to_bytes = true learns first"),
+        (("qat=rd", "qat.start_step=1"), "qat.start_step = 1: qat.to_bytes = true learns first"),
         (
             ("qat=rd", "qat.start_lr_scale=1"),
-            "qat.start_lr_scale = 1.0: qat.to_bytes = true learns",
+            "qat.start_lr_scale = 1: qat.to_bytes = true learns",
         ),
         (("qat=rd", "averaging=ema"), "averaging = ema: not with qat.to_bytes"),
-        (("qat=rd", "qat.bit_price=-1"), "qat.bit_price = -1.0: give 0 or more"),
+        (("qat=rd", "qat.bit_price=-1"), "qat.bit_price = -1: give 0 or more"),
     ],
 )
 def test_mistakes(asked: tuple[str, ...], message: str, train: Callable[..., Done]) -> None:

@@ -16,6 +16,7 @@ from qat.artifact.container import pack
 from qat.budget.budget import Budget
 from qat.budget.price_control import EVERY, File, PriceControl
 from qat.budget.priced_scales import HEADROOM, scales_at, scales_at_price_one, zoom_rows
+from qat.errors import TrainingError
 from qat.model.gpt import GPT
 from qat.model.spec import ModelSpec
 from qat.quantize.grid import Grid
@@ -189,6 +190,15 @@ def test_a_price_is_in_nats_per_token() -> None:
     wanted = math.sqrt(12 * price / (math.log(2) * gradient**2 * tokens))
     product = scales[:8] * scales[8:].T
     torch.testing.assert_close(product, torch.full((8, 8), wanted), rtol=0.01, atol=0.0)
+
+
+def test_a_matrix_that_no_gradient_reached_has_no_scale_yet() -> None:
+    control = control_of(plan_of({"w.weight": torch.zeros(8, 8)}), 10**6)
+    w = torch.ones(8, 8, requires_grad=True)
+    w.grad = torch.zeros(8, 8)
+    control.observe({"w.weight": w})
+    with pytest.raises(TrainingError, match=r"no gradient reached w\.weight before the"):
+        control.first_scales({"w.weight": w.detach()})
 
 
 def test_gradients_gain_price_times_pulls() -> None:

@@ -95,6 +95,12 @@ def test_bytes_are_those_held(made: dict[str, Kept]) -> None:
     assert lqer.disk_bytes - rounded.disk_bytes == factors
 
 
+def test_matrices_smaller_than_the_rank_are_corrected_as_far_as_they_go() -> None:
+    small = frozen(ModelSpec(48, 1, 4, 1, 1, 1, True))
+    (variant,) = [v for v in grid_variants(small) if v.name == "lqer_int4_g64_e8"]
+    assert variant.make().memory_bytes > 0
+
+
 def test_real_zero_points_are_counted(made: dict[str, Kept]) -> None:
     found, rounded = made["hqq_int4_g64_e8"], made["rtn_int4_g64_e8"]
     groups = sum(w.shape[0] * -(-w.shape[1] // 64) for n, w in found.weights.items()

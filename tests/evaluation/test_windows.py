@@ -248,6 +248,16 @@ def test_impossible_windows_are_refused(stream: TokenStream) -> None:
         scorer(stream, stride=17)
 
 
+def test_documents_without_a_single_bos_are_refused(tmp_path: Path) -> None:
+    writer = ShardWriter(tmp_path, "val")
+    writer.write(np.arange(2, 24).tolist() * 3)
+    writer.close()
+    silent = TokenStream(sorted(tmp_path.glob("*.bin")), "data.val_files")
+    assert scorer(silent).windows.num_targets
+    with pytest.raises(UserError, match=r"^data\.val_files: BOS \(id 1\), which starts a document"):
+        scorer(silent, by_document=True)
+
+
 def test_train_scores_in_the_windows_asked_for(train) -> None:
     done = train("qat=none", "max_steps=2", "eval.stride=8", "eval.seq_len=48", "run_name=r")
     assert done.code == 0, done.err

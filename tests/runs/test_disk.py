@@ -14,13 +14,14 @@ import torch
 
 from qat.artifact.container import write_whole
 from qat.budget.budget import Budget
-from qat.errors import UserError
+from qat.errors import UserError, of_system
 from qat.quantize.grid import Grid
 from qat.quantize.plan import build_plan
 from qat.runs import run_folder
 from qat.runs.result import Result
 from qat.runs.storing import export
 from qat.runs.training_run import COLUMNS, MetricsFile
+from qat.settings.checks import _check_runs_dir
 from qat.text.shards import ShardWriter
 from qat.text.source import from_cache, from_text
 from qat.training.checkpoint import load_checkpoint
@@ -192,6 +193,29 @@ def test_a_row_of_metrics_that_was_cut_off_is_dropped(tmp_path: Path) -> None:
     path.write_text(",".join(COLUMNS) + "\n1,3.0,0.1,1.0,0\n2,2.9,0.2,1.0,0\n1")
     MetricsFile(path, first_step=2)
     assert path.read_text().splitlines()[1:] == ["1,3.0,0.1,1.0,0", "2,2.9,0.2,1.0,0"]
+
+
+def test_a_folder_that_cannot_be_is_refused_before_the_text_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    for name in ("file", "file/runs"):
+        with pytest.raises(UserError, match=r"cannot write there \(.*/file is not a folder\)"):
+            _check_runs_dir(str(tmp_path / name))
+
+    def not_ours_to_look_into(*_: object, **__: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(tmp_path / "inside"))
+
+    monkeypatch.setattr(Path, "stat", not_ours_to_look_into)
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    with pytest.raises(UserError, match=r"^runs_dir=\S+/inside: cannot write there"):
+        _check_runs_dir(str(tmp_path / "inside"))
+
+
+def test_what_a_disk_does_not_take_is_named(tmp_path: Path) -> None:
+    with files_of_at_most(1_000), pytest.raises(OSError, match="File too large") as refused:
+        write_whole(tmp_path / "a.qat", bytes(10_000))
+    assert of_system(refused.value) == f"{tmp_path / 'a.qat'}: File too large"
 
 
 def test_a_folder_that_nobody_may_write_is_refused_before_the_text_is_read(

@@ -97,6 +97,10 @@ def test_a_fork_of_a_fork_resumes_to_the_same_bits(train, program) -> None:
     (folder / "checkpoint.ckpt").unlink()
     assert program("train.py", "resume=twig").code == 0
     assert same_run(RUNS / "whole", folder)
+    (RUNS / "branch" / "kept" / "8.ckpt").write_bytes(b"PK")
+    done = train(*(word.replace("twig", "late") for word in twig), "fork.step=8")
+    assert done.code == 2
+    assert "fork.step=8: logs/runs/branch/kept/8.ckpt is damaged; run that one again" in done.err
     # With a checkpoint of its own it needs the fork no more.
     (folder / "result.json").unlink()
     shutil.rmtree(RUNS / "branch" / "kept")

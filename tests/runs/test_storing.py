@@ -44,11 +44,11 @@ def test_gptq_stores_other_codes_on_the_same_grid(stored: tuple[Path, Path]) -> 
         (("artifact.method=nearest",), "artifact.method = nearest: choose from round, gptq"),
         (
             ("artifact.gptq_bit_price=1",),
-            "artifact.gptq_bit_price = 1.0: only with artifact.method",
+            "artifact.gptq_bit_price = 1: only with artifact.method",
         ),
         (
             ("artifact.method=gptq", "artifact.gptq_bit_price=-1"),
-            "artifact.gptq_bit_price = -1.0: give 0 or more",
+            "artifact.gptq_bit_price = -1: give 0 or more",
         ),
     ],
 )

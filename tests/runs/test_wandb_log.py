@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import os
 import re
 import signal
 from pathlib import Path
 
 import pytest
+import wandb
 
 import train as train_program
 from qat.errors import PreemptedError, UserError
@@ -86,6 +88,17 @@ def test_no_login_is_one_line(
     assert done.code == 2
     assert re.search(r"W&B refused \(No API key configured.*\); run `wandb login`", done.err)
     assert not (tmp_path / "logs").exists(), "the corrected command would find its name taken"
+
+
+@pytest.mark.parametrize("left", ["x", "3-99999-tcp-localhost-9-9"])
+def test_what_another_process_of_wandb_left_is_one_line(
+    left: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wandb.teardown()  # what earlier tests of this process began, and tell of there
+    os.environ.pop("WANDB_SERVICE", None)
+    monkeypatch.setenv("WANDB_SERVICE", left)
+    with pytest.raises(UserError, match=rf"^logger=wandb: WANDB_SERVICE={left}: .*; unset it$"):
+        wandb_log.check_login(LoggerSettings(name="wandb", offline=True))
 
 
 @pytest.mark.parametrize("variable", checks.WANDB_VARIABLES)

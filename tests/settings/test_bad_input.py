@@ -54,7 +54,7 @@ CASES: list[tuple[tuple[str, ...], str]] = [
     (("qat=[int6]",), "qat=[int6]: no such option"),
     (("qat=6",), "qat=6: no such option; choose from binary, "),
     (("-m", "qat=none,[int6]"), "no such option"),
-    (("averaging=ema", "averaging.decay=1"), "averaging.decay = 1.0"),
+    (("averaging=ema", "averaging.decay=1"), "averaging.decay = 1: give"),
     (("optimizer.name=sgd",), "optimizer.name = sgd: choose from muon, normuon, adamw"),
     (("model.dim=400000000000000",), "no computer holds such tensors"),
     (("data.files=words.txt",), "data.files=words.txt: give a list, [a,b]"),
@@ -98,13 +98,13 @@ VALUES: list[tuple[tuple[str, ...], str]] = [
     (("budget_seconds=0",), "budget_seconds = 0"),
     (("budget_seconds=inf",), "budget_seconds = inf"),
     (("seed=99999999999999999999",), "seed = 99999999999999999999"),
-    (("optimizer.matrix_lr=-1",), "optimizer.matrix_lr = -1.0"),
+    (("optimizer.matrix_lr=-1",), "optimizer.matrix_lr = -1: give"),
     (("optimizer.adam_beta1=1.5",), "optimizer.adam_beta1 = 1.5"),
     (("qat=int6", "qat.start_lr_scale=0.5", "schedule.warmdown_steps=0"), "the rate never falls"),
     (("qat=int6", "qat.start_lr_scale=0.1", "schedule.floor=0.2"), "never falls below 0.2"),
     (("schedule.warmdown_fraction=0.4",), "two warmdowns; add schedule.warmdown_steps=null"),
     (("schedule=fraction", "schedule.warmdown_fraction=0"), "schedule.warmdown_fraction = 0"),
-    (("schedule.floor=1",), "schedule.floor = 1.0: give 0 or more, below 1"),
+    (("schedule.floor=1",), "schedule.floor = 1: give 0 or more, below 1"),
     (("averaging.kind=mean",), "averaging.kind = mean: choose from none, ema, swa"),
     (("averaging=swa", "averaging.of=codes"), "averaging.of = codes: choose from"),
     (("averaging.every_steps=0",), "averaging.every_steps = 0"),
@@ -338,7 +338,7 @@ def test_a_sweep_needs_a_folder_of_its_own(train, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     done = train("-m", "seed=1,2", "runs_dir=file", "max_steps=1")
     assert (done.code, len(done.err.splitlines())) == (2, 1)
-    assert "runs_dir: cannot write file" in done.err
+    assert "runs_dir=file: cannot write there" in done.err
     (tmp_path / "logs/runs/mine").mkdir(parents=True)
     done = train("-m", "seed=1,2", "sweep_name=mine")
     assert done.code == 2

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import socket
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
@@ -80,6 +81,23 @@ def test_without_a_compiler_nothing_is_compiled(
     assert machine.no_compiler() == "there is no gcc or clang"
     monkeypatch.setenv("CC", "/bin/true")
     assert machine.no_compiler() is None
+
+
+def test_a_compiler_without_headers_is_found_before_the_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiler = tmp_path / "g++"
+    compiler.write_text(
+        '#!/bin/sh\n[ "$1" = --version ] && exit\n'
+        'echo "<stdin>:1:10: fatal error: Python.h: No such file" >&2\nexit 1\n'
+    )
+    compiler.chmod(0o755)
+    monkeypatch.setattr(machine, "has_cuda", lambda: False)
+    monkeypatch.setenv("CXX", str(compiler))
+    assert machine.no_compiler() == (
+        f"{compiler} does not compile what includes Python.h "
+        "(<stdin>:1:10: fatal error: Python.h: No such file)"
+    )
 
 
 def test_the_age_of_this_process() -> None:

@@ -77,7 +77,7 @@ def test_command(
     name: str, line: str, profile: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    for folder in ("RUN", "bits"):
+    for folder in ("RUN", "bits", "llama"):
         (tmp_path / "logs/runs" / folder).mkdir(parents=True)
     monkeypatch.setattr(machine, "detect_profile", lambda: (profile, "asked for by the test"))
     words = shlex.split(line)

@@ -10,7 +10,7 @@ from omegaconf import MISSING, OmegaConf
 from qat.errors import UserError
 from qat.quantize.grid import Grid
 from qat.settings.options import CONF, read_grid
-from qat.settings.schema import PlanSettings, as_settings
+from qat.settings.schema import PlanSettings, as_settings, require
 
 
 @dataclass
@@ -45,6 +45,12 @@ def test_what_a_grid_refuses_is_named_as_typed(changes: dict, line: str) -> None
     with pytest.raises(UserError) as caught:
         settings(**changes)
     assert str(caught.value) == line
+
+
+def test_a_whole_number_is_named_as_people_type_it() -> None:
+    for value, told in ((5.0, "5"), (1.5, "1.5"), (None, "null"), (float("inf"), "inf")):
+        with pytest.raises(UserError, match=rf"^data\.val_fraction = {told}: give less$"):
+            require(False, "data.val_fraction", value, "give less")
 
 
 def test_settings_hold_grids_and_give_them_back() -> None:

@@ -11,12 +11,13 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import ChoiceSweep, QuotedString
 
 from qat.errors import UserError
-from qat.settings.arguments import SCHEMAS, check_settings, groups
-from qat.settings.checks import find_run
+from qat.settings.arguments import SCHEMAS, check_settings, groups, split_flags
+from qat.settings.checks import TEXT_VOCAB_SIZE, find_run
 from qat.settings.command_line import Program, main
 from qat.settings.schema import DataSettings, EvalTaskSettings, TrainSettings, check_each
 from qat.settings.typed import kinds, spelled
 from qat.text.source import matching
+from qat.text.tokenizer import SMALLEST_VOCAB_SIZE
 
 
 @cache
@@ -101,6 +102,7 @@ def test_numbers_with_commas_are_refused_by_name() -> None:
         ("modle={dim: 3}", "modle={dim: 3}: unknown setting; did you mean model?"),
         ("model={dim: 3}", "model={dim: 3}: give model.dim=VALUE instead"),
         ("model={dimm: 3}", "model.dimm: unknown setting; did you mean model.dim?"),
+        ("init_from=~/w.pt", "init_from=~/w.pt: unknown setting; did you mean model.init_from?"),
         ("optimizer.lr=1", "optimizer.lr=1: unknown setting; did you mean optimizer.head_lr?"),
         ("eval=3", "eval=3: eval has parts and no options here; give eval.NAME=VALUE"),
         (
@@ -118,6 +120,19 @@ def test_numbers_with_commas_are_refused_by_name() -> None:
 def test_mistakes_are_named_as_typed(typed: str, message: str) -> None:
     with pytest.raises(UserError) as refused:
         check_settings([typed], "train")
+    assert str(refused.value).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("typed", "message"),
+    [
+        ("sample.prompt=x", "sample.prompt=x: unknown setting; did you mean prompt?"),
+        ("max_tokens=5", "max_tokens=5: unknown setting; did you mean eval.max_tokens?"),
+    ],
+)
+def test_a_name_of_another_group_is_what_was_meant(typed: str, message: str) -> None:
+    with pytest.raises(UserError) as refused:
+        check_settings([typed], "eval")
     assert str(refused.value).startswith(message)
 
 
@@ -211,3 +226,16 @@ def test_a_path_that_is_there_is_no_pattern(tmp_path: Path, monkeypatch) -> None
         assert [str(path) for path in matching(pattern)] == found
         absolute = [str(path) for path in matching(f"{tmp_path}/{pattern}")]
         assert absolute == [f"{tmp_path}/{name}" for name in found]
+
+
+@pytest.mark.parametrize(
+    ("flag", "told"),
+    [("--config-name=x", "in DIR/eval/"), ("--experimental-rerun=x", "type it once more")],
+)
+def test_what_eval_refuses_names_its_own_ways(flag: str, told: str) -> None:
+    with pytest.raises(UserError, match=f"{told}$"):
+        split_flags([flag], "eval")
+
+
+def test_the_smallest_vocabulary_that_is_advised_works() -> None:
+    assert TEXT_VOCAB_SIZE == SMALLEST_VOCAB_SIZE

@@ -275,7 +275,7 @@ def test_the_challenges_tokenizer_normalises(program: Callable[..., Done]) -> No
         (("data.val_files=*.bin",), "data.tokenizer is missing: "),
         (("data.train_files=*.bin",), "data.val_files is missing: "),
         (("artifact=a.qat", "run=."), "artifact = a.qat: give artifact=PATH or run=RUN"),
-        (("data=web_bible", "model.vocab_size=1"), "model.vocab_size = 1: give 2 to "),
+        (("data=web_bible", "model.vocab_size=1"), "model.vocab_size = 1: give 260 to "),
         (("data=text",), "data=text: give data.files="),
     ],
 )

@@ -83,7 +83,7 @@ def test_how_much_of_the_text_trained_the_tokenizer_is_said(
     assert said(40_000) == []  # it is in the cache
     assert said(64_000_000) == []
     notes = json.loads(next((tmp_path / "40000").glob("*/notes.json")).read_text())
-    assert line.startswith("data=text: the tokenizer was trained on the first 40,0")
+    assert line.startswith("data.files: the tokenizer was trained on the first 40,0")
     assert line.endswith(
         f" of {notes['train_bytes']:,} bytes of training text, in the order of its documents"
     )

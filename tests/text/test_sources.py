@@ -121,7 +121,9 @@ def test_tokens_that_count_other_bytes_than_the_text_stop_the_preparation(
         lambda self, texts: [[BOS_ID, *self.pieces.encode(t)] for t in texts],
     )
     (tmp_path / "a.txt").write_text("words and\u2581words\n\n" * 9000)
-    with pytest.raises(UserError, match=r"data=text: the tokens of the (train|val) side count \d+"):
+    with pytest.raises(
+        UserError, match=r"data\.files: the tokens of the (train|val) side count \d+"
+    ):
         source.from_text([str(tmp_path / "a.txt")], 280, 0.3, tmp_path / "cache")
     assert not list((tmp_path / "cache").glob("*/notes.json"))
 

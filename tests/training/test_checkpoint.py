@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from qat.errors import TrainingError
+from qat.errors import TrainingError, UserError
 from qat.training.checkpoint import load_checkpoint, save_checkpoint
 
 
@@ -32,6 +32,13 @@ def test_saving_makes_no_copy_of_the_state(tmp_path: Path) -> None:
     assert torch.equal(found["weights"]["w"], saved["weights"]["w"])
 
 
+def test_weights_that_are_not_finite_are_named(tmp_path: Path) -> None:
+    path, broken = tmp_path / "a.ckpt", state(float("nan"), 10)
+    torch.save(broken, path)
+    with pytest.raises(UserError, match=r"a\.ckpt: w is not finite; start the run anew"):
+        load_checkpoint(path)
+
+
 def test_a_disk_that_is_full_half_way_keeps_the_last_one(tmp_path: Path) -> None:
     path = tmp_path / "a.ckpt"
     save_checkpoint(path, state(1.0, 10))
@@ -46,3 +53,15 @@ def test_a_disk_that_is_full_half_way_keeps_the_last_one(tmp_path: Path) -> None
     assert found is not None
     assert torch.equal(found["weights"]["w"], torch.ones(10))
     assert [file.name for file in tmp_path.iterdir()] == ["a.ckpt"]
+
+
+@pytest.mark.parametrize("content", [b"", b"hello\n", b"h\x8eq\x65.", b"]q\x00(K\x01e."])
+def test_what_torch_never_wrote_is_damage_whatever_its_reader_raises(
+    content: bytes, tmp_path: Path
+) -> None:
+    path = tmp_path / "a.ckpt"
+    path.write_bytes(content)
+    assert load_checkpoint(path) is None
+    assert load_checkpoint(tmp_path / "none.ckpt") is None
+    with pytest.raises(UserError, match="a folder and no checkpoint; remove it to begin anew"):
+        load_checkpoint(tmp_path)
