@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from rich.console import Console
 
 from qat.artifact.container import read_artifact
+from qat.budget import fill as fill_file
 from qat.budget.budget import Budget
 from qat.budget.fill import BudgetSolver, TrainedModel
 from qat.budget.search import WINDOW
@@ -164,3 +166,15 @@ def test_ten_seeds_three_limits_on_the_laptop_model(seed: int) -> None:
         share, measured = 100 * fitted.num_bytes / high, solver.measured_loss(fit)
         losses = f"predicted {fitted.predicted_loss:+.5f}, measured {measured:+.5f}"
         print(f"seed {seed}, {bits} bits: {share:.3f} %, {losses}")
+
+
+def test_what_takes_long_is_said_while_it_is_young(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+    monkeypatch.setattr(fill_file.log, "info", lambda line, *values: told.append(line % values))
+    now = iter(range(0, 10_000, 2))
+    monkeypatch.setattr(fill_file, "time", SimpleNamespace(monotonic=lambda: next(now)))
+    solver = SimpleNamespace(console=Console(quiet=True))
+    assert list(fill_file.BudgetSolver._track(solver, range(80), "sensitivities")) == [*range(80)]
+    assert told == ["budget solver: sensitivities, about 20 s off the clock"]
+    assert list(fill_file.BudgetSolver._track(solver, range(9), "candidates")) == [*range(9)]
+    assert len(told) == 1
