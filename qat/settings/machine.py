@@ -13,12 +13,15 @@ import socket
 import subprocess
 import sys
 import sysconfig
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
 from qat.errors import UserError
+
+PATIENCE_SECONDS = 10.0  # of a rank that nobody joins; then it says so
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 KEPT_BYTES = 2**30
@@ -101,7 +104,8 @@ def _own_address() -> str:
 
 @contextmanager
 def ranks_meet() -> Iterator[None]:
-    """For code that connects the ranks. UserError in one line where they do not find each other."""
+    """For code that connects the ranks. A line if that takes long, and UserError in one line where
+    they do not find each other."""
     there = os.environ.get("MASTER_ADDR", "localhost")
     is_local = there == "localhost" or there.startswith("127.")
     is_local |= world_size() == int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -112,13 +116,18 @@ def ranks_meet() -> Iterator[None]:
             raise UserError(
                 f"ranks of other nodes cannot reach this one: {name} is {address} here; {remedy}"
             )
+    place = f"{there}:{os.environ.get('MASTER_PORT', '')}"
+    told = f"rank {rank()} waits at {place} for the others of {world_size()}"
+    patience = threading.Timer(PATIENCE_SECONDS, print, [told], {"file": sys.stderr, "flush": True})
+    patience.start()
     try:
         yield
     except RuntimeError as error:  # of torch and of gloo alike
-        place = f"{there}:{os.environ.get('MASTER_PORT', '')}"
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         hint = "give another MASTER_PORT" if "EADDRINUSE" in reason else remedy
         raise UserError(f"ranks do not meet at {place} ({reason}); {hint}") from None
+    finally:
+        patience.cancel()
 
 
 def _torch_has_cuda() -> bool:

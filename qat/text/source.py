@@ -208,13 +208,20 @@ def from_text(
     cache_dir: Path,
     text_column: str = "text",
 ) -> Source:
-    """Any .txt, .jsonl or .parquet files (globs are expanded, a file is read once)."""
+    """Any .txt, .jsonl or .parquet files (globs are expanded, a file is read once).
+
+    UserError for two with the same content.
+    """
     found: dict[Path, Path] = {}
     for path in chain.from_iterable(expand(pattern, "data.files") for pattern in files):
         found.setdefault(path.resolve(), path)
     paths = list(found.values())
     corpus.check_files(paths)
     hashes = {str(path.absolute()): corpus.content_sha256(path) for path in paths}
+    holding: dict[str, str] = {}  # content -> file
+    for name, sha256 in hashes.items():
+        if (other := holding.setdefault(sha256, name)) != name:
+            raise UserError(f"data.files: {other} and {name} hold the same text; name one of them")
     content = json.dumps(
         [text_column, *zip(map(corpus.kind_of, paths), hashes.values(), strict=True)]
     )

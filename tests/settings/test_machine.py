@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import socket
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -187,6 +188,23 @@ def test_ranks_that_do_not_meet(reason: str, message: str, monkeypatch: pytest.M
     line = re.escape(f"ranks do not meet at 127.0.0.1:29500 ({reason.splitlines()[0]}); ")
     with pytest.raises(UserError, match=f"{line}.*{message}"), machine.ranks_meet():
         raise RuntimeError(reason)
+
+
+def test_a_rank_that_waits_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, value in {"WORLD_SIZE": "2", "RANK": "1", "MASTER_PORT": "29500"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setattr(machine, "PATIENCE_SECONDS", 0.01)
+    with machine.ranks_meet():
+        time.sleep(0.2)
+    assert capsys.readouterr().err == "rank 1 waits at 127.0.0.1:29500 for the others of 2\n"
+    monkeypatch.setattr(machine, "PATIENCE_SECONDS", 0.2)
+    with machine.ranks_meet():
+        pass
+    time.sleep(0.4)
+    assert not capsys.readouterr().err
 
 
 def test_a_node_whose_name_is_loopback(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -321,6 +321,13 @@ def test_a_file_that_two_globs_match_is_read_once(tmp_path: Path, cache_dir: Pat
     assert source.from_text(globs, 300, 0.2, cache_dir) == once
 
 
+def test_two_files_with_the_same_text_are_refused(tmp_path: Path, cache_dir: Path) -> None:
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).write_text(Path(_words(tmp_path)).read_text())
+    with pytest.raises(UserError, match=r"data.files: .*a.txt and .*b.txt hold the same text"):
+        source.from_text([str(tmp_path / n) for n in ("a.txt", "b.txt")], 300, 0.2, cache_dir)
+
+
 def _shard(path: Path, tokens: range) -> None:
     writer = ShardWriter(path.parent, "made")
     writer.write(list(tokens))
