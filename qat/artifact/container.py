@@ -236,6 +236,23 @@ def read_artifact(path: Path) -> Artifact:
         raise UserError(f"artifact={path}: not a readable artifact ({reason})") from None
 
 
+def read_header_of(path: Path) -> Header:
+    """What a file says of itself, its bytes not hashed: for choosing what is then read whole.
+    UserError as of ``read_artifact``."""
+    try:
+        with open(path, "rb") as file:
+            magic, version, header_bytes = PREFIX.unpack(file.read(PREFIX.size))
+            if (magic, version) != (MAGIC, FORMAT):
+                raise ValueError(f"it does not begin as an artifact of format {FORMAT} does")
+            check_length(header_bytes)
+            return read_header(file.read(header_bytes))
+    except OSError as error:
+        raise UserError(f"artifact={path}: {error.strerror or error}") from None
+    except (struct.error, ValueError, TypeError, LookupError, RecursionError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"artifact={path}: not a readable artifact ({reason})") from None
+
+
 class _Body:
     """What precedes the hash, read once from the start and hashed on the way."""
 

@@ -13,12 +13,13 @@ from qat.model.registry import tensor_shapes
 from qat.model.spec import ModelSpec
 from qat.runs.identity import CheckpointIdentity, check_same
 from qat.runs.run_folder import read_config
-from qat.runs.store_again import read_state, tensors_to_store
+from qat.runs.store_again import read_state
 from qat.settings.schema import DataSettings, TrainSettings, from_yaml
 from qat.text.shards import TokenStream
 from qat.text.source import Source, from_settings
 from qat.text.tokenizer import Tokenizer
 from qat.training.build import spec_of
+from qat.training.checkpoint import tensors_to_store
 
 SUFFIX = ".ckpt"
 

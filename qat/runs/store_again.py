@@ -40,7 +40,7 @@ from qat.text.shards import TokenStream
 from qat.text.source import from_settings
 from qat.text.tokenizer import Tokenizer
 from qat.training.build import plan_of, spec_of
-from qat.training.checkpoint import load_checkpoint
+from qat.training.checkpoint import load_checkpoint, tensors_to_store
 
 Tensors = dict[str, torch.Tensor]
 
@@ -56,13 +56,6 @@ def read_state(path: Path) -> dict[str, Any]:
 def stored_tensors(path: Path) -> tuple[Tensors, Tensors]:
     """Weights and learned scales that a run's checkpoint would store: its average if it has one."""
     return tensors_to_store(read_state(path))
-
-
-def tensors_to_store(state: dict[str, Any]) -> tuple[Tensors, Tensors]:
-    averages = state["averaging"]
-    if averages["weights"]["tensors"]:
-        return averages["weights"]["tensors"], averages["learned_scales"]["tensors"]
-    return state["weights"], state["learned_scales"]
 
 
 def plan_in(settings: dict[str, Any], storage: dict[str, Any]) -> Plan:

@@ -23,6 +23,7 @@ from omegaconf import DictConfig, OmegaConf
 from qat.errors import UserError
 from qat.settings import machine
 from qat.settings.arms import ARM
+from qat.settings.checks import locate_weights
 from qat.settings.options import CONF, no_such_option
 from qat.settings.schema import EvalTaskSettings, TrainSettings
 from qat.settings.typed import SEARCHPATH, kinds
@@ -33,7 +34,7 @@ HYDRAS_FOLDERS = (
     "hydra.output_subdir",
 )  # fmt: skip
 OF_A_STUDY = ("clock", "prices")  # settings of it that are typed
-SIZES = "qat.model.hugging_face"  # by name: it is no part of train_gpt.py
+SIZES = "qat.training.initial_weights"  # by name: it is no part of train_gpt.py
 OWN_OPTIONS = {"train": "experiment", "eval": "eval"}  # the group that sets all others, or most
 SCHEMAS = {"train": TrainSettings, "eval": EvalTaskSettings}
 
@@ -119,7 +120,9 @@ def with_sizes(arguments: list[str], as_spelled: list[str]) -> list[str]:
     if not isinstance(value, str) or asked.keys() & {"model", "resume"}:
         return arguments
     try:
-        spec = import_module(SIZES).spec_at(Path(expanduser(value)))
+        runs = asked["runs_dir"].value() if "runs_dir" in asked else TrainSettings.runs_dir
+        path = locate_weights(expanduser(value), expanduser(str(runs)))
+        spec = import_module(SIZES).spec_of_source(Path(path))
     except ModuleNotFoundError:
         whole = "train_gpt.py begins from random weights; this takes the whole project"
         raise UserError(f"model.init_from={value}: {whole}") from None

@@ -91,6 +91,10 @@ def resolve_train(settings: TrainSettings, choices: Mapping[str, str | None]) ->
         precision=machine.faster_precision() if s.precision == "auto" else s.precision,
         compile=str(is_compiled).lower(),
         qat=_resolve_start(s),
+        model=replace(
+            s.model,
+            init_from=s.model.init_from and locate_weights(s.model.init_from, s.runs_dir),
+        ),
         eval=_resolve_max_tokens(s.eval),
     )
 
@@ -201,6 +205,12 @@ def find_run(setting: str, run: str, runs_dir: str) -> Path:
     if folder is None:
         raise UserError(f"{setting}={run}: no such folder, here or in {runs_dir}")
     return Path(folder)
+
+
+def locate_weights(named: str, runs_dir: str) -> str:
+    """The path that ``model.init_from`` means: its own, or that of a run of this name."""
+    of_run = os.path.join(runs_dir, named)
+    return of_run if not os.path.exists(named) and os.path.isdir(of_run) else named
 
 
 def _check_batches(s: TrainSettings) -> None:

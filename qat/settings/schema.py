@@ -110,8 +110,8 @@ def check_each(settings: Any, prefix: str = "") -> None:
 
 @dataclass
 class ModelSettings(ModelSpec):  # sizes and architecture: qat/model/spec.py
-    # initial weights: a torch file (read with weights_only), a .safetensors file, or a folder of
-    # Hugging Face's Llama; the sizes that the last two say are taken too, but for those typed
+    # initial weights: a run, a .qat, .safetensors or torch file, or the folder of a Hugging Face
+    # Llama; sizes that it says are taken too, but for those typed
     init_from: str | None = path()
 
 
@@ -132,6 +132,7 @@ class OptimizerSettings:
     neuron_beta: float = checked(0.95, BELOW_1)  # of NorMuon's mean square per row
     adam_beta1: float = checked(0.9, BELOW_1)
     adam_beta2: float = checked(0.95, BELOW_1)
+    lr_scale: float = checked(1.0, AT_LEAST_0)  # of all rates above
 
 
 @dataclass

@@ -88,9 +88,9 @@ def build_model(m: ModelSettings, seed: int, tokenizer: Tokenizer | None = None)
         return model
     try:
         reader = import_module(INITIAL_WEIGHTS)
-        weights = reader.initial_weights(Path(m.init_from), spec_of(m), model.state_dict())
-        if tokenizer is not None:
-            reader.check_tokenizer(Path(m.init_from), tokenizer)
+        weights = reader.initial_weights(
+            Path(m.init_from), spec_of(m), model.state_dict(), tokenizer
+        )
     except ValueError as error:
         raise UserError(
             f"model.init_from={m.init_from}: not weights of this model ({error})"

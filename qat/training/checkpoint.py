@@ -7,13 +7,14 @@ renamed, so that a crash at any moment leaves the last complete one.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 from zipfile import is_zipfile
 
 import torch
+from torch import Tensor
 
 from qat.artifact.container import whole_file
 from qat.errors import TrainingError, UserError
@@ -71,6 +72,14 @@ class Checkpoints(UpdateHook):
 
     def after_training(self, loop: TrainingLoop) -> None:
         self.write(loop.state())
+
+
+def tensors_to_store(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Weights and learned scales that a run of this state stores: its average if it has one."""
+    averages = state["averaging"]
+    if averages["weights"]["tensors"]:
+        return averages["weights"]["tensors"], averages["learned_scales"]["tensors"]
+    return state["weights"], state["learned_scales"]
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:

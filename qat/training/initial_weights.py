@@ -1,8 +1,14 @@
-"""The weights of ``model.init_from``: a torch file or a .safetensors file of name -> tensor, or a
-Llama's folder as Hugging Face writes it (whole, or in parts that an index names).
+"""The weights of ``model.init_from``, wherever they come from.
 
-Nothing of a file is executed. The last two may say which model they are of; then what tensors do
-not show (heads, constants) has to agree as well.
+    a run's folder        its float weights: the average, if it stored one
+    FILE.ckpt             those of a run's checkpoint, or of any torch file
+    FILE.qat              those that the file gives back
+    FILE.safetensors      tensors by name
+    FILE.pt, FILE.pth     a state dict, also as ``model`` or ``state_dict`` of something larger
+    a Llama's folder      as Hugging Face writes it, whole or in parts that an index names
+
+Nothing of a file is executed. What says which model it is of has to agree also in what tensors do
+not show (heads, constants); prefixes that wrappers leave on names (PREFIXES) are taken off.
 """
 
 from __future__ import annotations
@@ -12,30 +18,62 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
+from typing import Any, NamedTuple
 from zipfile import is_zipfile
 
 import torch
+import yaml
 from torch import Tensor
 
+from qat.artifact.container import read_artifact, read_header_of
 from qat.errors import UserError
 from qat.model.hugging_face import metadata_of, spec_at
 from qat.model.registry import architecture_of
 from qat.model.spec import ModelSpec
 from qat.text.tokenizer import Tokenizer
+from qat.training.checkpoint import MARKS, tensors_to_store
 
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+RUN, CHECKPOINT = "config.yaml", "checkpoint.ckpt"  # of a run's folder
 TOKENIZER = "tokenizer_sha256"  # of the metadata
+WRAPPED = ("model", "state_dict")
+PREFIXES = ("_orig_mod.", "module.", "model.")  # of torch.compile, DDP, LightningModule
+
+
+class Held(NamedTuple):
+    """What a file or folder holds."""
+
+    weights: dict[str, Tensor]
+    tokenizer_sha256: str | None = None  # if it says so
+
+
+def spec_of_source(path: Path) -> ModelSpec | None:
+    """What it says of its model; None of a file that says nothing. ValueError: what this program
+    has no model for. OSError, and UserError of a damaged .qat."""
+    config = path / RUN if path.is_dir() else path.with_name(RUN)
+    try:
+        if (path.is_dir() or path.suffix == ".ckpt") and config.is_file():
+            said = yaml.safe_load(config.read_text("utf-8"))["model"]
+            return ModelSpec(**{name: said[name] for name in ModelSpec.__dataclass_fields__})
+        if path.suffix == ".qat" and path.is_file():
+            return ModelSpec.from_json(read_header_of(path).meta["model"])
+    except (LookupError, TypeError, ArithmeticError, yaml.YAMLError) as error:
+        raise ValueError(f"it describes no model ({type(error).__name__}: {error})") from None
+    return spec_at(path)
 
 
 def initial_weights(
-    path: Path, spec: ModelSpec, expected: Mapping[str, Tensor]
+    path: Path,
+    spec: ModelSpec,
+    expected: Mapping[str, Tensor],
+    tokenizer: Tokenizer | None = None,
 ) -> dict[str, Tensor]:
-    """Name -> float32 tensor. ValueError says in what they are not ``expected``, of ``spec``."""
+    """Name -> float32 tensor. ValueError says in what they are not ``expected``, of ``spec``;
+    UserError that they say to be of another vocabulary than ``tokenizer``."""
     try:
-        found = _of_folder(path) if path.is_dir() else _of_file(path)
-        source = spec_at(path)
+        held = _of_folder(path) if path.is_dir() else _of_file(path)
+        found, source = _without_prefix(held.weights, expected), spec_of_source(path)
     except OSError as error:
         raise ValueError(error.strerror or error) from None
     except RecursionError:  # of an index
@@ -57,6 +95,19 @@ def initial_weights(
     for size, value in _sizes(source).items() if source else ():
         if asked.get(size) != value:
             raise ValueError(f"its {size} is {value}, in the model {asked.get(size)}")
+    if tokenizer is not None and held.tokenizer_sha256 not in (None, tokenizer.sha256):
+        raise UserError(
+            f"model.init_from={path}: trained with another tokenizer than {tokenizer.path}; "
+            "give its own by data.tokenizer, and shards made with it"
+        )
+    return found
+
+
+def _without_prefix(found: dict[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    for prefix in PREFIXES:
+        is_wrapped = all(name.startswith(prefix) for name in found)
+        if is_wrapped and not found.keys() & expected.keys():
+            found = {name.removeprefix(prefix): w for name, w in found.items()}
     return found
 
 
@@ -68,9 +119,12 @@ def _sizes(spec: ModelSpec) -> dict[str, Any]:
     return sizes | sizes.pop("more") | (own(spec) if own else {})
 
 
-def _of_file(path: Path) -> dict[str, Tensor]:
+def _of_file(path: Path) -> Held:
     if path.suffix == ".safetensors":
-        return _of_safetensors(path)
+        return Held(_of_safetensors(path), metadata_of(path).get(TOKENIZER))
+    if path.suffix == ".qat":
+        artifact = read_artifact(path)
+        return Held(artifact.weights, artifact.meta.get(TOKENIZER))
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
     except OSError:
@@ -81,9 +135,14 @@ def _of_file(path: Path) -> dict[str, Tensor]:
         if not is_zipfile(path):
             raise ValueError("it is no file of torch's") from None
         raise ValueError(str(error).strip().split("\n")[0][:120]) from None
+    if isinstance(found, dict) and found.keys() >= MARKS:
+        data = found.get("identity", {}).get("data", {})
+        return Held(tensors_to_store(found)[0], data.get("tokenizer"))
+    wrapped = [found[key] for key in WRAPPED if isinstance(found, dict) and key in found]
+    found = next((inner for inner in wrapped if isinstance(inner, dict)), found)
     if not isinstance(found, dict) or not all(isinstance(w, Tensor) for w in found.values()):
         raise ValueError("not a dict of name -> tensor")
-    return found
+    return Held(found)
 
 
 def _of_safetensors(path: Path) -> dict[str, Tensor]:
@@ -96,7 +155,9 @@ def _of_safetensors(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"{path.name}: {error}") from None
 
 
-def _of_folder(folder: Path) -> dict[str, Tensor]:
+def _of_folder(folder: Path) -> Held:
+    if (folder / RUN).is_file():
+        return _of_file(folder / CHECKPOINT)
     if (folder / INDEX).is_file():
         index = json.loads((folder / INDEX).read_text("utf-8"))
         names = index.get("weight_map") if isinstance(index, dict) else None
@@ -106,7 +167,7 @@ def _of_folder(folder: Path) -> dict[str, Tensor]:
     elif (folder / WHOLE).is_file():
         parts = [WHOLE]
     else:
-        raise ValueError(f"it has neither {WHOLE} nor {INDEX}")
+        raise ValueError(f"it is no run, and has neither {WHOLE} nor {INDEX}")
     found: dict[str, Tensor] = {}
     for part in dict.fromkeys(parts):
         if Path(part).name != part:
@@ -116,16 +177,5 @@ def _of_folder(folder: Path) -> dict[str, Tensor]:
     found = {n: w for n, w in found.items() if not n.endswith(".rotary_emb.inv_freq")}
     if HEAD in found and EMBEDDING in found and torch.equal(found[HEAD], found[EMBEDDING]):
         del found[HEAD]
-    return found
-
-
-def check_tokenizer(path: Path, tokenizer: Tokenizer) -> None:
-    """UserError if these weights, which can be read, say that they are of another vocabulary."""
-    file = path / WHOLE if path.is_dir() else path
-    if file.suffix != ".safetensors" or not file.is_file():
-        return
-    if metadata_of(file).get(TOKENIZER, tokenizer.sha256) != tokenizer.sha256:
-        raise UserError(
-            f"model.init_from={path}: trained with another tokenizer than {tokenizer.path}; "
-            "give its own by data.tokenizer, and shards made with it"
-        )
+    is_ours = (folder / WHOLE).is_file()
+    return Held(found, metadata_of(folder / WHOLE).get(TOKENIZER) if is_ours else None)

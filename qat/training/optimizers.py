@@ -59,7 +59,7 @@ def build_optimizers(
     )
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group["base_lr"] = group["lr"]
+            group["base_lr"] = settings.lr_scale * group["lr"]
     return optimizers
 
 

@@ -316,7 +316,7 @@ def test_why_initial_weights_are_refused(tmp_path: Path) -> None:
         (good | {name: good[name] * torch.nan}, f"{name} is not finite"),
         ({key: w for key, w in good.items() if key != name}, f"it has no {name}"),
         (good | {"more": good[name]}, "the model has no more"),
-        ({"model": good}, "not a dict of name -> tensor"),
+        ({"net": good}, "not a dict of name -> tensor"),
         ({"model": Path("x")}, "it holds more than tensors, or is no torch file"),
         (None, "No such file or directory"),
     ):

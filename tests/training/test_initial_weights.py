@@ -1,0 +1,79 @@
+"""``model.init_from``: what this program and others leave of a model, and what is wrong with it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from qat.artifact.container import read_artifact
+from qat.errors import UserError
+from qat.runs.store_again import stored_tensors
+from qat.settings.schema import ModelSettings
+from qat.training.build import build_model
+from qat.training.initial_weights import spec_of_source
+from tests.conftest import result_of
+
+RUNS = Path("logs/runs")
+
+
+def same(path: str, spec, expected: dict[str, torch.Tensor]) -> bool:
+    model = build_model(ModelSettings(**vars(spec), init_from=path), 1)
+    state = model.state_dict()
+    return all(torch.equal(state[name], w) for name, w in expected.items())
+
+
+def test_a_run_its_files_and_its_name(train) -> None:
+    assert train("averaging=ema", "run_name=base", "model.num_layers=3").code == 0
+    folder = RUNS / "base"
+    averaged = stored_tensors(folder / "checkpoint.ckpt")[0]
+    stored = read_artifact(folder / "artifact.qat").weights
+    sources = {"": averaged, "checkpoint.ckpt": averaged, "artifact.qat": stored}
+    for name, expected in sources.items():
+        spec = spec_of_source(folder / name)
+        assert spec is not None
+        assert spec.num_layers == 3
+        assert same(str(folder / name), spec, expected)
+    # By its name; without rates nothing moves.
+    asked = ["model.init_from=base", "model.num_layers=3", "optimizer.lr_scale=0"]
+    done = train(*asked, "run_name=more", "max_steps=1")
+    assert done.code == 0, done.err
+    more = stored_tensors(RUNS / "more" / "checkpoint.ckpt")[0]
+    assert all(torch.equal(more[name], w) for name, w in averaged.items())
+    scored, again = result_of(folder)["val_bpb_float"], result_of(RUNS / "more")["val_bpb_float"]
+    assert again == pytest.approx(scored, abs=1e-6)
+    done = train("model.init_from=base")  # of two layers, by the options of these tests
+    assert done.code == 2
+    assert "model.init_from=logs/runs/base: not weights of this model (the model has no" in done.err
+
+
+def test_what_wrappers_leave_on_names_is_taken_off(train, tmp_path: Path) -> None:
+    assert train("run_name=base", "max_steps=1").code == 0
+    spec = spec_of_source(RUNS / "base")
+    assert spec is not None
+    weights = stored_tensors(RUNS / "base" / "checkpoint.ckpt")[0]
+    for prefix in ("", "_orig_mod.", "module.", "model.", "_orig_mod.module."):
+        named = {prefix + name: w for name, w in weights.items()}
+        for whole in (named, {"model": named, "step": 3}, {"state_dict": named}):
+            torch.save(whole, tmp_path / "m.pt")
+            assert spec_of_source(tmp_path / "m.pt") is None
+            assert same(str(tmp_path / "m.pt"), spec, weights), prefix
+    torch.save({"model": 3}, tmp_path / "m.pt")
+    with pytest.raises(UserError, match="not a dict of name -> tensor"):
+        same(str(tmp_path / "m.pt"), spec, weights)
+
+
+def test_damaged_sources(train) -> None:
+    assert train("run_name=base", "max_steps=1").code == 0
+    folder = RUNS / "base"
+    spec = spec_of_source(folder)
+    (folder / "artifact.qat").write_bytes(b"QATMODEL and no more")
+    with pytest.raises(UserError, match=r"artifact.qat: not a readable artifact"):
+        spec_of_source(folder / "artifact.qat")
+    (folder / "checkpoint.ckpt").unlink()
+    with pytest.raises(UserError, match=r"not weights of this model \(No such file"):
+        same(str(folder), spec, {})
+    (folder / "config.yaml").write_text("model: [1]")
+    with pytest.raises(ValueError, match="it describes no model"):
+        spec_of_source(folder)
