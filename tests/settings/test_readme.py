@@ -11,11 +11,13 @@ from typing import get_type_hints
 
 import pytest
 import torch
+import yaml
 from torch import nn
 
 import eval as eval_program
 import qat
 import train
+from qat.model.spec import ModelSpec
 from qat.settings import machine
 from qat.settings.command_line import Program, main
 from qat.settings.schema import EvalTaskSettings, TrainSettings
@@ -79,6 +81,8 @@ def test_command(
     monkeypatch.chdir(tmp_path)
     for folder in ("RUN", "bits", "llama"):
         (tmp_path / "logs/runs" / folder).mkdir(parents=True)
+    of_run = yaml.safe_dump({"model": vars(ModelSpec(1024, 4, 288, 6, 3, 2, True))})
+    (tmp_path / "logs/runs/RUN/config.yaml").write_text(of_run)
     monkeypatch.setattr(machine, "detect_profile", lambda: (profile, "asked for by the test"))
     words = shlex.split(line)
     launchers = [word for word in words if word.startswith("hydra/launcher=")]
