@@ -81,8 +81,9 @@ def test_command(
     monkeypatch.chdir(tmp_path)
     for folder in ("RUN", "bits", "llama"):
         (tmp_path / "logs/runs" / folder).mkdir(parents=True)
-    of_run = yaml.safe_dump({"model": vars(ModelSpec(1024, 4, 288, 6, 3, 2, True))})
-    (tmp_path / "logs/runs/RUN/config.yaml").write_text(of_run)
+    if "init_from=RUN" in line:  # its sizes are asked for
+        of_run = yaml.safe_dump({"model": vars(ModelSpec(1024, 4, 288, 6, 3, 2, True))})
+        (tmp_path / "logs/runs/RUN/config.yaml").write_text(of_run)
     monkeypatch.setattr(machine, "detect_profile", lambda: (profile, "asked for by the test"))
     words = shlex.split(line)
     launchers = [word for word in words if word.startswith("hydra/launcher=")]
