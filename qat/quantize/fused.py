@@ -29,7 +29,14 @@ from qat.quantize.passes import (
     is_fusable,
 )
 from qat.quantize.plan import Entry, Plan
-from qat.quantize.rounding import coding_from, group_views, signed_maximum, tensor_scale_of
+from qat.quantize.rounding import (
+    DTYPES,
+    Coding,
+    coding_from,
+    group_views,
+    signed_maximum,
+    tensor_scale_of,
+)
 
 if TYPE_CHECKING:
     from qat.quantize.triton_kernels import TritonPasses
@@ -66,7 +73,7 @@ class FusedSnap:
         ]
         scales = self._tensor_scales(found)
         codings = [
-            coding_from(of_groups, batch.grid, batch.columns, scale)
+            self._coding(of_groups, batch, scale)
             for batch, of_groups, scale in zip(self.batches, found, scales, strict=True)
         ]
         self._passes.write(weights, codings, self._snapped)
@@ -81,13 +88,20 @@ class FusedSnap:
         low, high = ends
         return (signed_maximum(low, high, groups_at),)
 
+    def _coding(self, found: Found, batch: GroupBatch, tensor_scale: Tensor | None) -> Coding:
+        is_byte = batch.grid.scale_dtype not in DTYPES
+        if is_byte and isinstance(self._passes, CompiledPasses):
+            return self._passes.coding(found, batch, tensor_scale)
+        return coding_from(found, batch.grid, batch.columns, tensor_scale)
+
     def _tensor_scales(self, found: list[Found]) -> list[Tensor | None]:
         """For every group of a batch its tensor's scale, where scales are in units of one."""
         amax: dict[str, Tensor] = {}
         for batch, (largest, *_) in zip(self.batches, found, strict=True):
             if batch.grid.has_tensor_scale:
                 for (name, _), own in zip(batch.views, largest.split(batch.counts), strict=True):
-                    amax[name] = torch.maximum(amax.get(name, own.amax()), own.amax())
+                    most = own.amax()
+                    amax[name] = torch.maximum(amax.get(name, most), most)
         return [
             torch.cat(
                 [

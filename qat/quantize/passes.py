@@ -17,6 +17,7 @@ from qat.quantize.plan import Entry
 from qat.quantize.rounding import (
     DTYPES,
     Coding,
+    coding_from,
     decode_view,
     encode_view,
     group_views,
@@ -104,6 +105,11 @@ def _write(
 
 class CompiledPasses:
     """The two big passes on a CPU, compiled once for all runs with such tensors on such grids."""
+
+    def coding(self, found: Found, batch: GroupBatch, tensor_scale: Tensor | None) -> Coding:
+        """Of scales of a byte, which are rounded by arithmetic that a compiler leaves as it is."""
+        make = compiled(("coding", batch.grid), lambda: coding_from)
+        return make(found, batch.grid, batch.columns, tensor_scale)
 
     def __init__(self, batches: Batches) -> None:
         def look(weights: Mapping[str, Tensor]) -> list[Found]:

@@ -198,7 +198,7 @@ def _reciprocal(x: Tensor) -> Tensor:
 class Coding(NamedTuple):
     """How one view is coded, each (rows, groups)."""
 
-    stored_scale: Tensor  # in its storage dtype, or (e4m3) a number that this holds
+    stored_scale: Tensor  # in its storage dtype; of a byte, float32 numbers that it holds
     code_scale: Tensor  # float32, what codes are computed with
     zero: Tensor | None = None  # added to codes; of grids with a minimum: taken from weights
     clip: Tensor | None = None  # where it must bind by itself
@@ -232,7 +232,7 @@ def _coding(
         inverse = _reciprocal(tensor_scale) / stored
         tensor_scale = tensor_scale.expand_as(scale)
         return Coding(stored, stored * tensor_scale, inverse=inverse, tensor_scale=tensor_scale)
-    stored = stored_scales(scale, grid)
+    stored = power_above(scale) if grid.scale_dtype == "e8m0" else stored_scales(scale, grid)
     if grid.table.multiplies:
         return Coding(stored, scale, inverse=_reciprocal(scale))
     if grid.code_scale_dtype is None:

@@ -16,6 +16,7 @@ from qat.quantize.fused import FusedSnap
 from qat.quantize.grid import Grid
 from qat.quantize.passes import CompiledPasses
 from qat.quantize.plan import Plan, build_plan
+from qat.quantize.rounding import Coding, coding_from
 from qat.quantize.switch import QatSwitch
 from tests.conftest import compiles, needs_triton, run_with_triton
 
@@ -87,6 +88,11 @@ class _PlainPasses(CompiledPasses):
     def __init__(self, batches: passes.Batches) -> None:
         self.look = partial(passes._look, batches=batches)
         self.write = partial(passes._write, batches=batches)
+
+    def coding(
+        self, found: passes.Found, batch: passes.GroupBatch, tensor_scale: Tensor | None
+    ) -> Coding:
+        return coding_from(found, batch.grid, batch.columns, tensor_scale)
 
 
 def test_taken_apart_and_put_together_in_plain_torch() -> None:
