@@ -134,7 +134,7 @@ class PriceControl:
             if not squares.any():
                 raise TrainingError(
                     f"qat.to_bytes: no gradient reached {name} before the switch, so what it is "
-                    "worth is unknown; start QAT later"
+                    "worth is unknown; start QAT later, or lower the learning rates if it diverged"
                 )
         at_price_one = {
             e.name: scales_at_price_one(e, self._sensitivity(e.name)) for e in self.entries

@@ -17,9 +17,9 @@ from typing import Any
 from qat.evaluation.open_model import OpenedModel
 from qat.export.plain_tensors import tensors_as_bytes
 from qat.export.tokenizer_json import tokenizer_files
-from qat.model.hugging_face import CONFIG, config_of
 from qat.model.llama import sizes_of
 from qat.text.tokenizer import Tokenizer
+from qat.training.llama_config import CONFIG, config_of
 
 
 def write_folder(out: Path, opened: OpenedModel, tokenizer: Tokenizer) -> list[str]:

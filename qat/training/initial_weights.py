@@ -27,11 +27,11 @@ from torch import Tensor
 
 from qat.artifact.container import read_artifact, read_header_of
 from qat.errors import UserError
-from qat.model.hugging_face import metadata_of, spec_at
 from qat.model.registry import architecture_of
 from qat.model.spec import ModelSpec
 from qat.text.tokenizer import Tokenizer
 from qat.training.checkpoint import MARKS, tensors_to_store
+from qat.training.llama_config import metadata_of, spec_at
 
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"

@@ -16,7 +16,6 @@ from qat.evaluation.open_model import OpenedModel
 from qat.export.hugging_face import write_folder
 from qat.export.plain_tensors import write_tensors
 from qat.golf.bundle import code_files
-from qat.model.hugging_face import spec_at
 from qat.model.registry import model_of
 from qat.model.spec import ModelSpec
 from qat.settings import arguments
@@ -24,6 +23,7 @@ from qat.settings.arguments import with_sizes
 from qat.settings.schema import ModelSettings
 from qat.text.tokenizer import Tokenizer
 from qat.training.build import build_model
+from qat.training.llama_config import spec_at
 from tests.conftest import GOLF, result_of
 from tests.export.conftest import SPEC, untied
 
@@ -227,7 +227,7 @@ def test_its_tokenizer_is_the_texts(folder: Path, tokenizer: Tokenizer) -> None:
 
 def test_a_submission_has_no_code_for_it(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     counted = {path.name for path in code_files()}
-    assert not counted & {"initial_weights.py", "hugging_face.py"}
+    assert not counted & {"initial_weights.py", "llama_config.py", "hugging_face.py"}
     monkeypatch.setattr(arguments, "SIZES", "qat.model.not_there")
     asked = [f"model.init_from={folder}"]
     with pytest.raises(UserError, match=r"train_gpt\.py begins from random weights"):

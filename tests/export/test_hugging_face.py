@@ -17,12 +17,12 @@ from qat.artifact.container import read_artifact
 from qat.evaluation.open_model import OpenedModel
 from qat.export.hugging_face import write_folder
 from qat.export.tokenizer_json import tokenizer_files
-from qat.model.hugging_face import spec_at, spec_of
 from qat.settings.schema import ModelSettings
 from qat.text.corpus import web_bible
 from qat.text.shards import TokenStream
 from qat.text.tokenizer import Tokenizer
 from qat.training.build import build_model
+from qat.training.llama_config import spec_at, spec_of
 from tests.conftest import GOLF, result_of
 from tests.export.conftest import SPEC, untied
 
