@@ -104,13 +104,14 @@ def train(s: TrainSettings, training_run) -> int:
     from qat.artifact.container import ARTIFACT, pack
     from qat.budget.budget import Budget
     from qat.budget.fill import PLOT, TrainedModel
-    from qat.evaluation.open_model import artifact_meta, open_teacher
+    from qat.evaluation.open_model import artifact_meta
     from qat.evaluation.ranks import join_ranks
     from qat.evaluation.score import Score, Scorer
     from qat.golf.bundle import count_code_bytes
     from qat.runs.fork import APART
     from qat.runs.identity import KEY, CheckpointIdentity, check_resumed
     from qat.runs.storing import CalibrationText, Storage
+    from qat.runs.teacher import open_teacher
     from qat.text.batches import BatchShape
     from qat.text.shards import TokenStream
     from qat.text.source import check_apart, check_length, from_settings
@@ -123,7 +124,6 @@ def train(s: TrainSettings, training_run) -> int:
         load_checkpoint,
         save_checkpoint,
     )
-    from qat.training.distill import Teacher
     from qat.training.fit import (
         Forecast,
         StopAtSignal,
@@ -164,10 +164,7 @@ def train(s: TrainSettings, training_run) -> int:
         held = {KEY: vars(identity), "choices": choices}
     state = forked if state is None else state
     plan, spec = training_run.plan, training_run.spec
-    module, teacher = build_model(s.model, s.seed, tokenizer), None
-    if s.qat.enabled and s.qat.distill.teacher is not None:
-        opened = open_teacher(s.qat.distill.teacher, s.runs_dir, tokenizer.sha256)
-        teacher = Teacher(opened.spec, opened.artifact.weights)
+    module, teacher = build_model(s.model, s.seed, tokenizer), open_teacher(s, tokenizer.sha256)
     device = join_ranks()
     scorer = Scorer(
         spec, val_stream, tokenizer.byte_table, s.seq_len, s.eval, device, training_run.console,

@@ -222,11 +222,27 @@ def write_whole(path: Path, data: bytes) -> None:
 
 def read_artifact(path: Path) -> Artifact:
     """Read, check and decode a file. UserError names the file and what is wrong with it."""
+    with _opened(path) as file:
+        return _read(file, os.fstat(file.fileno()).st_size)
+
+
+def read_header_of(path: Path) -> Header:
+    """What a file says of itself, its bytes not hashed: for choosing what is then read whole.
+    UserError as of ``read_artifact``."""
+    with _opened(path) as file:
+        header_bytes = _header_bytes(file.read(PREFIX.size))
+        check_length(header_bytes)
+        return read_header(file.read(header_bytes))
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[BufferedReader]:
+    """Whatever goes wrong in the body is one line that names the file."""
     try:
         if not stat.S_ISREG(path.stat().st_mode):  # a pipe or device may have no end
             raise UserError(f"artifact={path}: not a file")
         with open(path, "rb") as file:
-            return _read(file, os.fstat(file.fileno()).st_size)
+            yield file
     except OSError as error:
         raise UserError(f"artifact={path}: {error.strerror or error}") from None
     except MemoryError:
@@ -236,21 +252,17 @@ def read_artifact(path: Path) -> Artifact:
         raise UserError(f"artifact={path}: not a readable artifact ({reason})") from None
 
 
-def read_header_of(path: Path) -> Header:
-    """What a file says of itself, its bytes not hashed: for choosing what is then read whole.
-    UserError as of ``read_artifact``."""
-    try:
-        with open(path, "rb") as file:
-            magic, version, header_bytes = PREFIX.unpack(file.read(PREFIX.size))
-            if (magic, version) != (MAGIC, FORMAT):
-                raise ValueError(f"it does not begin as an artifact of format {FORMAT} does")
-            check_length(header_bytes)
-            return read_header(file.read(header_bytes))
-    except OSError as error:
-        raise UserError(f"artifact={path}: {error.strerror or error}") from None
-    except (struct.error, ValueError, TypeError, LookupError, RecursionError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(f"artifact={path}: not a readable artifact ({reason})") from None
+def _header_bytes(start: bytes | bytearray) -> int:
+    """How long the header is, from the first bytes. ValueError if no artifact begins so."""
+    if len(start) < PREFIX.size:
+        raise ValueError(f"only {len(start)} bytes long")
+    magic, version, header_bytes = PREFIX.unpack(start)
+    if magic != MAGIC:
+        raise ValueError("it does not begin as an artifact does")
+    if version != FORMAT:
+        age = "older" if version < FORMAT else "newer"
+        raise ValueError(f"format {version}, {age} than format {FORMAT}, which this program reads")
+    return int(header_bytes)
 
 
 class _Body:
@@ -278,12 +290,7 @@ def _read(file: BufferedReader, size: int) -> Artifact:
     if size < PREFIX.size + HASH_BYTES:
         raise ValueError(f"only {size} bytes long")
     body = _Body(file, size - HASH_BYTES)
-    magic, version, header_bytes = PREFIX.unpack(body.take(PREFIX.size))
-    if magic != MAGIC:
-        raise ValueError("it does not begin as an artifact does")
-    if version != FORMAT:
-        age = "older" if version < FORMAT else "newer"
-        raise ValueError(f"format {version}, {age} than format {FORMAT}, which this program reads")
+    header_bytes = _header_bytes(body.take(PREFIX.size))
     while body.left:
         body.take(min(body.left, CHUNK_BYTES))
     if body.sha256.digest() != file.read(HASH_BYTES):

@@ -17,7 +17,6 @@ from qat.evaluation.ranks import rank_and_ranks
 from qat.evaluation.score import Scorer
 from qat.model.registry import tensor_shapes
 from qat.model.spec import ModelSpec
-from qat.settings.checks import find_run
 from qat.text.shards import TokenStream
 from qat.text.source import Source, from_named, from_settings
 from qat.text.tokenizer import Tokenizer
@@ -58,27 +57,15 @@ def artifact_path(s: EvalTaskSettings) -> Path:
     if s.artifact:
         return Path(s.artifact)
     assert s.run
-    return _artifact_in(Path(s.run), f"run={s.run}")
+    return artifact_in(Path(s.run), f"run={s.run}")
 
 
-def _artifact_in(folder: Path, typed: str) -> Path:
+def artifact_in(folder: Path, typed: str) -> Path:
+    """The file of a run's folder. UserError that begins with what was ``typed`` if it has none."""
     for name in (ARTIFACT, ARTIFACT + OVERSIZE_SUFFIX):
         if (folder / name).is_file():
             return folder / name
     raise UserError(f"{typed}: {folder} holds no artifact; did the run finish?")
-
-
-def open_teacher(named: str, runs_dir: str, tokenizer_sha256: str | None = None) -> OpenedModel:
-    """Of ``qat.distill.teacher``: a .qat file, or a run's folder or name. UserError if it is not
-    usable, or reads other pieces of text than the tokenizer of this hash gives."""
-    setting = "qat.distill.teacher"
-    path = Path(named)
-    if not path.is_file():
-        path = _artifact_in(find_run(setting, named, runs_dir), f"{setting}={named}")
-    opened = open_artifact(path)
-    if tokenizer_sha256 not in (None, opened.artifact.meta.get("tokenizer_sha256")):
-        raise UserError(f"{setting}={named}: it was trained with another tokenizer than this run's")
-    return opened
 
 
 def open_model(path: Path, s: EvalTaskSettings) -> OpenedModel:

@@ -6,8 +6,7 @@
 (the last may be shorter) or per tensor. These rules find a clip, and the scale is the clip by half
 of what lies between the lowest and the highest level:
 
-    amax     max|w| (of most gguf blocks with its sign)
-    percentile  quantile of |w|
+    amax     max|w|               percentile  quantile of |w|
     sigma    sigma * std(w)       mse         the share of max|w| with the least square error
 
 and these the scale itself:
@@ -25,6 +24,8 @@ scales columns likewise). Both are stored in ``scale_dtype``, rows first.
 The scale is rounded to its storage dtype *before* codes are computed. e8m0 is a byte of powers of
 two, and rounds up, so that nothing is clipped. e4m3 are bytes in units of one float32 scale per
 tensor, max|w| over the highest level and 448 (NVFP4).
+
+q4_0 and q5_0 give the weight of largest magnitude the lowest level: their scales have its sign.
 
 Some grids store another scale than they code with, on purpose: gguf blocks (levels/gguf.py),
 ``code_scale_dtype`` (the challenge's own int8 file codes with the float32 scale and decodes with

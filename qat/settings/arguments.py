@@ -115,6 +115,8 @@ def with_sizes(arguments: list[str], as_spelled: list[str]) -> list[str]:
 
     ``as_spelled``: the same arguments for Hydra.
     """
+    if not any("model.init_from" in word for word in as_spelled):
+        return arguments
     asked = {o.key_or_group: o for o in OverridesParser.create().parse_overrides(as_spelled)}
     value = asked["model.init_from"].value() if "model.init_from" in asked else None
     if not isinstance(value, str) or asked.keys() & {"model", "resume"}:

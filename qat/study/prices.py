@@ -25,14 +25,13 @@ from torch import Tensor
 from qat.budget.budget import Budget
 from qat.budget.price_control import File, PriceControl
 from qat.errors import UserError
-from qat.evaluation.open_model import open_teacher
 from qat.runs import provenance
 from qat.runs.result import QUANTIZATION, conditions, differing
 from qat.runs.run_folder import write_atomically
+from qat.runs.teacher import open_teacher
 from qat.settings.schema import TrainSettings
 from qat.training.averaging import Averaging
 from qat.training.build import build_model, plan_of, spec_of
-from qat.training.distill import Teacher
 from qat.training.fit import build_loop
 from qat.training.to_bytes import TrainToBytes
 
@@ -206,11 +205,7 @@ class _Updates:
             hooks.append(TrainToBytes(PriceControl(
                 plan, Budget(s.limit_bytes), s.batch_tokens, lambda *_: file, s.qat.bit_price
             )))  # fmt: skip
-        teacher = None
-        if s.qat.enabled and s.qat.distill.teacher is not None:
-            opened = open_teacher(s.qat.distill.teacher, s.runs_dir)
-            teacher = Teacher(opened.spec, opened.artifact.weights)
-        module = build_model(s.model, s.seed)
+        module, teacher = build_model(s.model, s.seed), open_teacher(s)
         self.loop = build_loop(s, module, plan, hooks, teacher).to(self.device)
         rows = s.batch_tokens // s.seq_len // self.loop.pace.micro_batches
         text = torch.randint(s.model.vocab_size, (rows, s.seq_len + 1), device=self.device)

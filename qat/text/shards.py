@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
@@ -93,6 +93,15 @@ def _chunks(path: Path, shard: np.ndarray, chunk_tokens: int) -> Iterator[np.nda
         yield np.memmap(path, shard.dtype, "r", offset, (count,))
 
 
+def _is_in(chunk: np.ndarray, wanted: np.ndarray) -> bool:
+    found = np.flatnonzero(chunk[: max(0, len(chunk) - len(wanted) + 1)] == wanted[0])
+    for place, token in enumerate(wanted):
+        found = found[chunk[found + place] == token]
+        if not len(found):
+            return False
+    return True
+
+
 class TokenStream:
     """All shards of a split, joined in name order; reading wraps around at the end.
 
@@ -141,18 +150,18 @@ class TokenStream:
         return np.concatenate(found)
 
     def holds(self, passage: ArrayLike) -> bool:
-        """Whether these tokens are in the stream, one after another (reads every token). Not found
-        where they are cut: by the end of a shard, or of what is read at a time."""
-        wanted = np.asarray(passage)
+        """Whether these tokens are in the stream: ``count_held`` of one passage."""
+        return self.count_held([passage]) == 1
+
+    def count_held(self, passages: Sequence[ArrayLike]) -> int:
+        """How many of these passages are in the stream, one token after another (reads every token,
+        once). Not found where they are cut: by the end of a shard, or of what is read at a time."""
+        missing = [np.asarray(passage) for passage in passages]
         for chunk in self.chunks(CACHED_TOKENS):
-            found = np.flatnonzero(chunk[: max(0, len(chunk) - len(wanted) + 1)] == wanted[0])
-            for place, token in enumerate(wanted):
-                found = found[chunk[found + place] == token]
-                if not len(found):
-                    break
-            else:
-                return True
-        return False
+            missing = [wanted for wanted in missing if not _is_in(chunk, wanted)]
+            if not missing:
+                break
+        return len(passages) - len(missing)
 
     @cached_property
     def digests(self) -> dict[str, str]:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, NamedTuple
@@ -55,7 +55,7 @@ def spec_of_source(path: Path) -> ModelSpec | None:
     try:
         if (path.is_dir() or path.suffix == ".ckpt") and config.is_file():
             said = yaml.safe_load(config.read_text("utf-8"))["model"]
-            return ModelSpec(**{name: said[name] for name in ModelSpec.__dataclass_fields__})
+            return ModelSpec.from_json({f.name: said[f.name] for f in fields(ModelSpec)})
         if path.suffix == ".qat" and path.is_file():
             return ModelSpec.from_json(read_header_of(path).meta["model"])
     except (LookupError, TypeError, ArithmeticError, yaml.YAMLError) as error:
@@ -136,8 +136,11 @@ def _of_file(path: Path) -> Held:
             raise ValueError("it is no file of torch's") from None
         raise ValueError(str(error).strip().split("\n")[0][:120]) from None
     if isinstance(found, dict) and found.keys() >= MARKS:
-        data = found.get("identity", {}).get("data", {})
-        return Held(tensors_to_store(found)[0], data.get("tokenizer"))
+        try:
+            data = found.get("identity", {}).get("data", {})
+            return Held(tensors_to_store(found)[0], data.get("tokenizer"))
+        except (LookupError, TypeError, AttributeError):
+            raise ValueError("a checkpoint, but none of this version") from None
     wrapped = [found[key] for key in WRAPPED if isinstance(found, dict) and key in found]
     found = next((inner for inner in wrapped if isinstance(inner, dict)), found)
     if not isinstance(found, dict) or not all(isinstance(w, Tensor) for w in found.values()):
@@ -177,5 +180,5 @@ def _of_folder(folder: Path) -> Held:
     found = {n: w for n, w in found.items() if not n.endswith(".rotary_emb.inv_freq")}
     if HEAD in found and EMBEDDING in found and torch.equal(found[HEAD], found[EMBEDDING]):
         del found[HEAD]
-    is_ours = (folder / WHOLE).is_file()
-    return Held(found, metadata_of(folder / WHOLE).get(TOKENIZER) if is_ours else None)
+    is_whole = (folder / WHOLE).is_file()
+    return Held(found, metadata_of(folder / WHOLE).get(TOKENIZER) if is_whole else None)

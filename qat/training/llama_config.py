@@ -1,7 +1,7 @@
 """A Llama's sizes as Hugging Face's config.json says them, both ways.
 
 A Llama there is the one here (``qat/model/llama.py``): what this one has no place for is refused by
-name. It imports no torch, as it is asked for sizes before any model is built.
+name.
 """
 
 from __future__ import annotations

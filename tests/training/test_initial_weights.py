@@ -62,6 +62,10 @@ def test_what_wrappers_leave_on_names_is_taken_off(train, tmp_path: Path) -> Non
     torch.save({"model": 3}, tmp_path / "m.pt")
     with pytest.raises(UserError, match="not a dict of name -> tensor"):
         same(str(tmp_path / "m.pt"), spec, weights)
+    for more in ({}, {"averaging": 3}, {"identity": 3}):
+        torch.save({"weights": weights, "progress": 3} | more, tmp_path / "m.pt")
+        with pytest.raises(UserError, match="a checkpoint, but none of this version"):
+            same(str(tmp_path / "m.pt"), spec, weights)
 
 
 def test_damaged_sources(train) -> None:
