@@ -177,13 +177,14 @@ def power_above(x: Tensor) -> Tensor:
 
 
 def stored_scales(scales: Tensor, grid: Grid) -> Tensor:
-    """Scales as a file stores them, but for those in units of a tensor's scale."""
+    """Scales as a file stores them, in their storage dtype; of e8m0 the float32 numbers that it
+    holds. Not of scales in units of a tensor's."""
     if grid.scale_dtype == "e8m0":
-        scales = power_above(scales)
-    return scales.to(SCALE_DTYPES[grid.scale_dtype])
+        return power_above(scales)
+    return scales.to(DTYPES[grid.scale_dtype])
 
 
-def _nearest_e4m3(x: Tensor) -> Tensor:
+def nearest_e4m3(x: Tensor) -> Tensor:
     """As ``x.to(float8_e4m3fn).float()`` of normal numbers, and many times faster on a CPU."""
     bits = x.view(torch.int32)
     return ((bits + 0x7FFFF + ((bits >> 20) & 1)) & -0x100000).view(torch.float32)
@@ -228,11 +229,11 @@ def _coding(
     if tensor_scale is not None:
         # In this order, and by the reciprocal: the bits of NVFP4 as torchao makes it.
         units = in_scale_units(scale, tensor_scale).clamp(LEAST_NORMAL_E4M3, LARGEST_E4M3)
-        stored = _nearest_e4m3(units)
+        stored = nearest_e4m3(units)
         inverse = _reciprocal(tensor_scale) / stored
         tensor_scale = tensor_scale.expand_as(scale)
         return Coding(stored, stored * tensor_scale, inverse=inverse, tensor_scale=tensor_scale)
-    stored = power_above(scale) if grid.scale_dtype == "e8m0" else stored_scales(scale, grid)
+    stored = stored_scales(scale, grid)
     if grid.table.multiplies:
         return Coding(stored, scale, inverse=_reciprocal(scale))
     if grid.code_scale_dtype is None:

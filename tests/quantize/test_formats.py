@@ -21,7 +21,7 @@ from torchao.prototype.mx_formats.constants import DTYPE_FP6_E2M3, DTYPE_FP6_E3M
 from qat.quantize.grid import Grid
 from qat.quantize.levels import all_levels
 from qat.quantize.plan import build_plan
-from qat.quantize.rounding import decode, encode, snap
+from qat.quantize.rounding import decode, encode, nearest_e4m3, snap
 from qat.settings.options import read_grid
 
 FLOOR, UP = mx_tensor.ScaleCalculationMode.FLOOR, mx_tensor.ScaleCalculationMode.RCEIL
@@ -86,6 +86,14 @@ def test_nvfp4_is_torchaos(w: Tensor) -> None:
     assert torch.equal(coded.tensor_scale, whole.reshape(1))
     assert torch.equal(coded.scales.float(), theirs.scale.float())
     assert torch.equal(decode(coded, read_grid("nvfp4")), theirs.dequantize(torch.float32))
+
+
+def test_e4m3_by_arithmetic_is_the_conversion() -> None:
+    """Every normal number, the ties between neighbours, and what is next to these."""
+    numbers = torch.arange(8, 127).to(torch.uint8).view(torch.float8_e4m3fn).float()
+    ties = (numbers[1:] + numbers[:-1]) / 2
+    x = torch.cat([numbers, ties, ties.nextafter(ties * 2), ties.nextafter(ties / 2)])
+    assert torch.equal(nearest_e4m3(x), x.to(torch.float8_e4m3fn).float())
 
 
 @pytest.mark.parametrize("name", ["e2m1", "e2m3", "e3m2"])
