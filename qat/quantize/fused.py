@@ -1,10 +1,7 @@
 """``Plan.snap`` for all tensors at once, with the same bits: what the training loop calls.
 
-Three parts. ``look`` finds the order statistics of every group of every tensor, ``coding_from``
-makes their few scales with plain torch, ``write`` rounds every tensor. The two big parts are
-compiled on a CPU and Triton kernels on CUDA (triton_kernels.py); the small one must not be, because
-compilers drop the scale's detour through its storage dtype, and 96 % of the weights change in the
-last bit.
+On a CPU it is the plain code of rounding.py, compiled: a group's scale and its weights are found
+while it is in the cache. On CUDA Triton kernels do it (triton_kernels.py).
 
 Fused are the grids whose bits do not depend on the order of work: scales from maxima and minima
 (amax, exact percentile, power), and levels that a compiler rounds to as torch does; on CUDA whole
@@ -14,109 +11,171 @@ other grids, and plain tensors, go through ``Entry.snap``.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from qat.quantize.passes import (
-    CompiledPasses,
-    Found,
-    GroupBatch,
-    batches_of,
-    has_kernel,
-    is_fusable,
-)
+from qat.compiled import compiled
+from qat.quantize.grid import Grid
 from qat.quantize.plan import Entry, Plan
 from qat.quantize.rounding import (
     DTYPES,
     Coding,
     coding_from,
+    decode_view,
+    encode_view,
     group_views,
-    signed_maximum,
+    join_groups,
+    order_statistics,
+    snap,
     tensor_scale_of,
 )
 
-if TYPE_CHECKING:
-    from qat.quantize.triton_kernels import TritonPasses
+Codings = list[Coding]  # of a tensor's views
+
+
+def is_fusable(entry: Entry) -> bool:
+    if entry.grid is None or not entry.grid.table.fuses or entry.grid.refit:
+        return False
+    grid = entry.grid
+    views = group_views(torch.empty(entry.shape, device="meta"), grid)
+    return all(order_statistics(view, grid) for view in views)
+
+
+def has_kernel(entry: Entry) -> bool:
+    """Of a fusable one: whether the Triton kernels know its levels and scales."""
+    assert entry.grid is not None
+    return entry.grid.table.is_even and entry.grid.scale_dtype in DTYPES
 
 
 class FusedSnap:
     """Snaps the masters of one plan; compiled at the first call."""
 
     def __init__(self, plan: Plan) -> None:
-        self._take([entry for entry in plan.on_grid if is_fusable(entry)])
+        self._entries = [entry for entry in plan.on_grid if is_fusable(entry)]
         self._snapped: dict[str, Tensor] = {}
-        self._passes: CompiledPasses | TritonPasses | None = None
-
-    def _take(self, entries: list[Entry]) -> None:
-        self._entries = entries
-        self.names = [entry.name for entry in entries]
-        self.batches = batches_of(entries)
+        self._snap: Callable[[Mapping[str, Tensor], Mapping[str, Tensor]], None] | None = None
 
     @torch.no_grad()
     def __call__(self, masters: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Name -> snapped weight of every fusable tensor, overwritten by the next call."""
-        if self._passes is None and self.names and masters[self.names[0]].is_cuda:
-            self._take([entry for entry in self._entries if has_kernel(entry)])
-        weights = {name: masters[name].detach() for name in self.names}
+        if self._snap is None and self._entries and masters[self._entries[0].name].is_cuda:
+            self._entries = [entry for entry in self._entries if has_kernel(entry)]
+        weights = {entry.name: masters[entry.name].detach() for entry in self._entries}
         if not weights:
             return {}
-        if self._passes is None:
-            self._passes = self._passes_for(weights)
+        if self._snap is None:
+            self._snap = self._made_for(weights)
             # Kept: allocating them anew costs more than writing them.
             self._snapped = {name: torch.empty_like(w) for name, w in weights.items()}
-        found = [
-            self._with_sign(weights, batch, ends) if batch.grid.table.scale_has_sign else ends
-            for batch, ends in zip(self.batches, self._passes.look(weights), strict=True)
-        ]
-        scales = self._tensor_scales(found)
-        codings = [
-            self._coding(of_groups, batch, scale)
-            for batch, of_groups, scale in zip(self.batches, found, scales, strict=True)
-        ]
-        self._passes.write(weights, codings, self._snapped)
+        self._snap(weights, self._snapped)
         return self._snapped
 
-    @staticmethod
-    def _with_sign(weights: Mapping[str, Tensor], batch: GroupBatch, ends: Found) -> Found:
-        def groups_at(places: Tensor) -> Tensor:
-            views = [group_views(weights[name], batch.grid)[i] for name, i in batch.views]
-            return torch.cat([view.flatten(0, -2) for view in views])[places]
+    def _made_for(
+        self, weights: Mapping[str, Tensor]
+    ) -> Callable[[Mapping[str, Tensor], Mapping[str, Tensor]], None]:
+        if next(iter(weights.values())).device.type != "cuda":
+            return CompiledSnap(self._entries)
+        from qat.quantize.triton_kernels import TritonSnap  # is there with CUDA only
 
-        low, high = ends
-        return (signed_maximum(low, high, groups_at),)
+        return TritonSnap(weights, self._entries)
 
-    def _coding(self, found: Found, batch: GroupBatch, tensor_scale: Tensor | None) -> Coding:
-        is_byte = batch.grid.scale_dtype not in DTYPES
-        if is_byte and isinstance(self._passes, CompiledPasses):
-            return self._passes.coding(found, batch, tensor_scale)
-        return coding_from(found, batch.grid, batch.columns, tensor_scale)
 
-    def _tensor_scales(self, found: list[Found]) -> list[Tensor | None]:
-        """For every group of a batch its tensor's scale, where scales are in units of one."""
-        amax: dict[str, Tensor] = {}
-        for batch, (largest, *_) in zip(self.batches, found, strict=True):
-            if batch.grid.has_tensor_scale:
-                for (name, _), own in zip(batch.views, largest.split(batch.counts), strict=True):
-                    most = own.amax()
-                    amax[name] = torch.maximum(amax.get(name, most), most)
-        return [
-            torch.cat(
-                [
-                    tensor_scale_of(amax[name], batch.grid).expand(count)
-                    for (name, _), count in zip(batch.views, batch.counts, strict=True)
-                ]
-            )
-            if batch.grid.has_tensor_scale
-            else None
-            for batch in self.batches
+class CompiledSnap:
+    """Of one plan's tensors on a CPU; compiled once for all runs with such tensors on such grids.
+
+    A compiler puts a maximum, the scale made of it and the rounding into one loop over a group.
+    Where a scale takes more than that, the loop is several times slower than two: one for the
+    scales, one for the rounding (benchmarks/snap.py).
+    """
+
+    def __init__(self, entries: list[Entry]) -> None:
+        grids = {entry.name: entry.grid for entry in entries if entry.grid is not None}
+        shapes = {entry.name: entry.shape for entry in entries}
+        self._grids = grids
+        self._scaled_first = [name for name in grids if _has_many_parts(shapes[name], grids[name])]
+
+        def look(weights: Mapping[str, Tensor]) -> tuple[dict[str, Codings], dict[str, Tensor]]:
+            return _look(weights, grids)
+
+        def write(
+            weights: Mapping[str, Tensor],
+            into: Mapping[str, Tensor],
+            codings: Mapping[str, Codings],
+        ) -> None:
+            _write(weights, into, codings, grids)
+
+        key = tuple(grids.items()), tuple(shapes.values())
+        self._look = compiled(("look", *key), lambda: look)
+        self._write = compiled(("write", *key), lambda: write)
+
+    def __call__(self, weights: Mapping[str, Tensor], into: Mapping[str, Tensor]) -> None:
+        codings: dict[str, Codings] = {}
+        ends_apart: dict[str, Tensor] = {}
+        if self._scaled_first:
+            codings, ends_apart = self._look({name: weights[name] for name in self._scaled_first})
+        self._write(weights, into, codings)
+        for name, least in ends_apart.items():
+            if least == 0:
+                _mend_ties(weights[name], into[name], self._grids[name])
+
+
+def _has_many_parts(shape: tuple[int, ...], grid: Grid) -> bool:
+    """Whether a group's scale is made of more than one number, or more than one is made of it."""
+    view = group_views(torch.empty(shape, device="meta"), grid)[0]
+    return grid.has_tensor_scale or grid.table.multiplies or len(order_statistics(view, grid)) > 1
+
+
+def _look(
+    weights: Mapping[str, Tensor], grids: Mapping[str, Grid]
+) -> tuple[dict[str, Codings], dict[str, Tensor]]:
+    """Codings by name; and of tensors whose scales have a sign, the least difference that there is
+    between the magnitudes of a group's two ends, (), of groups that are not all 0."""
+    codings: dict[str, Codings] = {}
+    ends_apart: dict[str, Tensor] = {}
+    for name, w in weights.items():
+        grid, tensor_scale = grids[name], None
+        views = group_views(w, grid)
+        found = [order_statistics(view, grid) for view in views]
+        if grid.has_tensor_scale:
+            largest = torch.stack([amax.amax() for (amax,) in found]).amax()
+            tensor_scale = tensor_scale_of(largest, grid)
+        if grid.table.scale_has_sign:
+            apart = [torch.where(high > 0, high + low, 1.0).abs().amin() for low, high in found]
+            ends_apart[name] = torch.stack(apart).amin()
+            found = [(torch.where(high > -low, high, low),) for low, high in found]
+        codings[name] = [
+            coding_from(ends, grid, view.size(-1), tensor_scale)
+            for view, ends in zip(views, found, strict=True)
         ]
+    return codings, ends_apart
 
-    def _passes_for(self, weights: dict[str, Tensor]) -> CompiledPasses | TritonPasses:
-        if weights[self.names[0]].device.type != "cuda":
-            return CompiledPasses(self.batches)
-        from qat.quantize.triton_kernels import TritonPasses  # is there with CUDA only
 
-        return TritonPasses(weights, self.batches)
+def _write(
+    weights: Mapping[str, Tensor],
+    into: Mapping[str, Tensor],
+    codings: Mapping[str, Codings],
+    grids: Mapping[str, Grid],
+) -> None:
+    """Write every tensor's snapped weights; codings that are not given are made on the way."""
+    for name, w in weights.items():
+        grid, snapped = grids[name], []
+        for i, view in enumerate(group_views(w, grid)):
+            if name in codings:
+                coding = codings[name][i]
+            else:
+                coding = coding_from(order_statistics(view, grid), grid, view.size(-1))
+            code = encode_view(view, grid, coding)
+            snapped.append(decode_view(code, grid, coding.decoding_scale, coding.decoding_zero))
+        into[name].copy_(join_groups(snapped, w.shape))
+
+
+def _mend_ties(w: Tensor, into: Tensor, grid: Grid) -> None:
+    """Of two weights of largest magnitude the first decides the sign, and maxima lose its place:
+    snap such groups again."""
+    a_row_each = replace(grid, group_size=None, per_tensor=False)
+    for view, snapped in zip(group_views(w, grid), group_views(into, grid), strict=True):
+        is_tied = view.amax(-1) == -view.amin(-1)
+        snapped[is_tied] = snap(view[is_tied], a_row_each)

@@ -177,11 +177,30 @@ def power_above(x: Tensor) -> Tensor:
 
 
 def stored_scales(scales: Tensor, grid: Grid) -> Tensor:
-    """Scales as a file stores them, in their storage dtype; of e8m0 the float32 numbers that it
-    holds. Not of scales in units of a tensor's."""
+    """Scales as a file stores them: float32 numbers that the storage dtype holds. Not of scales in
+    units of a tensor's."""
     if grid.scale_dtype == "e8m0":
         return power_above(scales)
-    return scales.to(DTYPES[grid.scale_dtype])
+    return nearest_float(scales, grid.scale_dtype)
+
+
+def nearest_float(x: Tensor, dtype: str) -> Tensor:
+    """The nearest number that fp32, bf16 or fp16 holds, of two the even one; float32.
+
+    Compiled by arithmetic, because a compiler drops the detour through another dtype.
+    """
+    if not torch.compiler.is_compiling() or dtype == "fp32":
+        return x.to(DTYPES[dtype]).float()
+    dropped = 16 if dtype == "bf16" else 13  # bits of the mantissa
+    bits = x.view(torch.int32)
+    half = (1 << (dropped - 1)) - 1
+    kept = (bits + half + ((bits >> dropped) & 1)) & -(1 << dropped)
+    nearest = kept.view(torch.float32)
+    if dtype == "bf16":
+        return nearest
+    # Below its normal numbers fp16 has multiples of 2^-24; above 65504 it has infinity.
+    nearest = torch.where(x.abs() < 2.0**-14, (x * 2.0**24).round() * 2.0**-24, nearest)
+    return torch.where(nearest.abs() > 65504.0, nearest * torch.inf, nearest)
 
 
 def nearest_e4m3(x: Tensor) -> Tensor:
@@ -199,7 +218,7 @@ def _reciprocal(x: Tensor) -> Tensor:
 class Coding(NamedTuple):
     """How one view is coded, each (rows, groups)."""
 
-    stored_scale: Tensor  # in its storage dtype; of a byte, float32 numbers that it holds
+    stored_scale: Tensor  # float32 numbers that its storage dtype holds
     code_scale: Tensor  # float32, what codes are computed with
     zero: Tensor | None = None  # added to codes; of grids with a minimum: taken from weights
     clip: Tensor | None = None  # where it must bind by itself
@@ -210,17 +229,12 @@ class Coding(NamedTuple):
     @property
     def decoding_scale(self) -> Tensor:
         """Float32."""
-        scale = self.stored_scale.float()
+        scale = self.stored_scale
         return scale if self.tensor_scale is None else scale * self.tensor_scale
 
     @property
     def decoding_zero(self) -> Tensor | None:
-        return self.zero if self.stored_zero is None else self.stored_zero.float()
-
-    def part(self, start: int, end: int, shape: torch.Size) -> Coding:
-        """Of flat scales, those of some groups, in the shape of their view."""
-        kept = [None if t is None else t[start:end].view(shape) for t in self]
-        return Coding(*kept)  # type: ignore[arg-type]
+        return self.zero if self.stored_zero is None else self.stored_zero
 
 
 def _coding(
@@ -237,8 +251,8 @@ def _coding(
     if grid.table.multiplies:
         return Coding(stored, scale, inverse=_reciprocal(scale))
     if grid.code_scale_dtype is None:
-        return Coding(stored, stored.float(), clip=clip)
-    return Coding(stored, scale.to(DTYPES[grid.code_scale_dtype]).float(), clip=clip)
+        return Coding(stored, stored, clip=clip)
+    return Coding(stored, nearest_float(scale, grid.code_scale_dtype), clip=clip)
 
 
 def order_statistics(view: Tensor, grid: Grid) -> tuple[Tensor, ...]:
@@ -288,8 +302,7 @@ def coding_from(
     if grid.table.has_minimum:
         low, high = grid.table.limits
         coding = _coding(quotient(found[1] - found[0], high - low), grid)
-        stored = found[0].to(coding.stored_scale.dtype)
-        return coding._replace(zero=found[0], stored_zero=stored)
+        return coding._replace(zero=found[0], stored_zero=nearest_float(found[0], grid.scale_dtype))
     if grid.table.scale_has_sign:
         return _coding(quotient(found[0], grid.table.limits[0]), grid)
     if grid.scale_rule == "power":
@@ -300,7 +313,7 @@ def coding_from(
         lowest, highest = found[0].clamp_max(0.0), found[1].clamp_min(0.0)
         scale = quotient(highest - lowest, high - low).clamp_min(grid.scale_floor)
         coding = _coding(scale, grid)
-        zero = (low - in_scale_units(lowest, coding.stored_scale.float())).round().clamp(low, high)
+        zero = (low - in_scale_units(lowest, coding.stored_scale)).round().clamp(low, high)
         return coding._replace(zero=zero)
     if grid.scale_rule == "amax":
         return _coding(_clip_to_scale(found[0], grid), grid, tensor_scale=tensor_scale)
@@ -338,7 +351,7 @@ def _least_square_clip(view: Tensor, grid: Grid, importance: Tensor | None = Non
     best_clip, least = amax, torch.full_like(amax, torch.inf)
     for share in MSE_SHARES:
         clip = amax * share
-        scale = stored_scales(_clip_to_scale(clip, grid), grid).float()[..., None]
+        scale = stored_scales(_clip_to_scale(clip, grid), grid)[..., None]
         square = round_to_levels(in_scale_units(view, scale), grid).mul_(scale).sub_(view).square_()
         error = (square if importance is None else square.mul_(importance)).sum(-1)
         best_clip = torch.where(error < least, clip, best_clip)
@@ -385,11 +398,11 @@ def decode_view(code: Tensor, grid: Grid, scale: Tensor, zero: Tensor | None) ->
     return code if grid.table.keeps_negative_zero else code.add_(0.0)
 
 
-def _refitted(code: Tensor, coding: Coding) -> Tensor:
+def _refitted(code: Tensor, coding: Coding, dtype: str) -> Tensor:
     """The stored scale that undoes the shrinkage of mean|w|."""
     mean = quotient(code.abs().sum(-1), code.size(-1))  # of whole numbers: exact in any order
     scale = torch.where(mean > 0, coding.code_scale / mean, coding.code_scale)
-    return scale.to(coding.stored_scale.dtype)
+    return nearest_float(scale, dtype)
 
 
 def _rows(w: Tensor) -> int:
@@ -421,8 +434,9 @@ def encode(w: Tensor, grid: Grid, scales: Tensor | None = None) -> Codes:
             scales = _product_scales(w, grid)
         rows, by_row = _rows(w), replace(grid, column_scales=False)
         columns = stored_scales(scales[rows:], grid)
-        scaled = in_scale_units(w.reshape(rows, len(columns)), columns.float().T).view_as(w)
+        scaled = in_scale_units(w.reshape(rows, len(columns)), columns.T).view_as(w)
         inner = encode(scaled, by_row, scales[:rows])
+        columns = columns.to(inner.scales.dtype)
         return inner._replace(scales=torch.cat([inner.scales, columns]))
     views = group_views(w, grid)
     tensor_scale = None
@@ -440,22 +454,25 @@ def encode(w: Tensor, grid: Grid, scales: Tensor | None = None) -> Codes:
         codings = [_coding(scale, grid, tensor_scale=tensor_scale) for scale in given]
     pairs = list(zip(views, codings, strict=True))
     coded = [encode_view(view, grid, coding) for view, coding in pairs]
-    stored = [coding.stored_scale.to(SCALE_DTYPES[grid.scale_dtype]) for coding in codings]
+    stored = [coding.stored_scale for coding in codings]
     if grid.refit:
-        stored = [_refitted(code, coding) for code, coding in zip(coded, codings, strict=True)]
+        parts = zip(coded, codings, strict=True)
+        stored = [_refitted(code, coding, grid.scale_dtype) for code, coding in parts]
     codes = join_groups(coded, w.shape)
-    zeros = [_stored_zero(coding) for coding in codings if coding.zero is not None]
+    zeros = [_stored_zero(coding, grid) for coding in codings if coding.zero is not None]
     return Codes(
         grid.table.to_codes(codes),
-        torch.cat(stored, dim=1),
+        torch.cat(stored, dim=1).to(SCALE_DTYPES[grid.scale_dtype]),
         torch.cat(zeros, dim=1) if zeros else None,
         None if tensor_scale is None else tensor_scale.reshape(1),
     )
 
 
-def _stored_zero(coding: Coding) -> Tensor:
+def _stored_zero(coding: Coding, grid: Grid) -> Tensor:
     assert coding.zero is not None
-    return coding.zero.to(torch.int8) if coding.stored_zero is None else coding.stored_zero
+    if coding.stored_zero is None:
+        return coding.zero.to(torch.int8)
+    return coding.stored_zero.to(DTYPES[grid.scale_dtype])
 
 
 def decode(coded: Codes, grid: Grid) -> Tensor:

@@ -1,4 +1,6 @@
-"""The two big passes of a fused snap on CUDA: one launch each for all groups of a batch.
+"""A fused snap on CUDA: two launches for all groups of one length on one grid.
+
+The first finds order statistics, plain torch makes the few scales of them, the second rounds.
 
 The bits are those of the plain torch operations: division is rounded to nearest (``div_rn``; the
 plain operator is two units off now and then), rounding to even is an addition of 1.5 * 2^23 (exact
@@ -8,14 +10,16 @@ below 2^22, where codes are clamped anyway), and what remains is maxima, clamps 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from qat.quantize.passes import Batches, Found, GroupBatch
-from qat.quantize.rounding import Coding, group_views, order_statistics
+from qat.quantize.grid import Grid
+from qat.quantize.plan import Entry
+from qat.quantize.rounding import Coding, coding_from, group_views, order_statistics
 
 MAX_BLOCK = 1024
 MAXIMUM, TOP_TWO, RANGE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
@@ -91,14 +95,41 @@ def _write_kernel(
         tl.store(into + start + lane, code * scale + 0.0, inside)
 
 
-class TritonPasses:
-    """``look`` and ``write`` of one plan; tables of addresses are made once."""
+class GroupBatch(NamedTuple):
+    """All groups of one length on one grid, tensor after tensor."""
 
-    def __init__(self, weights: Mapping[str, Tensor], batches: Batches) -> None:
-        self._batches = batches
+    grid: Grid
+    columns: int
+    views: list[tuple[str, int]]  # tensor and index of the view in ``group_views``
+
+
+def batches_of(entries: list[Entry]) -> list[GroupBatch]:
+    batches: dict[tuple[Grid, int], GroupBatch] = {}
+    for entry in entries:
+        assert entry.grid is not None
+        for index, view in enumerate(
+            group_views(torch.empty(entry.shape, device="meta"), entry.grid)
+        ):
+            key = entry.grid, view.size(-1)
+            batches.setdefault(key, GroupBatch(*key, [])).views.append((entry.name, index))
+    return list(batches.values())
+
+
+class TritonSnap:
+    """Of one plan's tensors; tables of addresses are made once."""
+
+    def __init__(self, weights: Mapping[str, Tensor], entries: list[Entry]) -> None:
+        self._batches = batches_of(entries)
         self._device = next(iter(weights.values())).device
-        self._tables = [self._table(weights, batch) for batch in batches]
+        self._tables = [self._table(weights, batch) for batch in self._batches]
         self._pointers: dict[tuple[int, ...], Tensor] = {}
+
+    def __call__(self, weights: Mapping[str, Tensor], into: Mapping[str, Tensor]) -> None:
+        codings = [
+            coding_from(found, batch.grid, batch.columns)
+            for batch, found in zip(self._batches, self._look(weights), strict=True)
+        ]
+        self._write(weights, codings, into)
 
     def _table(self, weights: Mapping[str, Tensor], batch: GroupBatch) -> tuple[Tensor, Tensor]:
         """Per group of the batch: which tensor, and where in it."""
@@ -117,9 +148,9 @@ class TritonPasses:
             self._pointers[addresses] = torch.tensor(addresses, device=self._device)
         return self._pointers[addresses]
 
-    def look(self, weights: Mapping[str, Tensor]) -> list[Found]:
-        """As ``fused._look``."""
-        found: list[Found] = []
+    def _look(self, weights: Mapping[str, Tensor]) -> list[tuple[Tensor, ...]]:
+        """Order statistics of every batch, each (groups of the batch,)."""
+        found: list[tuple[Tensor, ...]] = []
         pointers = self._addresses(weights)
         for batch, (tensor_of, offset_of) in zip(self._batches, self._tables, strict=True):
             probe = torch.empty(1, 1, batch.columns, device="meta")
@@ -134,19 +165,18 @@ class TritonPasses:
             found.append(tuple(out[:count]))
         return found
 
-    def write(
+    def _write(
         self,
         weights: Mapping[str, Tensor],
         codings: list[Coding],
         into: Mapping[str, Tensor],
     ) -> None:
-        """As ``fused._write``."""
         pointers, into_pointers = self._addresses(weights), self._addresses(into)
         for batch, coding, (tensor_of, offset_of) in zip(
             self._batches, codings, self._tables, strict=True
         ):
             low, high = batch.grid.table.limits
-            scale = coding.stored_scale.float()
+            scale = coding.stored_scale
             _write_kernel[(len(tensor_of),)](
                 pointers, into_pointers, tensor_of, offset_of, scale, coding.code_scale,
                 scale if coding.zero is None else coding.zero,

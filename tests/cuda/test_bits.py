@@ -10,10 +10,9 @@ from torch import Tensor
 
 from qat.artifact.container import pack, read_artifact, write_whole
 from qat.ptq.gptq import GptqFactor
-from qat.quantize.fused import FusedSnap
+from qat.quantize.fused import FusedSnap, is_fusable
 from qat.quantize.gradients import make_rule
 from qat.quantize.gradients.learned import Learned
-from qat.quantize.passes import is_fusable
 from qat.quantize.plan import Entry, Plan, build_plan
 from qat.quantize.rounding import decode, encode
 from tests.quantize.test_fused import plan_of, same_bits, weights

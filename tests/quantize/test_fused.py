@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import os
 import shutil
-from functools import partial
 
 import pytest
 import torch
 from torch import Tensor
 
 from qat.compiled import forget
-from qat.quantize import passes
-from qat.quantize.fused import FusedSnap
+from qat.quantize import fused as fused_module
+from qat.quantize.fused import FusedSnap, has_kernel
 from qat.quantize.grid import Grid
-from qat.quantize.passes import CompiledPasses
-from qat.quantize.plan import Plan, build_plan
-from qat.quantize.rounding import Coding, coding_from
+from qat.quantize.plan import Entry, Plan, build_plan
+from qat.quantize.rounding import nearest_float
 from qat.quantize.switch import QatSwitch
 from tests.conftest import compiles, needs_triton, run_with_triton
 
@@ -75,31 +73,44 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
     return torch.equal(a.view(torch.int32), b.view(torch.int32))
 
 
-def check(fused: FusedSnap, masters: dict[str, Tensor], plan: Plan) -> None:
+FUSED = set(GRIDS) - NOT_FUSABLE
+WITH_KERNEL = {g for g in FUSED if has_kernel(Entry("w", (9, 64), GRIDS[g]))}
+
+
+def check(
+    fused: FusedSnap, masters: dict[str, Tensor], plan: Plan, names: set[str] = FUSED
+) -> None:
     for _ in range(2):  # again with other weights, into the same buffers
         snapped, stored = fused(masters), plan.snap(masters)
-        assert {g for g in GRIDS if f"{g}.wide" in snapped} == set(GRIDS) - NOT_FUSABLE
+        assert {g for g in GRIDS if f"{g}.wide" in snapped} == names
         wrong = [name for name, w in snapped.items() if not same_bits(w, stored[name])]
         assert not wrong
         masters = {name: w.flip(0) * 0.7 for name, w in masters.items()}
 
 
-class _PlainPasses(CompiledPasses):
-    def __init__(self, batches: passes.Batches) -> None:
-        self.look = partial(passes._look, batches=batches)
-        self.write = partial(passes._write, batches=batches)
-
-    def coding(
-        self, found: passes.Found, batch: passes.GroupBatch, tensor_scale: Tensor | None
-    ) -> Coding:
-        return coding_from(found, batch.grid, batch.columns, tensor_scale)
+@pytest.fixture
+def not_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused_module, "compiled", lambda key, make: make())
 
 
-def test_taken_apart_and_put_together_in_plain_torch() -> None:
+@pytest.mark.usefixtures("not_compiled")
+def test_what_is_compiled_in_plain_torch() -> None:
     masters = weights()
-    fused = FusedSnap(plan_of(masters))
-    fused._passes_for = lambda weights: _PlainPasses(fused.batches)  # type: ignore[method-assign]
-    check(fused, masters, plan_of(masters))
+    check(FusedSnap(plan_of(masters)), masters, plan_of(masters))
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_a_float_dtype_by_arithmetic(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every number of the dtype, the ties between neighbours, what is next to these, and beyond."""
+    bits = torch.arange(-(2**15), 2**15).to(torch.int16)
+    numbers = bits.view(torch.float16 if dtype == "fp16" else torch.bfloat16).float()
+    numbers = numbers[numbers.isfinite()].sort().values
+    ties = (numbers[1:] / 2 + numbers[:-1] / 2)[numbers.diff() > 0]
+    ends = torch.tensor([65519.9, 65520.0, 1e6, 1e-9, 3e38])
+    x = torch.cat([numbers, ties, ties.nextafter(ties * 2), ties.nextafter(ties / 2), ends, -ends])
+    expected = nearest_float(x, dtype)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert torch.equal(nearest_float(x, dtype), expected)
 
 
 @compiles
@@ -122,17 +133,18 @@ def test_triton_kernels() -> None:
 
 
 def triton_check() -> None:
-    from qat.quantize.triton_kernels import TritonPasses
+    from qat.quantize.triton_kernels import TritonSnap
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     masters = {name: w.to(device) for name, w in weights().items()}
     fused = FusedSnap(plan_of(masters))
-    fused._passes_for = lambda w: TritonPasses(w, fused.batches)  # type: ignore[method-assign]
-    check(fused, masters, plan_of(masters))
+    fused._entries = [entry for entry in fused._entries if has_kernel(entry)]
+    fused._made_for = lambda w: TritonSnap(w, fused._entries)  # type: ignore[method-assign]
+    check(fused, masters, plan_of(masters), WITH_KERNEL)
 
 
-def test_the_switch_gives_the_same_weights_fused_or_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(FusedSnap, "_passes_for", lambda self, _: _PlainPasses(self.batches))
+@pytest.mark.usefixtures("not_compiled")
+def test_the_switch_gives_the_same_weights_fused_or_not() -> None:
     masters = {name: w.requires_grad_() for name, w in weights().items()}
     plain, fused = QatSwitch(plan_of(masters)), QatSwitch(plan_of(masters), fused=True)
     for switch in (plain, fused):
