@@ -75,6 +75,7 @@ class QatModel(nn.Module):
         self._is_on = False
         self._num_snaps = 0
         self._snapped: tuple[tuple[int, int], ...] = ()  # what was snapped last
+        self._was_pulled = True  # ``before_update`` was called for the update that comes
 
     @property
     def masters(self) -> dict[str, nn.Parameter]:
@@ -105,6 +106,16 @@ class QatModel(nn.Module):
         if self._is_on:
             self._num_snaps += 1
             self._snapped = self._versions()
+            self._was_pulled = not self.switch.gradient.pulls
+
+    def before_update(self, rate: float, progress: float = 1.0) -> None:
+        """What some gradient rules do beside the loss (``pulls``): call it between ``backward()``
+        and the optimizer's step. ``rate`` is the optimizer's learning rate, ``progress`` runs from
+        0 at the switch to 1."""
+        masters = self.masters
+        self.switch.before_update(masters, dict.fromkeys(masters, rate), progress)
+        if self._is_on:
+            self._snapped, self._was_pulled = (), True
 
     def _versions(self) -> tuple[tuple[int, int], ...]:
         return tuple((id(p), p._version) for p in self.parameters())
@@ -113,6 +124,11 @@ class QatModel(nn.Module):
     def weights(self) -> dict[str, Tensor]:
         """Name -> weight as the next forward pass sees it; gradients pass on to the masters."""
         if self._is_on and self._snapped != self._versions():
+            if self._snapped and not self._was_pulled:
+                raise RuntimeError(
+                    "this gradient rule does something beside the loss: call "
+                    "before_update(learning_rate) after backward() and before the optimizer's step"
+                )
             self.refresh()
         return self.switch.weights(self.masters)
 

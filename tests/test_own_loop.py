@@ -169,13 +169,13 @@ def test_autocast_goes_around_the_call() -> None:
         (INT4, "identity"),
         (Grid(bits=4, scale_rule="learned", scale_floor=1e-3), "identity"),
         (INT4, "noise"),  # it draws by how often was snapped
-        (INT4, "freeze"),  # it remembers every weight's flips
+        (INT4, "hold"),  # it remembers every weight's flips
     ],
 )
 def test_a_copy_and_a_state_dict_go_on_alike(
     grid: Grid, gradient: str, plug_in, tmp_path: Path
 ) -> None:
-    plug_in(gradients, gradients.rule_kinds, "freeze", code_in("add_a_gradient.md")[0])
+    plug_in(gradients, gradients.rule_kinds, "hold", code_in("add_a_gradient.md")[0])
     model = wrapped(grid, gradient).qat(True)
     train(model, range(3))
     twin, loaded = copy.deepcopy(model), wrapped(grid, gradient)

@@ -130,6 +130,24 @@ class QatSwitch(nn.Module):
             w, entry.grid, name=entry.name, scales=scales, progress=progress, generator=generator
         )
 
+    @torch.no_grad()
+    def before_update(
+        self, masters: Mapping[str, Tensor], rates: Mapping[str, float], progress: float = 0.0
+    ) -> None:
+        """What the rule does beside the loss: gradients of the masters are in place, and ``rates``
+        are their learning rates by name. With QAT off nothing is done."""
+        if not (self.is_on and self.gradient.pulls):
+            return
+        for entry in self.plan.on_grid:
+            master = masters[entry.name]
+            if entry.name in self.learned_scales or master.grad is None:
+                continue
+            assert entry.grid is not None
+            self.gradient.before_update(
+                master.detach(), master.grad, self._seen[entry.name], entry.grid,
+                name=entry.name, rate=rates[entry.name], progress=progress,
+            )  # fmt: skip
+
     def _find_scales(self, masters: Mapping[str, Tensor]) -> None:
         self.has_scales = True
         for name, scales in self.learned_scales.items():

@@ -306,6 +306,7 @@ class TrainingLoop(LightningModule):
         if not self.is_priming:
             for hook in self.hooks:
                 hook.before_update(self)
+            self.switch.before_update(self.masters, self._rates(), self.done_since_switch)
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
@@ -315,6 +316,12 @@ class TrainingLoop(LightningModule):
             self._finish_priming_step()
         else:
             self._finish_step(rate, loss)
+
+    def _rates(self) -> dict[str, float]:
+        """Learning rate of every master, by name."""
+        groups = [group for optimizer in self.all_optimizers for group in optimizer.param_groups]
+        rates = {id(p): group["lr"] for group in groups for p in group["params"]}
+        return {name: rates[id(master)] for name, master in self.masters.items()}
 
     def _finish_priming_step(self) -> None:
         self._wait_for_device()

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from qat.artifact.container import pack, read_artifact, write_whole
 from qat.ptq.gptq import GptqFactor
-from qat.quantize.fused import FusedSnap, is_fusable
+from qat.quantize.fused import FusedSnap, has_kernel, is_fusable
 from qat.quantize.gradients import make_rule
 from qat.quantize.gradients.learned import Learned
+from qat.quantize.grid import Grid
 from qat.quantize.plan import Entry, Plan, build_plan
 from qat.quantize.rounding import decode, encode
 from tests.quantize.test_fused import plan_of, same_bits, weights
@@ -58,9 +59,12 @@ def test_the_fused_pass() -> None:
     assert [name for name, w in fused.items() if not same_bits(w.cpu(), expected[name])] == []
 
 
-@pytest.mark.parametrize(
-    "name", [n for n, grid in CLAIMING.items() if is_fusable(Entry("w", (400, 77), grid))]
-)
+def has_fused_kernel(grid: Grid) -> bool:
+    entry = Entry("w", (400, 77), grid)
+    return is_fusable(entry) and has_kernel(entry)
+
+
+@pytest.mark.parametrize("name", [n for n, grid in CLAIMING.items() if has_fused_kernel(grid)])
 def test_the_fused_pass_on_hard_weights(name: str) -> None:
     grid = CLAIMING[name]
     hard = {k: w.weights for k, w in hard_weights(grid).items() if w.weights.dim() > 1}

@@ -6,11 +6,13 @@ import math
 
 import pytest
 import torch
+from torchao.prototype.parq.optim.parq import ProxPARQ
 
+from qat.qat_model import QatModel
 from qat.quantize.gradients import make_rule, rule_kinds
 from qat.quantize.gradients.soft_round import temperature
 from qat.quantize.grid import Grid
-from qat.quantize.plan import build_plan
+from qat.quantize.plan import Plan, build_plan
 from qat.quantize.rounding import encode, snap
 from qat.quantize.switch import QatSwitch
 
@@ -147,11 +149,11 @@ def test_zero_rows_pass_gradients(rule: str) -> None:
 
 def test_what_a_rule_does_not_support_is_refused() -> None:
     relaxed = {name for name, kind in rule_kinds().items() if not kind().supports(Grid("nf4"))}
-    assert relaxed == {"clipped", "learned", "noise", "soft_round"}
+    assert relaxed == set(rule_kinds()) - {"identity", "cage"}
     plan = build_plan({"w": (6, 25)}, {"grid": Grid("nf4")}, {"*": "grid"})
     with pytest.raises(ValueError, match="gradient = soft_round: not for nf4"):
         QatSwitch(plan, "soft_round")
-    with pytest.raises(ValueError, match="gradient = straight: choose from clipped, identity"):
+    with pytest.raises(ValueError, match="gradient = straight: choose from cage, clipped, dampen"):
         QatSwitch(plan, "straight")
 
 
@@ -161,3 +163,142 @@ def test_ramp_blends_masters_and_snapped(w: torch.Tensor) -> None:
     switch.refresh(masters, True, blend=0.25)
     seen = switch.weights(masters)["w"]
     assert torch.allclose(seen, 0.75 * w + 0.25 * snap(w, GRID), atol=1e-6)
+
+
+def update(w: torch.Tensor, rule: str, progress: float, rate: float = 0.1, updates: int = 1):
+    """(master, gradient) when ``before_update`` has been called for the last of some updates with
+    random gradients, the loss's gradients of all of them, and the seen weight of the last."""
+    plan = build_plan({"w": tuple(w.shape)}, {"grid": GRID}, {"*": "grid"})
+    switch, master = QatSwitch(plan, rule), torch.nn.Parameter(w.clone())
+    generator, losses = torch.Generator().manual_seed(5), []
+    for _ in range(updates):
+        switch.refresh({"w": master}, True, progress=progress)
+        losses.append(torch.randn(w.shape, generator=generator))
+        master.grad = losses[-1].clone()
+        switch.before_update({"w": master}, {"w": rate}, progress)
+    seen = switch.weights({"w": master})["w"].detach()
+    return master.detach(), master.grad, losses, seen
+
+
+@pytest.mark.parametrize(("progress", "strength"), [(0.3, 0.0), (0.75, 5.0), (1.0, 10.0)])
+def test_cage_draws_weights_to_what_is_seen(
+    w: torch.Tensor, progress: float, strength: float
+) -> None:
+    master, grad, (loss,), seen = update(w, "cage", progress, rate=0.01)
+    expected = w.double() - 0.01 * strength * (w.double() - snap(w, GRID).double())
+    assert torch.equal(seen, snap(w, GRID))
+    assert torch.equal(grad, loss)
+    assert torch.allclose(master.double(), expected, atol=1e-7)
+    beyond, _, _, _ = update(w, "cage", 1.0, rate=5.0)
+    assert torch.allclose(beyond, snap(w, GRID))
+
+
+@pytest.mark.parametrize("progress", [0.0, 0.4, 1.0])
+def test_dampening_is_the_gradient_of_its_loss(w: torch.Tensor, progress: float) -> None:
+    """By autograd, in float64: the distance of what is seen to the weights, cut off at the clip."""
+    master, grad, (loss,), seen = update(w, "dampen", progress)
+    scales = per_weight(encode(w, GRID).scales).double()
+    free = w.double().requires_grad_()
+    clipped = torch.minimum(torch.maximum(free, -7 * scales), 7 * scales)
+    strength = 1e-3 * (1 - math.cos(math.pi * progress)) / 2
+    (strength * (seen.double() - clipped).square().sum()).backward()
+    assert free.grad is not None
+    assert torch.allclose(grad.double(), loss.double() + free.grad, atol=1e-9, rtol=1e-6)
+    assert torch.equal(master, w)
+    assert (free.grad[w.abs() > 7 * scales] == 0).all()
+    assert (w.abs() > 7 * scales).any()
+
+
+def test_lotion_is_the_gradient_of_the_loss_of_random_rounding(w: torch.Tensor) -> None:
+    """Half the curvature times the variance over the two neighbours, by autograd in float64."""
+    master, grad, losses, seen = update(w, "lotion", 0.5, updates=3)
+    assert torch.equal(seen, w)
+    assert torch.equal(master, w)
+    curvature = losses[0].double().square()
+    for loss in losses[1:]:
+        curvature = 0.95 * curvature + 0.05 * loss.double().square()
+    scales = per_weight(encode(w, GRID).scales).double()
+    free = w.double().requires_grad_()
+    x = free / scales
+    below = x.detach().floor()
+    chance = x - below  # of rounding up
+    mean_square = (1 - chance) * (below * scales) ** 2 + chance * ((below + 1) * scales) ** 2
+    variance = mean_square - free**2
+    inside = (x.abs() < 7).detach()
+    assert not inside.all()
+    (0.5 * curvature * variance * inside).sum().backward()
+    assert free.grad is not None
+    assert torch.allclose(grad.double(), losses[-1].double() + free.grad, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("progress", [0.0, 0.2, 0.45, 0.6, 0.85, 0.9, 1.0])
+def test_parq_is_torchaos(w: torch.Tensor, progress: float) -> None:
+    grid = Grid(bits=4, scale_dtype="fp32")
+    plan = build_plan({"w": tuple(w.shape)}, {"grid": grid}, {"*": "grid"})
+    switch, master = QatSwitch(plan, "parq"), torch.nn.Parameter(w.clone())
+    switch.refresh({"w": master}, True, progress=progress)
+    seen = switch.weights({"w": master})["w"]
+    levels = torch.arange(-7.0, 8.0) * encode(w, grid).scales
+    theirs = w.clone()
+    ProxPARQ(0, 900).apply_(theirs, None, levels, round(1000 * progress), dim=-1)
+    assert torch.allclose(seen, theirs, atol=2e-6)
+    assert torch.equal(seen, snap(w, grid)) == (progress >= 0.9)
+    (3 * seen).sum().backward()
+    assert torch.equal(master.grad, torch.full_like(w, 3.0))
+
+
+def test_freezing_holds_what_flips_and_nothing_else(w: torch.Tensor) -> None:
+    """One weight between two levels, one that goes one way, the others still."""
+    grid = Grid(bits=4, group_size=10)
+    plan = build_plan({"w": tuple(w.shape)}, {"grid": grid}, {"*": "grid"})
+    switch, master = QatSwitch(plan, "freeze"), torch.nn.Parameter(snap(w, grid))
+    for step in range(40):
+        scale = encode(master.detach(), grid).scales.float()
+        with torch.no_grad():
+            master[0, 0] = scale[0, 0] * (1.6 if step % 2 else 1.4)
+            master[1, 12] = scale[1, 1] * (step / 10 - 2)
+        switch.refresh({"w": master}, True, progress=step / 40)
+        seen = switch.weights({"w": master})["w"]
+        assert torch.equal(seen, snap(master.detach(), grid))
+    seen.sum().backward()
+    assert master.grad[0, 0] == 0
+    assert (master.grad[1:] == 1).all()
+    assert master[0, 0] in (scale[0, 0], 2 * scale[0, 0])
+    again = make_rule("freeze")
+    again.load_state(switch.gradient.state())
+    held = again.state()["held w"]
+    assert held.sum() == 1
+    assert held[0, 0]
+
+
+def test_a_rule_that_pulls_is_called_in_an_own_loop() -> None:
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(8, 8, bias=False)
+    model = QatModel(linear, Plan.for_model(linear, Grid(bits=4)), "cage").qat(True)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+
+    def take(pulls: bool) -> None:
+        model(torch.ones(1, 8)).square().sum().backward()
+        before = linear.weight.detach().clone()
+        gradient = linear.weight.grad.clone()
+        if pulls:
+            seen = snap(before, Grid(bits=4))
+            model.before_update(0.05)
+            before = before + 0.5 * (seen - before)
+        optimizer.step()
+        assert torch.allclose(linear.weight, before - 0.05 * gradient, atol=1e-7)
+        optimizer.zero_grad()
+
+    take(pulls=True)
+    take(pulls=False)
+    with pytest.raises(RuntimeError, match="before_update"):
+        model(torch.ones(1, 8))
+
+
+def test_nothing_is_pulled_while_qat_is_off(w: torch.Tensor) -> None:
+    plan = build_plan({"w": tuple(w.shape)}, {"grid": GRID}, {"*": "grid"})
+    switch, master = QatSwitch(plan, "cage"), torch.nn.Parameter(w.clone())
+    switch.refresh({"w": master}, False)
+    master.grad = torch.ones_like(w)
+    switch.before_update({"w": master}, {"w": 0.1}, 1.0)
+    assert torch.equal(master, w)

@@ -112,10 +112,10 @@ def test_resumed_runs_end_in_the_same_bits(
 def test_the_gradient_rule_of_the_docs_is_one_file_and_its_state_survives(
     train, program, plug_in, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plug_in(gradients, gradients.rule_kinds, "freeze", code_in("add_a_gradient.md")[0])
+    plug_in(gradients, gradients.rule_kinds, "hold", code_in("add_a_gradient.md")[0])
     asked = [*LONG, "qat=int4", "qat.start_step=3", "checkpoint.every_steps=4"]
     assert train(*asked, "run_name=identity").code == 0
-    asked.append("qat.gradient=freeze")
+    asked.append("qat.gradient=hold")
     assert train(*asked, "run_name=whole").code == 0
     crash_in(monkeypatch, 13)
     crashed(train, *asked, "run_name=torn")

@@ -15,9 +15,9 @@ from tests.conftest import code_in
 
 
 def test_a_gradient_rule_forgets_the_priming_steps(plug_in) -> None:
-    plug_in(gradients, gradients.rule_kinds, "freeze", code_in("add_a_gradient.md")[0])
+    plug_in(gradients, gradients.rule_kinds, "hold", code_in("add_a_gradient.md")[0])
     masters = {"w": torch.randn(4, 8)}
-    switch = QatSwitch(build_plan({"w": (4, 8)}, {"grid": Grid(bits=4)}, {"*": "grid"}), "freeze")
+    switch = QatSwitch(build_plan({"w": (4, 8)}, {"grid": Grid(bits=4)}, {"*": "grid"}), "hold")
     switch.refresh(masters, True)
     before = {name: tensor.clone() for name, tensor in switch.gradient.state().items()}
     assert set(before) == {"codes w", "flips w"}

@@ -33,6 +33,7 @@ class GradientRule:
     is_on_grid = True  # the weights seen are those of the grid, while QAT is on
     snaps_only = False  # seen is ``snap(w, grid)`` and nothing else, which a fused pass does sooner
     draws = False  # asks for a generator
+    pulls = False  # does something in ``before_update``
 
     def supports(self, grid: Grid) -> bool:
         """The relaxations need levels 1 apart, and one scale for coding and decoding."""
@@ -49,14 +50,32 @@ class GradientRule:
         progress: float = 0.0,
         generator: torch.Generator | None = None,
     ) -> Seen:
-        """Once per update and tensor, without autograd. ``w`` is float32, ``name`` the parameter's;
+        """Once per update and tensor, without autograd. ``w`` is float32 (the master: what is
+        written into it stays), ``name`` the parameter's;
         ``scales`` are learned ones (rows, groups); ``progress`` runs from 0 at the switch to 1;
         ``generator`` is the same on every rank, another for every tensor and update.
         """
         raise NotImplementedError
 
+    def before_update(
+        self,
+        w: Tensor,
+        gradient: Tensor,
+        seen: Seen,
+        grid: Grid,
+        *,
+        name: str = "",
+        rate: float,
+        progress: float = 0.0,
+    ) -> None:
+        """Once per update and tensor while QAT is on, when the gradient of the loss is there: what
+        does not come from the loss. A term of the gradient is added to it, in place; what is
+        decoupled from the optimizer moves ``w``, in place, by its learning ``rate``. ``seen`` is
+        what the update's forward passes saw.
+        """
+
     def state(self) -> dict[str, Tensor]:
-        """What ``see`` remembers from one update to the next; saved with every checkpoint."""
+        """What a rule remembers from one update to the next; saved with every checkpoint."""
         return {}
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:

@@ -1,4 +1,9 @@
-"""As identity, but no gradient where the code was clamped (PACT-like, arXiv 1805.06085)."""
+"""As identity, but no gradient where the code was clamped (PACT-like, arXiv 1805.06085).
+
+On levels 1 apart that is also the trust mask of QuEST (arXiv 2502.05003), which asks for |seen - w|
+of at most half a level. The rest of QuEST, its clip (near ``scale_rule=mse``) and its rotation, is
+the grid's.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +17,8 @@ from qat.quantize.rounding import by_group, encode, in_scale_units, round_to_lev
 
 
 class Clipped(GradientRule):
+    beyond = 1.0  # so much of the last level's own range is inside
+
     def supports(self, grid: Grid) -> bool:
         plain = grid.code_scale_dtype is None and not grid.refit and not grid.has_tensor_scale
         return grid.table.margin is not None and grid.range != "asymmetric" and plain
@@ -19,10 +26,11 @@ class Clipped(GradientRule):
     def see(self, w: Tensor, grid: Grid, **_: Any) -> Seen:
         (low, high), margin = grid.table.limits, grid.table.margin
         assert margin is not None
+        beyond = margin * self.beyond
 
         def of_group(view: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
             x = in_scale_units(view, scale)
-            inside = (x >= low - margin) & (x <= high + margin)
+            inside = (x >= low - beyond) & (x <= high + beyond)
             return round_to_levels(x, grid) * scale + 0.0, inside.float()
 
         return Seen(*by_group(of_group, w, encode(w, grid).decoding_scales, grid))
