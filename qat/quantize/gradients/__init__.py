@@ -20,7 +20,11 @@ from qat.quantize.grid import Grid
 
 
 class Seen(NamedTuple):
-    """The weight seen; d seen / d master (None: 1) and, per weight, d seen / d scale (or None)."""
+    """The weight seen; d seen / d master (None: 1) and, per weight, d seen / d scale (or None).
+
+    The switch rotates around a rule where a grid rotates: to a rule ``w`` is the rotated master, on
+    a grid that does not rotate, and so are the weight and slopes that it gives.
+    """
 
     weight: Tensor
     slope: Tensor | None = None
