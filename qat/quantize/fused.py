@@ -9,12 +9,14 @@ last bit.
 Fused are the grids whose bits do not depend on the order of work: scales from maxima and minima
 (amax, exact percentile, power), and levels that a compiler rounds to as torch does; on CUDA whole
 numbers alone, which the kernels are written for. Sums round differently when reordered, so the
-other grids, and plain tensors, go through ``Entry.snap``.
+other grids, and plain tensors, go through ``Entry.snap``. Where a grid rotates, weights are rotated
+by plain torch on both sides of the passes, whose grid is then the one without.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -34,6 +36,7 @@ from qat.quantize.rounding import (
     Coding,
     coding_from,
     group_views,
+    rotate_,
     signed_maximum,
     tensor_scale_of,
 )
@@ -46,7 +49,10 @@ class FusedSnap:
     """Snaps the masters of one plan; compiled at the first call."""
 
     def __init__(self, plan: Plan) -> None:
-        self._take([entry for entry in plan.on_grid if is_fusable(entry)])
+        fusable = [entry for entry in plan.on_grid if is_fusable(entry)]
+        self._sizes = {e.name: e.grid.rotate for e in fusable if e.grid and e.grid.rotate}
+        self._take([replace(e, grid=e.grid.unrotated) for e in fusable if e.grid])
+        self._rotated: dict[str, Tensor] = {}
         self._snapped: dict[str, Tensor] = {}
         self._passes: CompiledPasses | TritonPasses | None = None
 
@@ -60,7 +66,7 @@ class FusedSnap:
         """Name -> snapped weight of every fusable tensor, overwritten by the next call."""
         if self._passes is None and self.names and masters[self.names[0]].is_cuda:
             self._take([entry for entry in self._entries if has_kernel(entry)])
-        weights = {name: masters[name].detach() for name in self.names}
+        weights = {name: self._as_rounded(name, masters[name].detach()) for name in self.names}
         if not weights:
             return {}
         if self._passes is None:
@@ -77,7 +83,18 @@ class FusedSnap:
             for batch, of_groups, scale in zip(self.batches, found, scales, strict=True)
         ]
         self._passes.write(weights, codings, self._snapped)
+        for name, size in self._sizes.items():
+            if name in self._snapped:
+                rotate_(self._snapped[name], size)
         return self._snapped
+
+    def _as_rounded(self, name: str, w: Tensor) -> Tensor:
+        """Rotated where the grid rotates, at the same address every time."""
+        if name not in self._sizes:
+            return w
+        if name not in self._rotated:
+            self._rotated[name] = torch.empty_like(w, memory_format=torch.contiguous_format)
+        return rotate_(self._rotated[name].copy_(w), self._sizes[name])
 
     @staticmethod
     def _with_sign(weights: Mapping[str, Tensor], batch: GroupBatch, ends: Found) -> Found:

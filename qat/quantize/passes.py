@@ -46,9 +46,9 @@ def _shapes_of_views(entry: Entry) -> list[Tensor]:
 
 
 def is_fusable(entry: Entry) -> bool:
-    grid = entry.grid
-    if grid is None or not grid.table.fuses or grid.refit or grid.rotate is not None:
+    if entry.grid is None or not entry.grid.table.fuses or entry.grid.refit:
         return False
+    grid = entry.grid
     return all(order_statistics(view, grid) for view in _shapes_of_views(entry))
 
 

@@ -150,8 +150,8 @@ def by_group(
     return [join_groups(list(parts), w.shape) for parts in zip(*made, strict=True)]
 
 
-def _rotate_(w: Tensor, size: int) -> Tensor:
-    """``rotated`` in place, of a contiguous tensor."""
+def rotate_(w: Tensor, size: int) -> Tensor:
+    """``rotated`` in place, of a contiguous tensor, in blocks of ``size``; ``w``."""
     rows = w.flatten(1) if w.dim() > 1 else w.view(1, -1)
     start = 0
     while (left := rows.size(1) - start) > 1:
@@ -189,7 +189,7 @@ def rotated(w: Tensor, grid: Grid) -> Tensor:
     """
     if grid.rotate is None:
         return w
-    return _rotate_(w.clone(memory_format=torch.contiguous_format), grid.rotate)
+    return rotate_(w.clone(memory_format=torch.contiguous_format), grid.rotate)
 
 
 def round_to_levels(x: Tensor, grid: Grid) -> Tensor:
@@ -510,7 +510,7 @@ def _stored_zero(coding: Coding) -> Tensor:
 def decode(coded: Codes, grid: Grid) -> Tensor:
     """Codes, scales and zero points -> float32 weights of the codes' shape."""
     if grid.rotate is not None:
-        return _rotate_(decode(coded, grid.unrotated), grid.rotate)
+        return rotate_(decode(coded, grid.unrotated), grid.rotate)
     if grid.column_scales:
         rows, by_row = _rows(coded.codes), replace(grid, column_scales=False)
         w = decode(Codes(coded.codes, coded.scales[:rows]), by_row)

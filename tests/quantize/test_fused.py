@@ -40,13 +40,14 @@ GRIDS = {
     "nvfp4": Grid("e2m1", group_size=16, scale_dtype="e4m3"),
     "int2_seq": Grid("int2_seq"),
     "rotated": Grid(bits=4, rotate=32),
+    "rotated_groups": Grid(bits=4, group_size=7, range="asymmetric", rotate=8),
     "q4_0": Grid("q4_0", group_size=32),
     "q4_1": Grid("q4_1", group_size=32),
     "q5_0": Grid("q5_0", group_size=32),
     "q5_1": Grid("q5_1", group_size=32),
     "q8_0": Grid("q8_0", group_size=32),
 }
-NOT_FUSABLE = {"median", "sdclip", "absmean", "fp8", "rotated"}
+NOT_FUSABLE = {"median", "sdclip", "absmean", "fp8"}
 SIZES = {"wide": (9, 1500), "rows": (9, 64), "one": (9, 1), "odd": (9, 13), "vector": (70,)}
 
 
