@@ -9,14 +9,13 @@ last bit.
 Fused are the grids whose bits do not depend on the order of work: scales from maxima and minima
 (amax, exact percentile, power), and levels that a compiler rounds to as torch does; on CUDA whole
 numbers alone, which the kernels are written for. Sums round differently when reordered, so the
-other grids, and plain tensors, go through ``Entry.snap``. Where a grid rotates, weights are rotated
-by plain torch on both sides of the passes, whose grid is then the one without.
+other grids, and plain tensors, go through ``Entry.snap``. Where a grid rotates, plain torch rotates
+before and after the passes, which see rotated weights.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -51,7 +50,7 @@ class FusedSnap:
     def __init__(self, plan: Plan) -> None:
         fusable = [entry for entry in plan.on_grid if is_fusable(entry)]
         self._sizes = {e.name: e.grid.rotate for e in fusable if e.grid and e.grid.rotate}
-        self._take([replace(e, grid=e.grid.unrotated) for e in fusable if e.grid])
+        self._take(fusable)
         self._rotated: dict[str, Tensor] = {}
         self._snapped: dict[str, Tensor] = {}
         self._passes: CompiledPasses | TritonPasses | None = None

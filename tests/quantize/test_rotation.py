@@ -78,15 +78,24 @@ def test_bits_do_not_depend_on_parts_or_layout(
 ) -> None:
     w = drawn(*shape)
     whole = rotated(w, H16)
-    turned = w.movedim(0, -1).contiguous().movedim(-1, 0)
     before = w.clone()
-    assert torch.equal(rotated(turned, H16), whole)
+    for one, other in ((0, -1), (-2, -1) if w.dim() > 2 else (0, -1)):
+        turned = w.transpose(one, other).contiguous().transpose(one, other)
+        assert torch.equal(rotated(turned, H16), whole)
     monkeypatch.setattr(rounding, "ROTATED_AT_ONCE", 64)
     assert torch.equal(rotated(w, H16), whole)
     assert torch.equal(w, before)
     if w.numel():
         assert whole.flatten(1 if w.dim() > 1 else 0).norm() == pytest.approx(float(w.norm()))
         assert not torch.equal(whole, w)
+
+
+def test_zero_has_no_sign() -> None:
+    """Also where what is decoded is too small for float32."""
+    snapped = snap(drawn(20, 64) * 2e-45, Grid(bits=4, scale_dtype="fp32", rotate=64))
+    assert (snapped < 0).any()
+    assert (snapped == 0).any()
+    assert not (snapped.signbit() & (snapped == 0)).any()
 
 
 def test_codes_and_scales_are_those_of_rotated_weights() -> None:
