@@ -212,6 +212,8 @@ def test_plan_rotate_is_of_every_matrix() -> None:
     assert grids == {Grid(bits=4, rotate=8), Grid("nf4", group_size=8, rotate=8)}
     plan = plan_of(SPEC, INT4, settings)
     assert Plan.from_json(plan.as_json()) == plan
+    plain = PlanSettings(settings.rules, settings.grids)
+    assert plan.packed_bytes == plan_of(SPEC, INT4, plain).packed_bytes
 
 
 COLUMNS = Grid(bits=8, scale_rule="learned", scale_dtype="bf16", column_scales=True)
