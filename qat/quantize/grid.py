@@ -90,7 +90,7 @@ class Grid:
     code_scale_dtype: str | None = None  # null = scale_dtype
     refit: bool = False  # ternary: undo the shrinkage of mean|w|
     column_scales: bool = False  # learned scales per row and per column, multiplied
-    rotate: int | None = None  # columns of a Hadamard block, a power of two; null = none
+    rotate: int | None = None  # columns of a Hadamard block; the setting is plan.rotate
 
     def __post_init__(self) -> None:
         def require(condition: bool, field: str, remedy: str) -> None:

@@ -180,7 +180,7 @@ def _multiply_by_hadamard_(blocks: Tensor) -> None:
 
 def rotated(w: Tensor, grid: Grid) -> Tensor:
     """``w`` as a grid that rotates sees it, and back: its own inverse, up to float accuracy. A new
-    tensor; ``w`` itself if the grid does not rotate.
+    tensor, without autograd; ``w`` itself if the grid does not rotate.
 
     Each row is multiplied by Hadamard matrices of ``grid.rotate`` columns and, for what is left at
     its end, of the largest powers of two that fit. The bits are the same on every device: sums and
@@ -189,7 +189,7 @@ def rotated(w: Tensor, grid: Grid) -> Tensor:
     """
     if grid.rotate is None:
         return w
-    return rotate_(w.clone(memory_format=torch.contiguous_format), grid.rotate)
+    return rotate_(w.detach().clone(memory_format=torch.contiguous_format), grid.rotate)
 
 
 def round_to_levels(x: Tensor, grid: Grid) -> Tensor:

@@ -79,6 +79,7 @@ def test_bits_do_not_depend_on_parts_or_layout(
     w = drawn(*shape)
     whole = rotated(w, H16)
     before = w.clone()
+    assert torch.equal(rotated(nn.Parameter(w.clone()), H16), whole)
     for one, other in ((0, -1), (-2, -1) if w.dim() > 2 else (0, -1)):
         turned = w.transpose(one, other).contiguous().transpose(one, other)
         assert torch.equal(rotated(turned, H16), whole)
