@@ -1,6 +1,6 @@
 """The price of QAT: whole training steps with it on and off, and the stall when it is switched on.
 
-    .venv/bin/python benchmarks/qat_price.py [laptop|golf] [--compile] [--steps N] [--threads N]
+    .venv/bin/python benchmarks/qat_price.py [laptop|golf] [--gradients] [--compile] [--steps N]
 
 Every arm has its own model and optimizers (this project's) and trains on random tokens; the arms
 take their steps in turn, so that a noisy machine slows them alike. Table on stdout, JSON in
@@ -12,9 +12,12 @@ take their steps in turn, so that a noisy machine slows them alike. Table on std
     rd, measuring        the same in the updates that measure bits anew, one in four
     torchao int8         IntxFakeQuantizer in every linear layer and the embedding, inside the model
 
-The second table switches each arm on in the middle: extra time of the first two steps with QAT on,
-in median steps, and new graphs of the compiler. ``golf`` is one GPU's share (1/8) of the
-challenge's step and wants CUDA; ``laptop`` runs anywhere.
+    --gradients          instead: int4 in groups of 64 under every gradient rule, and with a teacher
+                         of the same size
+
+The second table (of grids) switches each arm on in the middle: extra time of the first two steps
+with QAT on, in median steps, and new graphs of the compiler. ``golf`` is one GPU's share (1/8) of
+the challenge's step and wants CUDA; ``laptop`` runs anywhere.
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -38,10 +42,12 @@ from qat.budget.budget import Budget  # noqa: E402
 from qat.budget.price_control import File, PriceControl  # noqa: E402
 from qat.model.gpt import GPT  # noqa: E402
 from qat.model.spec import ModelSpec  # noqa: E402
+from qat.quantize.gradients import rule_kinds  # noqa: E402
 from qat.quantize.grid import Grid  # noqa: E402
 from qat.quantize.plan import build_plan  # noqa: E402
 from qat.quantize.switch import QatSwitch  # noqa: E402
 from qat.settings.schema import OptimizerSettings  # noqa: E402
+from qat.training.distill import Distillation, Teacher  # noqa: E402
 from qat.training.optimizers import build_optimizers  # noqa: E402
 
 PROFILES = {
@@ -106,13 +112,21 @@ class Arm:
 
 class Ours(Arm):
     def __init__(
-        self, shape: ModelSpec, device: torch.device, compiled: bool, grid: Grid | None
+        self,
+        shape: ModelSpec,
+        device: torch.device,
+        compiled: bool,
+        grid: Grid | None,
+        rule: str = "identity",
     ) -> None:
         super().__init__(shape, device, compiled)
         shapes = {name: tuple(p.shape) for name, p in self.masters.items()}
         rules = {"*.weight": "grid", "*": "fp32"}
         plan = build_plan(shapes, {"grid": grid or Grid(bits=8)}, rules)
-        self.switch = QatSwitch(plan, fused=compiled)
+        self.switch = QatSwitch(plan, rule, fused=compiled)
+        groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
+        by_id = {id(p): group["lr"] for group in groups for p in group["params"]}
+        self.rates = {name: by_id[id(p)] for name, p in self.masters.items()}
         self.switch.refresh(self.masters, grid is not None)  # priming does the same
         self.is_on = False
 
@@ -120,8 +134,25 @@ class Ours(Arm):
         self.is_on = is_on
 
     def weights(self) -> dict[str, Tensor]:
-        self.switch.refresh(self.masters, self.is_on)
+        self.switch.refresh(self.masters, self.is_on, progress=0.75)
         return self.switch.weights(self.masters)
+
+    def before_update(self) -> None:
+        self.switch.before_update(self.masters, self.rates, progress=0.75)
+
+
+class Distilled(Ours):
+    """With a teacher: what the model itself was when the arm was made."""
+
+    def __init__(self, shape: ModelSpec, device: torch.device, compiled: bool, grid: Grid) -> None:
+        super().__init__(shape, device, compiled, grid)
+        teacher = Teacher(shape, {name: p.detach().clone() for name, p in self.masters.items()})
+        self.distillation = Distillation(0.5, 1.0, self.gpt, shape if compiled else None, teacher)
+        self.loss = self._distilled
+
+    def _distilled(self, weights: dict[str, Tensor], ids: Tensor, targets: Tensor) -> Tensor:
+        with torch.autocast(self.device.type, torch.bfloat16):
+            return self.distillation.loss(weights, ids, targets)
 
 
 class Rated(Ours):
@@ -183,6 +214,15 @@ class Torchao(Arm):
         return self._loss({**weights, **quantized}, ids, targets)
 
 
+def gradient_arms(shape: ModelSpec, device: torch.device, compiled: bool) -> dict[str, Arm]:
+    grid = GRIDS["int4 g64"]
+    arms: dict[str, Arm] = {"off": Ours(shape, device, compiled, None)}
+    for rule in rule_kinds():
+        own = replace(grid, scale_rule="learned") if rule == "learned" else grid
+        arms[rule] = Ours(shape, device, compiled, own, "identity" if rule == "learned" else rule)
+    return arms | {"distilled": Distilled(shape, device, compiled, grid)}
+
+
 def build_arms(shape: ModelSpec, device: torch.device, compiled: bool) -> dict[str, Arm]:
     arms: dict[str, Arm] = {"off": Ours(shape, device, compiled, None)}
     arms |= {name: Ours(shape, device, compiled, grid) for name, grid in GRIDS.items()}
@@ -232,6 +272,7 @@ def stall(arm: Arm, batch: tuple[Tensor, Tensor], steps: int) -> tuple[float, in
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("profile", nargs="?", choices=PROFILES, default="laptop")
+    parser.add_argument("--gradients", action="store_true", help="price rules, not grids")
     parser.add_argument("--compile", action="store_true", help="compile model and snapping")
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -245,7 +286,8 @@ def main() -> None:
     ids = torch.randint(shape.vocab_size, (sequences, length + 1), device=device)
     batch = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
 
-    measured = prices(build_arms(shape, device, asked.compile), batch, asked.steps)
+    make = gradient_arms if asked.gradients else build_arms
+    measured = prices(make(shape, device, asked.compile), batch, asked.steps)
     how = "compiled" if asked.compile else "eager"
     where = torch.cuda.get_device_name() if device.type == "cuda" else f"{asked.threads} threads"
     print(f"{asked.profile}, {how}, {device} ({where}), torch {torch.__version__}")
@@ -253,6 +295,8 @@ def main() -> None:
     for name, (seconds, ratio) in measured.items():
         print(f"{name:18} {1e3 * seconds:9.1f} {ratio:7.3f}")
 
+    if asked.gradients:
+        return
     stalls = {}
     print(f"\n{'switched on':18} {'stall in steps':>15} {'new graphs':>11}")
     for name in [*GRIDS, "torchao int8"]:

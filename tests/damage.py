@@ -47,6 +47,7 @@ GRIDS = (
     Grid(bits=4, range="asymmetric", group_size=8),
     Grid(bits=5, per_tensor=True, scale_rule="learned", scale_dtype="fp32"),
     Grid(bits=5, scale_rule="given", scale_dtype="bf16", column_scales=True),
+    Grid(bits=4, rotate=8),
 )
 RULES = {"gain": "fp32", "scale": "fp16", "mix": "bf16", "*": "grid"}
 SHAPES = {"emb": (12, 16), "w": (16, 20), "v": (9,), "gain": (3,), "scale": (16,), "mix": (2, 8)}

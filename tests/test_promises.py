@@ -26,6 +26,7 @@ GRIDS = [qat for qat in options("qat") if qat != "none"]
 # One of each way to scales or levels by training itself; the others when there is time for them,
 # and all of them without training in artifact/test_container.py.
 TRAINED_ALWAYS = ("fp8_e4m3", "int4_asymmetric", "int6", "int8_golf", "lsq4", "rd", "ternary")
+ROTATED = "int4 plan.rotate=16"
 
 
 def value(text: str, key: str) -> float:
@@ -51,13 +52,18 @@ def last_seen(monkeypatch: pytest.MonkeyPatch) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize(
     "qat",
-    [pytest.param(g, marks=[] if g in TRAINED_ALWAYS else pytest.mark.slow) for g in GRIDS],
+    [
+        ROTATED,
+        *(pytest.param(g, marks=[] if g in TRAINED_ALWAYS else pytest.mark.slow) for g in GRIDS),
+    ],
 )
 def test_seen_scored_and_stored_weights_are_one(qat: str, train, last_seen) -> None:
     """Bit for bit, passthrough tensors too: the forward pass with QAT on, and the file."""
     smallest = ["plan.grid_min_elements=2000"] if qat == "int8_golf" else []  # the model is tiny
-    assert train(f"qat={qat}", "qat.start_step=4", "run_name=r", *smallest).code == 0
+    asked = f"qat={qat}".split()
+    assert train(*asked, "qat.start_step=4", "run_name=r", *smallest).code == 0
     result = result_of(RUNS / "r")
+    assert result["grid"].endswith("_h16") == (qat == ROTATED)
     assert result["on_grid_share"] == 1.0
     assert result["artifact_is_snapped"] is True
     assert result["val_bpb_snapped"] == result["val_bpb_artifact"]

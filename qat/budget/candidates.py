@@ -2,7 +2,8 @@
 
     as planned   the run's own grid: after QAT the trained weights, at no loss
     plain        fp16
-    sigma        scale = size * std(w) per row, per group of 64 or per tensor (SDClip, PR 1394)
+    sigma        scale = size * std(w) per row, per group of 64 or per tensor (SDClip, PR 1394);
+                 rotated where the plan rotates
     product      scale = size * std(w) * row factor * column factor, sensitivity ** (-exponent / 2)
                  of rows and of columns: where an error costs more, scales are finer
 
@@ -27,7 +28,7 @@ from qat.budget.priced_scales import least_row_scales, sensitivity_factors
 from qat.quantize.grid import Grid
 from qat.quantize.levels.int import MAX_BITS, MIN_BITS
 from qat.quantize.plan import Encoded, Entry, Plan
-from qat.quantize.rounding import group_views
+from qat.quantize.rounding import group_views, rotated
 
 SIZES = tuple(2.0 ** (k / 3) for k in range(-15, 11))  # of a scale, in standard deviations
 SMALLEST_ZOOM = 0.8  # that clips no code: bits that came and went would make sizes jump
@@ -107,19 +108,20 @@ class TrainedTensor:
         return self._by_product(choice.rule.exponent, choice.size, zoom)
 
     def _by_sigma(self, rule: ScaleRule, size: float, zoom: float) -> Stored:
-        w, largest = self.reference, 0.0
+        planned, largest = self.entry.grid, 0.0
         # One scale moves all codes of a tensor at once: it needs digits to end in the window.
         dtype = "fp32" if rule.per_tensor else "fp16"
         shape = Grid(
-            bits=MAX_BITS, group_size=rule.group_size, per_tensor=rule.per_tensor, scale_dtype=dtype
-        )
-        for view in group_views(w, shape):
+            bits=MAX_BITS, group_size=rule.group_size, per_tensor=rule.per_tensor,
+            scale_dtype=dtype, rotate=None if planned is None else planned.rotate,
+        )  # fmt: skip
+        for view in group_views(rotated(self.reference, shape), shape):
             sigmas = view.abs().amax(-1) / view.std(-1, correction=0)
             largest = max(largest, float(sigmas.nan_to_num(0.0).max()) / size)
         bits = _bits_for(largest)
         sigma = float(f"{size * zoom * _largest_code(bits):.6g}")  # digits are bytes of the header
         grid = replace(shape, bits=bits, scale_rule="sigma", sigma=sigma)
-        return Stored(Entry(self.entry.name, self.entry.shape, grid), w)
+        return Stored(Entry(self.entry.name, self.entry.shape, grid), self.reference)
 
     @cached_property
     def _log_sensitivity(self) -> tuple[Tensor, Tensor]:

@@ -38,6 +38,7 @@ GRIDS = {
     "int4": Grid(bits=4),
     "int4_g64": Grid(bits=4, group_size=64),
     "int4_g128": Grid(bits=4, group_size=128),
+    "int4_h32": Grid(bits=4, rotate=32),
     "ternary": Grid(levels="ternary", scale_rule="absmean", refit=True),
 }
 CLIPS = {
@@ -226,7 +227,8 @@ def grid_variants(model: Frozen) -> list[Variant]:
             else f"{model.spec.name} has no channel scales to fold",
         )
     )  # fmt: skip
-    for name in ("int6", "int5", "int4", "int4_g64", "int4_g128", "ternary", "mxfp4", "q4_0"):
+    with_gptq = ("int6", "int5", "int4", "int4_g64", "int4_g128", "int4_h32", "ternary")
+    for name in (*with_gptq, "mxfp4", "q4_0"):
         grid = (GRIDS | SHIPPED)[name]
         rows.append(Variant(f"gptq_{name}", "gptq", on(grid, grid, lambda: gptq(train()))))
     for name in ("int4", "int4_g64", "ternary"):

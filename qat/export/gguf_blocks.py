@@ -85,6 +85,10 @@ def _kind(name: str, grid: Grid) -> str:
         raise ValueError(
             f"tensor {name} is on the grid {grid.label}, which GGUF has not; {INSTEAD}"
         )
+    if grid.rotate is not None:
+        raise ValueError(
+            f"tensor {name} is stored rotated, and GGUF has no rotation; choose plan.rotate=null"
+        )
     if grid.column_scales:
         raise ValueError(f"tensor {name} has scales of columns too, and GGUF has none; {INSTEAD}")
     dtype = "e8m0" if named == "MXFP4" else "fp16"

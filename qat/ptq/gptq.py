@@ -39,6 +39,7 @@ from qat.quantize.rounding import (
     encode,
     encode_view,
     in_scale_units,
+    rotated,
 )
 
 
@@ -50,6 +51,11 @@ def row_output_errors(error: Tensor, hessian: Tensor) -> Tensor:
     hessian = hessian.double()
     parts = (rows.double() for rows in error.split(BLOCK_ROWS))
     return torch.cat([(wide @ hessian).mul_(wide).sum(1) for wide in parts])
+
+
+def rotated_hessian(hessian: Tensor, grid: Grid) -> Tensor:
+    """That of what rotated weights read: both sides multiplied as ``rotated`` multiplies rows."""
+    return rotated(rotated(hessian, grid).T, grid)
 
 
 BLOCK_ROWS = 4096  # as float64 at a time: a head has many
@@ -129,8 +135,10 @@ class GptqFactor:
         the better row is the one of less error and bits. ``prices_of``: codes rounded to nearest,
         and of each column what its own squared error counts, (columns,) float64: of Tr(E H E^T) the
         share that columns after it cannot make up for. ValueError if ``w`` does not fit the
-        hessian.
+        hessian, or the grid rotates: weights and hessian are then to be rotated first.
         """
+        if grid.rotate is not None:
+            raise ValueError(f"rotate = {grid.rotate}: give rotated weights and hessian")
         if w.dim() != 2 or w.size(1) != len(self._order):
             raise ValueError(
                 f"weights of shape {tuple(w.shape)}: the hessian has {len(self._order)} columns"

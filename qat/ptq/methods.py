@@ -16,11 +16,11 @@ from torch import Tensor
 
 from qat.artifact.bit_cost import classes_of, costs_by_class, count_codes
 from qat.ptq.awq import awq
-from qat.ptq.gptq import BitPrices, GptqFactor
+from qat.ptq.gptq import BitPrices, GptqFactor, rotated_hessian
 from qat.ptq.layer_inputs import LayerInputs
 from qat.quantize.grid import Grid
 from qat.quantize.plan import NONE_LEARNED, Encoded, Entry, Plan, Scales
-from qat.quantize.rounding import Codes, decode, encode, weighted_scales
+from qat.quantize.rounding import Codes, decode, encode, rotated, weighted_scales
 
 LITE_PERCENTILES = (0.999, 0.9995, 0.9999, 0.99999, 1.0)  # GPTQ-lite's candidates
 
@@ -74,27 +74,25 @@ def gptq(
     multiplies nothing, as an untied embedding, is rounded to nearest."""
     # Of the last sums seen: matrices that share them follow each other, and the factors of all
     # would take several times the weights' memory.
-    last: tuple[Tensor, GptqFactor] | None = None
+    last: tuple[Tensor, int | None, GptqFactor] | None = None
 
     def method(entry: Entry, w: Tensor, scales: Tensor | None) -> tuple[Entry, Codes]:
         nonlocal last
         assert entry.grid is not None
         if entry.name not in inputs.of:
             return nearest(entry, w, scales)
-        hessian, sums = inputs.hessian(entry.name), inputs.of[entry.name].products
-        if last is None or last[0] is not sums:
+        # Rotated weights read rotated inputs, on the grid of rotated weights.
+        grid, w = entry.grid.unrotated, rotated(w, entry.grid)
+        hessian = rotated_hessian(inputs.hessian(entry.name), entry.grid)
+        shared = inputs.of[entry.name].products, entry.grid.rotate
+        if last is None or last[0] is not shared[0] or last[1] != shared[1]:
             last = None  # freed before the next is made
-            last = sums, GptqFactor(hessian, act_order=act_order)
-        if (
-            scales is None
-            and by_inputs
-            and entry.grid.levels == "int"
-            and not entry.grid.per_tensor
-        ):
-            scales = weighted_scales(w, entry.grid, hessian.diagonal())
-        counts_bits = bit_price and entry.grid.levels == "int" and entry.grid.range == "symmetric"
-        prices_of = _bit_prices(entry.grid, bit_price) if counts_bits else None
-        return entry, last[1].quantize(w, entry.grid, scales, prices_of)
+            last = *shared, GptqFactor(hessian, act_order=act_order)
+        if scales is None and by_inputs and grid.levels == "int" and not grid.per_tensor:
+            scales = weighted_scales(w, grid, hessian.diagonal())
+        counts_bits = bit_price and grid.levels == "int" and grid.range == "symmetric"
+        prices_of = _bit_prices(grid, bit_price) if counts_bits else None
+        return entry, last[2].quantize(w, grid, scales, prices_of)
 
     return method
 

@@ -6,7 +6,8 @@ while it is in the cache. On CUDA Triton kernels do it (triton_kernels.py).
 Fused are the grids whose bits do not depend on the order of work: scales from maxima and minima
 (amax, exact percentile, power), and levels that a compiler rounds to as torch does; on CUDA whole
 numbers alone, which the kernels are written for. Sums round differently when reordered, so the
-other grids, and plain tensors, go through ``Entry.snap``.
+other grids, and plain tensors, go through ``Entry.snap``. Where a grid rotates, plain torch rotates
+before and after the passes, which see rotated weights.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from qat.quantize.rounding import (
     group_views,
     join_groups,
     order_statistics,
+    rotate_,
     snap,
     tensor_scale_of,
 )
@@ -55,6 +57,8 @@ class FusedSnap:
 
     def __init__(self, plan: Plan) -> None:
         self._entries = [entry for entry in plan.on_grid if is_fusable(entry)]
+        self._sizes = {e.name: e.grid.rotate for e in self._entries if e.grid and e.grid.rotate}
+        self._rotated: dict[str, Tensor] = {}
         self._snapped: dict[str, Tensor] = {}
         self._snap: Callable[[Mapping[str, Tensor], Mapping[str, Tensor]], None] | None = None
 
@@ -63,7 +67,8 @@ class FusedSnap:
         """Name -> snapped weight of every fusable tensor, overwritten by the next call."""
         if self._snap is None and self._entries and masters[self._entries[0].name].is_cuda:
             self._entries = [entry for entry in self._entries if has_kernel(entry)]
-        weights = {entry.name: masters[entry.name].detach() for entry in self._entries}
+        names = [entry.name for entry in self._entries]
+        weights = {name: self._as_rounded(name, masters[name].detach()) for name in names}
         if not weights:
             return {}
         if self._snap is None:
@@ -71,7 +76,17 @@ class FusedSnap:
             # Kept: allocating them anew costs more than writing them.
             self._snapped = {name: torch.empty_like(w) for name, w in weights.items()}
         self._snap(weights, self._snapped)
+        for name in self._rotated:
+            rotate_(self._snapped[name], self._sizes[name])
         return self._snapped
+
+    def _as_rounded(self, name: str, w: Tensor) -> Tensor:
+        """Rotated where the grid rotates, at the same address every time."""
+        if name not in self._sizes:
+            return w
+        if name not in self._rotated:
+            self._rotated[name] = torch.empty_like(w, memory_format=torch.contiguous_format)
+        return rotate_(self._rotated[name].copy_(w), self._sizes[name])
 
     def _made_for(
         self, weights: Mapping[str, Tensor]

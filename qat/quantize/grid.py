@@ -25,6 +25,13 @@ The scale is rounded to its storage dtype *before* codes are computed. e8m0 is a
 two, and rounds up, so that nothing is clipped. e4m3 are bytes in units of one float32 scale per
 tensor, max|w| over the highest level and 448 (NVFP4).
 
+With ``rotate`` the grid is one of rotated weights: every row is multiplied, in blocks of so many
+columns, by the orthonormal Hadamard matrix before scales and codes are found, and again after they
+are decoded, which undoes it. A large weight is spread over its block, so a group's largest is
+nearer to the others (QuaRot, arXiv 2404.00456, and QuIP#, 2402.04396; of weights alone, and inside
+one matrix, so that the model stays what it is). What is left at a row's end has the largest blocks
+that fit, 288 columns by 256 one of 256 and one of 32.
+
 q4_0 and q5_0 give the weight of largest magnitude the lowest level: their scales have its sign.
 
 Some grids store another scale than they code with, on purpose: gguf blocks (levels/gguf.py),
@@ -43,7 +50,7 @@ as if max|w| >= 1, so one with max|w| = 0.2 keeps 51 levels of 255. SDClip: PR 1
 from __future__ import annotations
 
 import math
-from dataclasses import FrozenInstanceError, dataclass, fields
+from dataclasses import FrozenInstanceError, dataclass, fields, replace
 from functools import cached_property
 from typing import Any, get_args, get_type_hints
 
@@ -51,13 +58,14 @@ from qat.quantize.levels import SCALE_RULES, Levels, all_levels
 
 FLOAT_DTYPES = ("fp32", "bf16", "fp16")
 SCALE_DTYPES = (*FLOAT_DTYPES, "e8m0", "e4m3")
+ROTATED_COLUMNS = tuple(2**k for k in range(1, 11))
 # What a field means that a file does not name. It stays, whatever a grid's defaults become, so that
 # no file ever changes its meaning; a new field joins with the value that says what was done before.
 STORED_DEFAULTS: dict[str, Any] = {
     "levels": "int", "bits": None, "range": "symmetric", "group_size": None, "per_tensor": False,
     "scale_rule": "amax", "percentile": 0.9999984, "sigma": 12.85, "fixed_scale": None,
     "scale_floor": 0.0, "scale_dtype": "fp16", "code_scale_dtype": None, "refit": False,
-    "column_scales": False,
+    "column_scales": False, "rotate": None,
 }  # fmt: skip
 
 
@@ -82,6 +90,7 @@ class Grid:
     code_scale_dtype: str | None = None  # null = scale_dtype
     refit: bool = False  # ternary: undo the shrinkage of mean|w|
     column_scales: bool = False  # learned scales per row and per column, multiplied
+    rotate: int | None = None  # columns of a Hadamard block; the setting is plan.rotate
 
     def __post_init__(self) -> None:
         def require(condition: bool, field: str, remedy: str) -> None:
@@ -150,6 +159,14 @@ class Grid:
             "column_scales",
             "goes with symmetric int levels and given or learned scales, one per row",
         )
+        require(
+            self.rotate is None or self.rotate in ROTATED_COLUMNS,
+            "rotate",
+            f"give a power of two from 2 to {ROTATED_COLUMNS[-1]}, or null",
+        )
+        is_rotatable = not (table.multiplies or self.column_scales)
+        what = f"{self.levels} levels" if table.multiplies else "column_scales"
+        require(self.rotate is None or is_rotatable, "rotate", f"not of {what}; give null")
 
     def __setattr__(self, name: str, value: object) -> None:
         if "table" in vars(self):  # it was checked, and hashed
@@ -160,6 +177,11 @@ class Grid:
     def table(self) -> Levels:
         """The levels themselves."""
         return all_levels()[self.levels].of(self.bits, self.range)
+
+    @cached_property
+    def unrotated(self) -> Grid:
+        """The grid that rotated weights are on; this one, if it does not rotate."""
+        return self if self.rotate is None else replace(self, rotate=None)
 
     @property
     def has_tensor_scale(self) -> bool:
@@ -202,6 +224,7 @@ class Grid:
         parts += [f"code{self.code_scale_dtype}"] if self.code_scale_dtype else []
         parts += ["refit"] if self.refit else []
         parts += ["columns"] if self.column_scales else []
+        parts += [f"h{self.rotate}"] if self.rotate is not None else []
         return "_".join(parts)
 
     def as_json(self) -> dict[str, object]:

@@ -37,6 +37,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16} 
 SCALE_DTYPES = DTYPES | {"e8m0": torch.float8_e8m0fnu, "e4m3": torch.float8_e4m3fn}
 LARGEST_E4M3, LEAST_NORMAL_E4M3 = 448.0, 2.0**-6
 LEAST_E8M0 = 2.0**-127
+ROTATED_AT_ONCE = 1 << 20  # weights, so that a reader needs no second copy of a large tensor
 
 
 @torch.compiler.assume_constant_result
@@ -147,6 +148,48 @@ def by_group(
     views = group_views(w, grid)
     made = [function(*pair) for pair in zip(views, split_scales(scales, views), strict=True)]
     return [join_groups(list(parts), w.shape) for parts in zip(*made, strict=True)]
+
+
+def rotate_(w: Tensor, size: int) -> Tensor:
+    """``rotated`` in place, of a contiguous tensor, in blocks of ``size``; ``w``."""
+    rows = w.flatten(1) if w.dim() > 1 else w.view(1, -1)
+    start = 0
+    while (left := rows.size(1) - start) > 1:
+        block = min(size, 1 << left.bit_length() - 1)
+        width = min(left // block * block, ROTATED_AT_ONCE)
+        columns = rows[:, start : start + width]
+        for part in columns.split(max(ROTATED_AT_ONCE // width, 1)):
+            _multiply_by_hadamard_(part.unflatten(1, (-1, block)))
+        start += width
+    return w
+
+
+def _multiply_by_hadamard_(blocks: Tensor) -> None:
+    """In place, (rows, blocks, columns of a block)."""
+    size = blocks.size(2)
+    x = blocks.permute(2, 0, 1).clone(memory_format=torch.contiguous_format)  # long inner loops
+    half = 1
+    while half < size:
+        first, second = x.unflatten(0, (-1, 2, half)).unbind(1)
+        both = first + second
+        torch.sub(first, second, out=second)
+        first.copy_(both)
+        half *= 2
+    blocks.copy_(x.mul_(size**-0.5).add_(0.0).permute(1, 2, 0))  # -0 becomes +0
+
+
+def rotated(w: Tensor, grid: Grid) -> Tensor:
+    """``w`` as a grid that rotates sees it, and back: its own inverse, up to float accuracy. A new
+    tensor, without autograd; ``w`` itself if the grid does not rotate.
+
+    Each row is multiplied by Hadamard matrices of ``grid.rotate`` columns and, for what is left at
+    its end, of the largest powers of two that fit. The bits are the same on every device: sums and
+    differences of two numbers in a fixed order, then one product (exact for powers of four). A
+    matrix product would leave the order to the device.
+    """
+    if grid.rotate is None:
+        return w
+    return rotate_(w.detach().clone(memory_format=torch.contiguous_format), grid.rotate)
 
 
 def round_to_levels(x: Tensor, grid: Grid) -> Tensor:
@@ -363,8 +406,11 @@ def weighted_scales(w: Tensor, grid: Grid, importance: Tensor) -> Tensor:
     """Scales of the mse rule where a squared error in column j counts ``importance[j]`` times.
 
     ``importance`` (columns,) is the diagonal of the hessian: the mean square of each input. Returns
-    scales (rows, groups) to hand to ``encode``, float32. ValueError for a grid without an mse rule.
+    scales (rows, groups) to hand to ``encode``, float32. ValueError for a grid without an mse rule,
+    or one that rotates: both are then of what is rotated.
     """
+    if grid.rotate is not None:
+        raise ValueError(f"rotate = {grid.rotate}: give rotated weights and the grid without it")
     rule = replace(grid, scale_rule="mse", fixed_scale=None)
     views = zip(group_views(w, rule), group_views(importance.expand_as(w), rule), strict=True)
     clips = [_least_square_clip(view, rule, counts) for view, counts in views]
@@ -427,8 +473,11 @@ def encode(w: Tensor, grid: Grid, scales: Tensor | None = None) -> Codes:
     """Float32 weights -> codes and scales (and zero points).
 
     ``scales``, of the grid's ``scales_shape``, are learned or given ones; without them the grid's
-    own rule finds them. ValueError if a grid of given scales is without.
+    own rule finds them. ValueError if a grid of given scales is without. Of a grid that rotates
+    codes and scales are those of rotated weights, ``scales`` too.
     """
+    if grid.rotate is not None:
+        return encode(rotated(w, grid), grid.unrotated, scales)
     if grid.column_scales:
         if scales is None:
             scales = _product_scales(w, grid)
@@ -477,6 +526,8 @@ def _stored_zero(coding: Coding, grid: Grid) -> Tensor:
 
 def decode(coded: Codes, grid: Grid) -> Tensor:
     """Codes, scales and zero points -> float32 weights of the codes' shape."""
+    if grid.rotate is not None:
+        return rotate_(decode(coded, grid.unrotated), grid.rotate)
     if grid.column_scales:
         rows, by_row = _rows(coded.codes), replace(grid, column_scales=False)
         w = decode(Codes(coded.codes, coded.scales[:rows]), by_row)

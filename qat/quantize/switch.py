@@ -20,7 +20,7 @@ from qat.quantize.gradients import Seen, make_rule
 from qat.quantize.gradients.learned import Learned, sum_per_scale
 from qat.quantize.grid import Grid
 from qat.quantize.plan import Entry, Plan
-from qat.quantize.rounding import encode
+from qat.quantize.rounding import encode, rotated
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -35,6 +35,10 @@ class _StraightThrough(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient: Tensor):
         slope, scale_slope = ctx.saved_tensors
+        to_master = gradient
+        if slope is not None:
+            gradient = rotated(gradient, ctx.grid)
+            to_master = rotated(gradient * slope, ctx.grid)
         to_scale = None
         if ctx.scale_like is not None:  # a zero gradient while off: DDP waits for every parameter
             to_scale = (
@@ -42,7 +46,7 @@ class _StraightThrough(torch.autograd.Function):
                 if scale_slope is None
                 else sum_per_scale(gradient * scale_slope, ctx.grid, ctx.scale_like)
             )
-        return (gradient if slope is None else gradient * slope), to_scale, None, None, None, None
+        return to_master, to_scale, None, None, None, None
 
 
 def _key(name: str) -> str:
@@ -65,7 +69,8 @@ class QatSwitch(nn.Module):
         self.gradient = make_rule(rule)
         for entry in plan.on_grid:
             assert entry.grid is not None
-            if not self.gradient.supports(entry.grid):
+            rotates = entry.grid.rotate is not None
+            if not self.gradient.supports(entry.grid) or rotates > self.gradient.takes_rotated:
                 raise ValueError(f"gradient = {rule}: not for {entry.grid.label}")
         self.plan, self.seed = plan, seed
         self.is_on = False
@@ -126,9 +131,11 @@ class QatSwitch(nn.Module):
             generator.manual_seed(zlib.crc32(f"{self.seed} {step} {entry.name}".encode()))
         scales = self.learned_scales.get(entry.name)
         rule = self.gradient if scales is None else Learned()
-        return rule.see(
-            w, entry.grid, name=entry.name, scales=scales, progress=progress, generator=generator
-        )
+        seen = rule.see(
+            rotated(w, entry.grid), entry.grid.unrotated, name=entry.name, scales=scales,
+            progress=progress, generator=generator,
+        )  # fmt: skip
+        return seen._replace(weight=rotated(seen.weight, entry.grid))
 
     @torch.no_grad()
     def before_update(

@@ -181,6 +181,9 @@ class PlanSettings:
     rules: dict[str, str] = MISSING
     grids: dict[str, Grid] = field(default_factory=dict)  # beside the one named grid
     grid_min_elements: int = 0  # smaller tensors that a rule puts on the grid stay fp16
+    # columns of the Hadamard blocks by which every matrix on a grid is rotated, a power of two from
+    # 2 to 1024; null = no rotation
+    rotate: int | None = None
 
 
 @dataclass

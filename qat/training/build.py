@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -39,6 +39,8 @@ def plan_of(spec: ModelSpec, grid: Grid, plan: PlanSettings) -> Plan:
     for setting, asked in named.items():
         if asked.scale_rule == "given":
             raise UserError(f"{setting}.scale_rule = given: only artifact.fill gives scales")
+        if asked.rotate is not None:
+            raise UserError(f"{setting}.rotate = {asked.rotate}: give plan.rotate, of all matrices")
     try:
         shapes = tensor_shapes(spec)
     except (RuntimeError, OverflowError, TypeError) as error:
@@ -48,8 +50,14 @@ def plan_of(spec: ModelSpec, grid: Grid, plan: PlanSettings) -> Plan:
         raise UserError(f"model = {spec.as_json()}: no computer holds such tensors") from None
     except ValueError as error:
         raise UserError(f"model.{error}") from None
+    grids = {GRID: grid} | plan.grids
     try:
-        return build_plan(shapes, {GRID: grid} | plan.grids, plan.rules, plan.grid_min_elements)
+        if plan.rotate is not None:
+            grids = {name: replace(asked, rotate=plan.rotate) for name, asked in grids.items()}
+    except ValueError as error:
+        raise UserError(f"plan.{error}") from None
+    try:
+        return build_plan(shapes, grids, plan.rules, plan.grid_min_elements)
     except ValueError as error:
         raise UserError(str(error)) from None
 

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from qat.errors import TrainingError
 from qat.qat_model import not_seen, weights_seen
 from qat.quantize.plan import Plan
-from qat.quantize.rounding import group_views
+from qat.quantize.rounding import group_views, rotated
 from qat.quantize.switch import on_grid_share
 from qat.training.loop import Batch, TrainingLoop, UpdateHook
 
+ROUNDING = 1e-6  # of a row's largest gradient: rotated back and forth, a zero is no larger
 PROBE_TOKENS = 8  # of the forward pass that checks which weights a model uses
 
 
@@ -90,17 +91,23 @@ def check_graph_uses(loss: Tensor, weights: Mapping[str, Tensor]) -> None:
 
 
 def measure_gradients(loss: Tensor, masters: Mapping[str, Tensor], plan: Plan) -> GradientLiveness:
-    """What ``loss`` gives the masters of the tensors on a grid."""
+    """What ``loss`` gives the masters of the tensors on a grid; of one that rotates, as rotated,
+    since those are the weights that it groups and clamps."""
     gradients = torch.autograd.grad(loss, [masters[entry.name] for entry in plan.on_grid])
     nonzero = elements = movable = groups = 0
     dead = []
     for entry, gradient in zip(plan.on_grid, gradients, strict=True):
         assert entry.grid is not None
+        w = rotated(masters[entry.name].detach(), entry.grid)
+        if entry.grid.rotate is not None:
+            gradient = rotated(gradient, entry.grid)
+            largest = gradient.flatten(1).abs().amax(1).view(-1, *[1] * (gradient.dim() - 1))
+            gradient = gradient.where(gradient.abs() > ROUNDING * largest, 0.0)
         alive = int(gradient.count_nonzero())
         nonzero += alive
         elements += gradient.numel()
         dead += [] if alive else [entry.name]
-        views = group_views(masters[entry.name].detach(), entry.grid)
+        views = group_views(w, entry.grid)
         for view, slopes in zip(views, group_views(gradient, entry.grid), strict=True):
             largest = slopes.gather(-1, view.abs().argmax(-1, keepdim=True))
             movable += int(largest.count_nonzero())

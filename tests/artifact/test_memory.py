@@ -40,6 +40,8 @@ FILES = {
     "one tensor": (Grid(bits=6), ONE, "mix"),
     "fp8": (Grid("fp8_e4m3"), ONE, "mix"),
     "one row": (Grid(bits=6), ROW, "mix"),
+    "rotated": (Grid(bits=6, rotate=32), ONE, "mix"),
+    "a rotated row": (Grid(bits=6, rotate=1024), ROW, "mix"),
     "a scale each": (Grid(bits=4, group_size=1, scale_dtype="fp32"), ONE, "zlib"),
 }
 

@@ -15,6 +15,7 @@ from qat.budget.candidates import Choice, Stored, TrainedTensor
 from qat.budget.solver import Solver
 from qat.quantize.grid import Grid
 from qat.quantize.plan import Entry, Plan
+from qat.quantize.rounding import rotated
 
 INT6 = Grid(bits=6)
 
@@ -107,6 +108,25 @@ def test_predicted_loss_is_that_of_the_stored_weights() -> None:
         back = stored.encode().decode()
         expected = 0.5 * ((back - one.reference).double().square() * one.sensitivity).sum()
         assert one.loss_of(stored) == pytest.approx(float(expected), rel=1e-4, abs=1e-12)
+
+
+def test_the_rotation_that_is_planned_is_kept() -> None:
+    """Where a grid can rotate, and with scales of rotated weights; the limit is filled as ever."""
+    turned = Grid(bits=6, rotate=16)
+    one, plain = source(1, grid=turned), source(1)
+    for cost in one.costs():
+        grid = one.stored(cost.choice).entry.grid
+        by_products = cost.choice.rule is not None and cost.choice.rule.exponent is not None
+        if grid is not None:
+            assert grid.rotate == (None if by_products else 16)
+        if cost.choice.rule is not None and not by_products:
+            w = rotated(one.reference, turned)
+            rotated_first = replace(plain, trained=w, reference=w).stored(cost.choice)
+            assert one.stored(cost.choice).entry.grid.unrotated == rotated_first.entry.grid
+    rotating = solver([source(seed, grid=turned) for seed in range(4)])
+    budget = 4 * 96 * 80 * 3 // 8
+    fitted = rotating.solve(Budget(budget), size_of)
+    assert 0.999 * budget <= size_of(fitted.stored) <= budget
 
 
 def test_estimated_bits_are_near_the_coded_ones() -> None:

@@ -84,6 +84,8 @@ def test_bytes_are_those_held(made: dict[str, Kept]) -> None:
     assert made["fp32"].memory_bytes == 4 * (codes + vectors)
     assert made["bf16"].memory_bytes == made["fp16"].memory_bytes == 2 * (codes + vectors)
     assert made["rtn_int8"].memory_bytes == codes + 2 * rows + 4 * vectors
+    assert made["rtn_int4_h32"].memory_bytes == made["rtn_int4"].memory_bytes
+    assert made["rtn_int4_h32"].embedding == "int4_h32"
     assert made["rtn_int4_g64"].embedding == "int4_g64"
     assert made["rtn_int4_g64_e8"].embedding == "int8"
     assert made["rtn_int4"].disk_bytes < made["rtn_int6"].disk_bytes < made["rtn_int8"].disk_bytes
@@ -118,9 +120,17 @@ def test_gptq_makes_the_outputs_better(model: Frozen, made: dict[str, Kept]) -> 
             variant: float(
                 row_output_errors(made[variant].weights[name] - w, inputs.hessian(name)).sum()
             )
-            for variant in ("rtn_int4", "gptq_int4", "rtn_int4_g64_e8", "gptq_plain_int4_g64_e8")
+            for variant in (
+                "rtn_int4",
+                "gptq_int4",
+                "rtn_int4_g64_e8",
+                "gptq_plain_int4_g64_e8",
+                "rtn_int4_h32",
+                "gptq_int4_h32",
+            )
         }
         assert errors["gptq_int4"] < errors["rtn_int4"], name
+        assert errors["gptq_int4_h32"] < errors["rtn_int4_h32"], name
         assert errors["gptq_plain_int4_g64_e8"] <= errors["rtn_int4_g64_e8"], name
 
 

@@ -15,7 +15,7 @@ from qat.quantize.gradients import make_rule
 from qat.quantize.gradients.learned import Learned
 from qat.quantize.grid import Grid
 from qat.quantize.plan import Entry, Plan, build_plan
-from qat.quantize.rounding import decode, encode
+from qat.quantize.rounding import decode, encode, rotated
 from tests.quantize.test_fused import plan_of, same_bits, weights
 from tests.quantize.test_same_bits import (
     CLAIMING,
@@ -92,7 +92,10 @@ def test_what_training_sees(rule: str) -> None:
         if grid.scale_rule in ("learned", "given") or not gradient.supports(grid):
             continue
         for w in hard_weights(grid).values():
-            here, there = (gradient.see(t, grid) for t in (w.weights, w.weights.cuda()))
+            here, there = (
+                gradient.see(rotated(t, grid), grid.unrotated)
+                for t in (w.weights, w.weights.cuda())
+            )
             assert torch.equal(bits(here.weight), bits(there.weight)), name
             assert (here.slope is None) == (there.slope is None)
             assert here.slope is None or torch.equal(here.slope, there.slope.cpu()), name
@@ -104,7 +107,8 @@ def test_what_training_sees_with_learned_scales() -> None:
             continue
         for w in hard_weights(grid).values():
             seen = [
-                Learned().see(m.weights, grid, scales=m.scales).weight for m in (w, w.on("cuda"))
+                Learned().see(rotated(m.weights, grid), grid.unrotated, scales=m.scales).weight
+                for m in (w, w.on("cuda"))
             ]
             assert torch.equal(bits(seen[0]), bits(seen[1])), name
 

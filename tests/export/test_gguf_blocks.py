@@ -128,6 +128,7 @@ def test_floats_stay_what_they_are(dtype: torch.dtype) -> None:
         (named("nf4"), "w is on the grid nf4_g64, which GGUF has not; choose grid=q4_0"),
         (named("fp8_e4m3"), "which GGUF has not"),
         (named("rd"), "w has scales of columns too"),
+        (Grid(bits=4, group_size=32, rotate=32), "w is stored rotated, .* plan.rotate=null"),
         (Grid(bits=8, scale_dtype="fp32"), "scales of fp32, .* grid.scale_dtype=fp16"),
         (Grid(bits=4, group_size=48), "a scale per 48 columns, .* choose grid.group_size=32"),
         (Grid(bits=8, range="asymmetric"), "levels from -255 to 255 .* grid.range=symmetric"),

@@ -37,6 +37,8 @@ GRIDS = {
     "mxfp6_e3m2": Grid("e3m2", group_size=32, scale_rule="power", scale_dtype="e8m0"),
     "nvfp4": Grid("e2m1", group_size=16, scale_dtype="e4m3"),
     "int2_seq": Grid("int2_seq"),
+    "rotated": Grid(bits=4, rotate=32),
+    "rotated_groups": Grid(bits=4, group_size=7, range="asymmetric", rotate=8),
     "q4_0": Grid("q4_0", group_size=32),
     "q4_1": Grid("q4_1", group_size=32),
     "q5_0": Grid("q5_0", group_size=32),

@@ -155,6 +155,13 @@ def test_what_a_rule_does_not_support_is_refused() -> None:
         QatSwitch(plan, "soft_round")
     with pytest.raises(ValueError, match="gradient = straight: choose from cage, clipped, dampen"):
         QatSwitch(plan, "straight")
+    plan = build_plan({"w": (6, 32)}, {"grid": Grid(bits=4, rotate=8)}, {"*": "grid"})
+    for rule in sorted(set(rule_kinds()) - {"learned"}):
+        if rule not in {"dampen", "freeze", "lotion"}:
+            QatSwitch(plan, rule)
+            continue
+        with pytest.raises(ValueError, match=f"gradient = {rule}: not for int4_h8"):
+            QatSwitch(plan, rule)
 
 
 def test_ramp_blends_masters_and_snapped(w: torch.Tensor) -> None:

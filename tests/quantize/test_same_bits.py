@@ -38,6 +38,8 @@ def every_grid() -> dict[str, Grid]:
             if rule == "percentile":
                 ways += [replace(grid, percentile=q, scale_dtype="fp32") for q in (0.5, 0.98)]
                 ways += [replace(grid, scale_floor=1 / 127, code_scale_dtype="fp32")]
+            if not levels.multiplies:
+                ways += [replace(grid, rotate=16, group_size=20, scale_dtype="fp32")]
             if "refit" in levels.takes and rule != "learned":
                 ways += [replace(grid, refit=True, scale_dtype="fp32")]
             grids |= {f"{name} {way.label} {rule}": way for way in ways}
@@ -144,7 +146,7 @@ class _AsElsewhere(TorchDispatchMode):
             return (
                 x + (args[1] - x) * share if share < 0.5 else args[1] - (args[1] - x) * (1 - share)
             )
-        if any(word in name for word in ("mean", "std", "var", "addc", "addmm", "baddbmm")):
+        if any(word in name for word in ("mean", "std", "var", "addc", "mm.", "addmv", "dot")):
             self.asked.append(name)
         return function(*args, **(kwargs or {}))
 
@@ -183,3 +185,18 @@ def test_the_check_above_sees_a_reciprocal_and_a_lerp(monkeypatch: pytest.Monkey
                 asked = list[str]()
                 assert differences(grid, lambda w, g=grid: rounded(w, g), elsewhere(grid, asked))
                 assert asked
+
+
+def test_the_check_above_sees_a_rotation_by_a_matrix_product(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The planted fault: sums whose order is the device's."""
+
+    def by_product(blocks: Tensor) -> None:
+        size = blocks.size(-1)
+        blocks.copy_(blocks @ torch.eye(size).flip(0) * size**-0.5)
+
+    grid, asked = Grid(bits=4, rotate=16), list[str]()
+    monkeypatch.setattr(rounding, "_multiply_by_hadamard_", by_product)
+    differences(grid, lambda w: rounded(w, grid), elsewhere(grid, asked))
+    assert asked

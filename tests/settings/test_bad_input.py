@@ -121,6 +121,10 @@ VALUES: list[tuple[tuple[str, ...], str]] = [
     (("run_name=" + "n" * 129,), "'-' only, 128 bytes at most"),
     (("logger.project=a/b",), "logger.project = a/b: use 1 to 128 letters"),
     (("logger.group=" + "n" * 129,), "use 1 to 128 letters"),
+    (("qat=int6", "plan.rotate=48"), "plan.rotate = 48: give a power of two from 2 to 1024"),
+    (("qat=q8_0", "plan.rotate=32"), "plan.rotate = 32: not of q8_0 levels; give null"),
+    (("qat=rd", "plan.rotate=32"), "plan.rotate = 32: not of column_scales; give null"),
+    (("qat=int6", "grid.rotate=32"), "grid.rotate = 32: give plan.rotate, of all matrices"),
     (("data.tokenizer=x.model",), "data.files and data.tokenizer name two sources"),
 ]  # fmt: skip
 

@@ -20,7 +20,11 @@ from qat.quantize.grid import Grid
 
 
 class Seen(NamedTuple):
-    """The weight seen; d seen / d master (None: 1) and, per weight, d seen / d scale (or None)."""
+    """The weight seen; d seen / d master (None: 1) and, per weight, d seen / d scale (or None).
+
+    The switch rotates around a rule where a grid rotates: to a rule ``w`` is the rotated master, on
+    a grid that does not rotate, and so are the weight and slopes that it gives.
+    """
 
     weight: Tensor
     slope: Tensor | None = None
@@ -34,6 +38,7 @@ class GradientRule:
     snaps_only = False  # seen is ``snap(w, grid)`` and nothing else, which a fused pass does sooner
     draws = False  # asks for a generator
     pulls = False  # does something in ``before_update``
+    takes_rotated = True  # also works where ``see`` is given a rotated copy of the master
 
     def supports(self, grid: Grid) -> bool:
         """The relaxations need levels 1 apart, and one scale for coding and decoding."""

@@ -26,6 +26,7 @@ def strength(progress: float) -> float:
 
 class Dampen(Clipped):
     pulls = True
+    takes_rotated = False
     beyond = 0.0  # the clip is at the last level
 
     def before_update(

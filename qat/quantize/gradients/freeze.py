@@ -39,6 +39,8 @@ class Memory(NamedTuple):
 
 
 class Freeze(Clipped):
+    takes_rotated = False
+
     def __init__(self) -> None:
         self.memory: dict[str, Memory] = {}
 

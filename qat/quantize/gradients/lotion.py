@@ -27,6 +27,7 @@ STRENGTH = 1.0
 class Lotion(GradientRule):
     is_on_grid = False
     pulls = True
+    takes_rotated = False
 
     def __init__(self) -> None:
         self.curvature: dict[str, Tensor] = {}
