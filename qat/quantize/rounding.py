@@ -488,19 +488,7 @@ def encode(w: Tensor, grid: Grid, scales: Tensor | None = None) -> Codes:
         columns = columns.to(inner.scales.dtype)
         return inner._replace(scales=torch.cat([inner.scales, columns]))
     views = group_views(w, grid)
-    tensor_scale = None
-    if grid.has_tensor_scale:
-        if scales is not None:
-            tensor_scale = quotient(scales.amax(), LARGEST_E4M3)
-        else:
-            tensor_scale = tensor_scale_of(w.abs().amax(), grid)
-    if scales is None:
-        codings = [_find_coding(view, grid, tensor_scale) for view in views]
-    else:
-        given = [scale[..., 0] for scale in split_scales(scales, views)]
-        if not grid.table.scale_has_sign:
-            given = [scale.clamp_min(grid.scale_floor) for scale in given]
-        codings = [_coding(scale, grid, tensor_scale=tensor_scale) for scale in given]
+    codings, tensor_scale = _codings(w, views, grid, scales)
     pairs = list(zip(views, codings, strict=True))
     coded = [encode_view(view, grid, coding) for view, coding in pairs]
     stored = [coding.stored_scale for coding in codings]
@@ -515,6 +503,31 @@ def encode(w: Tensor, grid: Grid, scales: Tensor | None = None) -> Codes:
         torch.cat(zeros, dim=1) if zeros else None,
         None if tensor_scale is None else tensor_scale.reshape(1),
     )
+
+
+def _codings(
+    w: Tensor, views: list[Tensor], grid: Grid, scales: Tensor | None
+) -> tuple[list[Coding], Tensor | None]:
+    """How each view is coded, and the scale of the tensor, if its scales are in units of one."""
+    tensor_scale = None
+    if grid.has_tensor_scale:
+        if scales is not None:
+            tensor_scale = quotient(scales.amax(), LARGEST_E4M3)
+        else:
+            tensor_scale = tensor_scale_of(w.abs().amax(), grid)
+    if scales is None:
+        return [_find_coding(view, grid, tensor_scale) for view in views], tensor_scale
+    given = [scale[..., 0] for scale in split_scales(scales, views)]
+    if not grid.table.scale_has_sign:
+        given = [scale.clamp_min(grid.scale_floor) for scale in given]
+    return [_coding(scale, grid, tensor_scale=tensor_scale) for scale in given], tensor_scale
+
+
+def scales_of(w: Tensor, grid: Grid, scales: Tensor | None = None) -> Tensor:
+    """The scales that ``encode`` would decode with, float32 (rows, groups), without the codes. Not
+    of a grid that rotates, has scales of columns or refits."""
+    codings, _ = _codings(w, group_views(w, grid), grid, scales)
+    return torch.cat([coding.decoding_scale for coding in codings], dim=1)
 
 
 def _stored_zero(coding: Coding, grid: Grid) -> Tensor:

@@ -13,8 +13,9 @@ from qat.quantize.gradients import make_rule, rule_kinds
 from qat.quantize.gradients.soft_round import temperature
 from qat.quantize.grid import Grid
 from qat.quantize.plan import Plan, build_plan
-from qat.quantize.rounding import encode, snap
+from qat.quantize.rounding import encode, scales_of, snap
 from qat.quantize.switch import QatSwitch
+from qat.settings.options import read_grid
 
 GRID = Grid(bits=4, scale_rule="sigma", sigma=2.0, group_size=10, scale_dtype="fp32")
 
@@ -309,3 +310,11 @@ def test_nothing_is_pulled_while_qat_is_off(w: torch.Tensor) -> None:
     master.grad = torch.ones_like(w)
     switch.before_update({"w": master}, {"w": 0.1}, 1.0)
     assert torch.equal(master, w)
+
+
+@pytest.mark.parametrize("name", ["int4", "int4_g64", "nf4", "mxfp4", "nvfp4", "q4_0", "q4_1"])
+def test_scales_without_codes_are_those_of_the_codes(name: str) -> None:
+    grid, w = read_grid(name), torch.randn(5, 96, generator=torch.Generator().manual_seed(3))
+    assert torch.equal(scales_of(w, grid), encode(w, grid).decoding_scales)
+    given = scales_of(2 * w, grid)
+    assert torch.equal(scales_of(w, grid, given), encode(w, grid, given).decoding_scales)

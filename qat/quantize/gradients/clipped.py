@@ -13,7 +13,12 @@ from torch import Tensor
 
 from qat.quantize.gradients import GradientRule, Seen
 from qat.quantize.grid import Grid
-from qat.quantize.rounding import by_group, encode, in_scale_units, round_to_levels
+from qat.quantize.rounding import (
+    by_group,
+    in_scale_units,
+    round_to_levels,
+    scales_of,
+)
 
 
 class Clipped(GradientRule):
@@ -33,7 +38,7 @@ class Clipped(GradientRule):
             inside = (x >= low - beyond) & (x <= high + beyond)
             return round_to_levels(x, grid) * scale + 0.0, inside.float()
 
-        return Seen(*by_group(of_group, w, encode(w, grid).decoding_scales, grid))
+        return Seen(*by_group(of_group, w, scales_of(w, grid), grid))
 
 
 RULE = Clipped

@@ -18,7 +18,12 @@ from torch import Tensor
 from qat.quantize.gradients import Seen
 from qat.quantize.gradients.clipped import Clipped
 from qat.quantize.grid import Grid
-from qat.quantize.rounding import by_group, encode, in_scale_units, round_to_levels
+from qat.quantize.rounding import (
+    by_group,
+    in_scale_units,
+    round_to_levels,
+    scales_of,
+)
 
 MEMORY = 0.98
 FIRST, LAST = 0.04, 0.01  # flips an update
@@ -47,7 +52,7 @@ class Freeze(Clipped):
     def see(
         self, w: Tensor, grid: Grid, *, name: str = "", progress: float = 0.0, **_: Any
     ) -> Seen:
-        scales = encode(w, grid).decoding_scales
+        scales = scales_of(w, grid)
 
         def levels_of(view: Tensor, scale: Tensor) -> tuple[Tensor]:
             return (round_to_levels(in_scale_units(view, scale), grid),)

@@ -19,11 +19,11 @@ from qat.quantize.rounding import (
     Codes,
     by_group,
     decode,
-    encode,
     group_views,
     in_scale_units,
     products_in_scale_units,
     round_to_levels,
+    scales_of,
     stored_scales,
 )
 
@@ -49,7 +49,7 @@ class Learned(GradientRule):
             slope = (code - x * inside) / math.sqrt(view.size(-1) * high)
             return code * scale + 0.0, inside.float(), slope
 
-        return Seen(*by_group(of_group, w, encode(w, grid, scales).scales, grid))
+        return Seen(*by_group(of_group, w, scales_of(w, grid, scales), grid))
 
     def _see_products(self, w: Tensor, grid: Grid, scales: Tensor) -> Seen:
         stored = stored_scales(scales, grid)

@@ -18,7 +18,11 @@ from torch import Tensor
 
 from qat.quantize.gradients import GradientRule, Seen
 from qat.quantize.grid import Grid
-from qat.quantize.rounding import by_group, encode, in_scale_units
+from qat.quantize.rounding import (
+    by_group,
+    in_scale_units,
+    scales_of,
+)
 
 MEMORY = 0.95
 STRENGTH = 1.0
@@ -49,7 +53,7 @@ class Lotion(GradientRule):
             inside = (x > low) & (x < high)
             return ((1.0 - 2.0 * (x - x.floor())) * scale * inside,)  # d variance / d w
 
-        (slope,) = by_group(of_group, w, encode(w, grid).decoding_scales, grid)
+        (slope,) = by_group(of_group, w, scales_of(w, grid), grid)
         gradient.addcmul_(square, slope, value=STRENGTH / 2)
 
     def state(self) -> dict[str, Tensor]:

@@ -9,7 +9,12 @@ from torch import Tensor
 
 from qat.quantize.gradients import GradientRule, Seen
 from qat.quantize.grid import Grid
-from qat.quantize.rounding import encode, group_views, join_groups, split_scales
+from qat.quantize.rounding import (
+    group_views,
+    join_groups,
+    scales_of,
+    split_scales,
+)
 
 
 class Noise(GradientRule):
@@ -21,7 +26,7 @@ class Noise(GradientRule):
     ) -> Seen:
         noise = torch.rand(w.shape, generator=generator, device=w.device) - 0.5
         views = group_views(w, grid)
-        cut = split_scales(encode(w, grid).scales, views)
+        cut = split_scales(scales_of(w, grid), views)
         parts = zip(views, cut, group_views(noise, grid), strict=True)
         return Seen(join_groups([view + scale * part for view, scale, part in parts], w.shape))
 

@@ -15,7 +15,12 @@ from torch import Tensor
 
 from qat.quantize.gradients import GradientRule, Seen
 from qat.quantize.grid import Grid
-from qat.quantize.rounding import by_group, encode, in_scale_units, snap
+from qat.quantize.rounding import (
+    by_group,
+    in_scale_units,
+    scales_of,
+    snap,
+)
 
 STEEPNESS = 10.0  # of the sigmoid
 HARD = 0.9  # share of the time after the switch
@@ -45,7 +50,7 @@ class Parq(GradientRule):
             part = ((x - below - 0.5) / inverse + 0.5).clamp(0.0, 1.0)
             return ((below + part) * scale,)
 
-        return Seen(*by_group(of_group, w, encode(w, grid).decoding_scales, grid))
+        return Seen(*by_group(of_group, w, scales_of(w, grid), grid))
 
 
 RULE = Parq

@@ -13,7 +13,11 @@ from torch import Tensor
 
 from qat.quantize.gradients import GradientRule, Seen
 from qat.quantize.grid import Grid
-from qat.quantize.rounding import by_group, encode, in_scale_units
+from qat.quantize.rounding import (
+    by_group,
+    in_scale_units,
+    scales_of,
+)
 
 COLDEST = 0.05
 
@@ -43,7 +47,7 @@ class SoftRound(GradientRule):
             soft, slope = _soft_round(x, temperature(progress))
             return soft.clamp(low, high) * scale, slope * inside
 
-        return Seen(*by_group(of_group, w, encode(w, grid).scales, grid))
+        return Seen(*by_group(of_group, w, scales_of(w, grid), grid))
 
 
 RULE = SoftRound
