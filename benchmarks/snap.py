@@ -96,10 +96,11 @@ def main() -> None:
     for name, grid in OURS.items():
         plan = build_plan(shapes, {"grid": grid}, {"*": "grid"})
         fused = FusedSnap(plan)
-        for tensor, snapped in fused(weights).items():
+        fused_weights = fused(weights)
+        for tensor, snapped in fused_weights.items():
             stored = plan.entries[tensor].snap(weights[tensor])
             assert torch.equal(snapped.view(torch.int32), stored.view(torch.int32)), (name, tensor)
-        if fused.names:
+        if fused_weights:
             arms[f"ours, fused: {name}"] = lambda fused=fused: fused(weights)
         arms[f"ours, plain: {name}"] = lambda plan=plan: plan.snap(weights)
 

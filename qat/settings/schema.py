@@ -301,7 +301,8 @@ class StudySettings:  # of an experiment that is one; only its sweep reads them
     arms: dict[str, dict[str, Any]] = field(default_factory=dict)  # name -> overrides
     stores: dict[str, StoreSettings] = field(default_factory=dict)  # beside each arm's own file
     # priced: an arm gets the updates that max_steps (or budget_seconds) of the baseline buy at its
-    # price, which is measured, or given in prices: arm -> price, or [before the switch, after it]
+    # price, which is measured, or given in prices: arm (qat: each with QAT that is not named) ->
+    # price, or [before the switch, after it]
     clock: str = checked("wall", one_of("wall", "priced"))
     prices: dict[str, Any] = field(default_factory=dict)
     # Compare each QAT arm also with the baseline that the budget solver fits to as many bytes.

@@ -39,6 +39,7 @@ KNOWN_TO = 0.003  # half the width of a price's interval
 SECONDS_PER_ARM = 60.0
 FEWEST_PAIRS = 20
 WARM_UPDATES = 3
+EVERY_ARM = "qat"  # among given prices
 FIRST_QAT_STEP = 1  # training to bytes looks at the gradients of one update first
 NEVER = 10**9
 TRAINING_ROOMS = ("quantize", "model", "budget", "training")
@@ -92,7 +93,12 @@ def training_code() -> str:
 
 
 def given(arms: Mapping[str, TrainSettings], prices: Mapping[str, Any]) -> Prices:
-    """Prices as ``study.prices`` says them: a number, or [before the switch, after it]."""
+    """Prices as ``study.prices`` says them: a number, or [before the switch, after it]; under
+    ``EVERY_ARM``, that of all arms with QAT that are not named."""
+    prices = dict(prices)
+    if EVERY_ARM in prices:
+        said = prices.pop(EVERY_ARM)
+        prices = {arm: said for arm, s in arms.items() if s.qat.enabled} | prices
     found = dict.fromkeys(arms, Price())
     for arm, said in prices.items():
         pair = said if isinstance(said, list) else [1.0, said]

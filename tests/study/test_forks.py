@@ -141,6 +141,14 @@ def test_a_priced_study_counts_what_updates_cost(study: Callable[..., Done]) -> 
     assert "sweep_name=s: int6_s1 was run there with schedule.qat_update_price = 1.5" in done.err
 
 
+def test_one_price_of_every_arm_with_qat(settings: TrainSettings) -> None:
+    arms = {"none": settings, "int6": qat(settings, 6, 0.5), "int4": qat(settings, 4, 0.5)}
+    prices = given(arms, {"qat": 1.5, "int4": [1.0, 2.0]}).arms
+    assert {arm: price.after for arm, price in prices.items()} == {
+        "none": 1.0, "int6": 1.5, "int4": 2.0,
+    }  # fmt: skip
+
+
 def test_a_study_whose_prices_are_measured(
     study: Callable[..., Done], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -206,10 +214,10 @@ def test_prices_come_back(tmp_path: Path, settings: TrainSettings) -> None:
 
 @pytest.mark.slow
 def test_the_best_share_of_a_study_of_starts(train: Callable[..., Done]) -> None:
-    done = train("-m", "experiment=start", "arm=none,from_0,from_50,from_75", "seed=1,2",
+    done = train("-m", "experiment=start", "arm=none,int4_25,int4_50,int4_75", "seed=1,2",
                  "sweep_name=s", "max_steps=12")  # fmt: skip
     assert done.code == 0, done.err
-    assert "of the shares tried on int5 the best is" in done.out.replace("\n", " ")
+    assert "of the shares tried on int4 the best is" in done.out.replace("\n", " ")
 
 
 @pytest.mark.slow

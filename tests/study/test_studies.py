@@ -268,7 +268,7 @@ def test_designs_share_the_arms_that_both_name(
 @pytest.mark.parametrize(
     ("asked", "message"),
     [
-        (("experiment=bits", "arm=int9"), "arm=int9: choose from none, int8, int6, int5, int4, b"),
+        (("experiment=bits", "arm=int9"), "arm=int9: choose from none, int8, int6, int5, int4, i"),
         (("experiment=bits", "arm=int4", "grid=int6"), "drop grid=int6"),
         (("experiment=bits", "arm=int4", "qat=int6"), "qat=int6: arm=int4 of the experiment sets"),
         (("experiment=bits",), "give one arm=NAME, or -m"),
