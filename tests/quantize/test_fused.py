@@ -32,6 +32,9 @@ GRIDS = {
     "sdclip": Grid(bits=6, scale_rule="sigma"),
     "absmean": Grid("ternary", scale_rule="absmean", refit=True),
     "fp8": Grid("fp8_e4m3"),
+    "fp8_e5m2": Grid("fp8_e5m2"),
+    "mxfp8": Grid("fp8_e4m3", group_size=32, scale_rule="power", scale_dtype="e8m0"),
+    "nf4": Grid("nf4", group_size=64),
     "mxfp4": Grid("e2m1", group_size=32, scale_rule="power", scale_dtype="e8m0"),
     "mxfp6": Grid("e2m3", group_size=32, scale_dtype="e8m0"),
     "mxfp6_e3m2": Grid("e3m2", group_size=32, scale_rule="power", scale_dtype="e8m0"),
@@ -45,7 +48,7 @@ GRIDS = {
     "q5_1": Grid("q5_1", group_size=32),
     "q8_0": Grid("q8_0", group_size=32),
 }
-NOT_FUSABLE = {"median", "sdclip", "absmean", "fp8"}
+NOT_FUSABLE = {"median", "sdclip", "absmean"}
 SIZES = {"wide": (9, 1500), "rows": (9, 64), "one": (9, 1), "odd": (9, 13), "vector": (70,)}
 
 
@@ -99,6 +102,20 @@ def not_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_is_compiled_in_plain_torch() -> None:
     masters = weights()
     check(FusedSnap(plan_of(masters)), masters, plan_of(masters))
+
+
+@pytest.mark.parametrize("name", ["fp8_e4m3", "fp8_e5m2", "nf4"])
+def test_levels_as_they_are_compiled(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every level, the ties between neighbours, what is next to these, and beyond the last."""
+    table = Grid(name).table
+    codes = torch.arange(-128, 128) if name != "nf4" else torch.arange(-7, 9)
+    levels = table.from_codes(codes.char())
+    levels = levels[levels.isfinite()].sort().values
+    ties = (levels[1:] + levels[:-1]) / 2
+    x = torch.cat([levels, ties, ties.nextafter(ties * 2), ties.nextafter(ties / 2), levels * 1.7])
+    expected = table.nearest(x)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert torch.equal(table.nearest(x), expected)
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])

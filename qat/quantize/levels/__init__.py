@@ -10,6 +10,7 @@ Functions take and give tensors of any shape, element by element, on any device.
 from __future__ import annotations
 
 import math
+import struct
 from functools import cache
 from importlib import import_module
 from itertools import pairwise
@@ -72,18 +73,33 @@ class Levels:
         return codes.float()
 
 
+def _float32(number: float) -> float:
+    return struct.unpack("f", struct.pack("f", number))[0]
+
+
 class ListedLevels(Levels):
     """Any ascending values, stored by their place, counted from that of 0; a tie goes down."""
 
+    fuses = True
+
     def __init__(self, name: str, values: tuple[float, ...], scale_rules: tuple[str, ...]) -> None:
-        self.name, self.values, self.scale_rules = name, values, scale_rules
+        self.name, self.scale_rules = name, scale_rules
+        self.values = values = tuple(map(_float32, values))
         self.limits = values[0], values[-1]
         self.codes = -values.index(0.0), len(values) - 1 - values.index(0.0)
         self.bits = math.log2(len(values))
-        self.between = [(low + high) / 2 for low, high in pairwise(values)]
+        self.between = [_float32((low + high) / 2) for low, high in pairwise(values)]
 
     def nearest(self, x: Tensor) -> Tensor:
-        return self.from_codes(self.to_codes(x))
+        import torch
+
+        if not torch.compiler.is_compiling():
+            return self.from_codes(self.to_codes(x))
+        # Comparisons become part of a compiler's loop over weights; looking up a table does not.
+        level = torch.full_like(x, self.values[0])
+        for value, edge in zip(self.values[1:], self.between, strict=True):
+            level = torch.where(x > edge, value, level)
+        return level
 
     def to_codes(self, levels: Tensor) -> Tensor:
         import torch

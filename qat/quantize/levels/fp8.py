@@ -14,13 +14,16 @@ if TYPE_CHECKING:
 
 
 class Float8(Levels):
+    fuses = True
     bits = 8.0
     codes = -128, 127
     zero_has_sign = True
 
-    def __init__(self, name: str, torch_name: str, largest: float) -> None:
-        self.name, self.torch_name = name, torch_name
+    def __init__(self, name: str, largest: float, mantissa_bits: int, least_normal: float) -> None:
+        self.name = name
+        self.torch_name = {"fp8_e4m3": "float8_e4m3fn", "fp8_e5m2": "float8_e5m2"}[name]
         self.limits = -largest, largest
+        self.mantissa_bits, self.least_normal = mantissa_bits, least_normal
 
     @property
     def dtype(self) -> dtype:
@@ -29,7 +32,18 @@ class Float8(Levels):
         return getattr(torch, self.torch_name)
 
     def nearest(self, x: Tensor) -> Tensor:
-        return x.clamp(*self.limits).to(self.dtype).float()
+        import torch
+
+        x = x.clamp(*self.limits)
+        if not torch.compiler.is_compiling():
+            return x.to(self.dtype).float()
+        # By arithmetic, because a compiler may drop the detour through another dtype.
+        dropped = 23 - self.mantissa_bits
+        bits = x.view(torch.int32)
+        even = (bits + (1 << (dropped - 1)) - 1 + ((bits >> dropped) & 1)) & -(1 << dropped)
+        gap = self.least_normal / 2**self.mantissa_bits  # of the numbers below the normal ones
+        small = (x / gap).round() * gap  # a power of two: exact
+        return torch.where(x.abs() < self.least_normal, small, even.view(torch.float32))
 
     def to_codes(self, levels: Tensor) -> Tensor:
         import torch
@@ -41,6 +55,6 @@ class Float8(Levels):
 
 
 LEVELS = (
-    Float8("fp8_e4m3", "float8_e4m3fn", 448.0),
-    Float8("fp8_e5m2", "float8_e5m2", 57344.0),
+    Float8("fp8_e4m3", 448.0, 3, 2.0**-6),
+    Float8("fp8_e5m2", 57344.0, 2, 2.0**-14),
 )
