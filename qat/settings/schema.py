@@ -362,7 +362,7 @@ class SubmissionSettings:  # what submission.json says beside the run's numbers
 
 
 @dataclass
-class ConstraintSettings:  # of task=choose: the most that a variant may have; null = any
+class ConstraintSettings:  # of task=choose: the most that a variant may have, null = any; ...
     latency_ms: float | None = checked(None, MOST)  # forward pass of one sequence
     artifact_bytes: float | None = checked(None, MOST)  # of the file
     memory_bytes: float | None = checked(None, MOST)  # of the tensors as they are held
@@ -370,6 +370,13 @@ class ConstraintSettings:  # of task=choose: the most that a variant may have; n
     perplexity: float | None = checked(None, MOST)
     ece: float | None = checked(None, MOST)  # expected calibration error, without a temperature
     peak_memory_bytes: float | None = checked(None, MOST)  # of the process
+    # ... and the least, of labelled tasks
+    macro_f1: float | None = checked(None, MOST)
+    accuracy: float | None = checked(None, MOST)
+    mcc: float | None = checked(None, MOST)
+    auc: float | None = checked(None, MOST)
+    kappa: float | None = checked(None, MOST)  # quadratic-weighted
+    items_per_second: float | None = checked(None, MOST)  # texts, in batches
 
 
 @dataclass

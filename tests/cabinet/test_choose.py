@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qat.cabinet.choose_task import choose, least_move
+from qat.cabinet.choose_task import AT_LEAST, choose, least_move
 from qat.settings.schema import ConstraintSettings
 from tests.cabinet.cabinet_rows import make_float, make_row, unavailable
 
@@ -109,9 +109,10 @@ def test_choice_and_runner_up_against_their_definition(
 
 @pytest.mark.parametrize("name", vars(ConstraintSettings()))
 def test_every_quantity_is_in_a_row(name: str) -> None:
-    row = make_float(peak_memory_bytes=10)
-    assert choose([row], {name: 1e12}).chosen is row
-    assert choose([row], {name: 1e-12}).chosen is None
+    row = make_float(peak_memory_bytes=10, **dict.fromkeys(AT_LEAST, 0.7))
+    met, unmet = (1e-12, 1e12) if name in AT_LEAST else (1e12, 1e-12)
+    assert choose([row], {name: met}).chosen is row
+    assert choose([row], {name: unmet}).chosen is None
 
 
 @pytest.mark.parametrize(
