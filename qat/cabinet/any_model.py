@@ -2,7 +2,7 @@
 
 The model is called with ``inputs`` to see what each matrix reads (GPTQ, AWQ and their like are
 calibrated on it), and to time it. It is judged by ``evaluate``: a function of a module that returns
-numbers, or a labelled task (``qat.analysis.labelled.LabelledTask``), which also says where damage
+numbers, or a labelled task (``qat.cabinet.labelled.LabelledTask``), which also says where damage
 lands and how far confidences can be trusted.
 """
 

@@ -46,8 +46,8 @@ def digest_of(tensors: Mapping[str, Tensor]) -> str:
 
 
 def claim(folder: Path, same: dict[str, Any], objective: Objective) -> dict[str, Any]:
-    """The folder's manifest, written now or found. UserError if its rows are of something else
-    than ``same`` says."""
+    """The folder's manifest, found or still to be written. UserError if its rows are of something
+    else than ``same`` says, or nothing can be written there."""
     same = same | {
         "objective": asdict(objective), "storing_code": provenance.storing_code("cabinet")
     }  # fmt: skip
@@ -65,9 +65,7 @@ def claim(folder: Path, same: dict[str, Any], objective: Objective) -> dict[str,
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"out={folder}: {error.strerror or error}") from None
-    manifest = same | provenance.collect(1)
-    write_atomically(path, json.dumps(manifest, indent=1) + "\n")
-    return manifest
+    return same | provenance.collect(1)
 
 
 def choose_variants(
@@ -97,6 +95,10 @@ def measure_all(
     objective = bench.evaluation.objective
     console = Console(stderr=True)
     todo = [v for v in variants if not (folder / v.name / ROW).is_file()]
+    if todo:
+        bench.read_float()  # what cannot be measured at all leaves no manifest behind
+    if not (folder / MANIFEST).is_file():
+        write_atomically(folder / MANIFEST, json.dumps(manifest, indent=1) + "\n")
     for variant in track(
         todo, "variants", console=console, transient=True, disable=not console.is_terminal
     ):

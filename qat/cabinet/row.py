@@ -56,6 +56,10 @@ class Bench:
         self.evaluation, self._float = evaluation, float_kept
         self.device = next(float_kept.module.parameters()).device
 
+    def read_float(self) -> None:
+        """Now, not with the first row. UserError if the float model cannot be judged."""
+        _ = self._reference
+
     @cached_property
     def _reference(self) -> tuple[dict[str, Any], Any]:
         key = self.evaluation.objective.key

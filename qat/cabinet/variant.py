@@ -132,6 +132,8 @@ class Frozen:
         for name, parameter in module.named_parameters():
             if parameter.dtype != torch.float32:
                 raise UserError(f"model: {name} is {parameter.dtype}: give model.float()")
+            if not parameter.isfinite().all():
+                raise UserError(f"model: {name} holds NaN or infinity")
         try:
             kept = kept_parameters(module, keep)
         except ValueError as error:
