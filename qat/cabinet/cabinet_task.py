@@ -1,8 +1,12 @@
-"""``eval.py task=cabinet run=RUN``: every post-training method on one frozen checkpoint."""
+"""``eval.py task=cabinet run=RUN``: every post-training method on one frozen checkpoint.
+
+With ``model=DIR task_data=FILE.jsonl`` the model is somebody's classifier: ``classifier_task.py``.
+"""
 
 from __future__ import annotations
 
 from dataclasses import asdict
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -35,6 +39,9 @@ if TYPE_CHECKING:
 
 
 def run(s: EvalTaskSettings, budget: Budget) -> int:
+    if s.model.path:
+        # Named here: transformers is slow to import, and an extra of its own.
+        return import_module("qat.cabinet.classifier_task").run(s)
     path = Path(s.artifact) if s.artifact else Path(s.run or "") / CHECKPOINT
     model = open_float(path, f"artifact={path}" if s.artifact else f"run={s.run}")
     folder = Path(s.out or path.parent / "cabinet")

@@ -131,7 +131,8 @@ def _pareto(rows: Sequence[Row], key: str, label: str, path: Path, objective: Ob
     named = [f"{sign * (zero + over):.3f} ({sign * over:+g})" for over in shown]
     axes.set_yticks(shown, named)
     axes.set_xlabel(label)
-    axes.set_ylabel(f"{objective.key} (over {FLOAT if base else 'the best'})")
+    worse = ", worse upwards" if objective.higher_is_better else ""
+    axes.set_ylabel(f"{objective.key} (over {FLOAT if base else 'the best'}){worse}")
     _name_families(axes, found)
     axes.set_title("line: the frontier; small and pale: another is no worse in both", fontsize=9)
     order = sorted(range(len(found)), key=lambda at: beaten[at])  # the frontier gets its names

@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from qat.analysis.intervals import MIN_FLIPS
 from qat.cabinet.objective import BITS_PER_BYTE, Objective, Row
 from qat.cabinet.plots import FAMILY_COLOURS, draw
 from qat.cabinet.roofline import Ceilings
@@ -47,6 +48,7 @@ COSTS = {
     "items/s": ("items_per_second", "{:,.0f}"),
     "peak memory": ("peak_memory_bytes", "{:,}"),
 }
+FASTER = 1.05  # times the speed of fp32; less is noise
 TIERS = ("head", "mid", "tail", "all")
 _TIERS_SAID = (
     " By tier: {}, *: real (its bootstrap interval excludes 0, and enough predictions flipped)."
@@ -91,10 +93,15 @@ def as_markdown(
         f"{len(measured(rows))} variants measured, {missing} not available here.",
         "## Where to stop in production",
         stop_text(rows, summary, objective),
+        "## Promises",
+        promises_text(rows, summary),
         "## The frontier",
         frontier_text(rows, summary, objective),
         "## What GPTQ buys over rounding",
         gptq_text(summary, objective),
+        *(["## What QAT buys", qat_text(rows, objective)] if _qat_grids(rows) else []),
+        *(["## Where damage lands", tiers_text(rows, objective)] if has_tiers else []),
+        *(["## Temperature", temperature_text(rows)] if _with_temperature(rows) else []),
         "## Speed: promised and measured",
         speed_text(summary),
         "## All variants",
@@ -150,6 +157,37 @@ def stop_text(
     return " ".join(lines)
 
 
+def promises_text(rows: Sequence[Row], summary: dict[str, Any]) -> str:
+    """What storing in fewer bits promises, and which variants keep it: as good, smaller, faster."""
+    base = find(rows, FLOAT)
+    others = [row for row in measured(rows) if row is not base]
+    if base is None or not others:
+        return f"Cannot be said: it takes {FLOAT} and another variant."
+    speeds = summary["speed"]
+    damaged = [
+        row["variant"] for row in others
+        if row["tiers"] and any(
+            change["is_real"] for tier in row["tiers"].values()
+            for key, change in tier.items() if key == summary["tier_change"]
+        )
+    ]  # fmt: skip
+    small = [row["variant"] for row in others if row["memory_bytes"] < base["memory_bytes"]]
+    fast = [r["variant"] for r in others if speeds[r["variant"]]["measured"] >= FASTER]
+    smallest = min(others, key=lambda row: row["memory_bytes"])
+    times = base["memory_bytes"] / smallest["memory_bytes"]
+    told = {
+        "As good: no tier with a real change": [
+            row["variant"] for row in others if row["tiers"] and row["variant"] not in damaged
+        ],
+        f"Smaller in memory than {FLOAT} ({smallest['variant']}: {times:.2f} times)": small,
+        f"Faster, {FASTER} times at least, as measured here": fast,
+    }
+    return "\n".join(
+        f"- {what}: {len(names)} of {len(others)}" + (f" ({', '.join(names)})." if names else ".")
+        for what, names in told.items()
+    )
+
+
 def frontier_text(rows: Sequence[Row], summary: dict[str, Any], objective: Objective) -> str:
     if not summary["frontier"]:
         return "Cannot be drawn: no variant was measured."
@@ -192,6 +230,76 @@ def gptq_text(summary: dict[str, Any], objective: Objective) -> str:
     if len(both) < len(found):
         lines.append("None: one of the two was not measured.")
     return "\n".join(lines)
+
+
+def _qat_grids(rows: Sequence[Row]) -> list[str]:
+    """Of rows ``qat_GRID``: files of models that were trained on with their grid."""
+    return [r["variant"].removeprefix("qat_") for r in measured(rows) if r["family"] == "qat"]
+
+
+def qat_text(rows: Sequence[Row], objective: Objective) -> str:
+    lines = [
+        f"{objective.gap_key}, and in brackets bytes of the file. QAT's weights are others: it "
+        "went on training.", "", "| grid | rounded | GPTQ | QAT |", "| --- | --- | --- | --- |",
+    ]  # fmt: skip
+    for grid in _qat_grids(rows):
+        found = [find(rows, name) for name in (f"rtn_{grid}", f"gptq_{grid}", f"qat_{grid}")]
+        cells = [
+            f"{row[objective.gap_key]:+.5f} ({row['disk_bytes']:,})" if row else "" for row in found
+        ]
+        lines.append(f"| {grid} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def tiers_text(rows: Sequence[Row], objective: Objective) -> str:
+    """Both halves of what is called real, for every variant: the interval, and the flips."""
+    lines = [
+        f"{objective.tier_change}, its 95 % interval, and how many predictions flipped. Real: the "
+        f"interval excludes 0, and {MIN_FLIPS} predictions flipped at least.", "",
+        "| variant | " + " | ".join(TIERS) + " | real in |", "|" + " --- |" * (len(TIERS) + 2),
+    ]  # fmt: skip
+    for row in measured(rows):
+        if not row["tiers"]:
+            continue
+        cells, real = [], []
+        for tier in TIERS:
+            found = row["tiers"].get(tier)
+            if found is None:
+                cells.append("")
+                continue
+            change = found[objective.tier_change]
+            bounds = (
+                "no interval"
+                if change["low"] is None
+                else f"{change['low']:+.4f} to {change['high']:+.4f}"
+            )
+            flips = found["flipped_predictions"]
+            cells.append(f"{change['estimate']:+.4f} ({bounds}), {flips:,} flips")
+            real += [tier] if change["is_real"] else []
+        name = row["variant"]
+        lines.append(f"| {name} | " + " | ".join(cells) + f" | {', '.join(real) or 'none'} |")
+    return "\n".join(lines)
+
+
+def _with_temperature(rows: Sequence[Row]) -> list[Row]:
+    return [row for row in measured(rows) if row.get("ece_at_temperature") is not None]
+
+
+def temperature_text(rows: Sequence[Row]) -> str:
+    """Does a temperature that was found on one half mend the other?"""
+    found = _with_temperature(rows)
+    helped = sum(row["ece_at_temperature"] < row["ece"] for row in found)
+    changes = sorted(row["ece_at_temperature"] - row["ece"] for row in found)
+    lines = [
+        "Fitted on one half by least loss, judged on the other half. It makes the expected "
+        f"calibration error smaller for {helped} of {len(found)} variants: the change is "
+        f"{changes[len(changes) // 2]:+.4f} in the middle, {changes[0]:+.4f} at best and "
+        f"{changes[-1]:+.4f} at worst.",
+    ]
+    if all("nats" in row for row in found):
+        better = sum(row["nats_at_temperature"] < row["nats"] for row in found)
+        lines.append(f"It makes the loss there smaller for {better} of {len(found)}.")
+    return " ".join(lines)
 
 
 def speed_text(summary: dict[str, Any]) -> str:
@@ -269,8 +377,7 @@ def _columns(rows: Sequence[Row], objective: Objective) -> dict[str, Callable[[R
     more = {
         key: (key, "{:.5g}")
         for key in keys
-        if key not in all_of_it
-        and all(isinstance(row.get(key, 0.0), int | float) for row in measured(rows))
+        if key not in all_of_it and all(_is_number(row.get(key, 0.0)) for row in measured(rows))
     }
     columns = _cells(COLUMNS | more, keys)
     if any(row["tiers"] for row in measured(rows)):
@@ -279,6 +386,10 @@ def _columns(rows: Sequence[Row], objective: Objective) -> dict[str, Callable[[R
     if "pairs_accuracy" in keys:
         columns["pairs"] = _pairs
     return columns | _cells(COSTS, keys)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _cells(

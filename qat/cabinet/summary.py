@@ -68,6 +68,7 @@ def summarise(
         "best_per_family": best_per_family(rows, objective),
         "gptq_over_rounding": gptq_over_rounding(rows, objective),
         "ceilings": vars(ceilings),
+        "tier_change": objective.tier_change,
         "speed": speed(rows, ceilings),
         "where_to_stop": where_to_stop(rows, objective),
     }

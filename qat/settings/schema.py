@@ -345,6 +345,14 @@ class TrainSettings:
 @dataclass
 class VocabularySettings:  # named as in training; an artifact says its own
     vocab_size: int = 1024  # of text that task=audit prepares
+    # folder of a Hugging Face sequence classifier, of task=cabinet; typed as model=DIR
+    path: str | None = path()
+
+
+@dataclass
+class LabelSettings:  # of task=cabinet model=DIR
+    ordered: bool = False  # labels are steps of a scale: kappa weighs by squared distance
+    max_tokens: int | None = checked(None, AT_LEAST_1)  # cut texts to so many; null = refuse longer
 
 
 @dataclass
@@ -389,6 +397,9 @@ class EvalTaskSettings:
     runs: str | None = path()  # glob of run folders
     study: str | None = path()  # folder or name of a study's sweep
     variants: list[str] | None = None  # globs of task=cabinet's rows; null = all
+    task_data: str | None = path()  # .jsonl of {"text": ..., "label": ...}, with model=DIR
+    keep: list[str] | None = None  # globs of what stays float32, with model=DIR; null = its head
+    labels: LabelSettings = field(default_factory=LabelSettings)
     cabinet: str | None = path()  # folder with the results.json of task=cabinet
     runs_dir: str = path("logs/runs")
     prompt: str = ""

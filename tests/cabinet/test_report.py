@@ -106,6 +106,39 @@ def test_what_cannot_be_answered_says_why(tmp_path: Path) -> None:
     assert not list((tmp_path / "none").glob("*.png"))
 
 
+def test_what_qat_buys_where_damage_lands_and_temperature() -> None:
+    told, _ = tell([*ROWS, make_row("qat_int4", "qat", 1_300_000, 0.0123)])
+    assert "| int4 | +0.13780 (1,200,000) | +0.05510 (1,200,000) | +0.01230 (1,300,000) |" in told
+    # head: 0.8 of the gap of 0.1378, planted with 0.002 to either side
+    line = next(line for line in told.splitlines() if line.startswith("| rtn_int4 | +0.1102"))
+    assert "+0.1102 (+0.1082 to +0.1122), 6,890 flips" in line
+    assert line.endswith("| head, mid, tail, all |")
+    line = next(line for line in told.splitlines() if line.startswith("| rtn_int8 | +0.0002"))
+    assert line.endswith("| none |")
+    # ECE is 0.01 + gap / 10, and 0.008 at the temperature: better for all 8
+    assert "smaller for 8 of 8 variants" in told
+    worse = [{**row, "ece_at_temperature": 0.5} for row in ROWS if row["status"] == "measured"]
+    told, _ = tell(worse)
+    assert "smaller for 0 of 7 variants" in told
+    assert "## What QAT buys" not in told
+
+
+def test_promises_are_kept_or_not() -> None:
+    told, _ = tell(ROWS)
+    promises = told.split("## Promises")[1].split("## The frontier")[0].strip().splitlines()
+    assert promises == [  # changes are planted as real above 0.002; fp32 takes 18 ms, others 12
+        "- As good: no tier with a real change: 1 of 6 (rtn_int8).",
+        "- Smaller in memory than fp32 (rtn_int3: 11.78 times): 6 of 6 (rtn_int6, gptq_int6, "
+        "rtn_int8, gptq_int4, rtn_int4, rtn_int3).",
+        "- Faster, 1.05 times at least, as measured here: 6 of 6 (rtn_int6, gptq_int6, rtn_int8, "
+        "gptq_int4, rtn_int4, rtn_int3).",
+    ]
+    slow = [{**r, "latency_ms": 17.5, "memory_bytes": 10**9} for r in ROWS[:3]] + [ROWS[3]]
+    told, _ = tell(slow)
+    assert "- Faster, 1.05 times at least, as measured here: 0 of 3." in told
+    assert "times): 0 of 3." in told
+
+
 def test_the_roof_is_the_slower_of_arithmetic_and_memory() -> None:
     ceilings = Ceilings(100.0, {"float32": 10.0, "int8": 1000.0}, {})
     row = make_float(flops=50, weight_traffic_bytes=150, activation_bytes=50, latency_ms=10_000.0)
