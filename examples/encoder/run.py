@@ -128,12 +128,12 @@ def train(
     name: str, model: nn.Module, verses: Verses, seconds: float, rate: float, seed: int
 ) -> int:
     """AdamW until the clock stops, its rate rising for a twentieth and then falling to 0; updates
-    made."""
+    made. The clock counts seconds of processor time, which others on the machine do not take."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.01)
     model.train()
-    updates, started = 0, time.monotonic()
+    updates, started = 0, time.process_time()
     for batch, labels in verses.shuffled(seed):
-        share = (time.monotonic() - started) / seconds
+        share = (time.process_time() - started) / seconds
         if share >= 1.0:
             break
         for group in optimizer.param_groups:
@@ -147,7 +147,7 @@ def train(
         if updates % 200 == 1:
             print(f"{name}: {share:4.0%}, update {updates}, loss {loss.item():.3f}", flush=True)
     model.eval()
-    print(f"{name}: {updates} updates in {seconds:.0f} s", flush=True)
+    print(f"{name}: {updates} updates in {seconds:.0f} s of processor time", flush=True)
     return updates
 
 
@@ -164,8 +164,8 @@ def trained(model: BookReader, file: Path, *how: object) -> BookReader:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("logs/encoder"), help="folder")
-    parser.add_argument("--seconds", type=float, default=300.0, help="of the first training")
-    parser.add_argument("--more-seconds", type=float, default=60.0, help="of each of five arms")
+    parser.add_argument("--seconds", type=float, default=300.0, help="processor, first training")
+    parser.add_argument("--more-seconds", type=float, default=60.0, help="processor, each arm")
     parser.add_argument("--dim", type=int, default=128)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--most", type=int, help="verses of a book; all by default")
