@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from qat.cabinet.labelled import MACRO_F1
 from qat.cabinet.plots import MAX_VARIANTS, spread_over
 from qat.cabinet.report import as_markdown, write_report
 from qat.cabinet.roofline import Ceilings
@@ -121,6 +122,33 @@ def test_what_qat_buys_where_damage_lands_and_temperature() -> None:
     told, _ = tell(worse)
     assert "smaller for 0 of 7 variants" in told
     assert "## What QAT buys" not in told
+
+
+def test_of_a_quality_more_is_better() -> None:
+    """The same rows by macro F1: signs turn round, and so does who is beaten."""
+
+    def row(variant: str, family: str, size: int, f1: float) -> dict[str, Any]:
+        return make_row(variant, family, size, macro_f1=f1, gap_macro_f1=f1 - 0.8, tiers=None)
+
+    rows = [
+        row("fp32", "float", 10_000, 0.8), row("rtn_int8", "rounding", 3_000, 0.801),
+        row("gptq_int6", "gptq", 2_000, 0.797), row("rtn_int6", "rounding", 2_100, 0.78),
+        row("rtn_int4", "rounding", 1_000, 0.5),
+    ]  # fmt: skip
+    summary = summarise(rows, CEILINGS, MACRO_F1)
+    assert summary["frontier"] == ["rtn_int4", "gptq_int6", "rtn_int8"]
+    stop = summary["where_to_stop"]
+    assert stop["variant"] == "gptq_int6"  # 0.003 lost, of 0.005 that may be
+    assert stop["gap_macro_f1"] == pytest.approx(-0.003)
+    assert stop["next_smaller"]["variant"] == "rtn_int4"
+    assert summary["best_per_family"]["rounding"] == {
+        "most_macro_f1": "rtn_int8", "smallest_within_gap": "rtn_int8"
+    }  # fmt: skip
+    assert summary["gptq_over_rounding"]["int6"]["macro_f1_bought"] == pytest.approx(0.017)
+    told = as_markdown(rows, summary, {}, [], MACRO_F1)
+    assert "gap_macro_f1 >= -0.005" in told
+    assert "**gptq_int6**: 2,000 bytes, 5.00 times smaller than fp32, gap -0.00300" in told
+    assert "GPTQ is better on 1 of 1 grids, and buys most on int6: +0.01700 macro_f1" in told
 
 
 def test_promises_are_kept_or_not() -> None:
