@@ -324,8 +324,11 @@ def resolve_eval(settings: EvalTaskSettings, choices: Mapping[str, str | None]) 
         is_checkpoint = s.artifact is None or s.artifact.endswith(".ckpt")
         require(is_checkpoint, "artifact", s.artifact, "variants are made of a float checkpoint")
     elif s.task == "report":
-        one = "give study=NAME or a glob of run folders, runs='logs/runs/*' (one of them)"
-        require(bool(s.runs) != bool(s.study), "runs", s.runs, one)
+        one = (
+            "give study=NAME or a glob of run folders, runs='logs/runs/*', or cabinet=FOLDER "
+            "(one of them)"
+        )
+        require(bool(s.runs) + bool(s.study) + bool(s.cabinet) == 1, "runs", s.runs, one)
     elif s.task == "choose":
         require(
             bool(s.cabinet), "cabinet", s.cabinet, "give the folder of a cabinet, cabinet=FOLDER"
