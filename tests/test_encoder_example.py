@@ -72,6 +72,7 @@ def test_one_command(tmp_path: Path) -> None:
     report = (tmp_path / "found/cabinet/REPORT.md").read_text()
     for title in ("Promises", "What QAT buys", "Where damage lands", "Temperature"):
         assert f"## {title}" in report
+    assert "data:image/png" in (tmp_path / "found/cabinet/report.html").read_text()
     assert "artifact_bytes <=" in (tmp_path / "found/cabinet/CHOICE.txt").read_text()
     again = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False,
                            env={"PYTHONPATH": str(ROOT), "PATH": ""})  # fmt: skip

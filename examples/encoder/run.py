@@ -31,6 +31,7 @@ from qat import Plan, QatModel, cabinet
 from qat.cabinet.choose_task import print_choice
 from qat.cabinet.grid_variants import GRIDS, SHIPPED
 from qat.cabinet.labelled import MACRO_F1, LabelledTask, Labels
+from qat.report.cabinet_page import write_page
 from qat.text.corpus import bible_verses
 
 SECTION_ENDS = (5, 17, 22, 27, 39, 43, 44, 57, 65, 66)  # Law, History, Poetry, ..., Revelation
@@ -208,6 +209,7 @@ def main() -> None:
     }
     with redirect_stdout(io.StringIO()) as told:
         print_choice(rows, envelope, MACRO_F1)
+    write_page(s.out / "cabinet")
     (s.out / "cabinet" / "CHOICE.txt").write_text(told.getvalue(), encoding="utf-8")
     print(told.getvalue())
 

@@ -148,6 +148,7 @@ def _run(
     files: Mapping[str, str | Path],
     repeats: int,
 ) -> list[Row]:
+    check_positions(model, [*batches, *getattr(judge, "batches", ())])
     frozen = Frozen.of_module(model, batches, keep)
     check_same_twice(frozen.module, batches[0])
     more = [file_variant(name, Path(path), frozen) for name, path in files.items()]
@@ -172,6 +173,18 @@ def layer_by_layer() -> Iterator[None]:
         yield
     finally:
         torch.backends.mha.set_fastpath_enabled(was)
+
+
+def check_positions(model: nn.Module, batches: Iterable[Any]) -> None:
+    """UserError for texts that are longer than a Hugging Face model has positions."""
+    most = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    for number, batch in enumerate(batches, start=1):
+        ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
+        if most is not None and isinstance(ids, Tensor) and ids.size(-1) > most:
+            raise UserError(
+                f"inputs: batch {number} has texts of {ids.size(-1)} tokens, the model's positions "
+                f"end at {most}: cut them"
+            )
 
 
 @torch.no_grad()

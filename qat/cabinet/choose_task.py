@@ -196,7 +196,7 @@ def _runner_up(move: Move | None, constraints: Mapping[str, float], objective: O
     return (
         f"runner-up: {move.winner['variant']} ({objective.key} "
         f"{move.winner[objective.key]:.5f}) if "
-        f"{move.constraint} may be {move.to!r} instead of {_number(limit)} (+{share:.1%})"
+        f"{move.constraint} may be {move.to!r} instead of {_number(limit)} ({share:+.1%})"
     )
 
 

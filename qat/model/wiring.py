@@ -12,7 +12,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
-from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
@@ -48,9 +47,12 @@ class Watch(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         if func is F.multi_head_attention_forward:  # the mode is off inside
-            watched = partial(self._watched, F.linear)
-            with patch.object(F, "linear", watched):
+            linear = F.linear
+            F.linear = partial(self._watched, linear)
+            try:
                 return func(*args, **kwargs)
+            finally:
+                F.linear = linear
         if func in (F.linear, F.embedding):
             return self._watched(func, *args, **kwargs)
         return func(*args, **kwargs)
