@@ -148,14 +148,15 @@ def _run(
     files: Mapping[str, str | Path],
     repeats: int,
 ) -> list[Row]:
-    check_positions(model, [*batches, *getattr(judge, "batches", ())])
+    texts = [*batches, *getattr(judge, "batches", ())]  # to calibrate on, and of a labelled task
+    check_positions(model, texts)
     frozen = Frozen.of_module(model, batches, keep)
     check_same_twice(frozen.module, batches[0])
     more = [file_variant(name, Path(path), frozen) for name, path in files.items()]
     chosen = choose_variants(frozen, more, variants)
     same = {
         "weights_sha256": digest_of(frozen.weights),
-        "inputs_sha256": digest_of(_named(batches)),
+        "inputs_sha256": digest_of(_named(texts)),
         "kept": sorted(frozen.kept),
     } | judge.identity()
     manifest = claim(folder, same, judge.objective)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from qat.analysis.damage import tier_by_token
 from qat.analysis.labels import damage_by_class_tier, halves, label_metrics, label_reliability
+from qat.cabinet.measure import digest_of
 from qat.cabinet.objective import Objective
 from qat.errors import UserError
 from qat.model.wiring import arguments
@@ -172,15 +173,15 @@ class LabelledTask:
         return logits
 
     def identity(self) -> dict[str, Any]:
+        said = {
+            f"{name}.{what}": torch.from_numpy(np.asarray(of_it))
+            for name, labels in self.heads.items()
+            for what, of_it in (("targets", labels.targets), ("tiers", labels.tiers),
+                                ("half_a", labels.half_a))
+        }  # fmt: skip
         return {
-            "labels": {
-                name: {
-                    "targets": np.asarray(labels.targets).tolist(),
-                    "tiers": labels.tiers.tolist(),
-                    "ordered": labels.is_ordered,
-                }
-                for name, labels in self.heads.items()
-            },
+            "labels_sha256": digest_of(said),
+            "ordered": [name for name, labels in self.heads.items() if labels.is_ordered],
             "num_bins": self.num_bins, "seed": self.seed, "resamples": self.resamples,
         }  # fmt: skip
 

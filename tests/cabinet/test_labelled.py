@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +109,29 @@ def test_rows_report_and_choice(model: TwoHeads, tmp_path: Path) -> None:
     assert chosen is not None
     assert chosen["macro_f1"] == max(r["macro_f1"] for n, r in rows.items() if n != "fp32")
     assert choose(found, {"macro_f1": 1.5}, MACRO_F1).chosen is None
+
+
+def test_rows_of_other_texts_or_labels_are_not_mixed(model: TwoHeads, tmp_path: Path) -> None:
+    task = task_of(model)
+
+    def again(changed: LabelledTask) -> None:
+        cabinet.run(model, batches(), changed, folder=tmp_path, variants=["fp32"], repeats=1)
+
+    again(task)
+    again(task)
+    assert len((tmp_path / "REPORT.md").read_text().splitlines()) < 200
+    other = {"input_ids": torch.zeros(30, 8, dtype=torch.long)}
+    with pytest.raises(UserError, match="another inputs_sha256"):
+        again(replace(task, batches=[*batches()[:2], other]))
+    book = task.heads["book"]
+    with pytest.raises(UserError, match="another labels_sha256"):
+        again(
+            replace(
+                task, heads={**task.heads, "book": replace(book, targets=book.targets[::-1].copy())}
+            )
+        )
+    with pytest.raises(UserError, match="another ordered"):
+        again(replace(task, heads={**task.heads, "book": replace(book, is_ordered=True)}))
 
 
 def test_the_choice_as_typed(model: TwoHeads, tmp_path: Path, program) -> None:
