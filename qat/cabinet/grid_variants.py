@@ -7,6 +7,7 @@ codes that the variant has, coded by ``mix``, and of buffers as they are.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
@@ -206,7 +207,8 @@ def file_variant(name: str, path: Path, model: Frozen) -> Variant:
     def make() -> Kept:
         return replace(kept(found.encoded, model), disk_bytes=found.num_bytes)
 
-    return Variant(name, "qat", make)
+    made_from = hashlib.sha256(path.read_bytes()).hexdigest()
+    return Variant(name, "qat", make, made_from=made_from)
 
 
 def grid_variants(model: Frozen) -> list[Variant]:

@@ -94,7 +94,7 @@ def measure_all(
     """Rows of all variants, in their order; REPORT.md and its like are written anew."""
     objective = bench.evaluation.objective
     console = Console(stderr=True)
-    todo = [v for v in variants if not (folder / v.name / ROW).is_file()]
+    todo = [v for v in variants if not _is_measured(folder, v)]
     if todo:
         bench.read_float()  # what cannot be measured at all leaves no manifest behind
     if not (folder / MANIFEST).is_file():
@@ -116,6 +116,14 @@ def measure_all(
     print(stop_text(rows, summarise(rows, ceilings, objective), objective))
     print(f"written: {folder}/REPORT.md, summary.json, {RESULTS} and pictures")
     return rows
+
+
+def _is_measured(folder: Path, variant: Variant) -> bool:
+    path = folder / variant.name / ROW
+    if not path.is_file():
+        return False
+    found = json.loads(path.read_text("utf-8"))
+    return variant.made_from is None or found.get("made_from") == variant.made_from
 
 
 def _ceilings(folder: Path, device: torch.device) -> Ceilings:

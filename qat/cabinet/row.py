@@ -71,7 +71,7 @@ class Bench:
     def row(self, variant: Variant) -> dict[str, Any]:
         """Make the variant and measure it; a row with the reason if this machine cannot."""
         reference, before = self._reference
-        head = {"variant": variant.name, "family": variant.family}
+        head = {"variant": variant.name, "family": variant.family, "made_from": variant.made_from}
         if reason := variant.missing():
             return head | {"status": "unavailable", "reason": reason}
         started = time.monotonic()

@@ -45,12 +45,14 @@ class Kept:
 
 @dataclass(frozen=True)
 class Variant:
-    """A row of the table. ``missing`` returns why this machine cannot make it, or None."""
+    """A row of the table. ``missing`` returns why this machine cannot make it, or None.
+    ``made_from``: SHA-256 of a file that it is made from, whose row is of no other file."""
 
     name: str
     family: str  # float | rounding | gptq | scaled | low rank | torchao | bitsandbytes | qat
     make: Callable[[], Kept]
     missing: Callable[[], str | None] = lambda: None
+    made_from: str | None = None
 
 
 def unmade(name: str, family: str, reason: str) -> Variant:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -247,6 +248,15 @@ def test_a_file_of_qat_is_a_row(model: Encoder, tmp_path: Path) -> None:
     assert rows["four"]["family"] == "qat"
     assert rows["four"]["disk_bytes"] == size
     assert rows["four"]["error"] == rows["rtn_int4"]["error"]
+    with torch.no_grad():  # trained on: another file of the same name is another row
+        changed = copy.deepcopy(model)
+        changed.embedding.weight *= 1.5
+    QatModel(changed, plan).save(tmp_path / "four.qat")
+    again = cabinet_of(
+        model, tmp_path / "c", files=files, keep=["classifier*"], variants=["rtn_int4", "four"]
+    )
+    assert again["four"]["error"] > 1.2 * rows["four"]["error"]
+    assert again["rtn_int4"] == rows["rtn_int4"]
     assert "another model's tensors" in rows["other"]["reason"]
     assert "lost.qat" in rows["lost"]["reason"]
 

@@ -66,6 +66,11 @@ def test_a_quality_is_needed_at_least(tmp_path: Path, program) -> None:
         make_float(macro_f1=0.80, ece=0.09), make_row("a", "gptq", 900, macro_f1=0.72, ece=0.05),
         make_row("b", "gptq", 800, macro_f1=0.60, ece=0.02),
     ]  # fmt: skip
+    twins = [
+        make_row(name, "gptq", 900, macro_f1=0.7, items_per_second=speed)
+        for name, speed in (("slow", 100.0), ("quick", 200.0))
+    ]
+    assert choose(twins, {"items_per_second": 50.0}, MACRO_F1).candidates == twins[1:]
     (tmp_path / "results.json").write_text(json.dumps(rows))
     wanted = {"macro_f1": 0.75, "ece": 0.06}
     found = choose(rows, wanted, MACRO_F1)
