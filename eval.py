@@ -3,6 +3,7 @@
     python eval.py artifact=logs/runs/RUN/artifact.qat
     python eval.py run=RUN eval=full
     python eval.py task=cabinet run=RUN
+    python eval.py task=cabinet model=DIR task_data=FILE.jsonl
     python eval.py task=inspect artifact=PATH
     python eval.py task=fill run=RUN limit_bytes=1000000
     python eval.py task=sample artifact=PATH prompt="In the beginning"

@@ -28,6 +28,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from qat.cabinet.grid_variants import plan_for  # noqa: E402
+from qat.cabinet.variant import Frozen  # noqa: E402
 from qat.model.gpt import GPT  # noqa: E402
 from qat.model.spec import ModelSpec  # noqa: E402
 from qat.ptq.awq import awq  # noqa: E402
@@ -122,7 +123,11 @@ def whole_model() -> dict[str, float]:
     inputs = read_inputs(shape, weights, random_sequences(shape, MAX_TOKENS, 0))
     calibrated = time.perf_counter()
     grid = Grid(bits=4, group_size=64)
-    encoded_by(plan_for(shape, grid, Grid(bits=8)), weights, gptq_method(inputs))
+    encoded_by(
+        plan_for(Frozen.of_spec(shape, weights, {}), grid, Grid(bits=8)),
+        weights,
+        gptq_method(inputs),
+    )
     return {
         "calibration": calibrated - started,
         "gptq": time.perf_counter() - calibrated,

@@ -43,6 +43,8 @@ ONLY = {  # third-party package -> rooms that may import it
     "brotli": {"artifact"},
     "constriction": {"artifact"},
     "scipy": {"analysis", "study"},
+    "torchmetrics": {"analysis"},
+    "transformers": {"cabinet"},
     "torchao": {"cabinet"},
     "bitsandbytes": {"cabinet"},
     "gguf": {"export"},

@@ -99,7 +99,7 @@ def test_the_cabinet(llama, program, cache_dir: Path) -> None:
     assert done.code == 0, done.err
     rows = {row["variant"]: row for row in json.loads(Path("found/results.json").read_text())}
     assert rows.keys() == set(VARIANTS)
-    assert rows["rtn_int8_tensor_folded"]["reason"] == "llama has no channel scales to fold"
+    assert rows["rtn_int8_tensor_folded"]["reason"] == "Llama has no channel scales to fold"
     made = {name: row for name, row in rows.items() if row["status"] == "measured"}
     assert {name for name in VARIANTS if name not in made} == {"rtn_int8_tensor_folded"}
     for name, row in made.items():

@@ -7,7 +7,7 @@ machine, not of a storage format.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,7 +32,8 @@ class Spread:
 
 @dataclass(frozen=True)
 class InferenceCost:
-    """``latency_ms``: one sequence by itself. ``tokens_per_second``: batches of batch_tokens.
+    """``latency_ms``: one sequence by itself. ``tokens_per_second``: batches of batch_tokens (or,
+    of another model than a language model, ``time_calls``: its items).
 
     ``peak_memory_bytes``: highest resident size of the process while timed, or memory allocated on
     the GPU; None where the system does not tell.
@@ -50,25 +51,41 @@ def measure_cost(scorer: Scorer, weights: Mapping[str, Tensor], repeats: int) ->
     placed = {name: w.to(device) for name, w in weights.items()}
     seq_len = settings.seq_len or scorer.seq_len
     ids = torch.from_numpy(scorer.stream.take(0, seq_len)).to(device)
+    rows = max(1, settings.batch_tokens // seq_len)
 
-    def seconds(rows: int) -> list[float]:
-        ids_BT = ids.expand(rows, -1)
+    def forward(ids_BT: Tensor) -> None:
+        with torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
+            torch.func.functional_call(scorer.model, placed, (ids_BT,))
+
+    one, many = ids.expand(1, -1), ids.expand(rows, -1)
+    calls = (lambda: forward(one), lambda: forward(many))
+    return time_calls(*calls, rows * seq_len, repeats, device)
+
+
+def time_calls(
+    one: Callable[[], object],
+    many: Callable[[], object],
+    num_items: int,
+    repeats: int,
+    device: torch.device,
+) -> InferenceCost:
+    """Of a call for one item, and of one for ``num_items``, ``repeats`` times each."""
+
+    def seconds(call: Callable[[], object]) -> list[float]:
         times = []
         for _ in range(WARM_UP + repeats):
             started = time.perf_counter()
-            with torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
-                torch.func.functional_call(scorer.model, placed, (ids_BT,))
+            call()
             if device.type == "cuda":
                 torch.cuda.synchronize()
             times.append(time.perf_counter() - started)
         return times[WARM_UP:]
 
     is_reset = _reset_peak(device)
-    rows = max(1, settings.batch_tokens // seq_len)
-    latency_ms = [1000 * s for s in seconds(1)]
-    tokens_per_second = [rows * seq_len / s for s in seconds(rows)]
+    latency_ms = [1000 * s for s in seconds(one)]
+    items_per_second = [num_items / s for s in seconds(many)]
     peak = _peak_bytes(device) if is_reset else None
-    return InferenceCost(_spread(latency_ms), _spread(tokens_per_second), peak)
+    return InferenceCost(_spread(latency_ms), _spread(items_per_second), peak)
 
 
 def _spread(values: list[float]) -> Spread:

@@ -54,7 +54,7 @@ def layer_damage(
     plain = replace(scorer.settings, stride=None, by_document=False)
     limited = replace(scorer, settings=plain, max_targets=max_targets)
     placed = {name: w.to(scorer.device) for name, w in weights.items()}
-    inputs = LayerInputs(scorer.spec, placed, scorer.settings.precision)
+    inputs = LayerInputs.of_spec(scorer.spec, placed, scorer.settings.precision)
     # Little enough for every rank to see all of it; none of these windows is padded.
     for batch in read_batches(scorer.stream, limited.windows.batches(plain.batch_tokens)):
         inputs.update(batch.ids.to(scorer.device))

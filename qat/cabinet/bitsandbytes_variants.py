@@ -22,21 +22,18 @@ from collections.abc import Callable
 from functools import partial
 from importlib.util import find_spec
 
-import torch
 from torch import Tensor, nn
 
 from qat.cabinet.variant import (
     EMBEDDING,
+    Frozen,
     Kept,
     Variant,
     coded_bytes,
-    float_model,
+    failure,
+    held_tensors,
     inner_bytes,
-    inner_linears,
 )
-from qat.model.registry import tensor_shapes
-from qat.model.spec import ModelSpec
-from qat.model.wiring import wiring_of
 
 OUTLIER_THRESHOLD = 6.0
 BLOCK_SIZES = (64, 32)
@@ -45,21 +42,28 @@ BLOCK_SIZES = (64, 32)
 Replace = Callable[[nn.Linear], tuple[nn.Linear, list[Tensor]]]
 
 
-def bitsandbytes_variants(
-    spec: ModelSpec, weights: dict[str, Tensor], device: torch.device
-) -> list[Variant]:
-    """LLM.int8, NF4, NF4 with double quantization, FP4; ``weights``: name -> float32 tensor."""
+def bitsandbytes_variants(model: Frozen) -> list[Variant]:
+    """LLM.int8, NF4, NF4 with double quantization, FP4."""
+
+    def converted(replace: Replace) -> tuple[nn.Module, list[Tensor]]:
+        module = model.copy()
+        layers = model.inner_linears(module)
+        replaced = {id(layer.weight) for layer in layers.values()}
+        held = [tensor for tensor in held_tensors(module) if id(tensor) not in replaced]
+        for name, layer in layers.items():
+            theirs, tensors = replace(layer)
+            theirs.bias = layer.bias
+            module.set_submodule(name, theirs.eval())
+            held += tensors
+        return module, held
 
     def make(replace: Replace) -> Kept:
-        model = float_model(spec, weights, device)
-        matrices = inner_linears(model, spec)
-        replaced = {f"{name}.weight" for name in matrices}
-        held = [p.data for name, p in model.named_parameters() if name not in replaced]
-        for name, layer in matrices.items():
-            theirs, tensors = replace(layer)
-            model.set_submodule(name, theirs.eval())
-            held += tensors
-        return Kept({}, coded_bytes(held), inner_bytes(held), EMBEDDING, model)
+        module, held = converted(replace)
+        embedding = EMBEDDING if model.wiring.ends else None
+        return Kept(module, coded_bytes(held), inner_bytes(held), embedding)
+
+    def missing(replace: Replace) -> str | None:
+        return _missing(model) or failure(lambda: converted(replace)[0], model)
 
     rows: dict[str, Replace] = {
         "LLM.int8": _int8,
@@ -69,17 +73,19 @@ def bitsandbytes_variants(
     }
     return [
         Variant(
-            f"bitsandbytes {name}", "bitsandbytes", partial(make, replace), partial(_missing, spec)
+            f"bitsandbytes {name}",
+            "bitsandbytes",
+            partial(make, replace),
+            partial(missing, replace),
         )
         for name, replace in rows.items()
     ]
 
 
-def _missing(spec: ModelSpec) -> str | None:
+def _missing(model: Frozen) -> str | None:
     if find_spec("bitsandbytes") is None:
         return "needs bitsandbytes: pip install -e '.[cabinet]'"
-    shapes = tensor_shapes(spec)
-    if any(shapes[name][1] % BLOCK_SIZES[-1] for name in wiring_of(spec).matrices):
+    if any(model.weights[name].size(1) % BLOCK_SIZES[-1] for name in model.matrices):
         return f"needs rows of a multiple of {BLOCK_SIZES[-1]} weights"
     return None
 

@@ -1,8 +1,9 @@
 """``eval.py task=choose``: which variant of a cabinet meets what you need.
 
-Each constraint is the most that a variant may have of a quantity. Among the variants that meet all
-of them and that no other beats (in the constrained quantities, val_bpb and bytes of the file), the
-one of least val_bpb is named, and which constraint would have to move, how far, for another.
+Each constraint is the most that a variant may have of a quantity, or the least of a quality
+(``AT_LEAST``). Among the variants that meet all of them and that no other beats (in the constrained
+quantities, the cabinet's objective and bytes of the file), the best by the objective is named, and
+which constraint would have to move, how far, for another.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from typing import TYPE_CHECKING, NamedTuple
 from rich.markup import escape
 from rich.table import Table
 
-from qat.cabinet.summary import Row, dominated, measured
+from qat.cabinet.objective import BITS_PER_BYTE, Objective, Row
+from qat.cabinet.summary import dominated, measured
 from qat.errors import UserError
 from qat.settings.terminal import print_wide
 
@@ -23,7 +25,8 @@ if TYPE_CHECKING:
     from qat.budget.budget import Budget
     from qat.settings.schema import EvalTaskSettings
 
-RESULTS = "results.json"
+RESULTS, MANIFEST = "results.json", "manifest.json"
+AT_LEAST = ("macro_f1", "accuracy", "mcc", "auc", "kappa", "items_per_second", "tokens_per_second")
 KEYS = {"artifact_bytes": "disk_bytes"}  # a constraint's name -> the row's, where they differ
 
 
@@ -62,9 +65,22 @@ def read_rows(folder: Path) -> list[Row]:
     return rows
 
 
+def objective_of(folder: Path) -> Objective:
+    """What a cabinet's rows are judged by; ``val_bpb`` if its manifest does not say."""
+    try:
+        found = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        return Objective(**found["objective"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return BITS_PER_BYTE
+
+
 def value(row: Row, constraint: str) -> float | None:
-    """Of the constrained quantity; None where the system did not tell."""
-    return row[KEYS.get(constraint, constraint)]
+    """Of the constrained quantity; None where the system did not tell, or the task has none."""
+    return row.get(KEYS.get(constraint, constraint))
+
+
+def _breaks(name: str, found: float, limit: float) -> bool:
+    return found < limit if name in AT_LEAST else found > limit
 
 
 def failures(row: Row, constraints: Mapping[str, float]) -> list[str]:
@@ -72,41 +88,55 @@ def failures(row: Row, constraints: Mapping[str, float]) -> list[str]:
     return [
         name
         for name, limit in constraints.items()
-        if (found := value(row, name)) is None or found > limit
+        if (found := value(row, name)) is None or _breaks(name, found, limit)
     ]
 
 
-def choose(rows: Sequence[Row], constraints: Mapping[str, float]) -> Chosen:
-    """The unbeaten survivor of least val_bpb; of equals the one with fewer bytes."""
+def choose(
+    rows: Sequence[Row], constraints: Mapping[str, float], objective: Objective = BITS_PER_BYTE
+) -> Chosen:
+    """The unbeaten survivor that is best by the objective; of equals the one with fewer bytes."""
     survivors = [row for row in measured(rows) if not failures(row, constraints)]
-    keys = sorted({KEYS.get(name, name) for name in constraints} | {"val_bpb", "disk_bytes"})
-    beaten = dominated(survivors, keys)
+    keys = sorted({KEYS.get(name, name) for name in constraints} | {objective.key, "disk_bytes"})
+    higher = (*AT_LEAST, *((objective.key,) if objective.higher_is_better else ()))
+    beaten = dominated(survivors, keys, higher)
     candidates = [row for row, out in zip(survivors, beaten, strict=True) if not out]
-    best = min(candidates, key=lambda row: (row["val_bpb"], row["disk_bytes"]), default=None)
+    best = min(candidates, key=lambda row: (objective.cost(row), row["disk_bytes"]), default=None)
     return Chosen(survivors, candidates, best)
 
 
-def least_move(rows: Sequence[Row], constraints: Mapping[str, float]) -> Move | None:
+def least_move(
+    rows: Sequence[Row], constraints: Mapping[str, float], objective: Objective = BITS_PER_BYTE
+) -> Move | None:
     """None where no single constraint, however far it moves, leads to another variant."""
-    chosen = choose(rows, constraints).chosen
+    chosen = choose(rows, constraints, objective).chosen
     moves = []
     for name, limit in constraints.items():
         for to in {value(row, name) for row in measured(rows)}:
-            if to is not None and to > limit:
-                winner = choose(rows, {**constraints, name: to}).chosen
+            if to is not None and _breaks(name, to, limit):
+                winner = choose(rows, {**constraints, name: to}, objective).chosen
                 if winner is not None and winner is not chosen:
                     moves.append(Move(name, to, winner))
-    return min(moves, key=lambda move: move.to / constraints[move.constraint], default=None)
+
+    def share(move: Move) -> float:
+        """How far, of a quality downwards."""
+        times = move.to / constraints[move.constraint]
+        return 1 - times if move.constraint in AT_LEAST else times - 1
+
+    return min(moves, key=share, default=None)
 
 
-def print_choice(rows: Sequence[Row], constraints: Mapping[str, float]) -> None:
+def print_choice(
+    rows: Sequence[Row], constraints: Mapping[str, float], objective: Objective = BITS_PER_BYTE
+) -> None:
     """The table of who meets what, then the choice and the runner-up, on stdout."""
-    found, move = choose(rows, constraints), least_move(rows, constraints)
-    table = Table(title="At most what was asked for (!: more than that)", title_justify="left")
+    found, move = choose(rows, constraints, objective), least_move(rows, constraints, objective)
+    table = Table(title="What was asked for (!: not met)", title_justify="left")
     table.add_column("variant")
+    signs = {name: ">=" if name in AT_LEAST else "<=" for name in constraints}
     for title in (
-        "val_bpb",
-        *(f"{name} <= {_number(limit)}" for name, limit in constraints.items()),
+        objective.key,
+        *(f"{name} {signs[name]} {_number(limit)}" for name, limit in constraints.items()),
     ):
         table.add_column(title, justify="right")
     table.add_column("verdict")
@@ -117,8 +147,9 @@ def print_choice(rows: Sequence[Row], constraints: Mapping[str, float]) -> None:
             continue
         cells = [_cell(row, name, limit) for name, limit in constraints.items()]
         table.add_row(
-            row["variant"], f"{row['val_bpb']:.5f}", *cells, _verdict(row, found, constraints)
-        )
+            row["variant"], f"{row[objective.key]:.5f}", *cells,
+            _verdict(row, found, constraints),
+        )  # fmt: skip
     print_wide(table)
     for title, kept in (
         ("meet all", found.survivors),
@@ -129,18 +160,18 @@ def print_choice(rows: Sequence[Row], constraints: Mapping[str, float]) -> None:
         print("chosen: none; no variant meets all constraints")
     else:
         print(
-            f"chosen: {found.chosen['variant']}, of least val_bpb "
-            f"({found.chosen['val_bpb']:.5f}) among {len(found.candidates)} that meet all "
+            f"chosen: {found.chosen['variant']}, of {objective.best.replace('_', ' ', 1)} "
+            f"({found.chosen[objective.key]:.5f}) among {len(found.candidates)} that meet all "
             f"constraints and are not beaten; {found.chosen['disk_bytes']:,} bytes"
         )
-    print(_runner_up(move, constraints))
+    print(_runner_up(move, constraints, objective))
 
 
 def _cell(row: Row, name: str, limit: float) -> str:
     found = value(row, name)
     if found is None:
         return "not known !"
-    return f"{_number(found)} !" if found > limit else _number(found)
+    return f"{_number(found)} !" if _breaks(name, found, limit) else _number(found)
 
 
 def _number(value: float) -> str:
@@ -157,14 +188,15 @@ def _verdict(row: Row, found: Chosen, constraints: Mapping[str, float]) -> str:
     return f"fails {', '.join(failures(row, constraints))}"
 
 
-def _runner_up(move: Move | None, constraints: Mapping[str, float]) -> str:
+def _runner_up(move: Move | None, constraints: Mapping[str, float], objective: Objective) -> str:
     if move is None:
         return "runner-up: none; no single constraint that moves leads to another variant"
     limit = constraints[move.constraint]
     share = move.to / limit - 1
     return (
-        f"runner-up: {move.winner['variant']} (val_bpb {move.winner['val_bpb']:.5f}) if "
-        f"{move.constraint} may be {move.to!r} instead of {_number(limit)} (+{share:.1%})"
+        f"runner-up: {move.winner['variant']} ({objective.key} "
+        f"{move.winner[objective.key]:.5f}) if "
+        f"{move.constraint} may be {move.to!r} instead of {_number(limit)} ({share:+.1%})"
     )
 
 
@@ -172,5 +204,6 @@ def run(s: EvalTaskSettings, budget: Budget) -> int:
     """``eval.py task=choose cabinet=FOLDER constraints=...``."""
     assert s.cabinet is not None  # asked for by the checks of the settings
     typed = {name: limit for name, limit in vars(s.constraints).items() if limit is not None}
-    print_choice(read_rows(Path(s.cabinet)), typed)
+    folder = Path(s.cabinet)
+    print_choice(read_rows(folder), typed, objective_of(folder))
     return 0

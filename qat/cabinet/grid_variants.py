@@ -1,31 +1,38 @@
 """Variants on this project's grids: rounding by every rule, GPTQ, AWQ, LQER, SmoothQuant.
 
-All matrices are on the grid that the name says; ``_e8`` keeps the embedding (and an untied head) at
-int8 instead. Control vectors are fp32. Bytes are those of an artifact with the codes that the
-variant has, coded by ``mix``.
+All matrices are on the grid that the name says; ``_e8`` keeps the embeddings (and a language
+model's untied head) at int8 instead. Vectors are fp32. Bytes are those of an artifact with the
+codes that the variant has, coded by ``mix``, and of buffers as they are.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 from torch import Tensor
 
-from qat.artifact.container import pack
-from qat.cabinet.variant import Kept, Variant, inner_bytes, inner_linears
-from qat.model.registry import architecture_of, model_of, tensor_shapes
-from qat.model.spec import ModelSpec
-from qat.model.wiring import wiring_of
-from qat.ptq.calibration import read_inputs
+from qat.artifact.container import pack, read_artifact
+from qat.cabinet.variant import (
+    Frozen,
+    Kept,
+    Variant,
+    held_tensors,
+    inner_bytes,
+    unmade,
+    with_weights,
+)
+from qat.errors import UserError
 from qat.ptq.hqq import hqq
 from qat.ptq.layer_inputs import LayerInputs
 from qat.ptq.lqer import lqer
 from qat.ptq.methods import Method, encoded_by, gptq, lite, nearest, scaled
 from qat.ptq.smoothquant import migration_scales, snap_tokens
 from qat.quantize.grid import Grid
-from qat.quantize.plan import Encoded, Entry, Plan, build_plan
+from qat.quantize.plan import Encoded, Entry, Plan
 from qat.quantize.rounding import Codes
 
 CODER = "mix"
@@ -56,139 +63,128 @@ SHIPPED = {
 }
 
 
-class Frozen:
-    """The model that all variants are made of, and what its matrices read of each kind of text.
-
-    ``texts``: kind (train, self, random) -> what makes its (S, T) ids. Both are made once, when the
-    first variant asks for them.
-    """
-
-    def __init__(
-        self,
-        spec: ModelSpec,
-        weights: dict[str, Tensor],
-        texts: Mapping[str, Callable[[], Tensor]],
-    ) -> None:
-        self.spec, self.weights, self.texts = spec, weights, texts
-        self._sequences: dict[str, Tensor] = {}
-        self._inputs: dict[str, LayerInputs] = {}
-
-    def sequences(self, kind: str) -> Tensor:
-        if kind not in self._sequences:
-            self._sequences[kind] = self.texts[kind]()
-        return self._sequences[kind]
-
-    def inputs(self, kind: str) -> LayerInputs:
-        if kind not in self._inputs:
-            self._inputs[kind] = read_inputs(self.spec, self.weights, self.sequences(kind))
-        return self._inputs[kind]
+def plan_for(model: Frozen, grid: Grid, embedding: Grid) -> Plan:
+    """Every matrix on ``grid``, embeddings and head on theirs, what is kept and vectors fp32."""
+    grids = dict.fromkeys(model.ends, embedding) | dict.fromkeys(model.matrices, grid)
+    return Plan(
+        [
+            Entry(name, tuple(w.shape), grids.get(name) if w.dim() > 1 and w.numel() else None)
+            for name, w in model.weights.items()
+        ]
+    )
 
 
-def plan_for(spec: ModelSpec, grid: Grid, embedding: Grid) -> Plan:
-    """Every matrix on ``grid``, embedding and head on theirs, vectors fp32."""
-    wiring = wiring_of(spec)
-    rules = dict.fromkeys(wiring.ends, "embedding") | dict.fromkeys(wiring.matrices, "grid")
-    rules["*"] = "fp32"
-    return build_plan(tensor_shapes(spec), {"grid": grid, "embedding": embedding}, rules)
-
-
-def kept(encoded: list[Encoded], spec: ModelSpec, more: Mapping[str, Tensor] | None = None) -> Kept:
+def kept(encoded: list[Encoded], model: Frozen, more: Mapping[str, Tensor] | None = None) -> Kept:
     """Weights and bytes of what a file stores; ``more``: beside it, raw, added to the bytes."""
     plan = Plan([item.entry for item in encoded])
     held = [t for item in encoded if item.coded for t in item.coded if t is not None]
     held += [item.plain for item in encoded if item.plain is not None]
-    beside = list((more or {}).values())
-    embedding = plan.entries[wiring_of(spec).ends[0]]
+    buffers = held_tensors(model.module)[len(model.weights) :]
+    beside = [*(more or {}).values(), *buffers]
+    first = plan.entries[model.wiring.ends[0]] if model.wiring.ends else None
+    weights = {item.entry.name: item.decode().to(model.device) for item in encoded}
     return Kept(
-        weights={item.entry.name: item.decode() for item in encoded},
+        module=with_weights(model.module, weights),
         disk_bytes=len(pack(encoded, plan, {}, CODER)) + inner_bytes(beside),
         memory_bytes=inner_bytes([*held, *beside]),
-        embedding=embedding.grid.label if embedding.grid else embedding.dtype,
+        embedding=None if first is None else first.grid.label if first.grid else first.dtype,
     )
 
 
+def _with(made: Kept, changed: Mapping[str, Tensor]) -> Kept:
+    """It computes with other weights where ``changed`` has them."""
+    weights = {name: p.detach() for name, p in made.module.named_parameters()}
+    weights |= {name: w.to(weights[name].device) for name, w in changed.items()}
+    return replace(made, module=with_weights(made.module, weights))
+
+
 def _floats(model: Frozen, dtype: str) -> Kept:
-    plan = Plan([Entry(name, tuple(w.shape), None, dtype) for name, w in model.weights.items()])
-    made = kept(plan.encode(model.weights), model.spec)
+    plan = Plan(
+        [
+            Entry(name, tuple(w.shape), None, "fp32" if name in model.kept else dtype)
+            for name, w in model.weights.items()
+        ]
+    )
+    made = kept(plan.encode(model.weights), model)
     return replace(made, precision="bf16") if dtype == "bf16" else made
 
 
 def _on_grid(
-    spec: ModelSpec, weights: Mapping[str, Tensor], grid: Grid, embedding: Grid, method: Method
+    model: Frozen, weights: Mapping[str, Tensor], grid: Grid, embedding: Grid, method: Method
 ) -> Kept:
-    return kept(encoded_by(plan_for(spec, grid, embedding), weights, method), spec)
+    return kept(encoded_by(plan_for(model, grid, embedding), weights, method), model)
 
 
 def _folded(model: Frozen, grid: Grid) -> Kept:
     """Channel scales folded into the matrices beside them: what the model computes stays, and a
     scale per tensor sees other rows."""
-    folded = architecture_of(model.spec).folded(model.weights)
-    return _on_grid(model.spec, folded, grid, grid, nearest)
+    assert callable(model.module.folded)
+    return _on_grid(model, model.module.folded(model.weights), grid, grid, nearest)
 
 
-def _sequential(model: Frozen, grid: Grid, embedding: Grid, sequences: Tensor) -> Kept:
+def _calibrated(model: Frozen, kind: str) -> Kept:
+    """GPTQ on another kind of text."""
+    method = gptq(model.inputs(kind))
+    return _on_grid(model, model.weights, GRIDS["int4_g64"], GRIDS["int8"], method)
+
+
+def _sequential(model: Frozen, grid: Grid, embedding: Grid) -> Kept:
     """GPTQ block after block, each from what it reads once those before it are quantized."""
-    plan = plan_for(model.spec, grid, embedding)
+    plan = plan_for(model, grid, embedding)
     weights = dict(model.weights)
     encoded = {item.entry.name: item for item in plan.encode(weights)}
-    wiring = wiring_of(model.spec)
-    for stage in (*wiring.blocks, *((name,) for name in wiring.ends)):
-        method = gptq(read_inputs(model.spec, weights, sequences))
-        part = Plan([plan.entries[name] for name in stage])
-        for item in encoded_by(part, model.weights, method):
+    for stage in (*model.wiring.blocks, *((name,) for name in model.wiring.ends)):
+        part = Plan([plan.entries[name] for name in stage if name not in model.kept])
+        for item in encoded_by(part, model.weights, gptq(model.read("train", weights))):
             encoded[item.entry.name] = item
             weights[item.entry.name] = item.decode().to(weights[item.entry.name].device)
-    return kept(list(encoded.values()), model.spec)
+    return kept(list(encoded.values()), model)
 
 
 def _low_rank(model: Frozen, grid: Grid, embedding: Grid, inputs: LayerInputs) -> Kept:
-    wiring = wiring_of(model.spec)
-    encoded = encoded_by(plan_for(model.spec, grid, embedding), model.weights, nearest)
+    encoded = encoded_by(plan_for(model, grid, embedding), model.weights, nearest)
     factors: dict[str, Tensor] = {}
     corrected = {}
     for item in encoded:
         name = item.entry.name
-        if name in wiring.matrices:
+        if name in model.matrices:
             stored, w = item.decode(), model.weights[name].cpu()
             found = lqer(w, stored, inputs.hessian(name).diagonal().cpu(), min(RANK, *w.shape))
             factors |= {f"{name}.left": found.left, f"{name}.right": found.right}
             corrected[name] = found.added_to(stored)
-    made = kept(encoded, model.spec, factors)
-    return replace(made, weights=made.weights | corrected)
+    return _with(kept(encoded, model, factors), corrected)
 
 
 def _half_quadratic(model: Frozen, grid: Grid, embedding: Grid) -> Kept:
     """HQQ: codes and scales as in a file, real zero points beside it."""
     assert grid.bits is not None
     assert grid.group_size is not None
-    wiring, stored_grid = wiring_of(model.spec), replace(grid, range="full")
+    stored_grid = replace(grid, range="full")
     encoded = []
     zeros, weights = {}, {}
-    for item in plan_for(model.spec, stored_grid, embedding).encode(model.weights):
+    for item in plan_for(model, stored_grid, embedding).encode(model.weights):
         name = item.entry.name
-        if name in wiring.matrices:
+        if name in model.matrices:
             found = hqq(model.weights[name].cpu(), grid.bits, grid.group_size)
             item = Encoded(item.entry, Codes(found.codes, found.scales))
             zeros[name], weights[name] = found.zeros, found.weights
         encoded.append(item)
-    made = kept(encoded, model.spec, zeros)
-    return replace(made, weights=made.weights | weights)
+    return _with(kept(encoded, model, zeros), weights)
 
 
 def _smooth(model: Frozen, inputs: LayerInputs) -> Kept:
-    """W8A8 simulated: int8 weights, and every matrix of a block reads int8 activations."""
+    """W8A8 simulated: int8 weights, and every nn.Linear of them reads int8 activations."""
     by_input: dict[int, list[str]] = {}
-    for name in inputs.wiring.matrices:
+    for layer_name in model.inner_linears(model.module):
+        name = f"{layer_name}.weight"
         by_input.setdefault(id(inputs.of[name].products), []).append(name)
     weights, scales = dict(model.weights), {}
     for names in by_input.values():
         found = migration_scales(inputs.of[names[0]].largest, [weights[n] for n in names])
         for name in names:
             weights[name], scales[name] = weights[name] * found, found
-    made = _on_grid(model.spec, weights, GRIDS["int8"], GRIDS["int8"], nearest)
-    module = model_of(model.spec)
-    module.load_state_dict(made.weights)
-    for name, layer in inner_linears(module, model.spec).items():
+    made = _on_grid(model, weights, GRIDS["int8"], GRIDS["int8"], nearest)
+    for name, layer in model.inner_linears(made.module).items():
         layer.register_forward_pre_hook(
             lambda _, inputs, scale=scales[f"{name}.weight"]: (
                 snap_tokens(inputs[0] / scale.to(inputs[0].device)),
@@ -196,9 +192,24 @@ def _smooth(model: Frozen, inputs: LayerInputs) -> Kept:
         )
     beside = inner_bytes([scales[names[0]].half() for names in by_input.values()])
     return replace(
-        made, module=module, disk_bytes=made.disk_bytes + beside,
-        memory_bytes=made.memory_bytes + beside,
-    )  # fmt: skip
+        made, disk_bytes=made.disk_bytes + beside, memory_bytes=made.memory_bytes + beside
+    )
+
+
+def file_variant(name: str, path: Path, model: Frozen) -> Variant:
+    """A file of the same model, as QAT wrote it; a row with the reason if it cannot be read."""
+    try:
+        found = read_artifact(path)
+    except UserError as error:
+        return unmade(name, "qat", str(error))
+    if found.weights.keys() != model.weights.keys():
+        return unmade(name, "qat", f"{path} holds another model's tensors")
+
+    def make() -> Kept:
+        return replace(kept(found.encoded, model), disk_bytes=found.num_bytes)
+
+    made_from = hashlib.sha256(path.read_bytes()).hexdigest()
+    return Variant(name, "qat", make, made_from=made_from)
 
 
 def grid_variants(model: Frozen) -> list[Variant]:
@@ -209,7 +220,7 @@ def grid_variants(model: Frozen) -> list[Variant]:
         return model.inputs("train")
 
     def on(grid: Grid, embedding: Grid, method: Callable[[], Method]) -> Callable[[], Kept]:
-        return lambda: _on_grid(model.spec, model.weights, grid, embedding, method())
+        return lambda: _on_grid(model, model.weights, grid, embedding, method())
 
     rows = [
         Variant(dtype, "float", partial(_floats, model, dtype))
@@ -223,8 +234,8 @@ def grid_variants(model: Frozen) -> list[Variant]:
     rows.append(
         Variant(
             "rtn_int8_tensor_folded", "rounding", lambda: _folded(model, GRIDS["int8_tensor"]),
-            lambda: None if hasattr(architecture_of(model.spec), "folded")
-            else f"{model.spec.name} has no channel scales to fold",
+            lambda: None if hasattr(model.module, "folded")
+            else f"{type(model.module).__name__} has no channel scales to fold",
         )
     )  # fmt: skip
     with_gptq = ("int6", "int5", "int4", "int4_g64", "int4_g128", "int4_h32", "ternary")
@@ -238,11 +249,9 @@ def grid_variants(model: Frozen) -> list[Variant]:
     rows += [
         Variant("gptq_plain_int4_g64_e8", "gptq",
                 on(g64, int8, lambda: gptq(train(), act_order=False, by_inputs=False))),
-        Variant("gptq_self_int4_g64_e8", "gptq", on(g64, int8, lambda: gptq(model.inputs("self")))),
-        Variant("gptq_random_int4_g64_e8", "gptq",
-                on(g64, int8, lambda: gptq(model.inputs("random")))),
-        Variant("gptq_sequential_int4_g64_e8", "gptq",
-                lambda: _sequential(model, g64, int8, model.sequences("train"))),
+        *(Variant(f"gptq_{kind}_int4_g64_e8", "gptq", partial(_calibrated, model, kind))
+          for kind in model.texts if kind != "train"),
+        Variant("gptq_sequential_int4_g64_e8", "gptq", lambda: _sequential(model, g64, int8)),
         Variant("awq_int4_e8", "scaled", on(GRIDS["int4"], int8, lambda: scaled(train()))),
         Variant("smoothquant_w8a8", "scaled", lambda: _smooth(model, train())),
         Variant("lqer_int4_g64_e8", "low rank", lambda: _low_rank(model, g64, int8, train())),

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from qat.analysis.full_report import new_figure
+from qat.cabinet.objective import BITS_PER_BYTE, Objective, Row
 from qat.cabinet.roofline import Ceilings
-from qat.cabinet.summary import FLOAT, Row, dominated, find, frontier, measured
+from qat.cabinet.summary import FLOAT, beaten_in, find, frontier, measured
 
 FONT_SIZE = 7  # points
 CHARACTER_WIDTH, LINE_HEIGHT = 0.62 * FONT_SIZE, 1.25 * FONT_SIZE
@@ -66,47 +67,57 @@ FAMILY_COLOURS = {  # in the order in which tables list them
 }  # fmt: skip
 LINE_COLOURS = ("#4477aa", "#cc6677", "#228833", "#997700", "#aa3377", "#66ccee", "#ee7733", "grey")
 LINE_STYLES = {"float32": "-", "bfloat16": "--", "int8": ":"}  # of compute ceilings
+PARETO = (
+    ("pareto_bytes.png", "disk_bytes", "bytes of the file"),
+    ("pareto_latency.png", "latency_ms", "latency of one sequence, ms"),
+)
 MAX_VARIANTS = 8  # of one picture of tiers
 MAX_CURVES = 4  # of the reliability diagram, beside the float model's
-FINE_BPB = 0.005  # differences below this are drawn to scale, above it as logarithms
+FINE = 0.005  # differences below this are drawn to scale, above it as logarithms
 TICKS_BPB = (0, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)
 
 
-def draw(rows: Sequence[Row], ceilings: Ceilings, folder: Path) -> list[str]:
+def draw(
+    rows: Sequence[Row], ceilings: Ceilings, folder: Path, objective: Objective = BITS_PER_BYTE
+) -> list[str]:
     """Write the pictures that the rows have numbers for; their names."""
     found = measured(rows)
     drawn = []
     if found:
-        _pareto(rows, "disk_bytes", "bytes of the file", folder / "pareto_bytes.png")
-        _pareto(rows, "latency_ms", "latency of one sequence, ms", folder / "pareto_latency.png")
-        _reliability(rows, folder / "reliability.png")
+        for name, key, label in PARETO:
+            _pareto(rows, key, label, folder / name, objective)
+            drawn.append(name)
+        if any(row.get("reliability") for row in found):
+            _reliability(rows, folder / "reliability.png", objective)
+            drawn.append("reliability.png")
         _roofline(found, ceilings, folder / "roofline.png")
-        drawn = ["pareto_bytes.png", "pareto_latency.png", "reliability.png", "roofline.png"]
+        drawn.append("roofline.png")
     if any(row["tiers"] for row in found):
-        _tiers(rows, folder / "tiers.png")
+        _tiers(rows, folder / "tiers.png", objective)
         drawn.append("tiers.png")
     return drawn
 
 
-def spread_over(rows: Sequence[Row], most: int) -> list[Row]:
+def spread_over(rows: Sequence[Row], most: int, objective: Objective = BITS_PER_BYTE) -> list[Row]:
     """Rows worth comparing: the frontier, thinned evenly if it has more than ``most``, then the
     best of families that are not on it."""
-    line = frontier(rows)
+    line = frontier(rows, objective)
     if len(line) >= most:
         return [line[i * (len(line) - 1) // (most - 1)] for i in range(most)]
-    others = sorted(measured(rows), key=lambda row: row["val_bpb"])
+    others = sorted(measured(rows), key=objective.cost)
     for row in others:
         if len(line) < most and row["family"] not in {r["family"] for r in line}:
             line.append(row)
     return line
 
 
-def _pareto(rows: Sequence[Row], key: str, label: str, path: Path) -> None:
+def _pareto(rows: Sequence[Row], key: str, label: str, path: Path, objective: Objective) -> None:
+    """What is lost is drawn upwards, whatever the objective is."""
     found, base = measured(rows), find(rows, FLOAT)
-    zero = base["val_bpb"] if base else min(row["val_bpb"] for row in found)
+    zero = objective.cost(base) if base else min(map(objective.cost, found))
     figure, axes = new_figure(9, 6)
-    beaten = dominated(found, (key, "val_bpb"))
-    points = [(row[key], row["val_bpb"] - zero) for row in found]
+    beaten = beaten_in(found, key, objective)
+    points = [(row[key], objective.cost(row) - zero) for row in found]
     for row, point, is_beaten in zip(found, points, beaten, strict=True):
         axes.plot(
             *point, "o", color=FAMILY_COLOURS[row["family"]], markersize=5 if is_beaten else 8,
@@ -115,10 +126,13 @@ def _pareto(rows: Sequence[Row], key: str, label: str, path: Path) -> None:
     line = sorted(point for point, out in zip(points, beaten, strict=True) if not out)
     axes.plot(*zip(*line, strict=True), color="grey", linewidth=1, drawstyle="steps-post")
     scale_log(axes.xaxis, axes.set_xscale)
-    shown = _scale_bpb(axes)
-    axes.set_yticks(shown, [f"{zero + over:.3f} ({over:+g})" for over in shown])
+    shown = _scale_changes(axes)
+    sign = -1 if objective.higher_is_better else 1
+    named = [f"{sign * (zero + over):.3f} ({sign * over:+g})" for over in shown]
+    axes.set_yticks(shown, named)
     axes.set_xlabel(label)
-    axes.set_ylabel(f"val_bpb (over {FLOAT})" if base else "val_bpb (over the least)")
+    worse = ", worse upwards" if objective.higher_is_better else ""
+    axes.set_ylabel(f"{objective.key} (over {FLOAT if base else 'the best'}){worse}")
     _name_families(axes, found)
     axes.set_title("line: the frontier; small and pale: another is no worse in both", fontsize=9)
     order = sorted(range(len(found)), key=lambda at: beaten[at])  # the frontier gets its names
@@ -143,9 +157,9 @@ def scale_log(axis: Any, set_scale: Any) -> None:
     axis.set_minor_formatter(NullFormatter())
 
 
-def _scale_bpb(axes: Any) -> list[float]:
-    """Differences in bits per byte, of 8 bits and of 1 in one picture; the ticks that fit."""
-    axes.set_yscale("asinh", linear_width=FINE_BPB)
+def _scale_changes(axes: Any) -> list[float]:
+    """Differences of 8 bits and of 1 in one picture; the ticks that fit."""
+    axes.set_yscale("asinh", linear_width=FINE)
     axes.margins(0.06)
     low, high = axes.get_ylim()
     ticks = sorted({sign * step for sign in (-1, 1) for step in TICKS_BPB})
@@ -157,31 +171,35 @@ def _scale_bpb(axes: Any) -> list[float]:
     return shown
 
 
-def _tiers(rows: Sequence[Row], path: Path) -> None:
-    shown = [row for row in spread_over(rows, MAX_VARIANTS) if row["tiers"]]
+def _tiers(rows: Sequence[Row], path: Path, objective: Objective) -> None:
+    shown = [row for row in spread_over(rows, MAX_VARIANTS, objective) if row["tiers"]]
+    if not shown:  # the float model beats all of them
+        shown = sorted((row for row in measured(rows) if row["tiers"]), key=objective.cost)[:1]
+    names = list(shown[0]["tiers"])
     figure, axes = new_figure(8, 5)
     for at, row in enumerate(shown):
         colour = LINE_COLOURS[at]
-        for tier, found in enumerate(row["tiers"].values()):
-            x, delta = tier + (at - (len(shown) - 1) / 2) * 0.09, found["delta_bpb"]
+        for name, found in row["tiers"].items():
+            x = names.index(name) + (at - (len(shown) - 1) / 2) * 0.09
+            delta = found[objective.tier_change]
             if delta["low"] is not None:
                 axes.plot([x, x], [delta["low"], delta["high"]], color=colour, linewidth=2)
             axes.plot(x, delta["estimate"], "o" if delta["is_real"] else "x", color=colour)
         axes.plot([], [], "o", color=colour, label=row["variant"])
     axes.axhline(0.0, color="grey", linewidth=1)
-    _scale_bpb(axes)
-    axes.set_xticks(range(len(shown[0]["tiers"])), list(shown[0]["tiers"]))
-    axes.set_xlabel("tokens by how often training saw them")
-    axes.set_ylabel("change of bits per byte")
-    axes.set_title("95 % intervals over documents; x: not called real", fontsize=9)
+    _scale_changes(axes)
+    axes.set_xticks(range(len(names)), names)
+    axes.set_xlabel(f"{objective.of} by how often training saw them")
+    axes.set_ylabel(f"change of {objective.tier_change.removeprefix('delta_')}")
+    axes.set_title("95 % bootstrap intervals; x: not called real", fontsize=9)
     figure.legend(fontsize=8, loc="outside right upper")
     figure.savefig(path)
 
 
-def _reliability(rows: Sequence[Row], path: Path) -> None:
+def _reliability(rows: Sequence[Row], path: Path, objective: Objective) -> None:
     figure, axes = new_figure(5.5, 5.5)
     axes.plot([0, 1], [0, 1], color="grey", linewidth=1, label="calibrated")
-    base, shown = find(rows, FLOAT), spread_over(rows, MAX_CURVES)
+    base, shown = find(rows, FLOAT), spread_over(rows, MAX_CURVES, objective)
     if base and base not in shown:
         shown = [*shown, base]
     for row, colour in zip(shown, LINE_COLOURS, strict=False):
@@ -190,7 +208,7 @@ def _reliability(rows: Sequence[Row], path: Path) -> None:
             [b["mean_confidence"] for b in bins], [b["accuracy"] for b in bins], "o-",
             color=colour, markersize=4, linewidth=1, label=label,
         )  # fmt: skip
-    axes.set_xlabel("confidence: probability of the likeliest token")
+    axes.set_xlabel(f"confidence: probability of the likeliest of the {objective.of}")
     axes.set_ylabel("accuracy: how often it was right")
     axes.set_xlim(0, 1)
     axes.set_ylim(0, 1)

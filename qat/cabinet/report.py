@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from qat.analysis.intervals import MIN_FLIPS
+from qat.cabinet.objective import BITS_PER_BYTE, Objective, Row
 from qat.cabinet.plots import FAMILY_COLOURS, draw
 from qat.cabinet.roofline import Ceilings
-from qat.cabinet.summary import FLOAT, MAX_GAP_BPB, Row, find, measured, summarise
+from qat.cabinet.summary import FLOAT, find, measured, summarise
 from qat.runs.run_folder import write_atomically
 
-# column title -> (key, format)
+# column title -> (key, format); those that no row has are left out
 COLUMNS = {
     "variant": ("variant", "{}"),
     "family": ("family", "{}"),
@@ -28,6 +31,12 @@ COLUMNS = {
     "gap": ("gap_bpb", "{:+.5f}"),
     "val_loss": ("val_loss", "{:.5f}"),
     "perplexity": ("perplexity", "{:.3f}"),
+    "macro F1": ("macro_f1", "{:.4f}"),
+    "gap of F1": ("gap_macro_f1", "{:+.4f}"),
+    "accuracy": ("accuracy", "{:.4f}"),
+    "MCC": ("mcc", "{:.4f}"),
+    "AUC": ("auc", "{:.4f}"),
+    "kappa": ("kappa", "{:.4f}"),
     "top-1": ("top1_accuracy", "{:.4f}"),
     "ECE": ("ece", "{:.4f}"),
     "ECE at T": ("ece_at_temperature", "{:.4f}"),
@@ -36,42 +45,70 @@ COLUMNS = {
 COSTS = {
     "latency ms": ("latency_ms", "{:.2f}"),
     "tokens/s": ("tokens_per_second", "{:,.0f}"),
+    "items/s": ("items_per_second", "{:,.0f}"),
     "peak memory": ("peak_memory_bytes", "{:,}"),
 }
+FASTER = 1.05  # times the speed of fp32; less is noise
 TIERS = ("head", "mid", "tail", "all")
+_TIERS_SAID = (
+    " By tier: {}, *: real (its bootstrap interval excludes 0, and enough predictions flipped)."
+)
+# keys of rows that are no columns of their own
+NOT_SHOWN = {
+    "variant", "family", "status", "reason", "make_seconds", "tiers", "reliability", "embedding",
+    "precision", "flops", "activation_bytes", "weight_traffic_bytes", "pairs_accuracy",
+    "pairs_low", "pairs_high", "flipped_predictions",
+}  # fmt: skip
 
 
 def write_report(
-    rows: Sequence[Row], roofline: Ceilings, manifest: dict[str, Any], folder: Path
+    rows: Sequence[Row],
+    roofline: Ceilings,
+    manifest: dict[str, Any],
+    folder: Path,
+    objective: Objective = BITS_PER_BYTE,
 ) -> None:
     """REPORT.md, summary.json and the pictures into ``folder``, which exists. ``manifest``: what
     the rows were measured on, quoted in the report. UserError if a file cannot be written."""
-    summary = summarise(rows, roofline)
-    pictures = draw(rows, roofline, folder)
+    summary = summarise(rows, roofline, objective)
+    pictures = draw(rows, roofline, folder, objective)
     write_atomically(folder / "summary.json", json.dumps(summary, indent=1) + "\n")
-    write_atomically(folder / "REPORT.md", as_markdown(rows, summary, manifest, pictures))
+    write_atomically(
+        folder / "REPORT.md", as_markdown(rows, summary, manifest, pictures, objective)
+    )
 
 
 def as_markdown(
-    rows: Sequence[Row], summary: dict[str, Any], manifest: dict[str, Any], pictures: Sequence[str]
+    rows: Sequence[Row],
+    summary: dict[str, Any],
+    manifest: dict[str, Any],
+    pictures: Sequence[str],
+    objective: Objective = BITS_PER_BYTE,
 ) -> str:
+    has_tiers = any(row["tiers"] for row in measured(rows))
+    has_pairs = any("pairs_accuracy" in row for row in measured(rows))
     missing = len(rows) - len(measured(rows))
     parts = [
         "# Post-training quantization, variant by variant",
         f"{len(measured(rows))} variants measured, {missing} not available here.",
         "## Where to stop in production",
-        stop_text(rows, summary),
+        stop_text(rows, summary, objective),
+        "## Promises",
+        promises_text(rows, summary),
         "## The frontier",
-        frontier_text(rows, summary),
+        frontier_text(rows, summary, objective),
         "## What GPTQ buys over rounding",
-        gptq_text(summary),
+        gptq_text(summary, objective),
+        *(["## What QAT buys", qat_text(rows, objective)] if _qat_grids(rows) else []),
+        *(["## Where damage lands", tiers_text(rows, objective)] if has_tiers else []),
+        *(["## Temperature", temperature_text(rows)] if _with_temperature(rows) else []),
         "## Speed: promised and measured",
         speed_text(summary),
         "## All variants",
-        f"By family, then bytes. Gap: val_bpb less that of {FLOAT}. Change of bpb by tier: *: real "
-        "(the interval over documents excludes 0, and enough predictions flipped). Pairs: share of "
-        "minimal pairs told right, with its interval.",
-        full_table(rows, summary["frontier"]),
+        f"By family, then bytes. Gap: {objective.key} less that of {FLOAT}."
+        + (_TIERS_SAID.format(objective.tier_change) if has_tiers else "")
+        + (" Pairs: share of minimal pairs told right, with its interval." if has_pairs else ""),
+        full_table(rows, summary["frontier"], objective),
         "## Measured on",
         f"```json\n{json.dumps(manifest, indent=1)}\n```",
     ]
@@ -80,70 +117,189 @@ def as_markdown(
     return "\n\n".join(parts) + "\n"
 
 
-def stop_text(rows: Sequence[Row], summary: dict[str, Any]) -> str:
+def stop_text(
+    rows: Sequence[Row], summary: dict[str, Any], objective: Objective = BITS_PER_BYTE
+) -> str:
     """The rule, and the variant it leads to."""
     rule = (
-        f"Rule: the smallest file with gap_bpb <= {MAX_GAP_BPB} that no other variant beats in "
-        "bytes and val_bpb."
+        f"Rule: the smallest file with {objective.gap_key} "
+        f"{'>= -' if objective.higher_is_better else '<= '}{objective.max_gap} that no other "
+        f"variant beats in bytes and {objective.key}."
     )
     base, found = find(rows, FLOAT), summary["where_to_stop"]
     if base is None:
         return f"{rule} It cannot be applied: {_why_missing(rows, FLOAT)}, and gaps are from it."
     if found is None:
         return f"{rule} No variant on the frontier meets it."
+    in_nats = found.get("max_gap_nats_per_token")
     lines = [
-        f"{rule} On this text that is {found['max_gap_nats_per_token']:.4f} nats per token.",
+        rule + (f" On this text that is {in_nats:.4f} nats per token." if in_nats else ""),
         f"**{found['variant']}**: {found['disk_bytes']:,} bytes, {found['times_smaller']:.2f} "
-        f"times smaller than {FLOAT}, gap {found['gap_bpb']:+.5f} bpb.",
+        f"times smaller than {FLOAT}, gap {found[objective.gap_key]:+.5f} {objective.unit}.",
     ]
     chosen = find(rows, found["variant"])
-    if chosen and chosen["tiers"]:
-        tail = chosen["tiers"]["tail"]["delta_bpb"]
-        real = "real" if tail["is_real"] else "not told from noise"
-        lines.append(f"On rare tokens it loses {tail['estimate']:+.5f} bpb ({real}).")
+    if chosen and (tail := (chosen["tiers"] or {}).get("tail")):
+        change = tail[objective.tier_change]
+        real = "real" if change["is_real"] else "not told from noise"
+        lost = change["estimate"] * (-1 if objective.higher_is_better else 1)
+        lines.append(
+            f"On rare {objective.of} it loses {lost:+.5f} "
+            f"{objective.tier_change.removeprefix('delta_')} ({real})."
+        )
     if smaller := found["next_smaller"]:
         lines.append(
             f"The next smaller on the frontier, {smaller['variant']}, saves "
-            f"{smaller['bytes_saved']:,} bytes more at a gap of {smaller['gap_bpb']:+.5f} bpb."
+            f"{smaller['bytes_saved']:,} bytes more at a gap of "
+            f"{smaller[objective.gap_key]:+.5f} {objective.unit}."
         )
     else:
         lines.append("Nothing on the frontier is smaller.")
     return " ".join(lines)
 
 
-def frontier_text(rows: Sequence[Row], summary: dict[str, Any]) -> str:
+def promises_text(rows: Sequence[Row], summary: dict[str, Any]) -> str:
+    """What storing in fewer bits promises, and which variants keep it: as good, smaller, faster."""
+    base = find(rows, FLOAT)
+    others = [row for row in measured(rows) if row is not base]
+    if base is None or not others:
+        return f"Cannot be said: it takes {FLOAT} and another variant."
+    speeds = summary["speed"]
+    damaged = [
+        row["variant"] for row in others
+        if row["tiers"] and any(
+            change["is_real"] for tier in row["tiers"].values()
+            for key, change in tier.items() if key == summary["tier_change"]
+        )
+    ]  # fmt: skip
+    small = [row["variant"] for row in others if row["memory_bytes"] < base["memory_bytes"]]
+    fast = [r["variant"] for r in others if speeds[r["variant"]]["measured"] >= FASTER]
+    smallest = min(others, key=lambda row: row["memory_bytes"])
+    times = base["memory_bytes"] / smallest["memory_bytes"]
+    told = {
+        "As good: no tier with a real change": [
+            row["variant"] for row in others if row["tiers"] and row["variant"] not in damaged
+        ],
+        f"Smaller in memory than {FLOAT} ({smallest['variant']}: {times:.2f} times)": small,
+        f"Faster, {FASTER} times at least, as measured here": fast,
+    }
+    return "\n".join(
+        f"- {what}: {len(names)} of {len(others)}" + (f" ({', '.join(names)})." if names else ".")
+        for what, names in told.items()
+    )
+
+
+def frontier_text(rows: Sequence[Row], summary: dict[str, Any], objective: Objective) -> str:
     if not summary["frontier"]:
         return "Cannot be drawn: no variant was measured."
     on_it = [row for name in summary["frontier"] if (row := find(rows, name))]
-    lines = ["No other variant has both a smaller file and a lower val_bpb, smallest first:", ""]
-    lines += [f"- {r['variant']}: {r['disk_bytes']:,} bytes, {r['val_bpb']:.5f} bpb" for r in on_it]
-    lines += ["", "| family | least val_bpb | smallest within the gap |", "| --- | --- | --- |"]
+    better = "higher" if objective.higher_is_better else "lower"
+    lines = [
+        f"No other variant has both a smaller file and a {better} {objective.key}, smallest first:",
+        "",
+    ]
     lines += [
-        f"| {family} | {best['least_val_bpb']} | {best['smallest_within_gap'] or 'none'} |"
+        f"- {r['variant']}: {r['disk_bytes']:,} bytes, {r[objective.key]:.5f} {objective.unit}"
+        for r in on_it
+    ]
+    best_title = objective.best.replace("_", " ", 1)
+    lines += ["", f"| family | {best_title} | smallest within the gap |", "| --- | --- | --- |"]
+    lines += [
+        f"| {family} | {best[objective.best]} | {best['smallest_within_gap'] or 'none'} |"
         for family, best in summary["best_per_family"].items()
     ]
     return "\n".join(lines)
 
 
-def gptq_text(summary: dict[str, Any]) -> str:
+def gptq_text(summary: dict[str, Any], objective: Objective) -> str:
+    bought, unit = f"{objective.unit}_bought", objective.unit
     found = summary["gptq_over_rounding"]
     both = {grid: won for grid, won in found.items() if won}
     if not both:
         return "Cannot be said: no grid was measured both rounded (rtn_*) and with GPTQ (gptq_*)."
-    lines = ["| grid | bpb bought | bytes added |", "| --- | --- | --- |"]
+    lines = [f"| grid | {unit} bought | bytes added |", "| --- | --- | --- |"]
     for grid, won in found.items():
-        cells = f"{won['bpb_bought']:+.5f} | {won['bytes_added']:+,}" if won else "None | None"
+        cells = f"{won[bought]:+.5f} | {won['bytes_added']:+,}" if won else "None | None"
         lines.append(f"| {grid} | {cells} |")
-    most = max(both, key=lambda grid: both[grid]["bpb_bought"])
-    helped = sum(won["bpb_bought"] > 0 for won in both.values())
+    most = max(both, key=lambda grid: both[grid][bought])
+    helped = sum(won[bought] > 0 for won in both.values())
     lines += [
         "",
-        f"val_bpb of rounding less that of GPTQ: GPTQ is better on {helped} of {len(both)} grids, "
-        f"and buys most on {most}: {both[most]['bpb_bought']:+.5f} bpb.",
+        f"{objective.key}, what GPTQ loses less than rounding: GPTQ is better on {helped} of "
+        f"{len(both)} grids, and buys most on {most}: {both[most][bought]:+.5f} {unit}.",
     ]
     if len(both) < len(found):
         lines.append("None: one of the two was not measured.")
     return "\n".join(lines)
+
+
+def _qat_grids(rows: Sequence[Row]) -> list[str]:
+    """Of rows ``qat_GRID``: files of models that were trained on with their grid."""
+    return [r["variant"].removeprefix("qat_") for r in measured(rows) if r["family"] == "qat"]
+
+
+def qat_text(rows: Sequence[Row], objective: Objective) -> str:
+    lines = [
+        f"{objective.gap_key}, and in brackets bytes of the file. QAT's weights are others: it "
+        "went on training.", "", "| grid | rounded | GPTQ | QAT |", "| --- | --- | --- | --- |",
+    ]  # fmt: skip
+    for grid in _qat_grids(rows):
+        found = [find(rows, name) for name in (f"rtn_{grid}", f"gptq_{grid}", f"qat_{grid}")]
+        cells = [
+            f"{row[objective.gap_key]:+.5f} ({row['disk_bytes']:,})" if row else "" for row in found
+        ]
+        lines.append(f"| {grid} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def tiers_text(rows: Sequence[Row], objective: Objective) -> str:
+    """Both halves of what is called real, for every variant: the interval, and the flips."""
+    lines = [
+        f"{objective.tier_change}, its 95 % interval, and how many predictions flipped. Real: the "
+        f"interval excludes 0, and {MIN_FLIPS} predictions flipped at least.", "",
+        "| variant | " + " | ".join(TIERS) + " | real in |", "|" + " --- |" * (len(TIERS) + 2),
+    ]  # fmt: skip
+    for row in measured(rows):
+        if not row["tiers"]:
+            continue
+        cells, real = [], []
+        for tier in TIERS:
+            found = row["tiers"].get(tier)
+            if found is None:
+                cells.append("")
+                continue
+            change = found[objective.tier_change]
+            bounds = (
+                "no interval"
+                if change["low"] is None
+                else f"{change['low']:+.4f} to {change['high']:+.4f}"
+            )
+            flips = found["flipped_predictions"]
+            cells.append(f"{change['estimate']:+.4f} ({bounds}), {flips:,} flips")
+            real += [tier] if change["is_real"] else []
+        name = row["variant"]
+        lines.append(f"| {name} | " + " | ".join(cells) + f" | {', '.join(real) or 'none'} |")
+    return "\n".join(lines)
+
+
+def _with_temperature(rows: Sequence[Row]) -> list[Row]:
+    return [row for row in measured(rows) if row.get("ece_at_temperature") is not None]
+
+
+def temperature_text(rows: Sequence[Row]) -> str:
+    """Does a temperature that was found on one half mend the other?"""
+    found = _with_temperature(rows)
+    helped = sum(row["ece_at_temperature"] < row["ece"] for row in found)
+    changes = sorted(row["ece_at_temperature"] - row["ece"] for row in found)
+    lines = [
+        "Fitted on one half by least loss, judged on the other half. It makes the expected "
+        f"calibration error smaller for {helped} of {len(found)} variants: the change is "
+        f"{changes[len(changes) // 2]:+.4f} in the middle, {changes[0]:+.4f} at best and "
+        f"{changes[-1]:+.4f} at worst.",
+    ]
+    if all("nats" in row for row in found):
+        better = sum(row["nats_at_temperature"] < row["nats"] for row in found)
+        lines.append(f"It makes the loss there smaller for {better} of {len(found)}.")
+    return " ".join(lines)
 
 
 def speed_text(summary: dict[str, Any]) -> str:
@@ -193,17 +349,20 @@ def _promised_then_measured(found: dict[str, Any], precision: str) -> tuple[floa
     return found["promised"][precision], found["measured"]
 
 
-def full_table(rows: Sequence[Row], on_frontier: Sequence[str]) -> str:
+def full_table(
+    rows: Sequence[Row], on_frontier: Sequence[str], objective: Objective = BITS_PER_BYTE
+) -> str:
     families = list(FAMILY_COLOURS)
     ordered = sorted(
         rows, key=lambda row: (families.index(row["family"]), row.get("disk_bytes", math.inf))
     )
-    titles = [*COLUMNS, *TIERS, "flips", "pairs", *COSTS, "note"]
+    columns = _columns(rows, objective)
+    titles = [*columns, "note"]
     lines = ["| " + " | ".join(titles) + " |", "|" + " --- |" * len(titles)]
     for row in ordered:
         if row["status"] == "measured":
             note = "frontier" if row["variant"] in on_frontier else ""
-            cells = [*_cells(row, COLUMNS), *_tier_cells(row), _pairs(row), *_cells(row, COSTS)]
+            cells = [cell(row) for cell in columns.values()]
         else:
             note = f"{row['status']}: {row['reason']}".replace("|", "\\|")
             cells = [row["variant"], row["family"], *[""] * (len(titles) - 3)]
@@ -211,16 +370,51 @@ def full_table(rows: Sequence[Row], on_frontier: Sequence[str]) -> str:
     return "\n".join(lines)
 
 
-def _cells(row: Row, columns: dict[str, tuple[str, str]]) -> list[str]:
-    return ["" if row[key] is None else form.format(row[key]) for key, form in columns.values()]
+def _columns(rows: Sequence[Row], objective: Objective) -> dict[str, Callable[[Row], str]]:
+    """Title -> what writes its cell: the known ones that a row has, then what else was measured."""
+    keys = {key: None for row in measured(rows) for key in row}  # in their order
+    all_of_it = {key for key, _ in (*COLUMNS.values(), *COSTS.values())} | NOT_SHOWN
+    more = {
+        key: (key, "{:.5g}")
+        for key in keys
+        if key not in all_of_it and all(_is_number(row.get(key, 0.0)) for row in measured(rows))
+    }
+    columns = _cells(COLUMNS | more, keys)
+    if any(row["tiers"] for row in measured(rows)):
+        columns |= {tier: partial(_tier, tier, objective) for tier in TIERS}
+        columns["flips"] = _flips
+    if "pairs_accuracy" in keys:
+        columns["pairs"] = _pairs
+    return columns | _cells(COSTS, keys)
 
 
-def _tier_cells(row: Row) -> list[str]:
-    if row["tiers"] is None:
-        return [""] * (len(TIERS) + 1)
-    deltas = [row["tiers"][tier]["delta_bpb"] for tier in TIERS]
-    cells = [f"{delta['estimate']:+.5f}{'*' if delta['is_real'] else ''}" for delta in deltas]
-    return [*cells, f"{row['tiers']['all']['flipped_predictions']:,}"]
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _cells(
+    columns: Mapping[str, tuple[str, str]], keys: Collection[str]
+) -> dict[str, Callable[[Row], str]]:
+    def write(key: str, form: str, row: Row) -> str:
+        return "" if row.get(key) is None else form.format(row[key])
+
+    always = ("variant", "family")
+    return {
+        title: partial(write, key, form)
+        for title, (key, form) in columns.items()
+        if key in keys or key in always
+    }
+
+
+def _tier(tier: str, objective: Objective, row: Row) -> str:
+    found = (row["tiers"] or {}).get(tier)
+    if found is None or (change := found[objective.tier_change])["estimate"] is None:
+        return ""
+    return f"{change['estimate']:+.5f}{'*' if change['is_real'] else ''}"
+
+
+def _flips(row: Row) -> str:
+    return f"{row['tiers']['all']['flipped_predictions']:,}" if row["tiers"] else ""
 
 
 def _pairs(row: Row) -> str:

@@ -22,12 +22,14 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from qat.model.registry import architecture_of, empty_model
 from qat.model.spec import ModelSpec
+from qat.model.wiring import arguments
 
 COPY_BYTES = 2**28  # read, and as many written
 MATRIX_SIZE = {"cpu": 1024, "cuda": 8192}
@@ -116,9 +118,21 @@ def traffic(spec: ModelSpec, seq_len: int, *, batch: int = 1) -> Traffic:
     operations move (``numbers_moved``), they count as fused into their neighbours.
     """
     ids_BT = torch.zeros(batch, seq_len, dtype=torch.long, device="meta")
-    counted = _MatrixTraffic()
-    with FlopCounterMode(display=False) as counter, counted:
-        empty_model(spec)(ids_BT)
+    counted = traffic_of(empty_model(spec), ids_BT)
     numbers_moved = getattr(architecture_of(spec), "numbers_moved", None)
-    numbers = numbers_moved(spec) * ids_BT.numel() if numbers_moved else counted.numbers
-    return Traffic(counter.get_total_flops(), ACTIVATION_BYTES * numbers)
+    if numbers_moved is None:
+        return counted
+    return counted._replace(
+        activation_bytes=ACTIVATION_BYTES * numbers_moved(spec) * ids_BT.numel()
+    )
+
+
+@torch.no_grad()
+def traffic_of(model: nn.Module, inputs: Any) -> Traffic:
+    """Of one call of any model (``qat.model.wiring.arguments``), which is made, on its device."""
+    args, kwargs = arguments(inputs)
+    counted = _MatrixTraffic()
+    # Attention as two products, which the counter knows.
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, counted:
+        model(*args, **kwargs)
+    return Traffic(counter.get_total_flops(), ACTIVATION_BYTES * counted.numbers)

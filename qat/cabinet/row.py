@@ -2,39 +2,115 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from qat.analysis.cost import measure_cost
+from qat.analysis.cost import InferenceCost, measure_cost
 from qat.analysis.damage import damage_by_tier
 from qat.analysis.minimal_pairs import accuracy
 from qat.analysis.one_model import judge_reliability, read_text, right_pairs
-from qat.analysis.token_scores import ScoredText, TokenScores
-from qat.cabinet.roofline import traffic
-from qat.cabinet.variant import Kept, Variant, inner_bytes
+from qat.analysis.token_scores import ScoredText
+from qat.cabinet.objective import BITS_PER_BYTE, Objective
+from qat.cabinet.roofline import Traffic, traffic
+from qat.cabinet.summary import FLOAT
+from qat.cabinet.variant import Kept, Variant, held_tensors, inner_bytes
+from qat.errors import UserError
 from qat.evaluation.score import Scorer
 
 if TYPE_CHECKING:
     from qat.settings.schema import FullEvalSettings
 
 
-@dataclass(frozen=True)
-class Reference:
-    """The float32 model, which every other variant is compared with, token by token."""
+class Evaluation(Protocol):
+    """What all variants of a cabinet are measured by."""
 
-    scores: TokenScores
-    val_bpb: float
+    @property
+    def objective(self) -> Objective: ...
+
+    @property
+    def throughput(self) -> str:
+        """The row's key of what ``cost`` counts as items."""
+
+    @property
+    def traffic(self) -> Traffic:
+        """Of one call, as ``cost`` takes its latency."""
+
+    def read(self, made: Kept, name: str) -> tuple[dict[str, Any], Any]:
+        """Keys of the row, the objective's among them, and what ``compare`` compares."""
+
+    def compare(self, before: Any, after: Any) -> dict[str, Any]:
+        """More keys of the row, from what was read of the float model and of the variant."""
+
+    def cost(self, made: Kept) -> InferenceCost: ...
 
 
-@dataclass(frozen=True)
 class Bench:
-    """What all variants are measured on. ``tiers`` (V,): tier of each token id."""
+    """Makes rows. ``float_kept``: the float model, which every other variant is compared with."""
+
+    def __init__(self, evaluation: Evaluation, float_kept: Kept) -> None:
+        self.evaluation, self._float = evaluation, float_kept
+        self.device = next(float_kept.module.parameters()).device
+
+    def read_float(self) -> None:
+        """Now, not with the first row. UserError if the float model cannot be judged."""
+        _ = self._reference
+
+    @cached_property
+    def _reference(self) -> tuple[dict[str, Any], Any]:
+        key = self.evaluation.objective.key
+        metrics, reading = self.evaluation.read(self._float, "the float model")
+        if not math.isfinite(metrics[key]):
+            raise UserError(f"model: the float model's {key} is {metrics[key]}, not a number")
+        return metrics, reading
+
+    def row(self, variant: Variant) -> dict[str, Any]:
+        """Make the variant and measure it; a row with the reason if this machine cannot."""
+        reference, before = self._reference
+        head = {"variant": variant.name, "family": variant.family, "made_from": variant.made_from}
+        if reason := variant.missing():
+            return head | {"status": "unavailable", "reason": reason}
+        started = time.monotonic()
+        kept = variant.make()
+        seconds = time.monotonic() - started
+        objective = self.evaluation.objective
+        is_float = variant.name == FLOAT
+        metrics, reading = self._reference if is_float else self.evaluation.read(kept, variant.name)
+        if not math.isfinite(metrics[objective.key]):
+            reason = f"its {objective.key} is {metrics[objective.key]}: outputs are not finite"
+            return head | {"status": "unavailable", "reason": reason}
+        compared = {} if is_float else self.evaluation.compare(before, reading)
+        cost, moved = self.evaluation.cost(kept), self.evaluation.traffic
+        return (
+            head
+            | {"status": "measured", "reason": None, "make_seconds": seconds}
+            | {"tiers": None}
+            | metrics
+            | compared
+            | {
+                objective.gap_key: metrics[objective.key] - reference[objective.key],
+                "disk_bytes": kept.disk_bytes,  # of a file, entropy-coded
+                "memory_bytes": kept.memory_bytes,  # as held, before anything is decoded
+                "embedding": kept.embedding,
+                "precision": kept.precision,
+                "latency_ms": cost.latency_ms.median,
+                self.evaluation.throughput: cost.tokens_per_second.median,
+                "peak_memory_bytes": cost.peak_memory_bytes,
+                "flops": moved.flops,  # of one call
+                "activation_bytes": moved.activation_bytes,
+                # of the weights that the forward pass reads
+                "weight_traffic_bytes": inner_bytes(held_tensors(kept.module)),
+            }
+        )
+
+
+@dataclass(frozen=True)
+class LanguageEvaluation:
+    """A language model on a validation text. ``tiers`` (V,): tier of each token id."""
 
     scorer: Scorer
     text: ScoredText
@@ -43,66 +119,42 @@ class Bench:
     settings: FullEvalSettings
     seed: int
 
-    def reference(self, weights: Mapping[str, Tensor]) -> Reference:
-        reading = read_text(self.scorer, weights, self.text, False, "the float model")
-        return Reference(reading.scores, reading.metrics["val_bpb"])
+    objective = BITS_PER_BYTE
+    throughput = "tokens_per_second"
 
-    def row(self, variant: Variant, reference: Reference) -> dict[str, Any]:
-        """Make the variant and measure it; a row with the reason if this machine cannot."""
-        head = {"variant": variant.name, "family": variant.family}
-        if reason := variant.missing():
-            return head | {"status": "unavailable", "reason": reason}
-        started = time.monotonic()
-        kept = variant.make()
-        seconds = time.monotonic() - started
-        return head | {"status": "measured", "reason": None, "make_seconds": seconds} | self._of(
-            variant.name, kept, reference
-        )  # fmt: skip
+    @cached_property
+    def traffic(self) -> Traffic:
+        return traffic(self.scorer.spec, self.settings.seq_len or self.scorer.seq_len)
 
-    def _of(self, name: str, kept: Kept, reference: Reference) -> dict[str, Any]:
-        s, scorer = self.settings, self.scorer
-        scorer = replace(
-            scorer, module=kept.module, settings=replace(scorer.settings, precision=kept.precision)
-        )
-        weights = {} if kept.module is not None else kept.weights
-        reading = read_text(scorer, weights, self.text, True, name)
+    def _scorer(self, made: Kept) -> Scorer:
+        settings = replace(self.scorer.settings, precision=made.precision)
+        return replace(self.scorer, module=made.module, settings=settings)
+
+    def read(self, made: Kept, name: str) -> tuple[dict[str, Any], Any]:
+        scorer = self._scorer(made)
+        reading = read_text(scorer, {}, self.text, True, name)
         assert reading.temperature is not None
         temperature = reading.temperature.value
         judged = judge_reliability(
-            scorer, weights, self.text, reading, {"tuned": temperature}, s.num_bins, name
+            scorer, {}, self.text, reading, {"tuned": temperature}, self.settings.num_bins, name
         )["temperatures"]
-        pairs = accuracy(right_pairs(scorer, weights, self.sentences, name))
-        cost = measure_cost(scorer, weights, s.repeats)
-        seq_len = s.seq_len or scorer.seq_len
-        held = kept.weights.values() if kept.module is None else _tensors(kept.module)
-        weight_bytes = inner_bytes(held)
-        flops, activation_bytes = traffic(scorer.spec, seq_len)
-        return reading.metrics | {
-            "gap_bpb": reading.metrics["val_bpb"] - reference.val_bpb,
-            "disk_bytes": kept.disk_bytes,  # of a file, entropy-coded
-            "memory_bytes": kept.memory_bytes,  # as held, before anything is decoded
-            "embedding": kept.embedding,
-            "precision": kept.precision,
+        pairs = accuracy(right_pairs(scorer, {}, self.sentences, name))
+        metrics = reading.metrics | {
             "temperature": temperature,
             "ece": judged["none"]["ece_equal_width"],
             "ece_at_temperature": judged["tuned"]["ece_equal_width"],
             "reliability": judged["none"]["bins"],
-            "tiers": None
-            if name == "fp32"
-            else damage_by_tier(
-                self.text, self.tiers, reference.scores, reading.scores, self.seed, s.resamples
-            ),
             "pairs_accuracy": pairs.num_right / pairs.num_pairs,
             "pairs_low": pairs.low,
             "pairs_high": pairs.high,
-            "latency_ms": cost.latency_ms.median,
-            "tokens_per_second": cost.tokens_per_second.median,
-            "peak_memory_bytes": cost.peak_memory_bytes,
-            "flops": flops,  # of one sequence
-            "activation_bytes": activation_bytes,
-            "weight_traffic_bytes": weight_bytes,  # of the weights that the forward pass reads
         }
+        return metrics, reading.scores
 
+    def compare(self, before: Any, after: Any) -> dict[str, Any]:
+        tiers = damage_by_tier(
+            self.text, self.tiers, before, after, self.seed, self.settings.resamples
+        )
+        return {"tiers": tiers}
 
-def _tensors(module: torch.nn.Module) -> list[Tensor]:
-    return [*module.parameters(), *module.buffers()]
+    def cost(self, made: Kept) -> InferenceCost:
+        return measure_cost(self._scorer(made), {}, self.settings.repeats)

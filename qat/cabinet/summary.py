@@ -10,16 +10,20 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from qat.cabinet.objective import BITS_PER_BYTE, Objective, Row
 from qat.cabinet.roofline import Ceilings
 
 
-def dominated(rows: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> list[bool]:
-    """For each row, whether another is nowhere higher and somewhere lower.
+def dominated(
+    rows: Sequence[Mapping[str, Any]], keys: Sequence[str], higher: Sequence[str] = ()
+) -> list[bool]:
+    """For each row, whether another is nowhere higher and somewhere lower; of keys in ``higher``
+    the other way round.
 
     Rows that are equal on all keys do not dominate each other. ``keys`` have to be numbers in
     every row.
     """
-    points = [tuple(row[key] for key in keys) for row in rows]
+    points = [tuple(-row[key] if key in higher else row[key] for key in keys) for row in rows]
 
     def beats(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
         return a != b and all(x <= y for x, y in zip(a, b, strict=True))
@@ -27,11 +31,7 @@ def dominated(rows: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> list[bo
     return [any(beats(other, point) for other in points) for point in points]
 
 
-Row = dict[str, Any]
-
 FLOAT = "fp32"  # the variant that others are compared with
-FRONTIER_KEYS = ("disk_bytes", "val_bpb")
-MAX_GAP_BPB = 0.003  # what may be lost where one stops in production
 
 
 def measured(rows: Sequence[Row]) -> list[Row]:
@@ -43,51 +43,64 @@ def find(rows: Sequence[Row], variant: str) -> Row | None:
     return next((row for row in measured(rows) if row["variant"] == variant), None)
 
 
-def frontier(rows: Sequence[Row]) -> list[Row]:
-    """Measured rows that no other beats in bytes of the file and val_bpb, smallest file first."""
+def beaten_in(rows: Sequence[Row], key: str, objective: Objective) -> list[bool]:
+    """For each row, whether another has less of ``key`` and is no worse by the objective, or the
+    other way round."""
+    higher = (objective.key,) if objective.higher_is_better else ()
+    return dominated(rows, (key, objective.key), higher)
+
+
+def frontier(rows: Sequence[Row], objective: Objective = BITS_PER_BYTE) -> list[Row]:
+    """Measured rows that no other beats in bytes of the file and the objective, smallest file
+    first."""
     candidates = measured(rows)
-    beaten = dominated(candidates, FRONTIER_KEYS)
+    beaten = beaten_in(candidates, "disk_bytes", objective)
     on_it = [row for row, is_beaten in zip(candidates, beaten, strict=True) if not is_beaten]
     return sorted(on_it, key=lambda row: row["disk_bytes"])
 
 
-def summarise(rows: Sequence[Row], ceilings: Ceilings) -> dict[str, Any]:
+def summarise(
+    rows: Sequence[Row], ceilings: Ceilings, objective: Objective = BITS_PER_BYTE
+) -> dict[str, Any]:
     """The content of ``summary.json``: what ``report.py`` says, as numbers."""
     return {
-        "frontier": [row["variant"] for row in frontier(rows)],
-        "best_per_family": best_per_family(rows),
-        "gptq_over_rounding": gptq_over_rounding(rows),
+        "frontier": [row["variant"] for row in frontier(rows, objective)],
+        "best_per_family": best_per_family(rows, objective),
+        "gptq_over_rounding": gptq_over_rounding(rows, objective),
         "ceilings": vars(ceilings),
+        "tier_change": objective.tier_change,
         "speed": speed(rows, ceilings),
-        "where_to_stop": where_to_stop(rows),
+        "where_to_stop": where_to_stop(rows, objective),
     }
 
 
-def best_per_family(rows: Sequence[Row]) -> dict[str, dict[str, str | None]]:
-    """Family -> its variant of least val_bpb, and its smallest file within ``MAX_GAP_BPB``."""
+def best_per_family(rows: Sequence[Row], objective: Objective) -> dict[str, dict[str, str | None]]:
+    """Family -> its best variant, and its smallest file that loses no more than ``max_gap``."""
     found: dict[str, dict[str, str | None]] = {}
     for family in dict.fromkeys(row["family"] for row in measured(rows)):
         of_it = [row for row in measured(rows) if row["family"] == family]
-        least = min(of_it, key=lambda row: (row["val_bpb"], row["disk_bytes"]))
-        near = [row for row in of_it if _is_near(rows, row)]
+        best = min(of_it, key=lambda row: (objective.cost(row), row["disk_bytes"]))
+        near = [row for row in of_it if _is_near(rows, row, objective)]
         smallest = min(near, key=lambda row: row["disk_bytes"], default=None)
         found[family] = {
-            "least_val_bpb": least["variant"],
+            objective.best: best["variant"],
             "smallest_within_gap": smallest["variant"] if smallest else None,
         }
     return found
 
 
-def _is_near(rows: Sequence[Row], row: Row) -> bool:
-    return find(rows, FLOAT) is not None and row["gap_bpb"] <= MAX_GAP_BPB
+def _is_near(rows: Sequence[Row], row: Row, objective: Objective) -> bool:
+    return find(rows, FLOAT) is not None and objective.lost(row) <= objective.max_gap
 
 
-def gptq_over_rounding(rows: Sequence[Row]) -> dict[str, dict[str, float] | None]:
+def gptq_over_rounding(
+    rows: Sequence[Row], objective: Objective
+) -> dict[str, dict[str, float] | None]:
     """Grid -> what ``gptq_GRID`` has over ``rtn_GRID``, of grids with both rows; None where one
     was not measured.
 
-    ``bpb_bought``: bits per byte that rounding loses and GPTQ does not. ``bytes_added``: of the
-    file.
+    ``UNIT_bought``: of the objective, what rounding loses and GPTQ does not. ``bytes_added``: of
+    the file.
     """
     names = {row["variant"] for row in rows}
     tuned_grids = [name.removeprefix("gptq_") for name in names if name.startswith("gptq_")]
@@ -96,7 +109,7 @@ def gptq_over_rounding(rows: Sequence[Row]) -> dict[str, dict[str, float] | None
     for grid in grids:
         rounded, tuned = find(rows, f"rtn_{grid}"), find(rows, f"gptq_{grid}")
         found[grid] = rounded and tuned and {
-            "bpb_bought": rounded["val_bpb"] - tuned["val_bpb"],
+            f"{objective.unit}_bought": objective.cost(rounded) - objective.cost(tuned),
             "bytes_added": tuned["disk_bytes"] - rounded["disk_bytes"],
         }  # fmt: skip
     return found
@@ -133,28 +146,30 @@ def speed(rows: Sequence[Row], ceilings: Ceilings) -> dict[str, dict[str, Any]]:
     return found
 
 
-def where_to_stop(rows: Sequence[Row]) -> dict[str, Any] | None:
-    """The smallest file on the frontier with gap_bpb of ``MAX_GAP_BPB`` at most, and what the next
-    smaller one on the frontier would save and cost. None without fp32."""
+def where_to_stop(rows: Sequence[Row], objective: Objective) -> dict[str, Any] | None:
+    """The smallest file on the frontier that loses ``max_gap`` at most, and what the next smaller
+    one on the frontier would save and cost. None without fp32."""
     base = find(rows, FLOAT)
     if base is None:
         return None
-    line = frontier(rows)
-    chosen = next((row for row in line if _is_near(rows, row)), None)
+    line = frontier(rows, objective)
+    chosen = next((row for row in line if _is_near(rows, row, objective)), None)
     if chosen is None:
         return None
     smaller = line[line.index(chosen) - 1] if chosen is not line[0] else None
-    bytes_per_token = base["val_loss"] / (math.log(2) * base["val_bpb"])
-    return {
+    found = {
         "variant": chosen["variant"],
         "disk_bytes": chosen["disk_bytes"],
-        "gap_bpb": chosen["gap_bpb"],
+        objective.gap_key: chosen[objective.gap_key],
         "times_smaller": base["disk_bytes"] / chosen["disk_bytes"],
-        "max_gap_bpb": MAX_GAP_BPB,
-        "max_gap_nats_per_token": MAX_GAP_BPB * math.log(2) * bytes_per_token,
+        f"max_{objective.gap_key}": objective.max_gap,
         "next_smaller": smaller and {
             "variant": smaller["variant"],
             "bytes_saved": chosen["disk_bytes"] - smaller["disk_bytes"],
-            "gap_bpb": smaller["gap_bpb"],
+            objective.gap_key: smaller[objective.gap_key],
         },
     }  # fmt: skip
+    if objective == BITS_PER_BYTE:
+        bytes_per_token = base["val_loss"] / (math.log(2) * base["val_bpb"])
+        found["max_gap_nats_per_token"] = objective.max_gap * math.log(2) * bytes_per_token
+    return found

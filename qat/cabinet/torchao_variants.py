@@ -1,4 +1,4 @@
-"""torchao's post-training configurations, as it applies them to the matrices but the head.
+"""torchao's post-training configurations, as it applies them to the matrices (see variant.py).
 
 The weights become torchao's tensors, which bring their own products. Its inductor settings are
 left alone: they are global, and would change how every other variant is computed.
@@ -22,20 +22,18 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from qat.cabinet.variant import (
     EMBEDDING,
+    Frozen,
     Kept,
     Variant,
     coded_bytes,
-    float_model,
+    failure,
+    held_tensors,
     inner_bytes,
-    inner_linears,
 )
-from qat.model.spec import ModelSpec
-
-PROBE_TOKENS = 32
 
 
 @dataclass(frozen=True)
@@ -91,21 +89,17 @@ ROWS = {
 }
 
 
-def torchao_variants(
-    spec: ModelSpec, weights: dict[str, Tensor], device: torch.device
-) -> list[Variant]:
-    """One variant per configuration; ``weights``: name -> float32 tensor of the whole model."""
+def torchao_variants(model: Frozen) -> list[Variant]:
+    """One variant per configuration."""
 
     def make(row: Row) -> Kept:
-        model = float_model(spec, weights, device)
-        _convert(model, spec, row, device)
-        held = list(model.parameters())
-        return Kept({}, coded_bytes(held), inner_bytes(held), EMBEDDING, model)
+        module = _converted(model, row)
+        held = held_tensors(module)
+        embedding = EMBEDDING if model.wiring.ends else None
+        return Kept(module, coded_bytes(held), inner_bytes(held), embedding)
 
     def missing(row: Row) -> str | None:
-        return _unmet(row, device) or _failure(
-            row, float_model(spec, weights, device), spec, device
-        )
+        return _unmet(row, model.device) or failure(partial(_converted, model, row), model)
 
     return [
         Variant(f"torchao {name}", "torchao", partial(make, row), partial(missing, row))
@@ -113,20 +107,24 @@ def torchao_variants(
     ]
 
 
-def _convert(model: nn.Module, spec: ModelSpec, row: Row, device: torch.device) -> None:
+def _converted(model: Frozen, row: Row) -> nn.Module:
     import torchao
 
-    layers = inner_linears(model, spec)
+    module = model.copy()
+    layers = model.inner_linears(module)
     if row.capability is not None:
         for layer in layers.values():
             _compute_in_bfloat16(layer)
     chosen = set(layers.values())
     torchao.quantization.quantize_(
-        model, row.config(torchao, device), filter_fn=lambda module, _: module in chosen
+        module,
+        row.config(torchao, model.device),
+        filter_fn=lambda layer, _: layer in chosen,
     )
     for name, layer in layers.items():
         if not hasattr(layer.weight, "__tensor_flatten__"):  # torchao only logs what it skips
             raise ValueError(f"torchao does not quantize {name} {tuple(layer.weight.shape)}")
+    return module
 
 
 def _compute_in_bfloat16(layer: nn.Linear) -> None:
@@ -140,21 +138,8 @@ def _unmet(row: Row, device: torch.device) -> str | None:
         has = (0, 0) if device.type != "cuda" else torch.cuda.get_device_capability(device)
         if has < row.capability:
             return "needs CUDA capability >= {}.{}".format(*row.capability)
+    if find_spec("torchao") is None:
+        return "needs torchao: pip install -e '.[cabinet]'"
     if row.package is not None and find_spec(row.package) is None:
         return f"needs {row.package}"
-    return None
-
-
-def _failure(row: Row, model: nn.Module, spec: ModelSpec, device: torch.device) -> str | None:
-    """Why torchao cannot convert this model or compute with it: what it raises, in one line.
-
-    Which shapes and machines its kernels take is known to the kernels alone, hence the attempt.
-    """
-    ids_BT = torch.zeros(1, PROBE_TOKENS, dtype=torch.long, device=device)
-    try:
-        _convert(model, spec, row, device)
-        with torch.inference_mode():
-            model(ids_BT)
-    except Exception as error:
-        return f"{type(error).__name__}: {error}".splitlines()[0]
     return None

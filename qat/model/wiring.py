@@ -2,14 +2,15 @@
 
 Every product with a matrix goes through ``F.linear`` and every lookup through ``F.embedding``, also
 inside ``nn.Linear`` and ``nn.Embedding``, so watching these two functions shows who reads what,
-whatever the modules are called, and a tied head too, which no module computes.
+whatever the modules are called, and a tied head too, which no module computes. Attention by
+``nn.MultiheadAttention`` is a function of its own, inside which the products are watched.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -21,6 +22,13 @@ from qat.model.registry import empty_model
 from qat.model.spec import ModelSpec
 
 PROBE_TOKENS = 8
+
+
+def arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """What a model is called with: a tensor, several in a tuple, or named ones in a mapping."""
+    if isinstance(inputs, Mapping):
+        return (), dict(inputs)
+    return (inputs if isinstance(inputs, tuple) else (inputs,)), {}
 
 
 class Watch(TorchFunctionMode):
@@ -38,10 +46,21 @@ class Watch(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if func is F.multi_head_attention_forward:  # the mode is off inside
+            linear = F.linear
+            F.linear = partial(self._watched, linear)
+            try:
+                return func(*args, **kwargs)
+            finally:
+                F.linear = linear
         if func in (F.linear, F.embedding):
-            weight = args[1] if len(args) > 1 else kwargs["weight"]
-            if (name := self._names.get(id(weight))) is not None:
-                self._see(name, args[0] if args else kwargs["input"], func is F.embedding)
+            return self._watched(func, *args, **kwargs)
+        return func(*args, **kwargs)
+
+    def _watched(self, func: Any, *args: Any, **kwargs: Any) -> Any:
+        weight = args[1] if len(args) > 1 else kwargs["weight"]
+        if (name := self._names.get(id(weight))) is not None:
+            self._see(name, args[0] if args else kwargs["input"], func is F.embedding)
         return func(*args, **kwargs)
 
 
@@ -50,13 +69,14 @@ class Wiring:
     """Names of weights, each kind in the order in which a forward pass comes to them.
 
     ``lookups``: rows taken by index. ``matrices``: what multiplies, but for ``head``, the matrix
-    that makes the logits (a lookup too if it is tied). ``blocks``: the matrices, parted by the
+    that makes the logits of a language model (a lookup too if it is tied); None: a model of another
+    kind, where the matrices that multiply count alike. ``blocks``: the matrices, parted by the
     layer (a child of an ``nn.ModuleList`` or ``nn.Sequential``) that they are in.
     """
 
     lookups: tuple[str, ...]
     matrices: tuple[str, ...]
-    head: str
+    head: str | None
     blocks: tuple[tuple[str, ...], ...]
 
     @property
@@ -66,12 +86,14 @@ class Wiring:
     @property
     def ends(self) -> tuple[str, ...]:
         """Lookups and head, each once."""
-        return (*(name for name in self.lookups if name != self.head), self.head)
+        head = () if self.head is None else (self.head,)
+        return (*(name for name in self.lookups if name != self.head), *head)
 
 
 @torch.no_grad()
-def wiring_in(model: nn.Module) -> Wiring:
-    """Of a model, by a pass over a few tokens. ValueError if its head is no matrix seen."""
+def wiring_in(model: nn.Module, inputs: Any = None) -> Wiring:
+    """Of a model, by a pass over ``inputs``; without any it is a language model and reads a few
+    tokens. ValueError if the head of one is no matrix seen."""
     weights = dict(model.named_parameters())
     products: list[str] = []
     lookups: list[str] = []
@@ -79,14 +101,27 @@ def wiring_in(model: nn.Module) -> Wiring:
     def see(name: str, _x: Tensor, is_lookup: bool) -> None:
         (lookups if is_lookup else products).append(name)
 
-    device = next(iter(weights.values())).device
-    ids_BT = torch.zeros(1, PROBE_TOKENS, dtype=torch.long, device=device)
-    with Watch(weights, see):
-        logits_BTV = model(ids_BT)
-    head = products[-1] if products else None
-    if head is None or len(weights[head]) != logits_BTV.size(-1):
-        raise ValueError("the last matrix is not the head: logits come from nn.Linear or F.linear")
-    matrices = [name for name in dict.fromkeys(products) if name != head]
+    head = None
+    if inputs is None:
+        device = next(iter(weights.values())).device
+        ids_BT = torch.zeros(1, PROBE_TOKENS, dtype=torch.long, device=device)
+        with Watch(weights, see):
+            logits_BTV = model(ids_BT)
+        head = products[-1] if products else None
+        if head is None or len(weights[head]) != logits_BTV.size(-1):
+            raise ValueError(
+                "the last matrix is not the head: logits come from nn.Linear or F.linear"
+            )
+    else:
+        args, kwargs = arguments(inputs)
+        with Watch(weights, see):
+            model(*args, **kwargs)
+    looked_up = set(lookups)
+    matrices = [
+        name
+        for name in dict.fromkeys(products)
+        if name != head and (head is not None or name not in looked_up)
+    ]
     layers = [
         f"{name}.{child}."
         for name, module in model.named_modules()

@@ -66,7 +66,5 @@ def written_sequences(
 def read_inputs(spec: ModelSpec, weights: Mapping[str, Tensor], sequences: Tensor) -> LayerInputs:
     """What every matrix of the float model reads of these (S, T) ids."""
     device = next(iter(weights.values())).device
-    inputs = LayerInputs(spec, weights, "fp32")
-    for ids_BT in sequences.split(BATCH_SEQUENCES):
-        inputs.update(ids_BT.to(device))
-    return inputs
+    batches = (ids_BT.to(device) for ids_BT in sequences.split(BATCH_SEQUENCES))
+    return LayerInputs.of_spec(spec, weights, "fp32").see_all(batches)

@@ -115,9 +115,10 @@ def scaled(inputs: LayerInputs) -> Method:
 
     def method(entry: Entry, w: Tensor, _: Tensor | None) -> tuple[Entry, Codes]:
         assert entry.grid is not None
-        if entry.name not in inputs.wiring.matrices:
+        if entry.name not in inputs.wiring.matrices or entry.name not in inputs.of:
             return nearest(entry, w, None)
-        magnitude = inputs.of[entry.name].magnitudes / inputs.num_tokens
+        seen = inputs.of[entry.name]
+        magnitude = seen.magnitudes / seen.count
         found = awq(w, inputs.hessian(entry.name), magnitude, entry.grid)
         return replace(entry, grid=found.grid), found.coded
 

@@ -140,14 +140,10 @@ class Plan:
         """
         if dtype not in DTYPES:
             raise ValueError(f"dtype = {dtype}: choose from {', '.join(DTYPES)}")
-        names: dict[nn.Parameter, list[str]] = {}  # its own, and those of the modules it is in
         layers: dict[nn.Parameter, list[nn.Module]] = {}
         modules = dict(module.named_modules(remove_duplicate=False))
         for name, parameter in module.named_parameters(remove_duplicate=False):
-            parts = name.split(".")
-            inside = [".".join(parts[:depth]) for depth in range(1, len(parts) + 1)]
-            names.setdefault(parameter, []).extend(inside)
-            layers.setdefault(parameter, []).append(modules[".".join(parts[:-1])])
+            layers.setdefault(parameter, []).append(modules[name.rpartition(".")[0]])
         matrices = {
             parameter
             for parameter, found in layers.items()
@@ -155,22 +151,17 @@ class Plan:
             and parameter.numel()
             and not any("norm" in type(m).__name__.lower() for m in found)
         }
-
-        def matched(setting: str, glob: str, among: Collection[nn.Parameter]) -> set[nn.Parameter]:
-            found = {p for p in among if any(fnmatchcase(n, glob) for n in names[p])}
-            if not found:
-                what = "parameter or module" if setting == "keep" else "matrix"
-                raise ValueError(f"{setting}: {glob!r} matches no {what} of the model")
-            return found
-
-        kept = {parameter for glob in keep for parameter in matched("keep", glob, names)}
+        kept = kept_parameters(module, keep)
         chosen = {
             parameter: grid
             for parameter in matrices
             if any(isinstance(layer, nn.Linear | nn.Embedding) for layer in layers[parameter])
         }
         for glob in reversed(list(rules)):  # the first rule has the last word
-            chosen |= dict.fromkeys(matched("rules", glob, matrices), rules[glob])
+            of_rule = _matching(module, glob) & matrices
+            if not of_rule:
+                raise ValueError(f"rules: {glob!r} matches no matrix of the model")
+            chosen |= dict.fromkeys(of_rule, rules[glob])
         entries = [
             Entry(name, tuple(parameter.shape), chosen[parameter])
             if parameter in chosen and parameter not in kept
@@ -263,6 +254,27 @@ class Plan:
         if len({entry.name for entry in entries}) != len(entries):
             raise ValueError("the plan names a tensor twice")
         return Plan(entries)
+
+
+def kept_parameters(module: nn.Module, keep: Collection[str]) -> set[nn.Parameter]:
+    """Those that a glob of ``keep`` matches, by name or by that of a module they are in. ValueError
+    names a glob that matches none."""
+    kept = set()
+    for glob in keep:
+        if not (found := _matching(module, glob)):
+            raise ValueError(f"keep: {glob!r} matches no parameter or module of the model")
+        kept |= found
+    return kept
+
+
+def _matching(module: nn.Module, glob: str) -> set[nn.Parameter]:
+    found = set()
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        parts = name.split(".")
+        inside = (".".join(parts[:depth]) for depth in range(1, len(parts) + 1))
+        if any(fnmatchcase(path, glob) for path in inside):
+            found.add(parameter)
+    return found
 
 
 def build_plan(

@@ -138,7 +138,7 @@ def _how_to_read(findings: Findings) -> str:
 
 
 @cache
-def _template() -> Any:
+def template() -> Any:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(
@@ -150,7 +150,7 @@ def _template() -> Any:
 
 def page(findings: Findings, drawn: Sequence[Picture]) -> str:
     """The report as HTML."""
-    return _template().render(
+    return template().render(
         findings=findings, facts=_facts(findings), sections=_sections(findings, drawn),
         as_svg=as_svg, light=LIGHT, dark=DARK,
     )  # fmt: skip

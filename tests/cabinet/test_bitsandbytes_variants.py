@@ -15,7 +15,14 @@ from qat.cabinet import bitsandbytes_variants as rows
 from qat.cabinet.bitsandbytes_variants import bitsandbytes_variants
 from qat.model.gpt import GPT
 from qat.model.spec import ModelSpec
-from tests.cabinet.conftest import CPU, SHAPE, block_matrices, logits_of, named, plain_logits
+from tests.cabinet.conftest import (
+    block_matrices,
+    frozen_of,
+    logits_of,
+    named,
+    plain_logits,
+    random_weights,
+)
 
 FOUR_BIT = ("NF4", "NF4 double", "FP4")
 
@@ -54,7 +61,7 @@ def test_four_bits_compute_with_the_weights_they_hold(
     name: str, weights: dict[str, Tensor]
 ) -> None:
     before = {key: w.clone() for key, w in weights.items()}
-    kept = named(bitsandbytes_variants(SHAPE, weights, CPU), f"bitsandbytes {name}").make()
+    kept = named(bitsandbytes_variants(frozen_of(weights)), f"bitsandbytes {name}").make()
     held = dequantized(kept, weights)
     expected = plain_logits(held)
     torch.testing.assert_close(logits_of(kept), expected, rtol=0, atol=1e-4)
@@ -71,18 +78,20 @@ def test_rows_of_any_length_are_near_the_trained_weights(name: str) -> None:
     shape = ModelSpec(48, 2, 96, 4, 2, 2, True)
     torch.manual_seed(0)
     weights = {n: torch.randn_like(p) * 0.1 for n, p in GPT(shape).named_parameters()}
-    kept = named(bitsandbytes_variants(shape, weights, CPU), f"bitsandbytes {name}").make()
+    kept = named(bitsandbytes_variants(frozen_of(weights, shape)), f"bitsandbytes {name}").make()
     for key, found in dequantized(kept, weights).items():
         if key in block_matrices(weights):
             assert (found - weights[key]).norm() < 0.15 * weights[key].norm(), key
     odd = ModelSpec(48, 2, 24, 4, 2, 2, True)
-    variant = named(bitsandbytes_variants(odd, weights, CPU), f"bitsandbytes {name}")
+    variant = named(
+        bitsandbytes_variants(frozen_of(random_weights(odd), odd)), f"bitsandbytes {name}"
+    )
     assert variant.missing() == "needs rows of a multiple of 32 weights"
 
 
 @pytest.mark.parametrize("name", FOUR_BIT)
 def test_levels_are_those_of_the_papers(name: str, weights: dict[str, Tensor]) -> None:
-    kept = named(bitsandbytes_variants(SHAPE, weights, CPU), f"bitsandbytes {name}").make()
+    kept = named(bitsandbytes_variants(frozen_of(weights)), f"bitsandbytes {name}").make()
     key = "blocks.1.mlp.fc.weight"
     found = dequantized(kept, weights)[key]
     if name == "FP4":
@@ -98,7 +107,7 @@ def test_levels_are_those_of_the_papers(name: str, weights: dict[str, Tensor]) -
 
 def test_llm_int8_is_the_papers_sum(weights: dict[str, Tensor]) -> None:
     """int8 times int8 but for columns that hold an outlier, which stay floats."""
-    kept = named(bitsandbytes_variants(SHAPE, weights, CPU), "bitsandbytes LLM.int8").make()
+    kept = named(bitsandbytes_variants(frozen_of(weights)), "bitsandbytes LLM.int8").make()
     weight = weights["blocks.0.attn.c_k.weight"].half()
     amax = weight.abs().amax(dim=1).float()
     codes = (weight * (127 / amax[:, None])).round()
@@ -122,7 +131,7 @@ def test_llm_int8_is_the_papers_sum(weights: dict[str, Tensor]) -> None:
 def test_llm_int8_is_close_to_its_weights(
     weights: dict[str, Tensor], caplog: pytest.LogCaptureFixture
 ) -> None:
-    kept = named(bitsandbytes_variants(SHAPE, weights, CPU), "bitsandbytes LLM.int8").make()
+    kept = named(bitsandbytes_variants(frozen_of(weights)), "bitsandbytes LLM.int8").make()
     # Activations are rounded to 8 bits per token.
     expected = plain_logits(dequantized(kept, weights))
     with caplog.at_level(logging.WARNING):
@@ -133,7 +142,7 @@ def test_llm_int8_is_close_to_its_weights(
 
 @pytest.mark.parametrize("name", [*FOUR_BIT, "LLM.int8"])
 def test_memory_is_what_the_formats_say(name: str, weights: dict[str, Tensor]) -> None:
-    kept = named(bitsandbytes_variants(SHAPE, weights, CPU), f"bitsandbytes {name}").make()
+    kept = named(bitsandbytes_variants(frozen_of(weights)), f"bitsandbytes {name}").make()
     matrices = block_matrices(weights)
     expected = sum(4 * w.numel() for key, w in weights.items() if key not in matrices)
     for key in matrices:
@@ -151,7 +160,7 @@ def test_memory_is_what_the_formats_say(name: str, weights: dict[str, Tensor]) -
 
 @pytest.mark.parametrize("name", [*FOUR_BIT, "LLM.int8"])
 def test_rows_compute_under_autocast(name: str, weights: dict[str, Tensor]) -> None:
-    kept = named(bitsandbytes_variants(SHAPE, weights, CPU), f"bitsandbytes {name}").make()
+    kept = named(bitsandbytes_variants(frozen_of(weights)), f"bitsandbytes {name}").make()
     exact = logits_of(kept)
     with torch.autocast("cpu", torch.bfloat16):
         torch.testing.assert_close(logits_of(kept), exact, rtol=0, atol=0.3)
@@ -160,7 +169,7 @@ def test_rows_compute_under_autocast(name: str, weights: dict[str, Tensor]) -> N
 def test_without_the_package_rows_say_how_to_get_it(
     weights: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    variants = bitsandbytes_variants(SHAPE, weights, CPU)
+    variants = bitsandbytes_variants(frozen_of(weights))
     assert [v.missing() for v in variants] == [None] * 4
     monkeypatch.setattr(rows, "find_spec", lambda _: None)
     for variant in variants:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qat.cabinet.choose_task import choose, least_move
+from qat.cabinet.choose_task import AT_LEAST, choose, least_move
+from qat.cabinet.labelled import MACRO_F1
 from qat.settings.schema import ConstraintSettings
 from tests.cabinet.cabinet_rows import make_float, make_row, unavailable
 
@@ -56,6 +58,29 @@ def test_where_nothing_is_left(program, folder: Path) -> None:
     )
     assert "not known !" in done.out
     assert "runner-up: none" in done.out
+
+
+def test_a_quality_is_needed_at_least(tmp_path: Path, program) -> None:
+    """And it moves downwards for another choice."""
+    rows = [
+        make_float(macro_f1=0.80, ece=0.09), make_row("a", "gptq", 900, macro_f1=0.72, ece=0.05),
+        make_row("b", "gptq", 800, macro_f1=0.60, ece=0.02),
+    ]  # fmt: skip
+    twins = [
+        make_row(name, "gptq", 900, macro_f1=0.7, items_per_second=speed)
+        for name, speed in (("slow", 100.0), ("quick", 200.0))
+    ]
+    assert choose(twins, {"items_per_second": 50.0}, MACRO_F1).candidates == twins[1:]
+    (tmp_path / "results.json").write_text(json.dumps(rows))
+    wanted = {"macro_f1": 0.75, "ece": 0.06}
+    found = choose(rows, wanted, MACRO_F1)
+    assert found.chosen is None
+    assert least_move(rows, wanted, MACRO_F1) == ("macro_f1", 0.72, rows[1])  # 4 % down, not 50 up
+    (tmp_path / "manifest.json").write_text(json.dumps({"objective": asdict(MACRO_F1)}))
+    done = program(
+        "eval.py", "task=choose", f"cabinet={tmp_path}", "constraints={macro_f1: 0.75, ece: 0.06}"
+    )
+    assert "if macro_f1 may be 0.72 instead of 0.75 (-4.0%)" in done.out, done.err
 
 
 def test_ties_go_to_fewer_bytes() -> None:
@@ -109,9 +134,10 @@ def test_choice_and_runner_up_against_their_definition(
 
 @pytest.mark.parametrize("name", vars(ConstraintSettings()))
 def test_every_quantity_is_in_a_row(name: str) -> None:
-    row = make_float(peak_memory_bytes=10)
-    assert choose([row], {name: 1e12}).chosen is row
-    assert choose([row], {name: 1e-12}).chosen is None
+    row = make_float(peak_memory_bytes=10, **dict.fromkeys(AT_LEAST, 0.7))
+    met, unmet = (1e-12, 1e12) if name in AT_LEAST else (1e12, 1e-12)
+    assert choose([row], {name: met}).chosen is row
+    assert choose([row], {name: unmet}).chosen is None
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,8 @@ import torch
 
 from qat.artifact.container import pack, read_artifact
 from qat.cabinet import grid_variants as grid_variants_file
-from qat.cabinet.grid_variants import GRIDS, RANK, Frozen, grid_variants, kept, plan_for
-from qat.cabinet.variant import Kept, inner_bytes
+from qat.cabinet.grid_variants import GRIDS, RANK, grid_variants, kept, plan_for
+from qat.cabinet.variant import Frozen, Kept, inner_bytes
 from qat.model.gpt import GPT
 from qat.model.spec import ModelSpec
 from qat.ptq.calibration import SELF_TOKENS, SEQUENCES, random_sequences, written_sequences
@@ -36,11 +36,15 @@ def frozen(shape: ModelSpec = SHAPE) -> Frozen:
             w *= torch.rand(p.size(0), 1).exp() * torch.rand(1, p.size(1)).exp()
         weights[name] = w.detach()
     texts = {
-        "train": lambda: random_sequences(shape, 16, 1),
-        "self": lambda: written_sequences(shape, weights, BOS_ID, 2),
-        "random": lambda: random_sequences(shape, 16, 3),
+        "train": lambda: [random_sequences(shape, 16, 1)],
+        "self": lambda: [written_sequences(shape, weights, BOS_ID, 2)],
+        "random": lambda: [random_sequences(shape, 16, 3)],
     }
-    return Frozen(shape, weights, texts)
+    return Frozen.of_spec(shape, weights, texts)
+
+
+def weights_of(made: Kept) -> dict[str, torch.Tensor]:
+    return dict(made.module.named_parameters())
 
 
 @pytest.fixture(scope="module")
@@ -65,22 +69,24 @@ def test_names_are_unique_and_all_can_be_made(model: Frozen) -> None:
 
 
 def test_weights_are_those_of_a_file(model: Frozen, tmp_path: Path) -> None:
-    plan = plan_for(SHAPE, GRIDS["int4_g64"], GRIDS["int8"])
+    plan = plan_for(model, GRIDS["int4_g64"], GRIDS["int8"])
     for method in (nearest, gptq(model.inputs("train"))):
         encoded = encoded_by(plan, model.weights, method)
-        found = kept(encoded, SHAPE)
+        found = kept(encoded, model)
         data = pack(encoded, plan, {}, "mix")
         (tmp_path / "a.qat").write_bytes(data)
         assert found.disk_bytes == len(data)
         read = read_artifact(tmp_path / "a.qat")
-        for name, w in found.weights.items():
+        for name, w in weights_of(found).items():
             assert w.equal(read.weights[name]), name
 
 
 def test_bytes_are_those_held(made: dict[str, Kept]) -> None:
-    codes = sum(w.numel() for n, w in made["fp32"].weights.items() if n.endswith(".weight"))
-    rows = sum(w.shape[0] for n, w in made["fp32"].weights.items() if n.endswith(".weight"))
-    vectors = sum(w.numel() for n, w in made["fp32"].weights.items() if not n.endswith(".weight"))
+    codes = sum(w.numel() for n, w in weights_of(made["fp32"]).items() if n.endswith(".weight"))
+    rows = sum(w.shape[0] for n, w in weights_of(made["fp32"]).items() if n.endswith(".weight"))
+    vectors = sum(
+        w.numel() for n, w in weights_of(made["fp32"]).items() if not n.endswith(".weight")
+    )
     assert made["fp32"].memory_bytes == 4 * (codes + vectors)
     assert made["bf16"].memory_bytes == made["fp16"].memory_bytes == 2 * (codes + vectors)
     assert made["rtn_int8"].memory_bytes == codes + 2 * rows + 4 * vectors
@@ -89,7 +95,8 @@ def test_bytes_are_those_held(made: dict[str, Kept]) -> None:
     assert made["rtn_int4_g64"].embedding == "int4_g64"
     assert made["rtn_int4_g64_e8"].embedding == "int8"
     assert made["rtn_int4"].disk_bytes < made["rtn_int6"].disk_bytes < made["rtn_int8"].disk_bytes
-    shapes = {n: w.shape for n, w in made["fp32"].weights.items() if ".attn.c" in n or ".proj" in n
+    floats = weights_of(made["fp32"])
+    shapes = {n: w.shape for n, w in floats.items() if ".attn.c" in n or ".proj" in n
               or ".fc" in n}  # fmt: skip
     factors = 2 * RANK * sum(rows + columns for rows, columns in shapes.values())
     lqer, rounded = made["lqer_int4_g64_e8"], made["rtn_int4_g64_e8"]
@@ -105,7 +112,7 @@ def test_matrices_smaller_than_the_rank_are_corrected_as_far_as_they_go() -> Non
 
 def test_real_zero_points_are_counted(made: dict[str, Kept]) -> None:
     found, rounded = made["hqq_int4_g64_e8"], made["rtn_int4_g64_e8"]
-    groups = sum(w.shape[0] * -(-w.shape[1] // 64) for n, w in found.weights.items()
+    groups = sum(w.shape[0] * -(-w.shape[1] // 64) for n, w in weights_of(found).items()
                  if n.startswith("blocks") and n.endswith(".weight"))  # fmt: skip
     assert found.memory_bytes - rounded.memory_bytes == 2 * groups
 
@@ -118,7 +125,7 @@ def test_gptq_makes_the_outputs_better(model: Frozen, made: dict[str, Kept]) -> 
             continue
         errors = {
             variant: float(
-                row_output_errors(made[variant].weights[name] - w, inputs.hessian(name)).sum()
+                row_output_errors(weights_of(made[variant])[name] - w, inputs.hessian(name)).sum()
             )
             for variant in (
                 "rtn_int4",
@@ -135,7 +142,7 @@ def test_gptq_makes_the_outputs_better(model: Frozen, made: dict[str, Kept]) -> 
 
 
 def test_sequential_gptq_reads_what_came_before(model: Frozen, made: dict[str, Kept]) -> None:
-    one, two = (made[f"gptq_{kind}int4_g64_e8"].weights for kind in ("", "sequential_"))
+    one, two = (weights_of(made[f"gptq_{kind}int4_g64_e8"]) for kind in ("", "sequential_"))
     first = [n for n in one if n.startswith("blocks.0.") and n.endswith(".weight")]
     later = [n for n in one if n.startswith("blocks.1.") and n.endswith(".weight")]
     assert all(one[name].equal(two[name]) for name in first)
@@ -147,7 +154,7 @@ def test_lite_takes_the_best_clip_of_each_row() -> None:
     w = torch.randn(6, 2000)
     w[0, 0] = 30.0  # worth clipping
     grid = Grid(bits=4)
-    plan = plan_for(SHAPE, grid, grid)
+    plan = plan_for(frozen(), grid, grid)
     entry, codes = lite(plan.entries["tok_emb.weight"], w, None)
     errors = (decode(codes, entry.grid) - w).square().sum(1)
     candidates = torch.stack([
@@ -171,19 +178,18 @@ def test_folding_channel_scales_changes_no_output(
 
     monkeypatch.setattr(grid_variants_file, "encoded_by", catch)
     grid_variants_file._folded(model, GRIDS["int8_tensor"])
-    ids = model.sequences("random")[:4]
+    ids = torch.cat(model.batches("random"))[:4]
     assert logits(seen, ids).allclose(logits(model.weights, ids), atol=1e-4)
     assert not seen["blocks.0.mlp.proj.weight"].equal(model.weights["blocks.0.mlp.proj.weight"])
 
 
 def test_smoothquant_reads_int8_activations(model: Frozen, made: dict[str, Kept]) -> None:
     found = made["smoothquant_w8a8"]
-    assert found.module is not None
-    ids = model.sequences("random")[:4]
+    ids = torch.cat(model.batches("random"))[:4]
     with torch.inference_mode():
         quantized = found.module(ids)
     exact = logits(model.weights, ids)
-    rounded = logits(made["rtn_int8"].weights, ids)
+    rounded = logits(weights_of(made["rtn_int8"]), ids)
     assert not quantized.equal(exact)
     assert (quantized - exact).abs().mean() < 0.3 * exact.std()
     assert (quantized - rounded).abs().max() > 0
@@ -192,7 +198,7 @@ def test_smoothquant_reads_int8_activations(model: Frozen, made: dict[str, Kept]
     scale = migration_scales(largest, [model.weights[name]])
     x = torch.randn(3, 64)
     with torch.inference_mode():
-        expected = snap_tokens(x / scale) @ found.weights[name].T
+        expected = snap_tokens(x / scale) @ weights_of(found)[name].T
         assert found.module.blocks[0].mlp.fc(x).allclose(expected, atol=1e-5)
 
 
@@ -200,13 +206,13 @@ def test_an_untied_embedding_is_rounded_and_its_head_is_not() -> None:
     shape = replace(SHAPE, tie_embeddings=False)
     untied = frozen(shape)
     made = {v.name: v.make() for v in grid_variants(untied) if v.name in ("rtn_int4", "gptq_int4")}
-    rounded, better = made["rtn_int4"].weights, made["gptq_int4"].weights
+    rounded, better = weights_of(made["rtn_int4"]), weights_of(made["gptq_int4"])
     assert rounded["tok_emb.weight"].equal(better["tok_emb.weight"])
     assert not rounded["lm_head.weight"].equal(better["lm_head.weight"])
 
 
 def test_written_text_is_the_models_own(model: Frozen) -> None:
-    ids = model.sequences("self")
+    ids = torch.cat(model.batches("self"))
     assert ids.shape == (SEQUENCES, SELF_TOKENS)
     assert (ids[:, 0] == 1).all()
     again = written_sequences(SHAPE, model.weights, BOS_ID, 2)

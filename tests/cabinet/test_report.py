@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from qat.cabinet.labelled import MACRO_F1
 from qat.cabinet.plots import MAX_VARIANTS, spread_over
 from qat.cabinet.report import as_markdown, write_report
 from qat.cabinet.roofline import Ceilings
@@ -104,6 +105,66 @@ def test_what_cannot_be_answered_says_why(tmp_path: Path) -> None:
     assert summary["frontier"] == []
     assert "no variant was measured" in report
     assert not list((tmp_path / "none").glob("*.png"))
+
+
+def test_what_qat_buys_where_damage_lands_and_temperature() -> None:
+    told, _ = tell([*ROWS, make_row("qat_int4", "qat", 1_300_000, 0.0123)])
+    assert "| int4 | +0.13780 (1,200,000) | +0.05510 (1,200,000) | +0.01230 (1,300,000) |" in told
+    # head: 0.8 of the gap of 0.1378, planted with 0.002 to either side
+    line = next(line for line in told.splitlines() if line.startswith("| rtn_int4 | +0.1102"))
+    assert "+0.1102 (+0.1082 to +0.1122), 6,890 flips" in line
+    assert line.endswith("| head, mid, tail, all |")
+    line = next(line for line in told.splitlines() if line.startswith("| rtn_int8 | +0.0002"))
+    assert line.endswith("| none |")
+    # ECE is 0.01 + gap / 10, and 0.008 at the temperature: better for all 8
+    assert "smaller for 8 of 8 variants" in told
+    worse = [{**row, "ece_at_temperature": 0.5} for row in ROWS if row["status"] == "measured"]
+    told, _ = tell(worse)
+    assert "smaller for 0 of 7 variants" in told
+    assert "## What QAT buys" not in told
+
+
+def test_of_a_quality_more_is_better() -> None:
+    """The same rows by macro F1: signs turn round, and so does who is beaten."""
+
+    def row(variant: str, family: str, size: int, f1: float) -> dict[str, Any]:
+        return make_row(variant, family, size, macro_f1=f1, gap_macro_f1=f1 - 0.8, tiers=None)
+
+    rows = [
+        row("fp32", "float", 10_000, 0.8), row("rtn_int8", "rounding", 3_000, 0.801),
+        row("gptq_int6", "gptq", 2_000, 0.797), row("rtn_int6", "rounding", 2_100, 0.78),
+        row("rtn_int4", "rounding", 1_000, 0.5),
+    ]  # fmt: skip
+    summary = summarise(rows, CEILINGS, MACRO_F1)
+    assert summary["frontier"] == ["rtn_int4", "gptq_int6", "rtn_int8"]
+    stop = summary["where_to_stop"]
+    assert stop["variant"] == "gptq_int6"  # 0.003 lost, of 0.005 that may be
+    assert stop["gap_macro_f1"] == pytest.approx(-0.003)
+    assert stop["next_smaller"]["variant"] == "rtn_int4"
+    assert summary["best_per_family"]["rounding"] == {
+        "most_macro_f1": "rtn_int8", "smallest_within_gap": "rtn_int8"
+    }  # fmt: skip
+    assert summary["gptq_over_rounding"]["int6"]["macro_f1_bought"] == pytest.approx(0.017)
+    told = as_markdown(rows, summary, {}, [], MACRO_F1)
+    assert "gap_macro_f1 >= -0.005" in told
+    assert "**gptq_int6**: 2,000 bytes, 5.00 times smaller than fp32, gap -0.00300" in told
+    assert "GPTQ is better on 1 of 1 grids, and buys most on int6: +0.01700 macro_f1" in told
+
+
+def test_promises_are_kept_or_not() -> None:
+    told, _ = tell(ROWS)
+    promises = told.split("## Promises")[1].split("## The frontier")[0].strip().splitlines()
+    assert promises == [  # changes are planted as real above 0.002; fp32 takes 18 ms, others 12
+        "- As good: no tier with a real change: 1 of 6 (rtn_int8).",
+        "- Smaller in memory than fp32 (rtn_int3: 11.78 times): 6 of 6 (rtn_int6, gptq_int6, "
+        "rtn_int8, gptq_int4, rtn_int4, rtn_int3).",
+        "- Faster, 1.05 times at least, as measured here: 6 of 6 (rtn_int6, gptq_int6, rtn_int8, "
+        "gptq_int4, rtn_int4, rtn_int3).",
+    ]
+    slow = [{**r, "latency_ms": 17.5, "memory_bytes": 10**9} for r in ROWS[:3]] + [ROWS[3]]
+    told, _ = tell(slow)
+    assert "- Faster, 1.05 times at least, as measured here: 0 of 3." in told
+    assert "times): 0 of 3." in told
 
 
 def test_the_roof_is_the_slower_of_arithmetic_and_memory() -> None:

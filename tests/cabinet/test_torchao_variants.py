@@ -11,12 +11,12 @@ from torch import Tensor
 
 from qat.cabinet import torchao_variants as rows
 from qat.cabinet.torchao_variants import torchao_variants
-from qat.cabinet.variant import float_model
+from qat.cabinet.variant import Frozen
 from qat.model.spec import ModelSpec
 from tests.cabinet.conftest import (
-    CPU,
     SHAPE,
     block_matrices,
+    frozen_of,
     logits_of,
     named,
     plain_logits,
@@ -47,7 +47,7 @@ def stepped(weight: Tensor) -> Tensor:
 @pytest.mark.parametrize("name", [*WEIGHT_ONLY, DYNAMIC])
 def test_rows_compute_with_the_weights_they_hold(name: str, weights: dict[str, Tensor]) -> None:
     before = {key: w.clone() for key, w in weights.items()}
-    row = named(torchao_variants(SHAPE, weights, CPU), f"torchao {name}")
+    row = named(torchao_variants(frozen_of(weights)), f"torchao {name}")
     assert row.missing() is None
     kept = row.make()
     dequantized = dict(kept.module.named_parameters())
@@ -72,7 +72,7 @@ def test_rows_compute_with_the_weights_they_hold(name: str, weights: dict[str, T
 def test_memory_is_what_the_formats_say(name: str, is_tied: bool) -> None:
     shape = replace(SHAPE, tie_embeddings=is_tied)
     weights = random_weights(shape)
-    kept = named(torchao_variants(shape, weights, CPU), f"torchao {name}").make()
+    kept = named(torchao_variants(frozen_of(weights, shape)), f"torchao {name}").make()
     matrices = block_matrices(weights)
     floats = sum(4 * w.numel() for key, w in weights.items() if key not in matrices)
     quantized = sum(bytes_of_matrix(name, *weights[key].shape) for key in matrices)
@@ -81,7 +81,7 @@ def test_memory_is_what_the_formats_say(name: str, is_tied: bool) -> None:
 
 
 def test_four_bits_are_small_on_disk_only(weights: dict[str, Tensor]) -> None:
-    variants = torchao_variants(SHAPE, weights, CPU)
+    variants = torchao_variants(frozen_of(weights))
     int8 = named(variants, "torchao Int8WeightOnly").make()
     int4 = named(variants, "torchao IntxWeightOnly int4 g32").make()
     assert int4.memory_bytes > int8.memory_bytes
@@ -90,14 +90,14 @@ def test_four_bits_are_small_on_disk_only(weights: dict[str, Tensor]) -> None:
 
 @pytest.mark.parametrize("name", WEIGHT_ONLY)
 def test_rows_compute_under_autocast(name: str, weights: dict[str, Tensor]) -> None:
-    kept = named(torchao_variants(SHAPE, weights, CPU), f"torchao {name}").make()
+    kept = named(torchao_variants(frozen_of(weights)), f"torchao {name}").make()
     exact = logits_of(kept)
     with torch.autocast("cpu", torch.bfloat16):
         torch.testing.assert_close(logits_of(kept), exact, rtol=0, atol=0.3)
 
 
 def test_every_row_works_or_says_what_it_needs(weights: dict[str, Tensor]) -> None:
-    reasons = {v.name: v.missing() for v in torchao_variants(SHAPE, weights, CPU)}
+    reasons = {v.name: v.missing() for v in torchao_variants(frozen_of(weights))}
     expected = {f"torchao {name}": None for name in [*WEIGHT_ONLY, DYNAMIC]}
     assert reasons == expected | {f"torchao {name}": why for name, why in FOR_CUDA.items()}
 
@@ -107,16 +107,16 @@ def test_needs_are_those_of_the_machine(
 ) -> None:
     """What a machine with CUDA would be told, before torchao is asked."""
     cuda = torch.device("cuda")
-    monkeypatch.setattr(rows, "float_model", lambda *_: None)
-    monkeypatch.setattr(rows, "_failure", lambda *_: "asked torchao")
+    monkeypatch.setattr(Frozen, "device", cuda)
+    monkeypatch.setattr(rows, "failure", lambda *_: "asked torchao")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 6))
-    reasons = {v.name: v.missing() for v in torchao_variants(SHAPE, weights, cuda)}
+    reasons = {v.name: v.missing() for v in torchao_variants(frozen_of(weights))}
     assert reasons["torchao Float8DynamicActivationFloat8Weight"] == "needs CUDA capability >= 8.9"
     assert reasons["torchao Int4WeightOnly g32 (mslk)"] == "needs mslk"
     assert reasons["torchao Int4WeightOnly g32 (tinygemm)"] == "asked torchao"
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 9))
     monkeypatch.setattr(rows, "find_spec", lambda name: ModuleSpec(name, None))
-    for variant in torchao_variants(SHAPE, weights, cuda):
+    for variant in torchao_variants(frozen_of(weights)):
         assert variant.missing() == "asked torchao"
 
 
@@ -124,14 +124,14 @@ def test_reasons_are_one_line(weights: dict[str, Tensor], monkeypatch: pytest.Mo
     def refuse(*_: object) -> None:
         raise RuntimeError("no such kernel\nat gpu.cu:12")
 
-    monkeypatch.setattr(rows, "_convert", refuse)
-    reasons = [v.missing() for v in torchao_variants(SHAPE, weights, CPU)]
+    monkeypatch.setattr(rows, "_converted", refuse)
+    reasons = [v.missing() for v in torchao_variants(frozen_of(weights))]
     assert reasons[0] == "RuntimeError: no such kernel"
 
 
 def test_a_shape_that_torchao_refuses_is_a_reason_in_one_line() -> None:
     shape = ModelSpec(96, 2, 48, 4, 2, 2, True)
-    variants = torchao_variants(shape, random_weights(shape), CPU)
+    variants = torchao_variants(frozen_of(random_weights(shape), shape))
     reason = named(variants, "torchao IntxWeightOnly int4 g32").missing()
     assert reason is not None
     assert "48" in reason
@@ -143,7 +143,7 @@ def test_a_matrix_that_torchao_skips_is_an_error(
     from torchao import quantization
 
     monkeypatch.setattr(quantization, "quantize_", lambda *_, **__: None)
-    row = named(torchao_variants(SHAPE, weights, CPU), "torchao Int8WeightOnly")
+    row = named(torchao_variants(frozen_of(weights)), "torchao Int8WeightOnly")
     assert "does not quantize blocks.0.attn.c_q (64, 64)" in (row.missing() or "")
     with pytest.raises(ValueError, match="does not quantize blocks"):
         row.make()
@@ -153,8 +153,7 @@ def test_rows_for_cuda_compute_in_bfloat16(weights: dict[str, Tensor]) -> None:
     """Their casts, around a configuration that a CPU has too."""
     row = rows.Row(rows.ROWS["Float8WeightOnly"].config, capability=(0, 0))
     parameters = {key: torch.nn.Parameter(w) for key, w in weights.items()}
-    gpt = float_model(SHAPE, parameters, CPU)
-    rows._convert(gpt, SHAPE, row, CPU)
+    gpt = rows._converted(frozen_of(parameters), row)
     assert parameters["blocks.0.mlp.fc.weight"].dtype == torch.float32  # the caller's own
     layer = gpt.blocks[0].mlp.fc
     assert layer.weight.dtype == torch.bfloat16

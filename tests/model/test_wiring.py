@@ -101,3 +101,27 @@ def test_the_last_logits_come_with_and_without_a_tail(name: str) -> None:
     assert whole.shape == (2, 16, 64)
     for tail in (1, 5, 16):
         assert last_logits(model, weights, ids, tail).allclose(whole[:, -tail:], atol=1e-5)
+
+
+def test_a_model_that_is_called_with_anything() -> None:
+    """Several tensors, no head, and attention of torch's own, layer by layer."""
+
+    class Cross(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+            self.other = nn.Embedding(5, 8)
+            self.out = nn.Linear(8, 2)
+
+        def forward(self, x: Tensor, ids: Tensor) -> Tensor:
+            return self.out(self.layer(x).mean(1) + self.other(ids))
+
+    for inputs in ((torch.ones(2, 3, 8), torch.ones(2, dtype=torch.long)),
+                   {"ids": torch.ones(2, dtype=torch.long), "x": torch.ones(2, 3, 8)}):  # fmt: skip
+        found = wiring_in(Cross().eval(), inputs)
+        assert found.head is None
+        assert found.lookups == found.ends == ("other.weight",)
+        assert found.matrices == (
+            "layer.self_attn.in_proj_weight", "layer.self_attn.out_proj.weight",
+            "layer.linear1.weight", "layer.linear2.weight", "out.weight",
+        )  # fmt: skip

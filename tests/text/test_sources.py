@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import re
+from collections import Counter
 from pathlib import Path
 
 import pyarrow
@@ -49,6 +50,18 @@ def test_the_embedded_bible(cache_dir: Path) -> None:
     assert 0.03 < share < 0.07
     assert prepared.notes["val_bytes"] == sum(len(text.encode()) for text in val)
     assert 1.5 < prepared.notes["val_xz_bits_per_byte"] < 3.0
+
+
+def test_verses_know_their_book() -> None:
+    verses = corpus.bible_verses()
+    counts = Counter(book for book, _ in verses)
+    assert len(verses) == 31_102
+    assert list(counts) == list(range(66))
+    assert (counts[0], counts[62], counts[18]) == (1533, 13, 2461)  # Genesis, 2 John, Psalms
+    assert verses[0] == (0, "In the beginning God created the heavens and the earth.")
+    assert "Jesus wept." in [text for book, text in verses if book == 42]
+    whole = " ".join(" ".join(corpus.web_bible()).split())
+    assert all(text in whole for _, text in verses[::500])
 
 
 def test_equal_documents_never_straddle_the_split(tmp_path: Path, cache_dir: Path) -> None:
