@@ -197,7 +197,7 @@ def test_a_class_name_occurs_once() -> None:
 def test_quantize_imports_torch_alone() -> None:
     standard = {
         "__future__", "collections", "dataclasses", "fnmatch", "functools", "hashlib", "importlib",
-        "itertools", "json", "math", "pkgutil", "zlib",
+        "itertools", "json", "math", "pkgutil", "struct", "zlib",
     }  # fmt: skip
     for path in (ROOT / "qat" / "quantize").rglob("*.py"):
         outside = {name.split(".")[0] for name in imports(path)} - {"qat", "torch"}

@@ -240,9 +240,9 @@ def test_one_model_graph_before_and_after_the_switch(
     with torch._dynamo.config.patch(error_on_recompile=True):
         fit(under_test)
     assert under_test.progress.qat_steps == 3
-    # The model, and on a CPU the two passes of the snap; on CUDA these are Triton's. With a
+    # The model, and on a CPU the pass of the snap; on CUDA that is Triton's. With a
     # teacher, its logits and the loss with them.
-    graphs = (1 if torch.cuda.is_available() else 3) + (2 if distilled else 0)
+    graphs = (1 if torch.cuda.is_available() else 2) + (2 if distilled else 0)
     assert counters["stats"]["unique_graphs"] == graphs
     assert at_first_update == [graphs]
     assert proof_of(under_test).on_grid_share == 1.0
