@@ -194,12 +194,28 @@ class TrainingRun:
         )
         if warning := tokenizer.warning:
             log.warning("warning: %s", warning)
+        if s.model.init_from is not None and s.resume is None:
+            self._compare_with_source(Path(s.model.init_from))
         compiled = "compiled" if s.compile == "true" else "eager"
         if s.compile == "false" and machine.has_cuda() and (missing := machine.no_compiler()):
             compiled = f"eager (nothing compiles here: {missing})"
         log.info(
             "%s, %s; the plan (bits with steps):\n%s", s.precision, compiled, plan_table(self.plan)
         )
+
+    def _compare_with_source(self, source: Path) -> None:
+        """Warn where the run that weights come from had other text: it may have seen what is
+        validation text here, and its bits per byte are of another."""
+        before = Result.read(source if source.is_dir() else source.parent)
+        if before is None or not before.data or not self.row.data:
+            return
+        sides = {"train": "training", "val": "validation"}
+        if other := [s for side, s in sides.items() if before.data[side] != self.row.data[side]]:
+            log.warning(
+                "warning: model.init_from=%s was trained with other %s text than this run; "
+                "data.files and the other settings of data say which",
+                source, " and other ".join(other),
+            )  # fmt: skip
 
     @property
     def checkpoint(self) -> Path:

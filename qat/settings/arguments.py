@@ -12,7 +12,7 @@ from functools import cache
 from importlib import import_module
 from os.path import expanduser, isdir
 from pathlib import Path
-from typing import NoReturn, get_origin
+from typing import Any, NoReturn, get_origin
 
 from hydra._internal.utils import get_args_parser
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -109,9 +109,10 @@ def with_profile(arguments: list[str], say: bool = True) -> list[str]:
     return [re.sub(r"\bauto\b", profile, w) if w.startswith("profile=") else w for w in words]
 
 
-def with_sizes(arguments: list[str], as_spelled: list[str]) -> list[str]:
-    """Add the sizes of the model that ``model.init_from`` describes, but for those typed (all are
-    by ``model=OPTION``). UserError if it describes one that this program has not.
+def with_source(arguments: list[str], as_spelled: list[str]) -> list[str]:
+    """Add what ``model.init_from`` says of itself: the sizes of its model, but for those typed (all
+    are by ``model=OPTION``), and of a run its data, if no other was typed. UserError if it
+    describes a model that this program has not.
 
     ``as_spelled``: the same arguments for Hydra.
     """
@@ -119,17 +120,21 @@ def with_sizes(arguments: list[str], as_spelled: list[str]) -> list[str]:
         return arguments
     asked = {o.key_or_group: o for o in OverridesParser.create().parse_overrides(as_spelled)}
     value = asked["model.init_from"].value() if "model.init_from" in asked else None
-    if not isinstance(value, str) or asked.keys() & {"model", "resume"}:
+    if not isinstance(value, str) or "resume" in asked:
         return arguments
+    has_data = any(key.partition(".")[0] == "data" for key in asked)
     try:
         runs = asked["runs_dir"].value() if "runs_dir" in asked else TrainSettings.runs_dir
         path = locate_weights(expanduser(value), expanduser(str(runs)))
-        spec = import_module(SIZES).spec_of_source(Path(path))
+        reader = import_module(SIZES)
+        spec = None if "model" in asked else reader.spec_of_source(Path(path))
+        data = {} if has_data else reader.data_of_source(Path(path))
     except ModuleNotFoundError:
         whole = "train_gpt.py begins from random weights; this takes the whole project"
         raise UserError(f"model.init_from={value}: {whole}") from None
     except (ValueError, OSError) as error:
         raise UserError(f"model.init_from={value}: {error}") from None
+    arguments = [*arguments, *(f"data.{name}={_spelled(v)}" for name, v in data.items())]
     if spec is None:
         return arguments
     sizes = asdict(spec)
@@ -139,6 +144,15 @@ def with_sizes(arguments: list[str], as_spelled: list[str]) -> list[str]:
     sizes |= {f"more.{name}": size for name, size in more.items()}
     added = {f"model.{name}": str(size).lower() for name, size in sizes.items()}
     return [*arguments, *(f"{key}={size}" for key, size in added.items() if key not in asked)]
+
+
+def _spelled(value: Any) -> str:
+    """A value as Hydra reads it."""
+    if isinstance(value, list):
+        return f"[{','.join(map(_spelled, value))}]"
+    if isinstance(value, str):
+        return "'" + value.replace("'", "\\'") + "'"
+    return "null" if value is None else str(value).lower()
 
 
 def known_keys(schema: type) -> set[str]:

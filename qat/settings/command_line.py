@@ -38,7 +38,7 @@ from qat.settings.arguments import (
     split_flags,
     users_folders,
     with_profile,
-    with_sizes,
+    with_source,
 )
 from qat.settings.arms import ARM, with_arms
 from qat.settings.schema import as_settings
@@ -182,7 +182,7 @@ def _main(program: Program) -> int:
             is_question = args.help or args.cfg or args.info or args.shell_completion
             settings = with_profile(settings, say=not is_question)
         if not args.shell_completion:
-            settings = with_sizes(settings, for_hydra())
+            settings = with_source(settings, for_hydra())
         settings = with_arms(settings, groups(name), is_sweep)
     sys.argv[1:] = [*opened(for_hydra(), name), *flags]
     jobs = Jobs(program, folders, shlex.join(["python", f"{name}.py", *typed]))

@@ -29,6 +29,7 @@ from qat.artifact.container import read_artifact, read_header_of
 from qat.errors import UserError
 from qat.model.registry import architecture_of
 from qat.model.spec import ModelSpec
+from qat.settings.schema import DataSettings
 from qat.text.tokenizer import Tokenizer
 from qat.training.checkpoint import MARKS, tensors_to_store
 from qat.training.llama_config import metadata_of, spec_at
@@ -61,6 +62,18 @@ def spec_of_source(path: Path) -> ModelSpec | None:
     except (LookupError, TypeError, ArithmeticError, yaml.YAMLError) as error:
         raise ValueError(f"it describes no model ({type(error).__name__}: {error})") from None
     return spec_at(path)
+
+
+def data_of_source(path: Path) -> dict[str, Any]:
+    """The settings ``data.*`` of the run that it is of; {} of anything else."""
+    config = path / RUN if path.is_dir() else path.with_name(RUN)
+    if path.suffix not in ("", ".ckpt") or not config.is_file():
+        return {}
+    try:
+        said = yaml.safe_load(config.read_text("utf-8"))["data"]
+        return {f.name: said[f.name] for f in fields(DataSettings) if f.name != "cache_dir"}
+    except (LookupError, TypeError, yaml.YAMLError) as error:
+        raise ValueError(f"its {RUN} is damaged ({type(error).__name__}: {error})") from None
 
 
 def initial_weights(

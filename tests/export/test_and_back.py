@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from safetensors.torch import load_file, save_file
 
 from qat.errors import UserError
@@ -19,8 +22,8 @@ from qat.golf.bundle import code_files
 from qat.model.registry import model_of
 from qat.model.spec import ModelSpec
 from qat.settings import arguments
-from qat.settings.arguments import with_sizes
-from qat.settings.schema import ModelSettings
+from qat.settings.arguments import with_source
+from qat.settings.schema import DataSettings, ModelSettings
 from qat.text.tokenizer import Tokenizer
 from qat.training.build import build_model
 from qat.training.llama_config import spec_at
@@ -177,7 +180,7 @@ def test_sizes_that_are_others(changes: dict, reason: str, folder: Path) -> None
 def test_sizes_are_taken_from_it_but_for_those_typed(folder: Path) -> None:
     def added(*typed: str) -> set[str]:
         asked = [f"model.init_from={folder}", *typed]
-        found = with_sizes(asked, asked)
+        found = with_source(asked, asked)
         assert found[: len(asked)] == asked
         return set(found[len(asked) :])
 
@@ -194,7 +197,7 @@ def test_sizes_are_taken_from_it_but_for_those_typed(folder: Path) -> None:
     }  # fmt: skip
     assert added("++model.more.norm_eps=0.1") == (sizes | more) - {"model.more.norm_eps=1e-06"}
     assert added("model=llama_4x288") == set()
-    assert with_sizes(["model.init_from=w.pt"], ["model.init_from=w.pt"]) == [
+    assert with_source(["model.init_from=w.pt"], ["model.init_from=w.pt"]) == [
         "model.init_from=w.pt"
     ]
     (folder / "config.json").write_text('{"model_type": "qwen2"}')
@@ -204,6 +207,22 @@ def test_sizes_are_taken_from_it_but_for_those_typed(folder: Path) -> None:
     (folder / "config.json").unlink()
     with pytest.raises(UserError, match=r"No such file or directory: '.*config.json'"):
         added()
+
+
+def test_a_runs_data_is_taken_from_it(tmp_path: Path) -> None:
+    """With what a path may hold; not if other data was typed."""
+    asked = [f"model.init_from={tmp_path}", "model=llama_4x288"]
+    files = ["/it's here/a b.txt", "/c,d=[e]/$f\\g.txt"]
+    said = asdict(DataSettings(source="text", files=files, val_fraction=0.125))
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"data": said}))
+    added = with_source(asked, asked)[2:]
+    found = {o.key_or_group: o.value() for o in OverridesParser.create().parse_overrides(added)}
+    assert found == {f"data.{k}": v for k, v in said.items() if k != "cache_dir"}
+    for typed in ("data=web_bible", "data.files=[a.txt]"):
+        assert with_source([*asked, typed], [*asked, typed]) == [*asked, typed]
+    (tmp_path / "config.yaml").write_text("data: 3")
+    with pytest.raises(UserError, match=r"its config.yaml is damaged \(TypeError"):
+        with_source(asked, asked)
 
 
 def test_trained_on(finished: Path, folder: Path, train, program) -> None:
@@ -231,4 +250,4 @@ def test_a_submission_has_no_code_for_it(folder: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(arguments, "SIZES", "qat.model.not_there")
     asked = [f"model.init_from={folder}"]
     with pytest.raises(UserError, match=r"train_gpt\.py begins from random weights"):
-        with_sizes(asked, asked)
+        with_source(asked, asked)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,13 @@ def test_a_run_its_files_and_its_name(train) -> None:
     assert all(torch.equal(more[name], w) for name, w in averaged.items())
     scored, again = result_of(folder)["val_bpb_float"], result_of(RUNS / "more")["val_bpb_float"]
     assert again == pytest.approx(scored, abs=1e-6)
+    assert "other training" not in done.err
+    row = result_of(folder)
+    row["data"]["val"] = "0"
+    (folder / "result.json").write_text(json.dumps(row))
+    done = train(*asked, "run_name=other", "max_steps=1")
+    told = "init_from=logs/runs/base was trained with other validation text than this run"
+    assert told in " ".join(done.err.split())
     done = train("model.init_from=base")  # of two layers, by the options of these tests
     assert done.code == 2
     assert "model.init_from=logs/runs/base: not weights of this model (the model has no" in done.err
