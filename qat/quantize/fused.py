@@ -162,7 +162,7 @@ def _look(
             ends_apart[name] = torch.stack(apart).amin()
             found = [(torch.where(high > -low, high, low),) for low, high in found]
         codings[name] = [
-            coding_from(ends, grid, view.size(-1), tensor_scale)
+            coding_from(ends, grid, view.size(-1), tensor_scale).to_apply(grid)
             for view, ends in zip(views, found, strict=True)
         ]
     return codings, ends_apart

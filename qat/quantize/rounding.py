@@ -279,6 +279,13 @@ class Coding(NamedTuple):
     def decoding_zero(self) -> Tensor | None:
         return self.zero if self.stored_zero is None else self.stored_zero
 
+    def to_apply(self, grid: Grid) -> Coding:
+        """What ``encode_view`` and ``decode_view`` need of it, in as few numbers as do."""
+        scale = self.decoding_scale
+        is_used = self.inverse is None or not grid.table.has_zero
+        code_scale = self.code_scale if is_used else scale
+        return self._replace(stored_scale=scale, code_scale=code_scale, tensor_scale=None)
+
 
 def _coding(
     scale: Tensor, grid: Grid, clip: Tensor | None = None, tensor_scale: Tensor | None = None

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+ROUNDS_TO_WHOLE = 1.5 * 2.0**23
+
+
 class Minifloat(ListedLevels):
     fuses = True
 
@@ -36,10 +39,12 @@ class Minifloat(ListedLevels):
         import torch
 
         magnitude = x.abs()
-        gap = torch.full_like(x, self.gaps[0][1])
-        for start, wider in self.gaps[1:]:
-            gap = torch.where(magnitude >= start, wider, gap)
-        return (x / gap).round().mul(gap).clamp(*self.limits)  # a power of two: exact
+        # What a float32 of this size can add to the multiples of a gap alone: adding it rounds x to
+        # them, half to even, and taking it away again is exact. Division is what takes time else.
+        rounder = torch.full_like(x, self.gaps[0][1] * ROUNDS_TO_WHOLE)
+        for start, gap in self.gaps[1:]:
+            rounder = torch.where(magnitude >= start, gap * ROUNDS_TO_WHOLE, rounder)
+        return ((x + rounder) - rounder).clamp(*self.limits)
 
 
 LEVELS = (Minifloat("e2m1", 2, 1), Minifloat("e2m3", 2, 3), Minifloat("e3m2", 3, 2))
