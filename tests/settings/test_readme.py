@@ -20,7 +20,7 @@ import train
 from qat.model.spec import ModelSpec
 from qat.settings import machine
 from qat.settings.command_line import Program, main
-from qat.settings.schema import EvalTaskSettings, TrainSettings
+from qat.settings.schema import DataSettings, EvalTaskSettings, TrainSettings
 from tests.conftest import ROOT
 
 README = ROOT / "README.md"
@@ -81,8 +81,9 @@ def test_command(
     monkeypatch.chdir(tmp_path)
     for folder in ("RUN", "bits", "llama"):
         (tmp_path / "logs/runs" / folder).mkdir(parents=True)
-    if "init_from=RUN" in line:  # its sizes are asked for
-        of_run = yaml.safe_dump({"model": vars(ModelSpec(1024, 4, 288, 6, 3, 2, True))})
+    if "init_from=RUN" in line:  # its sizes and its data are asked for
+        spec, data = ModelSpec(1024, 4, 288, 6, 3, 2, True), DataSettings(source="web_bible")
+        of_run = yaml.safe_dump({"model": vars(spec), "data": vars(data)})
         (tmp_path / "logs/runs/RUN/config.yaml").write_text(of_run)
     monkeypatch.setattr(machine, "detect_profile", lambda: (profile, "asked for by the test"))
     words = shlex.split(line)
