@@ -34,7 +34,7 @@ HYDRAS_FOLDERS = (
     "hydra.output_subdir",
 )  # fmt: skip
 OF_A_STUDY = ("clock", "prices")  # settings of it that are typed
-SIZES = "qat.training.initial_weights"  # by name: it is no part of train_gpt.py
+SOURCE = "qat.training.initial_weights"  # by name: it is no part of train_gpt.py
 OWN_OPTIONS = {"train": "experiment", "eval": "eval"}  # the group that sets all others, or most
 SCHEMAS = {"train": TrainSettings, "eval": EvalTaskSettings}
 
@@ -126,7 +126,7 @@ def with_source(arguments: list[str], as_spelled: list[str]) -> list[str]:
     try:
         runs = asked["runs_dir"].value() if "runs_dir" in asked else TrainSettings.runs_dir
         path = locate_weights(expanduser(value), expanduser(str(runs)))
-        reader = import_module(SIZES)
+        reader = import_module(SOURCE)
         spec = None if "model" in asked else reader.spec_of_source(Path(path))
         data = {} if has_data else reader.data_of_source(Path(path))
     except ModuleNotFoundError:

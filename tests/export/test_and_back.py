@@ -247,7 +247,7 @@ def test_its_tokenizer_is_the_texts(folder: Path, tokenizer: Tokenizer) -> None:
 def test_a_submission_has_no_code_for_it(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     counted = {path.name for path in code_files()}
     assert not counted & {"initial_weights.py", "llama_config.py", "hugging_face.py"}
-    monkeypatch.setattr(arguments, "SIZES", "qat.model.not_there")
+    monkeypatch.setattr(arguments, "SOURCE", "qat.model.not_there")
     asked = [f"model.init_from={folder}"]
     with pytest.raises(UserError, match=r"train_gpt\.py begins from random weights"):
         with_source(asked, asked)
