@@ -36,7 +36,7 @@ FOUND_BY_LOOKING = {f"qat.model.{name}" for name in architectures()} | {
     f"qat.quantize.{folder}.{path.stem}"
     for folder in ("levels", "gradients")
     for path in (ROOT / "qat" / "quantize" / folder).glob("*.py")
-    if path.stem not in ("__init__", "learned")  # the switch imports that one
+    if path.stem not in ("__init__", "learned", "identity")  # the switch and a rule import these
 }
 
 

@@ -258,7 +258,8 @@ def test_designs_share_the_arms_that_both_name(
     assert done.code == 0, done.err
     assert (folder / "none_s1" / "train.log").read_text() == log
     bits = find_out(folder, Study.read(folder / "bits.study.json"), Console(quiet=True))
-    assert {t.name for t in bits.treatments} == {"none", "int3"}
+    stored = {"none", "none/gptq", "int3", "int3/gptq"}
+    assert {t.name for t in bits.treatments} == stored
     (int3,) = (t for t in bits.treatments if t.name == "int3")
     assert int3.equal_bytes is not None
     assert int3.equal_bytes.against == "none filled to int3's bytes"
