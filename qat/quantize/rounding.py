@@ -32,6 +32,7 @@ import torch
 from torch import Tensor
 
 from qat.quantize.grid import Grid
+from qat.quantize.levels import nearest_of_format, nearest_of_mantissa
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # of storage
 SCALE_DTYPES = DTYPES | {"e8m0": torch.float8_e8m0fnu, "e4m3": torch.float8_e4m3fn}
@@ -234,22 +235,15 @@ def nearest_float(x: Tensor, dtype: str) -> Tensor:
     """
     if not torch.compiler.is_compiling() or dtype == "fp32":
         return x.to(DTYPES[dtype]).float()
-    dropped = 16 if dtype == "bf16" else 13  # bits of the mantissa
-    bits = x.view(torch.int32)
-    half = (1 << (dropped - 1)) - 1
-    kept = (bits + half + ((bits >> dropped) & 1)) & -(1 << dropped)
-    nearest = kept.view(torch.float32)
-    if dtype == "bf16":
-        return nearest
-    # Below its normal numbers fp16 has multiples of 2^-24; above 65504 it has infinity.
-    nearest = torch.where(x.abs() < 2.0**-14, (x * 2.0**24).round() * 2.0**-24, nearest)
+    if dtype == "bf16":  # its exponents are those of float32
+        return nearest_of_mantissa(x, 7)
+    nearest = nearest_of_format(x, 10, 2.0**-14)
     return torch.where(nearest.abs() > 65504.0, nearest * torch.inf, nearest)
 
 
 def nearest_e4m3(x: Tensor) -> Tensor:
     """As ``x.to(float8_e4m3fn).float()`` of normal numbers, and many times faster on a CPU."""
-    bits = x.view(torch.int32)
-    return ((bits + 0x7FFFF + ((bits >> 20) & 1)) & -0x100000).view(torch.float32)
+    return nearest_of_mantissa(x, 3)
 
 
 def _reciprocal(x: Tensor) -> Tensor:

@@ -306,7 +306,8 @@ class TrainingLoop(LightningModule):
         if not self.is_priming:
             for hook in self.hooks:
                 hook.before_update(self)
-            self.switch.before_update(self.masters, self._rates(), self.done_since_switch)
+            if self.switch.gradient.pulls:
+                self.switch.before_update(self.masters, self._rates(), self.done_since_switch)
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()

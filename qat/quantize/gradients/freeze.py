@@ -18,12 +18,7 @@ from torch import Tensor
 from qat.quantize.gradients import Seen
 from qat.quantize.gradients.clipped import Clipped
 from qat.quantize.grid import Grid
-from qat.quantize.rounding import (
-    by_group,
-    in_scale_units,
-    round_to_levels,
-    scales_of,
-)
+from qat.quantize.rounding import by_group, in_scale_units, round_to_levels, scales_of
 
 MEMORY = 0.98
 FIRST, LAST = 0.04, 0.01  # flips an update

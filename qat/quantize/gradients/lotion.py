@@ -18,11 +18,7 @@ from torch import Tensor
 
 from qat.quantize.gradients import GradientRule, Seen
 from qat.quantize.grid import Grid
-from qat.quantize.rounding import (
-    by_group,
-    in_scale_units,
-    scales_of,
-)
+from qat.quantize.rounding import by_group, in_scale_units, scales_of
 
 MEMORY = 0.95
 STRENGTH = 1.0

@@ -9,12 +9,7 @@ from torch import Tensor
 
 from qat.quantize.gradients import GradientRule, Seen
 from qat.quantize.grid import Grid
-from qat.quantize.rounding import (
-    group_views,
-    join_groups,
-    scales_of,
-    split_scales,
-)
+from qat.quantize.rounding import group_views, join_groups, scales_of, split_scales
 
 
 class Noise(GradientRule):

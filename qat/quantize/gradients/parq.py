@@ -15,12 +15,7 @@ from torch import Tensor
 
 from qat.quantize.gradients import GradientRule, Seen
 from qat.quantize.grid import Grid
-from qat.quantize.rounding import (
-    by_group,
-    in_scale_units,
-    scales_of,
-    snap,
-)
+from qat.quantize.rounding import by_group, in_scale_units, scales_of, snap
 
 STEEPNESS = 10.0  # of the sigmoid
 HARD = 0.9  # share of the time after the switch

@@ -13,11 +13,7 @@ from torch import Tensor
 
 from qat.quantize.gradients import GradientRule, Seen
 from qat.quantize.grid import Grid
-from qat.quantize.rounding import (
-    by_group,
-    in_scale_units,
-    scales_of,
-)
+from qat.quantize.rounding import by_group, in_scale_units, scales_of
 
 COLDEST = 0.05
 

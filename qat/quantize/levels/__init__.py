@@ -73,6 +73,27 @@ class Levels:
         return codes.float()
 
 
+def nearest_of_mantissa(x: Tensor, bits: int) -> Tensor:
+    """The nearest float32 number with so many bits of mantissa, of two the even one. By arithmetic,
+    because a compiler may drop a detour through another dtype."""
+    import torch
+
+    dropped, number = 23 - bits, x.view(torch.int32)
+    half = (1 << (dropped - 1)) - 1
+    kept = (number + half + ((number >> dropped) & 1)) & -(1 << dropped)
+    return kept.view(torch.float32)
+
+
+def nearest_of_format(x: Tensor, mantissa_bits: int, least_normal: float) -> Tensor:
+    """As ``nearest_of_mantissa``, of a format whose numbers below ``least_normal`` are multiples of
+    one gap."""
+    import torch
+
+    gap = least_normal / 2**mantissa_bits
+    small = (x / gap).round() * gap  # a power of two: exact
+    return torch.where(x.abs() < least_normal, small, nearest_of_mantissa(x, mantissa_bits))
+
+
 def _float32(number: float) -> float:
     return struct.unpack("f", struct.pack("f", number))[0]
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from qat.quantize.levels import Levels
+from qat.quantize.levels import Levels, nearest_of_format
 
 if TYPE_CHECKING:
     from torch import Tensor, dtype
@@ -37,13 +37,7 @@ class Float8(Levels):
         x = x.clamp(*self.limits)
         if not torch.compiler.is_compiling():
             return x.to(self.dtype).float()
-        # By arithmetic, because a compiler may drop the detour through another dtype.
-        dropped = 23 - self.mantissa_bits
-        bits = x.view(torch.int32)
-        even = (bits + (1 << (dropped - 1)) - 1 + ((bits >> dropped) & 1)) & -(1 << dropped)
-        gap = self.least_normal / 2**self.mantissa_bits  # of the numbers below the normal ones
-        small = (x / gap).round() * gap  # a power of two: exact
-        return torch.where(x.abs() < self.least_normal, small, even.view(torch.float32))
+        return nearest_of_format(x, self.mantissa_bits, self.least_normal)
 
     def to_codes(self, levels: Tensor) -> Tensor:
         import torch
