@@ -214,7 +214,7 @@ def test_prices_come_back(tmp_path: Path, settings: TrainSettings) -> None:
 
 @pytest.mark.slow
 def test_the_best_share_of_a_study_of_starts(train: Callable[..., Done]) -> None:
-    done = train("-m", "experiment=start", "arm=none,int4_25,int4_50,int4_75", "seed=1,2",
+    done = train("-m", "experiment=start", "arm=none,int4_25,int4,int4_75", "seed=1,2",
                  "sweep_name=s", "max_steps=12")  # fmt: skip
     assert done.code == 0, done.err
     assert "of the shares tried on int4 the best is" in done.out.replace("\n", " ")
