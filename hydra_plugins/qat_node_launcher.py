@@ -11,7 +11,6 @@ from typing import Any
 
 from hydra._internal.core_plugins.basic_launcher import BasicLauncher
 
-from qat.runs.result import Result
 from qat.settings.command_line import Jobs
 
 # By name: studies are no part of train_gpt.py, where Hydra finds this file too.
@@ -31,6 +30,8 @@ class NodeLauncher(BasicLauncher):
         super().setup(task_function=task_function, **others)
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> list[Any]:
+        from qat.runs.result import Result  # imports torch, and Hydra imports this file at every start
+
         assert self.config is not None
         folder = Path(self.config.hydra.sweep.dir)
         returned: list[Any] = []
