@@ -1,9 +1,10 @@
 """What snapping costs: the 9x512 model's matrices, this project's grids against the field's ways.
 
     .venv/bin/python benchmarks/snap.py            # table on stdout, JSON in logs/snap.json
+    .venv/bin/python benchmarks/snap.py mxfp4 q4_0   # of these grids alone
 
-Rows, measured in turn in one process, medians of ``REPEATS``; ratios hold on a noisy machine, times
-do not:
+Rows, measured in turn in one process, medians of ``REPEATS`` (of 3 where one takes over a second);
+ratios hold on a noisy machine, times do not:
 
     amax, eager / compiled   a plain per-row int8 fake quantization, one tensor after the other
     quantile                 the same with torch.quantile (PR 145: +20 % per scale)
@@ -22,6 +23,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -32,7 +34,7 @@ from qat.quantize.fused import FusedSnap  # noqa: E402
 from qat.quantize.grid import Grid  # noqa: E402
 from qat.quantize.plan import build_plan  # noqa: E402
 
-REPEATS = 15
+REPEATS, REPEATS_OF_SLOW, SLOW_SECONDS = 15, 3, 1.0
 GOLF = ModelSpec(1024, 9, 512, 8, 4, 2, True)
 OURS = {
     "int8 percentile": Grid(bits=8, scale_rule="percentile"),
@@ -93,7 +95,11 @@ def main() -> None:
         "quantile": each(quantile_fake_quant),
         "torchao": each(torchao_fake_quant()),
     }
-    for name, grid in OURS.items():
+    asked = sys.argv[1:] or list(OURS)
+    if unknown := [name for name in asked if name not in OURS]:
+        sys.exit(f"error: {unknown[0]}: no such row; choose from {', '.join(OURS)}")
+    for name in tqdm(asked, "compile", leave=False):
+        grid = OURS[name]
         plan = build_plan(shapes, {"grid": grid}, {"*": "grid"})
         fused = FusedSnap(plan)
         fused_weights = fused(weights)
@@ -104,27 +110,34 @@ def main() -> None:
             arms[f"ours, fused: {name}"] = lambda fused=fused: fused(weights)
         arms[f"ours, plain: {name}"] = lambda plan=plan: plan.snap(weights)
 
+    def timed(arm: Callable[[], object]) -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        started = time.perf_counter()
+        arm()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - started
+
     seconds: dict[str, list[float]] = {name: [] for name in arms}
     with torch.no_grad():
-        for turn in range(REPEATS + 2):  # the first two warm up
+        first = {name: timed(arm) for name, arm in tqdm(arms.items(), "warm up", leave=False)}
+        slow = {name for name, took in first.items() if took > SLOW_SECONDS}
+        for turn in tqdm(range(REPEATS), "time", leave=False):
             for name, arm in arms.items():
-                for _ in range(2):  # its caches and its memory, as in a loop of its own
-                    arm()
-                if device.type == "cuda":
-                    torch.cuda.synchronize()
-                started = time.perf_counter()
-                arm()
-                if device.type == "cuda":
-                    torch.cuda.synchronize()
-                if turn >= 2:
-                    seconds[name].append(time.perf_counter() - started)
+                if name in slow and turn >= REPEATS_OF_SLOW:
+                    continue
+                if name not in slow:
+                    for _ in range(2):  # its caches and its memory, as in a loop of its own
+                        arm()
+                seconds[name].append(timed(arm))
     medians = {name: statistics.median(times) for name, times in seconds.items()}
-    base, slow = medians["amax, compiled"], medians["quantile"]
+    base, quantile = medians["amax, compiled"], medians["quantile"]
     elements = sum(w.numel() for w in weights.values())
     print(f"{elements:,} weights, {device}, {torch.get_num_threads()} threads")
     print(f"{'':30} {'ms':>8} {'x compiled amax':>16} {'quantile / this':>16}")
     for name, median in medians.items():
-        print(f"{name:30} {1e3 * median:8.1f} {median / base:16.2f} {slow / median:16.2f}")
+        print(f"{name:30} {1e3 * median:8.1f} {median / base:16.2f} {quantile / median:16.2f}")
     out = ROOT / "logs" / "snap.json"
     out.write_text(json.dumps({"weights": elements, "device": str(device), "seconds": medians}))
 

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,6 +19,8 @@ from torch import Tensor
 from qat.evaluation.score import Scorer
 
 WARM_UP = 3
+IN_TURN_SECONDS = 0.5  # of each pair of calls, though ``repeats`` of them took less
+MOST_IN_TURN = 100
 CLEAR_PEAK = "5"  # man proc_pid_clear_refs: resets the peak resident size
 
 
@@ -44,48 +47,79 @@ class InferenceCost:
     peak_memory_bytes: int | None
 
 
-@torch.inference_mode()
+class Calls(NamedTuple):
+    """Of one model: for one item, and for ``num_items`` of them at once."""
+
+    one: Callable[[], object]
+    many: Callable[[], object]
+    num_items: int
+
+
+class Speedup(NamedTuple):
+    """How many times as fast as another model."""
+
+    latency: Spread
+    throughput: Spread
+
+
 def measure_cost(scorer: Scorer, weights: Mapping[str, Tensor], repeats: int) -> InferenceCost:
     """Logits of all positions of sequences of ``eval.seq_len`` tokens, ``repeats`` times each."""
+    return time_calls(calls_of(scorer, weights), repeats, scorer.device)
+
+
+def calls_of(scorer: Scorer, weights: Mapping[str, Tensor]) -> Calls:
     device, settings = scorer.device, scorer.settings
     placed = {name: w.to(device) for name, w in weights.items()}
     seq_len = settings.seq_len or scorer.seq_len
     ids = torch.from_numpy(scorer.stream.take(0, seq_len)).to(device)
     rows = max(1, settings.batch_tokens // seq_len)
 
+    @torch.inference_mode()
     def forward(ids_BT: Tensor) -> None:
         with torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
             torch.func.functional_call(scorer.model, placed, (ids_BT,))
 
     one, many = ids.expand(1, -1), ids.expand(rows, -1)
-    calls = (lambda: forward(one), lambda: forward(many))
-    return time_calls(*calls, rows * seq_len, repeats, device)
+    return Calls(lambda: forward(one), lambda: forward(many), rows * seq_len)
 
 
-def time_calls(
-    one: Callable[[], object],
-    many: Callable[[], object],
-    num_items: int,
-    repeats: int,
-    device: torch.device,
-) -> InferenceCost:
-    """Of a call for one item, and of one for ``num_items``, ``repeats`` times each."""
-
-    def seconds(call: Callable[[], object]) -> list[float]:
-        times = []
-        for _ in range(WARM_UP + repeats):
-            started = time.perf_counter()
-            call()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            times.append(time.perf_counter() - started)
-        return times[WARM_UP:]
-
+def time_calls(calls: Calls, repeats: int, device: torch.device) -> InferenceCost:
     is_reset = _reset_peak(device)
-    latency_ms = [1000 * s for s in seconds(one)]
-    items_per_second = [num_items / s for s in seconds(many)]
+    latency_ms = [1000 * s for s in _seconds(calls.one, repeats, device)]
+    items_per_second = [calls.num_items / s for s in _seconds(calls.many, repeats, device)]
     peak = _peak_bytes(device) if is_reset else None
     return InferenceCost(_spread(latency_ms), _spread(items_per_second), peak)
+
+
+def time_in_turn(calls: Calls, others: Calls, repeats: int, device: torch.device) -> Speedup:
+    """Of ``calls`` over ``others``, by the ratio of neighbours: a machine gets faster and slower by
+    tens of percent from minute to minute, and both in a pair meet the same."""
+
+    def ratios(call: Callable[[], object], other: Callable[[], object]) -> Spread:
+        found: list[float] = []
+        spent = 0.0
+        for _ in range(WARM_UP):
+            _timed(other, device), _timed(call, device)
+        while len(found) < repeats or (spent < IN_TURN_SECONDS and len(found) < MOST_IN_TURN):
+            theirs, ours = _timed(other, device), _timed(call, device)
+            found.append(theirs / ours)
+            spent += theirs + ours
+        return _spread(found)
+
+    assert calls.num_items == others.num_items
+    return Speedup(ratios(calls.one, others.one), ratios(calls.many, others.many))
+
+
+def _seconds(call: Callable[[], object], repeats: int, device: torch.device) -> list[float]:
+    return [_timed(call, device) for _ in range(WARM_UP + repeats)][WARM_UP:]
+
+
+def _timed(call: Callable[[], object], device: torch.device) -> float:
+    started = time.perf_counter()
+    call()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
 
 
 def _spread(values: list[float]) -> Spread:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from qat.analysis.cost import InferenceCost, time_calls
+from qat.analysis.cost import Calls
 from qat.cabinet.grid_variants import file_variant
 from qat.cabinet.measure import choose_variants, claim, digest_of, float_kept, measure_all
 from qat.cabinet.objective import Objective, Row
@@ -90,16 +90,17 @@ class ModuleEvaluation:
     def compare(self, before: Any, after: Any) -> dict[str, Any]:
         return self.judge.compare(before, after)
 
-    def cost(self, made: Kept) -> InferenceCost:
+    def calls(self, made: Kept) -> Calls:
         def call(inputs: Any) -> Callable[[], object]:
             args, kwargs = arguments(inputs)
-            return lambda: made.module(*args, **kwargs)
 
-        device = next(self._model.parameters()).device
-        with torch.no_grad(), _precision(made):
-            return time_calls(
-                call(self._one), call(self._many), _num_items(self._many), self.repeats, device
-            )
+            def forward() -> None:
+                with torch.no_grad(), _precision(made):
+                    made.module(*args, **kwargs)
+
+            return forward
+
+        return Calls(call(self._one), call(self._many), _num_items(self._many))
 
 
 def run(

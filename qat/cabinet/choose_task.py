@@ -26,7 +26,10 @@ if TYPE_CHECKING:
     from qat.settings.schema import EvalTaskSettings
 
 RESULTS, MANIFEST = "results.json", "manifest.json"
-AT_LEAST = ("macro_f1", "accuracy", "mcc", "auc", "kappa", "items_per_second", "tokens_per_second")
+AT_LEAST = (
+    "macro_f1", "accuracy", "mcc", "auc", "kappa", "items_per_second", "tokens_per_second",
+    "latency_speedup", "throughput_speedup",
+)  # fmt: skip
 KEYS = {"artifact_bytes": "disk_bytes"}  # a constraint's name -> the row's, where they differ
 
 

@@ -46,6 +46,7 @@ GRIDS = {
     "int4_g64": Grid(bits=4, group_size=64),
     "int4_g128": Grid(bits=4, group_size=128),
     "int4_h32": Grid(bits=4, rotate=32),
+    "int3": Grid(bits=3),
     "ternary": Grid(levels="ternary", scale_rule="absmean", refit=True),
 }
 CLIPS = {
@@ -238,7 +239,7 @@ def grid_variants(model: Frozen) -> list[Variant]:
             else f"{type(model.module).__name__} has no channel scales to fold",
         )
     )  # fmt: skip
-    with_gptq = ("int6", "int5", "int4", "int4_g64", "int4_g128", "int4_h32", "ternary")
+    with_gptq = ("int6", "int5", "int4", "int4_g64", "int4_g128", "int4_h32", "int3", "ternary")
     for name in (*with_gptq, "mxfp4", "q4_0"):
         grid = (GRIDS | SHIPPED)[name]
         rows.append(Variant(f"gptq_{name}", "gptq", on(grid, grid, lambda: gptq(train()))))

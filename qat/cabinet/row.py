@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from qat.analysis.cost import InferenceCost, measure_cost
+from qat.analysis.cost import Calls, calls_of, time_calls, time_in_turn
 from qat.analysis.damage import damage_by_tier
 from qat.analysis.minimal_pairs import accuracy
 from qat.analysis.one_model import judge_reliability, read_text, right_pairs
@@ -34,11 +34,11 @@ class Evaluation(Protocol):
 
     @property
     def throughput(self) -> str:
-        """The row's key of what ``cost`` counts as items."""
+        """The row's key of items per second, as ``calls`` counts items."""
 
     @property
     def traffic(self) -> Traffic:
-        """Of one call, as ``cost`` takes its latency."""
+        """Of one call for one item."""
 
     def read(self, made: Kept, name: str) -> tuple[dict[str, Any], Any]:
         """Keys of the row, the objective's among them, and what ``compare`` compares."""
@@ -46,7 +46,11 @@ class Evaluation(Protocol):
     def compare(self, before: Any, after: Any) -> dict[str, Any]:
         """More keys of the row, from what was read of the float model and of the variant."""
 
-    def cost(self, made: Kept) -> InferenceCost: ...
+    def calls(self, made: Kept) -> Calls:
+        """What ``row`` times."""
+
+    @property
+    def repeats(self) -> int: ...
 
 
 class Bench:
@@ -84,7 +88,10 @@ class Bench:
             reason = f"its {objective.key} is {metrics[objective.key]}: outputs are not finite"
             return head | {"status": "unavailable", "reason": reason}
         compared = {} if is_float else self.evaluation.compare(before, reading)
-        cost, moved = self.evaluation.cost(kept), self.evaluation.traffic
+        moved, repeats = self.evaluation.traffic, self.evaluation.repeats
+        calls, of_float = self.evaluation.calls(kept), self.evaluation.calls(self._float)
+        cost = time_calls(calls, repeats, self.device)
+        speedup = time_in_turn(calls, of_float, repeats, self.device)
         return (
             head
             | {"status": "measured", "reason": None, "make_seconds": seconds}
@@ -99,6 +106,11 @@ class Bench:
                 "precision": kept.precision,
                 "latency_ms": cost.latency_ms.median,
                 self.evaluation.throughput: cost.tokens_per_second.median,
+                # times as fast as the float model, timed in turn with it; low: lower quartile
+                "latency_speedup": speedup.latency.median,
+                "latency_speedup_low": speedup.latency.lower_quartile,
+                "throughput_speedup": speedup.throughput.median,
+                "throughput_speedup_low": speedup.throughput.lower_quartile,
                 "peak_memory_bytes": cost.peak_memory_bytes,
                 "flops": moved.flops,  # of one call
                 "activation_bytes": moved.activation_bytes,
@@ -156,5 +168,9 @@ class LanguageEvaluation:
         )
         return {"tiers": tiers}
 
-    def cost(self, made: Kept) -> InferenceCost:
-        return measure_cost(self._scorer(made), {}, self.settings.repeats)
+    def calls(self, made: Kept) -> Calls:
+        return calls_of(self._scorer(made), {})
+
+    @property
+    def repeats(self) -> int:
+        return self.settings.repeats

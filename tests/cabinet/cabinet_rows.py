@@ -32,6 +32,8 @@ def make_row(
         "top1_accuracy": 0.4, "ece": 0.01 + gap_bpb / 10, "ece_at_temperature": 0.008,
         "temperature": 1.02, "tiers": tiers, "pairs_accuracy": 0.8, "pairs_low": 0.78,
         "pairs_high": 0.82, "latency_ms": 12.0, "tokens_per_second": 21_000.0,
+        "latency_speedup": 1.5, "latency_speedup_low": 1.4,
+        "throughput_speedup": 1.2, "throughput_speedup_low": 1.1,
         "peak_memory_bytes": None, "activation_bytes": 30_000_000, "flops": 1_500_000_000,
         "reliability": [
             {"mean_confidence": c, "accuracy": c * (1 - gap_bpb / 4), "count": 1000}
@@ -47,4 +49,7 @@ def unavailable(variant: str, family: str, reason: str) -> dict[str, Any]:
 
 
 def make_float(**changed: Any) -> dict[str, Any]:
-    return make_row("fp32", "float", 10_600_000, tiers=None, embedding="fp32", **changed)
+    even = dict.fromkeys(("latency_speedup", "throughput_speedup"), 1.0)
+    even |= dict.fromkeys(("latency_speedup_low", "throughput_speedup_low"), 0.97)
+    head = {"tiers": None, "embedding": "fp32"} | even
+    return make_row("fp32", "float", 10_600_000, **(head | changed))
