@@ -65,7 +65,8 @@ def test_one_command(tmp_path: Path) -> None:
         for row in json.loads((tmp_path / "found/cabinet/results.json").read_text())
     }
     assert list(rows) == [
-        "fp32", "rtn_int4", "gptq_int4", "qat_int8", "qat_int6", "qat_int4", "qat_mxfp4"
+        "fp32", "rtn_int4", "gptq_int4",
+        "qat_int8", "qat_int6", "qat_int4", "qat_int3", "qat_mxfp4",
     ]  # fmt: skip
     assert {row["status"] for row in rows.values()} == {"measured"}
     assert rows["fp32"]["section_kappa"] > 0

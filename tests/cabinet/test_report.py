@@ -168,6 +168,21 @@ def test_promises_are_kept_or_not() -> None:
     assert "times): 0 of 3." in told
 
 
+def test_what_rounding_lost_and_whether_qat_kept_it() -> None:
+    rows = [make_float()]
+    for grid, gaps in {"int6": (0.001, 0.001, 0.001), "int3": (0.4, 0.1, 0.001)}.items():
+        for way, gap in zip(("rtn", "gptq", "qat"), gaps, strict=True):
+            family = "rounding" if way == "rtn" else way
+            rows.append(make_row(f"{way}_{grid}", family, 1_000_000, gap))
+    told, _ = tell(rows)
+    said = told.split("## What QAT buys")[1].split("## Where")[0].strip().splitlines()[-2:]
+    assert said == [
+        "- int6: rounding lost nothing that is told from noise, so there was nothing to save.",
+        "- int3: rounding changed it by +0.4000; QAT +0.0010 (not told from noise); "
+        "GPTQ +0.1000 (real).",
+    ]
+
+
 def test_the_roof_is_the_slower_of_arithmetic_and_memory() -> None:
     ceilings = Ceilings(100.0, {"float32": 10.0, "int8": 1000.0}, {})
     row = make_float(flops=50, weight_traffic_bytes=150, activation_bytes=50, latency_ms=10_000.0)
