@@ -274,7 +274,10 @@ def test_designs_share_the_arms_that_both_name(
         (("experiment=bits", "arm=int4", "qat=int6"), "qat=int6: arm=int4 of the experiment sets"),
         (("experiment=bits",), "give one arm=NAME, or -m"),
         (("arm=int4",), "arm=int4: goes with an experiment that has arms"),
-        (("-m", "experiment=bits", "ledger=half"), "ledger = half: choose from estimate, full"),
+        (
+            ("-m", "experiment=bits", "arm=none,int4", "seed=1", "ledger=half"),
+            "ledger = half: choose from estimate, full",
+        ),
     ],
 )
 def test_mistakes(asked: tuple[str, ...], message: str, train: Callable[..., Done]) -> None:
