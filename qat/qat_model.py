@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from qat.artifact.container import pack, read_artifact, write_whole
+from qat.quantize.gradients import GradientRule
 from qat.quantize.plan import Plan
 from qat.quantize.switch import QatSwitch, on_grid_share
 
@@ -47,16 +48,17 @@ class QatModel(nn.Module):
     """``model`` with a switch. Called as ``model`` is, in training and in evaluation mode.
 
     ``plan`` names every parameter of the model (``Plan.for_model``). ``gradient``: the rule by
-    which gradients get back to the masters; rules that draw numbers draw by ``seed``. ``fused``
-    snaps in one compiled pass: the same bits, sooner, where there is a compiler. ValueError for a
-    plan of other tensors, a rule that does not suit its grids, or masters that are not float32.
+    which gradients get back to the masters, by name or made by ``make_rule``; rules that draw
+    numbers draw by ``seed``. ``fused`` snaps in one compiled pass: the same bits, sooner, where
+    there is a compiler. ValueError for a plan of other tensors, a rule that does not suit its
+    grids, or masters that are not float32.
     """
 
     def __init__(
         self,
         model: nn.Module,
         plan: Plan,
-        gradient: str = "identity",
+        gradient: str | GradientRule = "identity",
         seed: int = 0,
         fused: bool = False,
     ) -> None:

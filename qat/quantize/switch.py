@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from qat.quantize.fused import FusedSnap
-from qat.quantize.gradients import Seen, make_rule
+from qat.quantize.gradients import GradientRule, Seen, make_rule
 from qat.quantize.gradients.learned import Learned, sum_per_scale
 from qat.quantize.grid import Grid
 from qat.quantize.plan import Entry, Plan
@@ -63,15 +63,20 @@ class QatSwitch(nn.Module):
     """
 
     def __init__(
-        self, plan: Plan, rule: str = "identity", seed: int = 0, fused: bool = False
+        self,
+        plan: Plan,
+        rule: str | GradientRule = "identity",
+        seed: int = 0,
+        fused: bool = False,
     ) -> None:
         super().__init__()
-        self.gradient = make_rule(rule)
+        self.gradient = make_rule(rule) if isinstance(rule, str) else rule
         for entry in plan.on_grid:
             assert entry.grid is not None
             rotates = entry.grid.rotate is not None
             if not self.gradient.supports(entry.grid) or rotates > self.gradient.takes_rotated:
-                raise ValueError(f"gradient = {rule}: not for {entry.grid.label}")
+                name = type(self.gradient).__module__.rpartition(".")[2]
+                raise ValueError(f"gradient = {name}: not for {entry.grid.label}")
         self.plan, self.seed = plan, seed
         self.is_on = False
         self._fused = FusedSnap(plan) if fused and self.gradient.snaps_only else None

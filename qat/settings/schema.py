@@ -199,6 +199,7 @@ class QatSettings:
     grid: str | None = None  # the grid= and plan= options that this arm stands for
     plan: str | None = None
     gradient: str = "identity"  # a file in qat/quantize/gradients
+    gradient_strength: float = checked(1.0, AT_LEAST_0)  # times that of the rule, if it has one
     start_step: int | None = checked(None, AT_LEAST_0)  # so many updates use float weights first
     start_fraction: float | None = checked(None, FRACTION)  # of the clock, or of max_steps
     # once the rate has fallen to this share of its peak

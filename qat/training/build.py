@@ -14,6 +14,7 @@ from qat.artifact.coder import AUTO, CODERS
 from qat.errors import UserError
 from qat.model.registry import model_of, tensor_shapes
 from qat.model.spec import ModelSpec
+from qat.quantize.gradients import GradientRule, make_rule
 from qat.quantize.grid import Grid
 from qat.quantize.plan import Plan, build_plan
 from qat.quantize.switch import QatSwitch
@@ -62,10 +63,15 @@ def plan_of(spec: ModelSpec, grid: Grid, plan: PlanSettings) -> Plan:
         raise UserError(str(error)) from None
 
 
+def gradient_of(q: QatSettings) -> GradientRule:
+    """ValueError if there is no such rule, or it has no strength."""
+    return make_rule(q.gradient, q.gradient_strength) if q.enabled else make_rule("identity")
+
+
 def check_gradient(plan: Plan, q: QatSettings) -> None:
     """UserError for a gradient rule that does not suit the plan's grids."""
     try:
-        QatSwitch(plan, q.gradient if q.enabled else "identity")
+        QatSwitch(plan, gradient_of(q))
     except ValueError as error:
         raise UserError(f"qat.{error}") from None
 

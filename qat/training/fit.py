@@ -30,7 +30,7 @@ from qat.settings.schema import TrainSettings
 from qat.settings.signals import stop_now, when_asked_to_stop
 from qat.text.batches import BatchShape, TrainingBatches
 from qat.text.shards import TokenStream
-from qat.training.build import build_schedule, spec_of
+from qat.training.build import build_schedule, gradient_of, spec_of
 from qat.training.distill import Distillation, Teacher
 from qat.training.loop import Batch, Pace, TrainingLoop, UpdateHook, compiled_loss
 from qat.training.schedule import Schedule
@@ -194,9 +194,8 @@ def build_loop(
     teacher: Teacher | None = None,
 ) -> TrainingLoop:
     """A loop that trains the module as the settings say; ``teacher``: None = itself, if any."""
-    gradient = s.qat.gradient if s.qat.enabled else "identity"
     is_compiled = s.compile == "true"
-    model = QatModel(module, plan, gradient, s.seed, fused=is_compiled)
+    model = QatModel(module, plan, gradient_of(s.qat), s.seed, fused=is_compiled)
     pace = Pace(micro_batches(s), s.schedule.warmup_steps, s.precision, s.logger.every_steps)
     spec = spec_of(s.model) if is_compiled else None
     loss = None if spec is None else compiled_loss(spec)

@@ -9,7 +9,7 @@ import torch
 from torchao.prototype.parq.optim.parq import ProxPARQ
 
 from qat.qat_model import QatModel
-from qat.quantize.gradients import make_rule, rule_kinds
+from qat.quantize.gradients import GradientRule, make_rule, rule_kinds
 from qat.quantize.gradients.soft_round import temperature
 from qat.quantize.grid import Grid
 from qat.quantize.plan import Plan, build_plan
@@ -148,6 +148,21 @@ def test_zero_rows_pass_gradients(rule: str) -> None:
     assert (grad != 0).all()
 
 
+def test_a_strength_multiplies_what_pulls(w: torch.Tensor) -> None:
+    have = {name for name, kind in rule_kinds().items() if kind.strength is not None}
+    assert have == {"cage", "dampen", "freeze", "lotion"}
+    for name in have - {"freeze"}:  # its own test
+        pulled = []
+        for strength in (0.0, 1.0, 0.25):
+            master, grad, losses, _ = update(w, make_rule(name, strength), 1.0)
+            pulled.append((master - w).double() + (grad - losses[-1]).double())
+        assert (pulled[0] == 0).all(), name
+        assert pulled[1].abs().max() > 0, name
+        torch.testing.assert_close(pulled[2], pulled[1] / 4, rtol=1e-3, atol=1e-7)
+    with pytest.raises(ValueError, match=r"gradient_strength = 0.3: clipped has none; cage, dam"):
+        make_rule("clipped", 0.3)
+
+
 def test_what_a_rule_does_not_support_is_refused() -> None:
     relaxed = {name for name, kind in rule_kinds().items() if not kind().supports(Grid("nf4"))}
     assert relaxed == set(rule_kinds()) - {"identity", "cage"}
@@ -173,7 +188,9 @@ def test_ramp_blends_masters_and_snapped(w: torch.Tensor) -> None:
     assert torch.allclose(seen, 0.75 * w + 0.25 * snap(w, GRID), atol=1e-6)
 
 
-def update(w: torch.Tensor, rule: str, progress: float, rate: float = 0.1, updates: int = 1):
+def update(
+    w: torch.Tensor, rule: str | GradientRule, progress: float, rate: float = 0.1, updates: int = 1
+):
     """(master, gradient) when ``before_update`` has been called for the last of some updates with
     random gradients, the loss's gradients of all of them, and the seen weight of the last."""
     plan = build_plan({"w": tuple(w.shape)}, {"grid": GRID}, {"*": "grid"})
@@ -277,6 +294,20 @@ def test_freezing_holds_what_flips_and_nothing_else(w: torch.Tensor) -> None:
     held = again.state()["held w"]
     assert held.sum() == 1
     assert held[0, 0]
+
+
+def test_freezing_by_less_holds_nothing(w: torch.Tensor) -> None:
+    plan = build_plan({"w": tuple(w.shape)}, {"grid": Grid(bits=4)}, {"*": "grid"})
+    held = {}
+    for strength in (1.0, 0.01):
+        rule, master = make_rule("freeze", strength), torch.nn.Parameter(w.clone())
+        switch = QatSwitch(plan, rule)
+        for step in range(40):
+            with torch.no_grad():
+                master[0, 0] = encode(w, Grid(bits=4)).scales[0, 0] * (1.6 if step % 2 else 1.4)
+            switch.refresh({"w": master}, True, progress=step / 40)
+        held[strength] = int(rule.state()["held w"].sum())
+    assert held == {1.0: 1, 0.01: 0}
 
 
 def test_a_rule_that_pulls_is_called_in_an_own_loop() -> None:

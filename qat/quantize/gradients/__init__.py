@@ -38,6 +38,7 @@ class GradientRule:
     snaps_only = False  # seen is ``snap(w, grid)`` and nothing else, which a fused pass does sooner
     draws = False  # asks for a generator
     pulls = False  # does something in ``before_update``
+    strength: float | None = None  # of what pulls, in that which the file says; None: nothing does
     takes_rotated = True  # also works where ``see`` is given a rotated copy of the master
 
     def supports(self, grid: Grid) -> bool:
@@ -94,8 +95,17 @@ def rule_kinds() -> dict[str, type[GradientRule]]:
     return {name: import_module(f"{__name__}.{name}").RULE for name in names}
 
 
-def make_rule(name: str) -> GradientRule:
-    """A rule of its own for one run. ValueError if there is no such file."""
+def make_rule(name: str, strength: float = 1.0) -> GradientRule:
+    """A rule of its own for one run. ValueError if there is no such file, or nothing in it that
+    could be stronger."""
     if name not in rule_kinds():
         raise ValueError(f"gradient = {name}: choose from {', '.join(rule_kinds())}")
-    return rule_kinds()[name]()
+    rule = rule_kinds()[name]()
+    if strength != 1.0:
+        if rule.strength is None:
+            have = [name for name, kind in rule_kinds().items() if kind.strength is not None]
+            raise ValueError(
+                f"gradient_strength = {strength:g}: {name} has none; {', '.join(have)} have one"
+            )
+        rule.strength = strength
+    return rule

@@ -20,18 +20,21 @@ SILENT = 0.5  # share of the time after the switch
 LARGEST = 10.0
 
 
-def strength(progress: float) -> float:
+def pull(progress: float) -> float:
     return LARGEST * max(0.0, (progress - SILENT) / (1.0 - SILENT))
 
 
 class Cage(Identity):
     pulls = True
+    strength = 1.0
 
     def before_update(
         self, w: Tensor, gradient: Tensor, seen: Seen, grid: Grid, *,
         rate: float, progress: float = 0.0, **_: Any,
     ) -> None:  # fmt: skip
-        w.lerp_(seen.weight, min(rate * strength(progress), 1.0))  # not beyond what is seen
+        w.lerp_(
+            seen.weight, min(rate * self.strength * pull(progress), 1.0)
+        )  # not beyond what is seen
 
 
 RULE = Cage

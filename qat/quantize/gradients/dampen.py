@@ -20,12 +20,13 @@ from qat.quantize.grid import Grid
 LARGEST = 1e-3
 
 
-def strength(progress: float) -> float:
+def pull(progress: float) -> float:
     return LARGEST * (1.0 - math.cos(math.pi * min(max(progress, 0.0), 1.0))) / 2
 
 
 class Dampen(Clipped):
     pulls = True
+    strength = 1.0
     takes_rotated = False
     beyond = 0.0  # the clip is at the last level
 
@@ -34,7 +35,7 @@ class Dampen(Clipped):
         progress: float = 0.0, **_: Any,
     ) -> None:  # fmt: skip
         assert seen.slope is not None
-        gradient.add_((w - seen.weight).mul_(seen.slope), alpha=2 * strength(progress))
+        gradient.add_((w - seen.weight).mul_(seen.slope), alpha=2 * self.strength * pull(progress))
 
 
 RULE = Dampen

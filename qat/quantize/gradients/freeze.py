@@ -39,6 +39,7 @@ class Memory(NamedTuple):
 
 
 class Freeze(Clipped):
+    strength = 1.0  # of the flips, against the limit
     takes_rotated = False
 
     def __init__(self) -> None:
@@ -66,8 +67,7 @@ class Freeze(Clipped):
         assert seen.slope is not None
         return seen._replace(slope=seen.slope * ~memory.held)
 
-    @staticmethod
-    def _remember(level: Tensor, before: Memory | None, progress: float) -> Memory:
+    def _remember(self, level: Tensor, before: Memory | None, progress: float) -> Memory:
         if before is None:
             none = torch.zeros_like(level)
             return Memory(level, none, none.clone(), level.clone(), none.bool())
@@ -76,7 +76,8 @@ class Freeze(Clipped):
         flips = before.flips.lerp(flipped, 1.0 - MEMORY)
         average = torch.where(before.held, before.average, before.average.lerp(level, 1.0 - MEMORY))
         direction = torch.where(change == 0, before.direction, change)
-        return Memory(level, direction, flips, average, before.held | (flips > limit(progress)))
+        is_over = self.strength * flips > limit(progress)
+        return Memory(level, direction, flips, average, before.held | is_over)
 
     def state(self) -> dict[str, Tensor]:
         return {

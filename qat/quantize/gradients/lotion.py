@@ -21,12 +21,12 @@ from qat.quantize.grid import Grid
 from qat.quantize.rounding import by_group, in_scale_units, scales_of
 
 MEMORY = 0.95
-STRENGTH = 1.0
 
 
 class Lotion(GradientRule):
     is_on_grid = False
     pulls = True
+    strength = 1.0
     takes_rotated = False
 
     def __init__(self) -> None:
@@ -50,7 +50,7 @@ class Lotion(GradientRule):
             return ((1.0 - 2.0 * (x - x.floor())) * scale * inside,)  # d variance / d w
 
         (slope,) = by_group(of_group, w, scales_of(w, grid), grid)
-        gradient.addcmul_(square, slope, value=STRENGTH / 2)
+        gradient.addcmul_(square, slope, value=self.strength / 2)
 
     def state(self) -> dict[str, Tensor]:
         return self.curvature
