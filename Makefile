@@ -22,7 +22,7 @@ test: setup
 	$(BIN)/python -m pytest -m 'cuda and not slow' tests/cuda
 
 test-slow: setup
-	$(BIN)/python -m pytest -m '(slow or hypothesis) and not cuda' --hypothesis-profile=thorough
+	$(BIN)/python -m pytest -m '(slow or hypothesis) and not cuda' --hypothesis-profile=thorough --durations=40
 	$(BIN)/python -m pytest -m 'cuda and slow' tests/cuda
 
 lint: setup
