@@ -383,7 +383,10 @@ class ConstraintSettings:  # of task=choose: the most that a variant may have, n
     perplexity: float | None = checked(None, MOST)
     ece: float | None = checked(None, MOST)  # expected calibration error, without a temperature
     peak_memory_bytes: float | None = checked(None, MOST)  # of the process
-    # ... and the least, of labelled tasks
+    # ... and the least: times as fast as fp32, timed in turn with it, one item or a batch
+    latency_speedup: float | None = checked(None, MOST)
+    throughput_speedup: float | None = checked(None, MOST)
+    # ... and of labelled tasks
     macro_f1: float | None = checked(None, MOST)
     accuracy: float | None = checked(None, MOST)
     mcc: float | None = checked(None, MOST)

@@ -60,6 +60,16 @@ def test_where_nothing_is_left(program, folder: Path) -> None:
     assert "runner-up: none" in done.out
 
 
+def test_a_speed_is_needed_at_least(tmp_path: Path, program) -> None:
+    rows = [make_float(), make_row("quick", "torchao", 900, 0.1, latency_speedup=1.5),
+            make_row("slow", "gptq", 900, 0.01, latency_speedup=0.9)]  # fmt: skip
+    (tmp_path / "results.json").write_text(json.dumps(rows))
+    asked = ("constraints={latency_speedup: 1.2, throughput_speedup: 1.1}",)
+    done = program("eval.py", "task=choose", f"cabinet={tmp_path}", *asked)
+    assert done.code == 0, done.err
+    assert "chosen: quick" in done.out
+
+
 def test_a_quality_is_needed_at_least(tmp_path: Path, program) -> None:
     """And it moves downwards for another choice."""
     rows = [
