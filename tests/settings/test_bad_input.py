@@ -88,7 +88,7 @@ VALUES: list[tuple[tuple[str, ...], str]] = [
     (("qat=int6", "qat.start_step=5", "qat.stop_step=3"), "qat.stop_step = 3: must be more than"),
     (("qat=int6", "qat.gradient=magic"), "qat.gradient = magic: choose from"),
     (("qat=fp8_e4m3", "qat.gradient=noise"), "qat.gradient = noise: not for fp8_e4m3"),
-    (("qat=int6", "qat.gradient_strength=0.3"), "qat.gradient_strength = 0.3: identity has none; c"),
+    (("qat=int6", "qat.gradient_strength=0.3"), "qat.gradient_strength = 0.3: identity has none"),
     (("model.dim=60",), "gives odd heads of 15"),
     (("model.num_kv_heads=3",), "model.num_kv_heads = 3: must divide model.num_heads = 4"),
     (("model.vocab_size=70000",), "model.vocab_size = 70000"),
