@@ -30,9 +30,8 @@ class NodeLauncher(BasicLauncher):
         super().setup(task_function=task_function, **others)
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> list[Any]:
-        from qat.runs.result import (
-            Result,  # imports torch, and Hydra imports this file at every start
-        )
+        # Here, since it imports torch, and Hydra imports this file at every start.
+        from qat.runs.result import Result
 
         assert self.config is not None
         folder = Path(self.config.hydra.sweep.dir)

@@ -4,7 +4,7 @@
 
 A ModernBERT-shaped encoder is trained to tell which of the 66 books of the World English Bible a
 verse is from (13 to 2,461 verses a book), and which section of the canon, which is ordered. Then it
-is trained on for as long again as each of five arms: as floats, and with QAT on four grids. The
+is trained on for a fifth as long as each of six arms: as floats, and with QAT on five grids. The
 float arm is stored by all that the cabinet has; the files of QAT are rows beside it. The last word
 has an envelope of constraints. What was finished is not done again; ``--help`` lists the settings.
 """

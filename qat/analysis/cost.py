@@ -1,7 +1,7 @@
 """What scoring costs: latency, throughput and memory of forward passes, warm-up left out.
 
-The weights are float32 in every case here, so this is the price of the architecture on this
-machine, not of a storage format.
+Absolute numbers are those of this machine in that minute. Two models are compared by ratios of
+calls in turn (``time_in_turn``).
 """
 
 from __future__ import annotations
@@ -99,9 +99,9 @@ def time_in_turn(calls: Calls, others: Calls, repeats: int, device: torch.device
         found: list[float] = []
         spent = 0.0
         for _ in range(WARM_UP):
-            _timed(other, device), _timed(call, device)
+            timed(other, device), timed(call, device)
         while len(found) < repeats or (spent < IN_TURN_SECONDS and len(found) < MOST_IN_TURN):
-            theirs, ours = _timed(other, device), _timed(call, device)
+            theirs, ours = timed(other, device), timed(call, device)
             found.append(theirs / ours)
             spent += theirs + ours
         return _spread(found)
@@ -111,10 +111,11 @@ def time_in_turn(calls: Calls, others: Calls, repeats: int, device: torch.device
 
 
 def _seconds(call: Callable[[], object], repeats: int, device: torch.device) -> list[float]:
-    return [_timed(call, device) for _ in range(WARM_UP + repeats)][WARM_UP:]
+    return [timed(call, device) for _ in range(WARM_UP + repeats)][WARM_UP:]
 
 
-def _timed(call: Callable[[], object], device: torch.device) -> float:
+def timed(call: Callable[[], object], device: torch.device) -> float:
+    """Seconds of one call, until the device is done with it."""
     started = time.perf_counter()
     call()
     if device.type == "cuda":

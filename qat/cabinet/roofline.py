@@ -14,7 +14,6 @@ Source: Williams, Waterman, Patterson, "Roofline", Communications of the ACM 52 
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -27,6 +26,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from qat.analysis.cost import timed
 from qat.model.registry import architecture_of, empty_model
 from qat.model.spec import ModelSpec
 from qat.model.wiring import arguments
@@ -77,17 +77,10 @@ def measure_ceilings(device: torch.device) -> Ceilings:
 
 
 def _median_seconds(work: Callable[[], Tensor], device: torch.device) -> float:
-    def timed() -> float:
-        started = time.perf_counter()
-        work()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter() - started
-
-    timed()
-    times = [timed()]
+    timed(work, device)
+    times = [timed(work, device)]
     while len(times) < REPEATS and sum(times) < MAX_SECONDS:
-        times.append(timed())
+        times.append(timed(work, device))
     return statistics.median(times)
 
 

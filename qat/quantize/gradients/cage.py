@@ -32,9 +32,8 @@ class Cage(Identity):
         self, w: Tensor, gradient: Tensor, seen: Seen, grid: Grid, *,
         rate: float, progress: float = 0.0, **_: Any,
     ) -> None:  # fmt: skip
-        w.lerp_(
-            seen.weight, min(rate * self.strength * pull(progress), 1.0)
-        )  # not beyond what is seen
+        share = min(rate * self.strength * pull(progress), 1.0)  # not beyond what is seen
+        w.lerp_(seen.weight, share)
 
 
 RULE = Cage
