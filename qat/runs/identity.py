@@ -112,5 +112,5 @@ def check_same(
         more = f" and {len(changes) - MOST_NAMED} more" if len(changes) > MOST_NAMED else ""
         raise UserError(
             f"{typed}: its checkpoint was made of something else: "
-            f"{'; '.join(changes[:MOST_NAMED])}{more}: bring that back, or start a new run"
+            f"{'; '.join(changes[:MOST_NAMED])}{more}: undo that, or start a new run"
         )

@@ -50,7 +50,8 @@ def claim(
                         raise
             if typed_name is not None:
                 raise UserError(
-                    f"run_name={typed_name}: {folder} is there already; give another name"
+                    f"run_name={typed_name}: {folder} is there already; give another name, "
+                    f"or resume={folder} to go on with it"
                 )
     except OSError as error:
         raise UserError(f"runs_dir={parent}: cannot write there ({error.strerror})") from None

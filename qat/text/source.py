@@ -280,8 +280,9 @@ def _from_documents(
                 finally:
                     shutil.rmtree(temporary, ignore_errors=True)
     except OSError as error:
-        is_here = error.filename and Path(error.filename).is_relative_to(cache_dir)
-        if error.errno in FULL or is_here:
+        at = Path(error.filename or "")
+        is_here = at.is_relative_to(cache_dir) or cache_dir.is_relative_to(at)  # or a parent of it
+        if error.errno in FULL or (error.filename and is_here):
             raise UserError(
                 f"data.cache_dir={cache_dir}: cannot write there ({error.strerror})"
             ) from None

@@ -106,7 +106,7 @@ def load_checkpoint(path: Path) -> dict[str, Any] | None:
         raise UserError(f"{path}: a folder and no checkpoint; remove it to begin anew")
     try:
         if path.exists() and not is_zipfile(path):  # torch would take it for an old pickle
-            raise ValueError("no file of torch's, or only its beginning")
+            raise ValueError("not written by torch, or only its beginning")
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         return None

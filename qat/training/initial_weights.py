@@ -146,7 +146,7 @@ def _of_file(path: Path) -> Held:
         raise ValueError("it holds more than tensors, or is no torch file") from None
     except Exception as error:  # torch raises many kinds for a file that it did not write
         if not is_zipfile(path):
-            raise ValueError("it is no file of torch's") from None
+            raise ValueError("torch did not write it") from None
         raise ValueError(str(error).strip().split("\n")[0][:120]) from None
     if isinstance(found, dict) and found.keys() >= MARKS:
         try:

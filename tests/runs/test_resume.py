@@ -343,10 +343,10 @@ def test_a_run_goes_on_with_its_own_text_and_settings_only(
         assert {path: path.read_bytes() for path in (RUNS / "torn").iterdir()} == before
 
     (tmp_path / "a.txt").write_text(text + "One more line.\n")
-    refused(f"{tmp_path / 'a.txt'} has other content: bring that back")
+    refused(f"{tmp_path / 'a.txt'} has other content: undo that")
     (tmp_path / "a.txt").write_text(text)
     (tmp_path / "b.txt").write_text("A file that the glob matches too.\n")
-    refused(f"{tmp_path / 'b.txt'} is new: bring that back")
+    refused(f"{tmp_path / 'b.txt'} is new: undo that")
     (tmp_path / "b.txt").unlink()
     for setting, value, said in (
         ("seed", "7", "seed was 1337 and is 7"),

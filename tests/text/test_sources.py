@@ -109,6 +109,12 @@ def test_cache_is_by_content_and_not_by_path(tmp_path: Path, cache_dir: Path) ->
     assert source.from_text([str(tmp_path / "two.txt")], 290, 0.3, cache_dir) != a
 
 
+def test_a_cache_whose_parent_cannot_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("".join(f"some words {n} again\n\n" for n in range(900)))
+    with pytest.raises(UserError, match=r"^data.cache_dir=/proc/none/cache: cannot write there \("):
+        source.from_text([str(tmp_path / "a.txt")], 290, 0.3, Path("/proc/none/cache"))
+
+
 def test_the_space_mark_in_a_text_stays_and_empty_texts_go(tmp_path: Path, cache_dir: Path) -> None:
     texts = [f"line {n}\u2581of \u2581 a small file\u2581" for n in range(300)]
     lines = "".join(json.dumps({"text": text}) + "\n" for text in [*texts, "", *texts[:3]])
