@@ -269,6 +269,9 @@ def _from_documents(
     temporary = cache_dir / f"{key}.tmp"
     try:
         cache_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:  # which may name a parent
+        raise _not_writable(cache_dir, error) from None
+    try:
         with _locked(cache_dir, key):
             if not (folder / NOTES_FILE).is_file():
                 shutil.rmtree(temporary, ignore_errors=True)
@@ -280,14 +283,15 @@ def _from_documents(
                 finally:
                     shutil.rmtree(temporary, ignore_errors=True)
     except OSError as error:
-        at = Path(error.filename or "")
-        is_here = at.is_relative_to(cache_dir) or cache_dir.is_relative_to(at)  # or a parent of it
-        if error.errno in FULL or (error.filename and is_here):
-            raise UserError(
-                f"data.cache_dir={cache_dir}: cannot write there ({error.strerror})"
-            ) from None
+        is_here = error.filename and Path(error.filename).is_relative_to(cache_dir)
+        if error.errno in FULL or is_here:
+            raise _not_writable(cache_dir, error) from None
         raise
     return _prepared(folder, identity, files)
+
+
+def _not_writable(cache_dir: Path, error: OSError) -> UserError:
+    return UserError(f"data.cache_dir={cache_dir}: cannot write there ({error.strerror})")
 
 
 def _locked(cache_dir: Path, key: str) -> filelock.AcquireReturnProxy:
