@@ -83,6 +83,8 @@ def hard_weights(grid: Grid) -> dict[str, Masters]:
     rows[60:80] *= huge * torch.linspace(0.1, 1.0, 20)[:, None]
     rows[80, 0], rows[81], rows[82] = 7.0, 1e-41, -0.0
     rows[83], rows[84] = rows[83].abs(), -rows[84].abs()  # zero points at the ends
+    rows[85], rows[85, ::2] = 0.0, -0.0
+    rows[86], rows[86, 1::3], rows[86, 2::3] = rows[86].abs(), 0.0, -0.0
     codes = torch.arange(grid.table.codes[0], grid.table.codes[1] + 1).char()
     levels = grid.table.from_codes(codes)
     levels = levels[levels.isfinite()].unique()
@@ -140,6 +142,8 @@ class _AsElsewhere(TorchDispatchMode):
             self.asked.append(name)
             multiply = aten.mul_.Tensor if function is aten.div_.Tensor else aten.mul.Tensor
             return multiply(x, float(1 / torch.tensor(float(args[1]))))
+        if function in (aten.amax.default, aten.amin.default):  # of 0 and -0 they give either
+            return function(x.flip(-1), *args[1:], **(kwargs or {}))
         if "lerp" in name:  # with a fused multiply-add on this CPU
             self.asked.append(name)
             share = args[2]
