@@ -77,6 +77,10 @@ class CheckedSweeper(BasicSweeper):
         launcher = config.hydra.runtime.choices["hydra/launcher"]
         if launcher == "parallel" and self.max_batch_size is None:
             self.max_batch_size = 2  # submitit starts all it is given: give it pairs
+        if launcher == "parallel":
+            # Runs that each start a thread for every core take four times as long.
+            threads = max(1, len(os.sched_getaffinity(0)) // self.max_batch_size)
+            os.environ.setdefault("OMP_NUM_THREADS", str(threads))
         if launcher == "ray_local":
             os.environ.update(RAY_KEEPS_TO_ITSELF)
         if config.hydra.launcher._target_.endswith(".SlurmLauncher") and which("srun") is None:
