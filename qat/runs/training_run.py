@@ -222,14 +222,14 @@ class TrainingRun:
         """On every rank the same file of a resumed run; written by rank 0 only."""
         return Path(self.settings.resume or self.path("")) / run_folder.CHECKPOINT
 
-    def forked_state(self) -> dict[str, Any] | None:
+    def forked_state(self, code_bytes: int) -> dict[str, Any] | None:
         """What a run that has no checkpoint of its own goes on from; None if it is no fork.
-        UserError if it cannot."""
+        UserError if it cannot. ``code_bytes``: of the code now."""
         s = self.settings
         if s.fork.run is None:
             return None
         self._trunk = trunk_folder(s, self.job.sweep_dir)
-        return forked_state(s, self._trunk)
+        return forked_state(s, self._trunk, code_bytes)
 
     def kept_checkpoint(self, step: int) -> Path:
         path = run_folder.kept_checkpoint(self.path(""), step)

@@ -164,10 +164,12 @@ def _starts(folder: Path, jobs: Sequence[tuple[str, TrainSettings]], baseline: s
     first = sorted(runs, key=lambda name: not name.startswith(f"{baseline}_s"))
 
     def has_kept(name: str, step: int) -> bool:
-        """Or will."""
+        """Or will. What was trained to bytes is of the code that was counted then."""
         row = Result.read(folder / name)
-        is_over = row is not None and row.status != "failed"
-        return not is_over or kept_checkpoint(folder / name, step).is_file()
+        if row is None or row.status == "failed":
+            return True
+        is_of_code = not runs[name].qat.to_bytes or row.code_bytes == count_code_bytes()
+        return is_of_code and kept_checkpoint(folder / name, step).is_file()
 
     forks = find_forks({name: runs[name] for name in first}, has_kept)
     starts = []

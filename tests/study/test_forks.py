@@ -13,6 +13,7 @@ from rich.console import Console
 from hydra_plugins.qat_sweeper import batches_of
 from qat.errors import UserError
 from qat.quantize.grid import Grid
+from qat.runs.fork import Course
 from qat.runs.result import Result
 from qat.runs.run_folder import kept_steps, read_config
 from qat.settings.schema import AveragingSettings, QatSettings, TrainSettings, from_yaml
@@ -82,6 +83,21 @@ def test_a_price_changes_nothing_before_the_switch(settings: TrainSettings) -> N
     dear = qat(settings, 4, 0.5)
     dear = replace(dear, schedule=replace(dear.schedule, qat_update_price=1.25))
     assert find_forks({"none_s1": settings, "int4_s1": dear})["int4_s1"].step == 500
+
+
+def test_what_trains_to_other_bytes_is_left_at_the_switch(settings: TrainSettings) -> None:
+    """Before it only the sensitivities are learned, which no limit changes."""
+    rd = qat(settings, 8, 0.5, limit_bytes=475_000)
+    rd = replace(rd, qat=replace(rd.qat, to_bytes=True))
+    forks = find_forks({
+        "rd_1_s1": rd,
+        "rd_2_s1": replace(rd, limit_bytes=800_000),
+        "other_coder_s1": replace(rd, artifact=replace(rd.artifact, coder="zlib")),
+    })  # fmt: skip
+    assert forks == {"rd_2_s1": Fork("rd_1_s1", 500), "other_coder_s1": Fork("rd_1_s1", 500)}
+    assert Course.of(rd, code_bytes=1).shared(Course.of(rd, code_bytes=2)) == 500
+    plain = qat(settings, 4, 0.5, limit_bytes=475_000)
+    assert find_forks({"one": plain, "two": replace(plain, limit_bytes=800_000)})["two"].step == 999
 
 
 def test_nothing_goes_on_from_what_was_not_kept(settings: TrainSettings) -> None:
