@@ -20,7 +20,7 @@ from qat.settings.checks import find_run
 from qat.settings.schema import TrainSettings, from_yaml
 from qat.text.source import absolute_paths
 from qat.training.averaging import Averaging
-from qat.training.build import build_schedule
+from qat.training.build import build_schedule, gradient_of
 from qat.training.checkpoint import load_checkpoint
 
 # What may differ between runs whose updates are equal; whether it makes them differ is worked out.
@@ -60,6 +60,7 @@ class Course:
 def _updates(s: TrainSettings, code_bytes: int | None) -> Iterator[tuple[Any, ...]]:
     schedule, averaging = build_schedule(s), Averaging(**vars(s.averaging))
     quantization = (s.qat, s.grid, s.plan, s.optimizer.learned_scale_lr)
+    reads_progress = gradient_of(s.qat).anneals or s.qat.to_bytes  # which encodes half-way
     # Before the switch training to bytes learns sensitivities, whatever the limit.
     file = (s.limit_bytes, code_bytes, s.artifact.coder) if s.qat.to_bytes else None
     for step, update in enumerate(schedule.updates(), 1):
@@ -70,6 +71,7 @@ def _updates(s: TrainSettings, code_bytes: int | None) -> Iterator[tuple[Any, ..
             update.momentum,
             quantization if is_seen else None,
             file if update.is_on else None,
+            (update.switched_at, update.done) if update.is_on and reads_progress else None,
             s.averaging if averaging.is_due(step, done) else None,
         )
 

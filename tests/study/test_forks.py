@@ -12,6 +12,7 @@ from rich.console import Console
 
 from hydra_plugins.qat_sweeper import batches_of
 from qat.errors import UserError
+from qat.quantize.gradients import rule_kinds
 from qat.quantize.grid import Grid
 from qat.runs.fork import Course
 from qat.runs.result import Result
@@ -98,6 +99,32 @@ def test_what_trains_to_other_bytes_is_left_at_the_switch(settings: TrainSetting
     assert Course.of(rd, code_bytes=1).shared(Course.of(rd, code_bytes=2)) == 500
     plain = qat(settings, 4, 0.5, limit_bytes=475_000)
     assert find_forks({"one": plain, "two": replace(plain, limit_bytes=800_000)})["two"].step == 999
+
+
+@pytest.mark.parametrize("gradient", sorted(rule_kinds()))
+def test_only_what_anneals_is_another_in_a_longer_run(
+    gradient: str, settings: TrainSettings
+) -> None:
+    """Update 600 is half-way from the switch in one, and earlier in the other."""
+    q = QatSettings(enabled=True, start_step=500, gradient=gradient)
+    short = replace(settings, grid=Grid(bits=4), qat=q)
+    dear = replace(short.schedule, qat_update_price=1.25)
+    forks = find_forks({
+        "short": short,
+        "long": replace(short, max_steps=2000),
+        "dear": replace(short, schedule=dear),
+    })  # fmt: skip
+    anneals = gradient in ("cage", "dampen", "freeze", "parq", "soft_round")
+    assert {run: fork.step for run, fork in forks.items()} == {
+        "long": 500 if anneals else 751,
+        "dear": 501 if anneals else 701,  # its rate falls sooner
+    }
+
+
+def test_training_to_bytes_encodes_half_way(settings: TrainSettings) -> None:
+    rd = replace(settings, qat=QatSettings(enabled=True, start_step=500, to_bytes=True))
+    longer = replace(rd, max_steps=2000)
+    assert find_forks({"rd_s1": rd, "longer_s1": longer})["longer_s1"].step == 500
 
 
 def test_nothing_goes_on_from_what_was_not_kept(settings: TrainSettings) -> None:
