@@ -123,6 +123,7 @@ def train(s: TrainSettings, training_run) -> int:
         KeptCheckpoints,
         load_checkpoint,
         save_checkpoint,
+        tensors_to_store,
     )
     from qat.training.fit import (
         Forecast,
@@ -230,10 +231,8 @@ def train(s: TrainSettings, training_run) -> int:
         return {name: tensor.detach().to(device) for name, tensor in tensors.items()}
 
     last, last_scales = placed(loop.masters), placed(loop.switch.learned_scales)
-    weights, scales = last, last_scales
-    if averaging.weights.count:
-        weights = placed(averaging.weights.tensors)
-        scales = placed(averaging.learned_scales.tensors) if last_scales else {}
+    trained = {"weights": last, "learned_scales": last_scales, "averaging": averaging.state()}
+    weights, scales = map(placed, tensors_to_store(trained))
     model = TrainedModel(spec, weights, plan, scales, outcome.qat_last_step == outcome.steps)
     path, plot = training_run.path(ARTIFACT), training_run.path(PLOT)
     is_writer = machine.rank() == 0
