@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import Progress
+from scipy.stats import binom
 from torch import Tensor
 
 from qat.budget.budget import Budget
@@ -161,10 +162,13 @@ def _race(base: _Updates, timed: Mapping[tuple[str, bool], _Updates], console: C
         task = bar.add_task("timing updates", total=SECONDS_PER_ARM * len(timed))
         while racing := [key for key in timed if not _has_ended(ratios[key], spent[key])]:
             for key in racing:
+                started = len(all_base)
+                if len(racing) == 1:  # else two of its pairs would share one: no more independent
+                    all_base.append(base.take())
                 ours = timed[key].take()
                 all_base.append(base.take())
                 ratios[key].append(ours / statistics.mean(all_base[-2:]))
-                spent[key] += ours + all_base[-1]
+                spent[key] += ours + sum(all_base[started:])
             left = sum(SECONDS_PER_ARM - spent[key] for key in racing)
             bar.update(task, completed=SECONDS_PER_ARM * len(timed) - left)
     if not timed:
@@ -175,7 +179,9 @@ def _race(base: _Updates, timed: Mapping[tuple[str, bool], _Updates], console: C
 def _has_ended(pairs: list[float], seconds: float) -> bool:
     if len(pairs) < FEWEST_PAIRS:
         return False
-    return seconds >= SECONDS_PER_ARM or _is_known(*median_interval(pairs)[1:])
+    # Looked at after every pair, an interval would end the race when it is narrow by chance.
+    is_looked_at = len(pairs) % FEWEST_PAIRS == 0
+    return seconds >= SECONDS_PER_ARM or (is_looked_at and _is_known(*median_interval(pairs)[1:]))
 
 
 def _is_known(low: float | None, high: float | None) -> bool:
@@ -183,10 +189,12 @@ def _is_known(low: float | None, high: float | None) -> bool:
 
 
 def median_interval(values: list[float]) -> tuple[float, float, float]:
-    """(median, low, high) at 95 %: order statistics, whatever the values are distributed like."""
+    """(median, low, high) at 95 % or more: the narrowest pair of order statistics that holds the
+    median so often, whatever the values are distributed like. Of fewer than 6 values: all of them.
+    """
     ordered, count = sorted(values), len(values)
-    reach = 1.96 * math.sqrt(count) / 2
-    low = max(math.floor(count / 2 - reach), 0)
+    # Below the median lie binomially many: fewer than ``low`` + 1 of them in 2.5 % at most.
+    low = max(int(binom.ppf(0.025, count, 0.5)) - 1, 0)
     return statistics.median(ordered), ordered[low], ordered[count - 1 - low]
 
 

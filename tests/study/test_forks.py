@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
+import random
+import statistics
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -243,6 +246,49 @@ def test_the_interval_of_a_median_holds_it() -> None:
     middle, low, high = median_interval(values)
     assert middle == 50.0
     assert (low, high) == (40.0, 60.0)  # 50.5 -+ 1.96 * sqrt(101) / 2, rounded outwards
+
+
+@pytest.mark.parametrize("count", [20, 21, 22, 50, 97, 300])
+def test_it_is_the_narrowest_that_holds_it_in_95_percent(count: int) -> None:
+    _, low, high = median_interval([float(v) for v in range(count)])
+    below = int(low)
+    assert int(high) == count - 1 - below
+
+    def share_held(below: int) -> float:
+        return 1 - 2 * sum(math.comb(count, k) for k in range(below + 1)) / 2**count
+
+    assert share_held(below) >= 0.95 > share_held(below + 1)
+
+
+class MadeUpUpdates:
+    """Take times around their mean, which are not waited for."""
+
+    def __init__(self, chooser: random.Random, seconds: float) -> None:
+        self.chooser, self.seconds = chooser, seconds
+
+    def take(self) -> float:
+        return self.seconds * math.exp(self.chooser.gauss(0.0, 0.05))
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_the_interval_of_a_race_holds_the_price(
+    count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In 95 of 100 races, whose pairs of updates are no more than what is compared."""
+    monkeypatch.setattr(prices, "SECONDS_PER_ARM", 16.0)
+    chooser = random.Random(1)
+    base, arm = MadeUpUpdates(chooser, 0.1), MadeUpUpdates(chooser, 0.11)
+    price = statistics.median(
+        arm.take() / statistics.mean([base.take(), base.take()]) for _ in range(200_000)
+    )
+    held = []
+    for _ in range(800):
+        timed = {(f"arm{number}", True): arm for number in range(count)}
+        ratios = prices._race(base, timed, Console(quiet=True))  # type: ignore[arg-type]
+        for pairs in ratios.times.values():
+            _, low, high = median_interval(pairs)
+            held.append(low <= price <= high)
+    assert statistics.mean(held) == pytest.approx(0.955, abs=0.02)
 
 
 def test_prices_come_back(tmp_path: Path, settings: TrainSettings) -> None:
