@@ -95,7 +95,7 @@ def training_code() -> str:
 
 def given(arms: Mapping[str, TrainSettings], prices: Mapping[str, Any]) -> Prices:
     """Prices as ``study.prices`` says them: a number, or [before the switch, after it]; under
-    ``EVERY_ARM``, that of all arms with QAT that are not named."""
+    ``EVERY_ARM``, that of all arms with QAT that are not named. UserError if one has none."""
     prices = dict(prices)
     if EVERY_ARM in prices:
         said = prices.pop(EVERY_ARM)
@@ -109,6 +109,12 @@ def given(arms: Mapping[str, TrainSettings], prices: Mapping[str, Any]) -> Price
         if len(numbers) != 2 or len(pair) != 2:
             raise UserError(f"study.prices.{arm} = {said}: give a price, or [before, after]")
         found[arm] = Price(before=float(numbers[0]), after=float(numbers[1]))
+    for arm, s in arms.items():
+        if s.qat.enabled and arm not in prices:
+            raise UserError(
+                f"study.prices: arm {arm} trains with QAT and has no price; give {arm}: PRICE, or "
+                f"{EVERY_ARM}: PRICE, that of every arm with QAT that is not named"
+            )
     return Prices(provenance.hardware(1), training_code(), None, found)
 
 

@@ -182,7 +182,7 @@ def test_a_priced_study_counts_what_updates_cost(study: Callable[..., Done]) -> 
         steps[arm] = row.steps, row.qat_steps
     # 12 updates, 6 of them before the switch: the other 6 buy 4 at 1.5, 3 at 2.
     assert steps == {"none": (12, 0), "int6": (10, 4), "int4": (9, 3)}
-    done = study("study.clock=priced", "study.prices={int6: 1.4}", "seed=1")
+    done = study("study.clock=priced", "study.prices={int6: 1.4, int4: 2}", "seed=1")
     assert done.code == 2
     assert "sweep_name=s: int6_s1 was run there with schedule.qat_update_price = 1.5" in done.err
 
@@ -193,6 +193,15 @@ def test_one_price_of_every_arm_with_qat(settings: TrainSettings) -> None:
     assert {arm: price.after for arm, price in prices.items()} == {
         "none": 1.0, "int6": 1.5, "int4": 2.0,
     }  # fmt: skip
+
+
+def test_an_arm_with_qat_is_not_free(settings: TrainSettings) -> None:
+    arms = {"none": settings, "int6": qat(settings, 6, 0.5), "int4": qat(settings, 4, 0.5)}
+    with pytest.raises(
+        UserError, match=r"study\.prices: arm int4 trains with QAT and has no price"
+    ):
+        given(arms, {"int6": 1.5})
+    assert given(arms, {"int6": 1.5, "int4": 1.0}).arms["int4"] == Price()
 
 
 def test_a_study_whose_prices_are_measured(
@@ -226,7 +235,7 @@ def test_a_study_whose_prices_are_measured(
         (("study.clock=priced", "study.prices={int3: 2}"), "study.prices.int3: no such arm"),
         (("study.clock=priced", "study.prices={int4: 0}"), "study.prices.int4 = 0: give a price"),
         (("study.clock=priced", "study.prices={int4: [1]}"), "give a price, or [before, after]"),
-        (("study.clock=priced", "study.prices={int4: 2}", "budget_seconds=9", "max_steps=null"),
+        (("study.clock=priced", "study.prices={qat: 2}", "budget_seconds=9", "max_steps=null"),
          "budget_seconds = 9: study.prices say nothing of seconds"),
         (("study.clock=priced", "arm=int4"), "prices are in updates of none; add that arm"),
         (("study.clock=sundial",), "study.clock = sundial: choose from wall, priced"),
