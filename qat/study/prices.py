@@ -44,6 +44,17 @@ EVERY_ARM = "qat"  # among given prices
 FIRST_QAT_STEP = 1  # training to bytes looks at the gradients of one update first
 NEVER = 10**9
 TRAINING_ROOMS = ("quantize", "model", "budget", "training")
+# Settings, and groups of them, that say what an update takes; some of them with QAT on alone.
+COSTLY = (
+    "model", "batch_tokens", "micro_batch_tokens", "seq_len", "precision", "compile",
+    "optimizer.name", "optimizer.newton_schulz_dtype", "averaging.kind", "averaging.of",
+    "averaging.every_steps",
+)  # fmt: skip
+COSTLY_OF_QAT = ("qat", "grid", "plan")
+FREE = (  # among these: names, when QAT is on, how strongly its rule pulls
+    "model.init_from", "qat.grid", "qat.plan", "qat.start_step", "qat.start_fraction",
+    "qat.start_lr_scale", "qat.stop_step", "qat.default_start_fraction", "qat.gradient_strength",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -63,6 +74,7 @@ class Prices:
     training_code: str  # a hash of it
     update_seconds: float | None  # of the baseline; None if prices were given
     arms: dict[str, Price]
+    timed_with: dict[str, dict[str, Any]]  # of each arm ``what_costs``; empty if prices were given
 
     def write(self, path: Path) -> None:
         write_atomically(path, json.dumps(asdict(self), indent=1) + "\n")
@@ -87,10 +99,32 @@ class Prices:
                 )
         return found
 
+    def check(self, path: Path, arms: Mapping[str, TrainSettings]) -> None:
+        """UserError, naming ``path``, if updates of one of the arms cost something else now."""
+        for arm, s in arms.items():
+            ours = what_costs(s)
+            theirs = self.timed_with.get(arm, ours)
+            for name in differing(theirs, ours):
+                raise UserError(
+                    f"{path}: updates of {arm} were timed with {name} = {theirs.get(name)}, not "
+                    f"{ours.get(name)}; give another sweep_name, or the prices themselves: "
+                    "study.prices={ARM: 1.003}"
+                )
+
 
 def training_code() -> str:
     """A hash of the code that an update runs."""
     return provenance.hash_of_rooms(TRAINING_ROOMS)
+
+
+def what_costs(s: TrainSettings) -> dict[str, Any]:
+    """What decides how long an update takes, by dotted name."""
+    costly = tuple(f"{name}." for name in COSTLY + COSTLY_OF_QAT * s.qat.enabled)
+    return {
+        name: value
+        for name, value in conditions(asdict(s)).items()
+        if f"{name}.".startswith(costly) and name not in FREE
+    }
 
 
 def given(arms: Mapping[str, TrainSettings], prices: Mapping[str, Any]) -> Prices:
@@ -115,7 +149,7 @@ def given(arms: Mapping[str, TrainSettings], prices: Mapping[str, Any]) -> Price
                 f"study.prices: arm {arm} trains with QAT and has no price; give {arm}: PRICE, or "
                 f"{EVERY_ARM}: PRICE, that of every arm with QAT that is not named"
             )
-    return Prices(provenance.hardware(1), training_code(), None, found)
+    return Prices(provenance.hardware(1), training_code(), None, found, {})
 
 
 def measure(arms: Mapping[str, TrainSettings], baseline: str, console: Console) -> Prices:
@@ -143,7 +177,8 @@ def measure(arms: Mapping[str, TrainSettings], baseline: str, console: Console) 
                 f"{price.high:.4f}, {price.pairs} pairs{known}",
                 highlight=False,
             )
-    return Prices(provenance.hardware(1), training_code(), ratios.base_seconds, found)
+    timed_with = {arm: what_costs(s) for arm, s in arms.items()}
+    return Prices(provenance.hardware(1), training_code(), ratios.base_seconds, found, timed_with)
 
 
 def _conditions(s: TrainSettings) -> dict[str, Any]:

@@ -121,7 +121,8 @@ def prices_of(
 ) -> Prices | None:
     """Of a study on a priced clock: given, else those of its file, else measured.
 
-    None on the clock of the wall. UserError if they are of other arms, another machine or code.
+    None on the clock of the wall. UserError if they are of other arms, settings, another machine
+    or code.
     """
     arms = dict(reversed(jobs))  # one seed of each will do
     design = jobs[0][1].study
@@ -136,6 +137,7 @@ def prices_of(
                 f"{path}: has no price of {missing[0]}; give another sweep_name, or the prices "
                 "themselves: study.prices={ARM: 1.003}"
             )
+        prices.check(path, arms)
         return prices
     if baseline not in arms:
         raise UserError(f"study.clock = priced: prices are in updates of {baseline}; add that arm")

@@ -9,6 +9,7 @@ import statistics
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -24,7 +25,7 @@ from qat.settings.schema import AveragingSettings, QatSettings, TrainSettings, f
 from qat.study import prices
 from qat.study.find_out import find_out
 from qat.study.forks import Fork, find_forks, kept_by
-from qat.study.prices import Price, Prices, given, median_interval
+from qat.study.prices import Price, Prices, given, median_interval, what_costs
 from qat.study.study import Study
 from tests.conftest import Done
 from tests.runs.test_fork import same_run
@@ -222,10 +223,41 @@ def test_a_study_whose_prices_are_measured(
     assert row is not None
     assert row.settings["schedule"]["qat_update_price"] == price["after"]
     assert study(*asked, "max_steps=12").code == 0  # with the prices that are there
+    done = study(*asked, "max_steps=12", "model.dim=32")
+    assert done.code == 2
+    assert "start.prices.json: updates of int4 were timed with model.dim = 64, not 32" in done.err
     file.write_text(json.dumps(said | {"hardware": "an abacus"}))
     done = study(*asked, "max_steps=12")
     assert done.code == 2
     assert "start.prices.json: updates were timed on another machine (an abacus)" in done.err
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        ({"batch_tokens": 512}, "batch_tokens = 256, not 512"),
+        ({"precision": "bf16"}, "precision = fp32, not bf16"),
+        ({"grid": Grid(bits=3)}, "grid.bits = 4, not 3"),
+        ({"qat": QatSettings(enabled=True, gradient="freeze")}, "qat.gradient = identity, not fre"),
+        ({"qat": QatSettings(enabled=True, start_step=9)}, None),  # what its updates cost is equal
+        ({"max_steps": 2000, "seed": 2, "limit_bytes": 9}, None),
+    ],
+)
+def test_prices_are_of_updates_that_cost_the_same(
+    change: dict[str, Any], what: str | None, tmp_path: Path, settings: TrainSettings
+) -> None:
+    arms = {"none": settings, "int4": qat(settings, 4, 0.5)}
+    with_what = {arm: what_costs(s) for arm, s in arms.items()}
+    made = replace(given(arms, {"qat": 1.1}), update_seconds=0.1, timed_with=with_what)
+    made.write(tmp_path / "p.json")
+    known = Prices.read(tmp_path / "p.json")
+    known.check(tmp_path / "p.json", arms)
+    changed = arms | {"int4": replace(arms["int4"], **change)}
+    if what is None:
+        known.check(tmp_path / "p.json", changed)
+        return
+    with pytest.raises(UserError, match=f"updates of int4 were timed with {what}"):
+        known.check(tmp_path / "p.json", changed)
 
 
 @pytest.mark.parametrize(
