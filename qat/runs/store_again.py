@@ -141,6 +141,11 @@ def storage_of(
     return {"grid": grid, "plan": settings["plan"], "artifact": artifact}
 
 
+def export_code() -> str:
+    """What an export is told by; a run's own file is not made by this module."""
+    return storing_code("runs/store_again.py")
+
+
 def export_again(
     folder: Path, result: Result, target: dict[str, Any], budget: Budget, console: Console
 ) -> dict[str, Any]:
@@ -156,7 +161,7 @@ def export_again(
     files = file, Path(f"{file}{OVERSIZE_SUFFIX}")
     if known.is_file() and any(path.is_file() for path in files):
         row = json.loads(known.read_text(encoding="utf-8"))
-        if row.get("storing_code") == storing_code():
+        if row.get("export_code") == export_code():
             return row
         for path in files:  # other code made it, and may have made another size of it
             path.unlink(missing_ok=True)
@@ -170,6 +175,7 @@ def export_again(
         "code_bytes": budget.code_bytes,
         "limit_bytes": budget.limit_bytes,
         "storing_code": storing_code(),
+        "export_code": export_code(),
     }
     write_atomically(known, json.dumps(row))
     return row

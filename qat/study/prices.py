@@ -43,7 +43,7 @@ WARM_UPDATES = 3
 EVERY_ARM = "qat"  # among given prices
 FIRST_QAT_STEP = 1  # training to bytes looks at the gradients of one update first
 NEVER = 10**9
-TRAINING_ROOMS = ("quantize", "model", "budget", "training")
+TRAINING = ("quantize", "model", "budget", "training", "qat_model.py", "compiled.py")
 # Settings, and groups of them, that say what an update takes; some of them with QAT on alone.
 COSTLY = (
     "model", "batch_tokens", "micro_batch_tokens", "seq_len", "precision", "compile",
@@ -114,7 +114,7 @@ class Prices:
 
 def training_code() -> str:
     """A hash of the code that an update runs."""
-    return provenance.hash_of_rooms(TRAINING_ROOMS)
+    return provenance.hash_of_code(TRAINING)
 
 
 def what_costs(s: TrainSettings) -> dict[str, Any]:
