@@ -59,7 +59,8 @@ class Course:
 
 def _updates(s: TrainSettings, code_bytes: int | None) -> Iterator[tuple[Any, ...]]:
     schedule, averaging = build_schedule(s), Averaging(**vars(s.averaging))
-    quantization = (s.qat, s.grid, s.plan, s.optimizer.learned_scale_lr)
+    rules = list(s.plan.rules)  # of which the first that fits counts
+    quantization = (s.qat, s.grid, s.plan, rules, s.optimizer.learned_scale_lr)
     reads_progress = gradient_of(s.qat).anneals or s.qat.to_bytes  # which encodes half-way
     # Before the switch training to bytes learns sensitivities, whatever the limit.
     file = (s.limit_bytes, code_bytes, s.artifact.coder) if s.qat.to_bytes else None

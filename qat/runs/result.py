@@ -110,7 +110,10 @@ def conditions(
     settings: dict[str, Any], bookkeeping: Iterable[str] = BOOKKEEPING
 ) -> dict[str, Any]:
     """Settings by dotted name, without bookkeeping."""
-    return _flat({key: value for key, value in settings.items() if key not in bookkeeping})
+    found = _flat({key: value for key, value in settings.items() if key not in bookkeeping})
+    if rules := settings.get("plan", {}).get("rules"):
+        found["plan.rules"] = list(rules)  # of which the first that fits counts
+    return found
 
 
 def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:

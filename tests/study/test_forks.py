@@ -131,6 +131,13 @@ def test_training_to_bytes_encodes_half_way(settings: TrainSettings) -> None:
     assert find_forks({"rd_s1": rd, "longer_s1": longer})["longer_s1"].step == 500
 
 
+def test_rules_of_another_order_are_another_plan(settings: TrainSettings) -> None:
+    plan = settings.plan
+    turned = replace(plan, rules=dict(reversed(plan.rules.items())))
+    runs = {"one_s1": qat(settings, 4, 0.5), "other_s1": qat(settings, 4, 0.5, plan=turned)}
+    assert find_forks(runs) == {"other_s1": Fork("one_s1", 500)}
+
+
 def test_nothing_goes_on_from_what_was_not_kept(settings: TrainSettings) -> None:
     runs = {"none_s1": settings, "int4_s1": qat(settings, 4, 0.5)}
     assert not find_forks(runs, lambda name, step: (name, step) != ("none_s1", 500))
