@@ -5,6 +5,7 @@ What rounding afterwards gives a baseline on somebody else's grid, and ``eval.py
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -146,6 +147,13 @@ def export_code() -> str:
     return storing_code("runs/store_again.py")
 
 
+def export_name(plan: Plan, artifact: ArtifactSettings, budget: Budget) -> str:
+    """Of an export's files, another for all that may make them others."""
+    label = f"{stored_label(plan, artifact)}_{artifact.coder}_{budget.limit_bytes}"
+    said = json.dumps([plan.digest, asdict(artifact)])
+    return f"{label}_{hashlib.sha256(said.encode()).hexdigest()[:8]}"
+
+
 def export_again(
     folder: Path, result: Result, target: dict[str, Any], budget: Budget, console: Console
 ) -> dict[str, Any]:
@@ -154,9 +162,7 @@ def export_again(
     """
     artifact = ArtifactSettings(**target["artifact"])
     plan = plan_in(result.settings, target)
-    label = stored_label(plan, artifact)
-    name = f"{label}_{artifact.coder}_{budget.limit_bytes}_{plan.digest[:8]}"
-    known = folder / EXPORTS / f"{name}.json"
+    known = folder / EXPORTS / f"{export_name(plan, artifact, budget)}.json"
     file = known.with_suffix(".qat")
     files = file, Path(f"{file}{OVERSIZE_SUFFIX}")
     if known.is_file() and any(path.is_file() for path in files):
@@ -168,7 +174,7 @@ def export_again(
     known.parent.mkdir(exist_ok=True)
     done, score = FinishedRun(folder, result, console).store(plan, artifact, budget, file)
     row = {
-        "grid": label,
+        "grid": stored_label(plan, artifact),
         "val_loss_artifact": score.val_loss,
         "val_bpb_artifact": score.val_bpb,
         "artifact_bytes": done.artifact_bytes,
