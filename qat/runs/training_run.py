@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import csv
 import logging
-import shutil
 import signal
 import tempfile
 import time
@@ -51,14 +50,21 @@ COLUMNS = ("step", "train_loss", "elapsed_seconds", "rate", "qat_on")
 
 
 class MetricsFile(Logger):
-    """Keeps the rows up to ``first_step`` of an earlier process and appends to them."""
+    """Keeps the rows up to ``first_step`` of an earlier process, or else those that ``trunk``
+    holds, and appends to them."""
 
-    def __init__(self, path: Path, first_step: int = 0, columns: Sequence[str] = COLUMNS) -> None:
+    def __init__(
+        self,
+        path: Path,
+        first_step: int = 0,
+        columns: Sequence[str] = COLUMNS,
+        trunk: Path | None = None,
+    ) -> None:
         super().__init__()
         self._path, self._columns = path, columns
-        kept = []
-        if path.is_file():
-            kept = [row for row in read_metrics(path) if int(row["step"]) <= first_step]
+        kept, source = [], path if path.is_file() else trunk
+        if source is not None and source.is_file():
+            kept = [row for row in read_metrics(source) if int(row["step"]) <= first_step]
         lines = [",".join(columns), *(",".join(row[key] for key in columns) for row in kept)]
         write_atomically(path, "\n".join(lines) + "\n")
 
@@ -255,10 +261,8 @@ class TrainingRun:
 
     def _rows_of_steps(self, name: str, first_step: int, columns: Sequence[str]) -> MetricsFile:
         assert self.folder is not None
-        path = self.folder / name
-        if self._trunk is not None and not path.is_file() and (self._trunk / name).is_file():
-            shutil.copyfile(self._trunk / name, path)  # its first updates are ours
-        return MetricsFile(path, first_step, columns)
+        trunk = None if self._trunk is None else self._trunk / name  # its first updates are ours
+        return MetricsFile(self.folder / name, first_step, columns, trunk)
 
     def validation_curve(
         self, first_step: int, score: Callable[[Mapping[str, torch.Tensor]], float]
