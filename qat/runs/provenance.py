@@ -15,6 +15,7 @@ import sys
 from collections.abc import Iterable
 from functools import cache
 from importlib import metadata
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ STORING = (  # rooms and files; all of them are in train_gpt.py too
     "evaluation/score.py", "evaluation/windows.py",
 )  # fmt: skip
 CABINETS_METHODS = ("hqq", "lqer", "smoothquant")  # of ptq; no file of a run is made by them
+THEN = ", then "
 PACKAGES = ("torch", "lightning", "hydra-core", "torchao", "numpy", "sentencepiece", "zstandard")
 
 
@@ -44,6 +46,17 @@ def commit() -> str:
     if head is None:
         return "unknown"
     return head.strip() + ("-dirty" if _git("status", "--porcelain") else "")
+
+
+def in_turn(values: Iterable[str]) -> str:
+    """``a, then b``: what made a run, each that is another than the one before it."""
+    return THEN.join(value for value, _ in groupby(values))
+
+
+def short(commits: str) -> str:
+    """Commits as ``in_turn`` names them, as people do."""
+    parts = commits.split(THEN)
+    return THEN.join(part[:9] + "-dirty" * part.endswith("-dirty") for part in parts)
 
 
 def dirty_diff() -> str:

@@ -30,8 +30,8 @@ class Result:
     profile: str
     qat: str  # the option typed: none, int6, ...
     grid: str  # the grid of the artifact, as its label
-    hardware: str
-    commit: str
+    hardware: str  # of a run that went on elsewhere: a, then b
+    commit: str  # in the same way
     data: dict[str, str] | None  # fingerprints of train and val tokens, hash of the tokenizer
     limit_bytes: int  # for artifact and code together, decimal
     steps: int | None = None  # optimizer updates

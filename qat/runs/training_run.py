@@ -179,6 +179,9 @@ class TrainingRun:
 
             check_login(s.logger)
         self._claim()
+        if s.resume is not None:
+            made_by = run_folder.note_resumption(self.path(""), machine.world_size())
+            self.row.commit, self.row.hardware = made_by
         self.row.data = {
             "train": train.fingerprint, "val": val.fingerprint, "tokenizer": tokenizer.sha256
         }  # fmt: skip
