@@ -9,7 +9,7 @@ differed. The result has the bits of a run in one piece.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +83,14 @@ def trunk_folder(s: TrainSettings, sweep_dir: Path | None) -> Path:
     if sweep_dir is not None and (sweep_dir / s.fork.run).is_dir():
         return sweep_dir / s.fork.run
     return find_run("fork.run", s.fork.run, s.runs_dir)
+
+
+def scores_alike(s: TrainSettings, folder: Path) -> bool:
+    """Whether points of the validation curve of the run there are such as this run makes; they may
+    be more or fewer."""
+    trunk = from_yaml(read_config(folder, "fork.run")[0], f"fork.run={folder}")
+    ours, theirs = (replace(e, curve_points=0, max_tokens=None) for e in (s.eval, trunk.eval))
+    return ours == theirs
 
 
 def forked_state(s: TrainSettings, folder: Path, code_bytes: int) -> dict[str, Any]:

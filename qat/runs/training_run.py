@@ -26,7 +26,7 @@ from qat.budget.fill import stored_label
 from qat.errors import TrainingError, UserError
 from qat.evaluation.score import Score
 from qat.runs import provenance, run_folder
-from qat.runs.fork import forked_state, trunk_folder
+from qat.runs.fork import forked_state, scores_alike, trunk_folder
 from qat.runs.result import Result, row_of
 from qat.runs.run_folder import read_metrics, write_atomically
 from qat.runs.storing import Export
@@ -254,7 +254,7 @@ class TrainingRun:
         if self.folder is None:
             return []
         s = self.settings.logger
-        csv = self._rows_of_steps(run_folder.METRICS, first_step, COLUMNS)
+        csv = self._rows_of_steps(run_folder.METRICS, first_step, COLUMNS, self._trunk)
         if s.name == "csv":
             return [csv]
         from qat.runs.wandb_log import wandb_logger
@@ -262,10 +262,13 @@ class TrainingRun:
         self._wandb = wandb_logger(self.folder, self.settings, self.row, self.job.sweep_dir)
         return [csv, self._wandb]
 
-    def _rows_of_steps(self, name: str, first_step: int, columns: Sequence[str]) -> MetricsFile:
+    def _rows_of_steps(
+        self, name: str, first_step: int, columns: Sequence[str], trunk: Path | None
+    ) -> MetricsFile:
+        """``trunk``: folder of the run whose rows before the fork are this one's too."""
         assert self.folder is not None
-        trunk = None if self._trunk is None else self._trunk / name  # its first updates are ours
-        return MetricsFile(self.folder / name, first_step, columns, trunk)
+        before = None if trunk is None else trunk / name
+        return MetricsFile(self.folder / name, first_step, columns, before)
 
     def validation_curve(
         self, first_step: int, score: Callable[[Mapping[str, torch.Tensor]], float]
@@ -274,7 +277,8 @@ class TrainingRun:
         points = self.settings.eval.curve_points
         if not points or self.folder is None:
             return ValidationCurve(points, score, lambda row, step: None)
-        file = self._rows_of_steps(run_folder.CURVE, first_step, val_curve.COLUMNS)
+        trunk = self._trunk if self._trunk and scores_alike(self.settings, self._trunk) else None
+        file = self._rows_of_steps(run_folder.CURVE, first_step, val_curve.COLUMNS, trunk)
         return ValidationCurve(points, score, file.log_metrics)
 
     def finish(

@@ -55,8 +55,8 @@ def test_rows_of_a_trunk_are_taken_over_whole_or_not_at_all(tmp_path: Path) -> N
     for made in (trunk, folder):
         made.mkdir()
     (trunk / run_folder.METRICS).write_text("\n".join(rows) + "\n")
-    run: Any = SimpleNamespace(folder=folder, _trunk=trunk)
-    asked = run, run_folder.METRICS, 2000, COLUMNS
+    run: Any = SimpleNamespace(folder=folder)
+    asked = run, run_folder.METRICS, 2000, COLUMNS, trunk
     with files_of_at_most(10_000), pytest.raises((OSError, UserError)):
         TrainingRun._rows_of_steps(*asked)
     assert not (folder / run_folder.METRICS).exists()
