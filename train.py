@@ -108,7 +108,7 @@ def train(s: TrainSettings, training_run) -> int:
     from qat.evaluation.ranks import join_ranks
     from qat.evaluation.score import Score, Scorer
     from qat.golf.bundle import count_code_bytes
-    from qat.runs.fork import APART
+    from qat.runs.fork import APART, CODE_BYTES
     from qat.runs.identity import KEY, CheckpointIdentity, check_resumed
     from qat.runs.storing import CalibrationText, Storage
     from qat.runs.teacher import open_teacher
@@ -123,6 +123,7 @@ def train(s: TrainSettings, training_run) -> int:
         KeptCheckpoints,
         load_checkpoint,
         save_checkpoint,
+        tensors_to_store,
     )
     from qat.training.fit import (
         Forecast,
@@ -145,7 +146,8 @@ def train(s: TrainSettings, training_run) -> int:
     val_stream = TokenStream(source.val_files, "data.val_files")
     check_length(source, train_stream, s.batch_tokens)
     state = load_checkpoint(training_run.checkpoint) if s.resume is not None else None
-    forked = training_run.forked_state() if state is None else None
+    budget = Budget(s.limit_bytes, count_code_bytes())
+    forked = training_run.forked_state(budget.code_bytes) if state is None else None
     held, choices = {}, dict(training_run.job.choices)
     if machine.rank() == 0:  # reads every token
         for stream in (train_stream, val_stream):
@@ -161,7 +163,7 @@ def train(s: TrainSettings, training_run) -> int:
                 raise UserError(f"{typed}: its choices.json was changed; bring that back")
         elif forked is not None:
             check_resumed(s.fork.typed, CheckpointIdentity.held_by(forked), identity, APART)
-        held = {KEY: vars(identity), "choices": choices}
+        held = {KEY: vars(identity), "choices": choices, CODE_BYTES: budget.code_bytes}
     state = forked if state is None else state
     plan, spec = training_run.plan, training_run.spec
     module, teacher = build_model(s.model, s.seed, tokenizer), open_teacher(s, tokenizer.sha256)
@@ -175,7 +177,6 @@ def train(s: TrainSettings, training_run) -> int:
     training_run.start(source, tokenizer, train_stream, val_stream, scored_tokens)
 
     # How the weights will be stored.
-    budget = Budget(s.limit_bytes, count_code_bytes())
     meta = artifact_meta(spec, s.seq_len, tokenizer.sha256, source.identity)
     text = CalibrationText(train_stream, s.micro_batch_tokens, s.seq_len, s.precision)
     storage = Storage(s.artifact, budget, meta, text)
@@ -230,10 +231,8 @@ def train(s: TrainSettings, training_run) -> int:
         return {name: tensor.detach().to(device) for name, tensor in tensors.items()}
 
     last, last_scales = placed(loop.masters), placed(loop.switch.learned_scales)
-    weights, scales = last, last_scales
-    if averaging.weights.count:
-        weights = placed(averaging.weights.tensors)
-        scales = placed(averaging.learned_scales.tensors) if last_scales else {}
+    trained = {"weights": last, "learned_scales": last_scales, "averaging": averaging.state()}
+    weights, scales = map(placed, tensors_to_store(trained))
     model = TrainedModel(spec, weights, plan, scales, outcome.qat_last_step == outcome.steps)
     path, plot = training_run.path(ARTIFACT), training_run.path(PLOT)
     is_writer = machine.rank() == 0

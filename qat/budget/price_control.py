@@ -102,7 +102,8 @@ class PriceControl:
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         for name, value in state.items():
-            setattr(self.estimate if name in PULLS else self, name, value)
+            if name != "price" or self.is_adapted:  # a given one is that of this run's settings
+                setattr(self.estimate if name in PULLS else self, name, value)
 
     def to(self, device: torch.device) -> None:
         """Its tensors where the masters are."""

@@ -138,7 +138,7 @@ class QatSwitch(nn.Module):
         rule = self.gradient if scales is None else Learned()
         seen = rule.see(
             rotated(w, entry.grid), entry.grid.unrotated, name=entry.name, scales=scales,
-            progress=progress, generator=generator,
+            progress=progress if rule.anneals else 0.0, generator=generator,
         )  # fmt: skip
         return seen._replace(weight=rotated(seen.weight, entry.grid))
 
@@ -157,7 +157,8 @@ class QatSwitch(nn.Module):
             assert entry.grid is not None
             self.gradient.before_update(
                 master.detach(), master.grad, self._seen[entry.name], entry.grid,
-                name=entry.name, rate=rates[entry.name], progress=progress,
+                name=entry.name, rate=rates[entry.name],
+                progress=progress if self.gradient.anneals else 0.0,
             )  # fmt: skip
 
     def _find_scales(self, masters: Mapping[str, Tensor]) -> None:

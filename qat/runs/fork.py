@@ -9,7 +9,7 @@ differed. The result has the bits of a run in one piece.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from qat.settings.checks import find_run
 from qat.settings.schema import TrainSettings, from_yaml
 from qat.text.source import absolute_paths
 from qat.training.averaging import Averaging
-from qat.training.build import build_schedule
+from qat.training.build import build_schedule, gradient_of
 from qat.training.checkpoint import load_checkpoint
 
 # What may differ between runs whose updates are equal; whether it makes them differ is worked out.
@@ -28,6 +28,7 @@ APART = (
     "qat", "grid", "plan", "artifact", "limit_bytes", "optimizer.learned_scale_lr", "averaging",
     "schedule", "max_steps", "eval",
 )  # fmt: skip
+CODE_BYTES = "code_bytes"  # in a checkpoint: of the code that wrote it
 
 
 @dataclass(frozen=True)
@@ -38,9 +39,10 @@ class Course:
     updates: list[tuple[Any, ...]]  # of each all that makes it what it is, beside the conditions
 
     @staticmethod
-    def of(s: TrainSettings) -> Course:
+    def of(s: TrainSettings, code_bytes: int | None = 0) -> Course:
+        """``code_bytes``: counted against the limit; None if that is not known."""
         settings = asdict(s) | {"data": asdict(absolute_paths(s.data))}
-        return Course(conditions(settings), list(_updates(s)))
+        return Course(conditions(settings), list(_updates(s, code_bytes)))
 
     def difference(self, other: Course) -> str | None:
         """A condition that makes even the first update another, if there is one."""
@@ -55,9 +57,13 @@ class Course:
         return next((step for step, (ours, theirs) in enumerate(pairs) if ours != theirs), most)
 
 
-def _updates(s: TrainSettings) -> Iterator[tuple[Any, ...]]:
+def _updates(s: TrainSettings, code_bytes: int | None) -> Iterator[tuple[Any, ...]]:
     schedule, averaging = build_schedule(s), Averaging(**vars(s.averaging))
-    quantization = (s.qat, s.grid, s.plan, s.optimizer.learned_scale_lr)
+    rules = list(s.plan.rules)  # of which the first that fits counts
+    quantization = (s.qat, s.grid, s.plan, rules, s.optimizer.learned_scale_lr)
+    reads_progress = gradient_of(s.qat).anneals or s.qat.to_bytes  # which encodes half-way
+    # Before the switch training to bytes learns sensitivities, whatever the limit.
+    file = (s.limit_bytes, code_bytes, s.artifact.coder) if s.qat.to_bytes else None
     for step, update in enumerate(schedule.updates(), 1):
         is_seen = update.is_on or (s.qat.to_bytes and update.nears_qat)
         done = schedule.progress(step, 0.0, update.qat_steps + update.is_on)
@@ -65,6 +71,8 @@ def _updates(s: TrainSettings) -> Iterator[tuple[Any, ...]]:
             update.rate,
             update.momentum,
             quantization if is_seen else None,
+            file if update.is_on else None,
+            (update.switched_at, update.done) if update.is_on and reads_progress else None,
             s.averaging if averaging.is_due(step, done) else None,
         )
 
@@ -77,10 +85,19 @@ def trunk_folder(s: TrainSettings, sweep_dir: Path | None) -> Path:
     return find_run("fork.run", s.fork.run, s.runs_dir)
 
 
-def forked_state(s: TrainSettings, folder: Path) -> dict[str, Any]:
+def scores_alike(s: TrainSettings, folder: Path) -> bool:
+    """Whether points of the validation curve of the run there are such as this run makes; they may
+    be more or fewer."""
+    trunk = from_yaml(read_config(folder, "fork.run")[0], f"fork.run={folder}")
+    ours, theirs = (replace(e, curve_points=0, max_tokens=None) for e in (s.eval, trunk.eval))
+    return ours == theirs
+
+
+def forked_state(s: TrainSettings, folder: Path, code_bytes: int) -> dict[str, Any]:
     """What the run in ``folder`` kept after ``fork.step`` updates.
 
-    UserError if it kept nothing there, or has made other updates by then.
+    UserError if it kept nothing there, or has made other updates by then, perhaps because other
+    ``code_bytes`` counted against its limit.
     """
     typed, step = s.fork.typed, s.fork.step
     assert step is not None
@@ -103,5 +120,11 @@ def forked_state(s: TrainSettings, folder: Path) -> dict[str, Any]:
         raise UserError(
             f"{typed}: no checkpoint was kept there (kept: {kept}); run that one with "
             f"fork.keep_steps=[{step}]"
+        )
+    counted = state.get(CODE_BYTES)
+    if (most := Course.of(s, code_bytes).shared(Course.of(trunk, counted))) < step:
+        raise UserError(
+            f"{typed}: that run was trained to bytes beside {counted or 'unknown'} bytes of code, "
+            f"and the code has {code_bytes} now; fork at step {most} or before"
         )
     return state

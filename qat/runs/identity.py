@@ -46,9 +46,8 @@ class CheckpointIdentity:
         files = {str(tokenizer.path.absolute()): tokenizer.sha256}
         for stream in streams.values():
             files |= stream.digests
-        rules = list(settings["plan"]["rules"])  # of which the first that fits counts
         return CheckpointIdentity(
-            conditions(settings) | {"plan.rules": rules},
+            conditions(settings),
             {side: stream.fingerprint for side, stream in streams.items()}
             | {"tokenizer": tokenizer.sha256},
             source.files or files,

@@ -1,8 +1,8 @@
 """Where a result comes from: code, versions, machine, command.
 
 Files that are used again are told by ``storing_code``, a hash of the modules that turn weights into
-a file. Not by the commit, which every typo changes: of these modules statements count, comments and
-docstrings do not. Another version of Python may give the same code another hash.
+a file and score it. Not by the commit, which every typo changes: of these modules statements count,
+comments and docstrings do not. Another version of Python may give the same code another hash.
 """
 
 from __future__ import annotations
@@ -15,14 +15,19 @@ import sys
 from collections.abc import Iterable
 from functools import cache
 from importlib import metadata
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
-STORING_ROOMS = ("quantize", "model", "artifact", "ptq", "budget")
+STORING = (  # rooms and files; all of them are in train_gpt.py too
+    "quantize", "model", "artifact", "ptq", "budget", "runs/storing.py", "training/checkpoint.py",
+    "evaluation/score.py", "evaluation/windows.py",
+)  # fmt: skip
 CABINETS_METHODS = ("hqq", "lqer", "smoothquant")  # of ptq; no file of a run is made by them
+THEN = ", then "
 PACKAGES = ("torch", "lightning", "hydra-core", "torchao", "numpy", "sentencepiece", "zstandard")
 
 
@@ -41,6 +46,17 @@ def commit() -> str:
     if head is None:
         return "unknown"
     return head.strip() + ("-dirty" if _git("status", "--porcelain") else "")
+
+
+def in_turn(values: Iterable[str]) -> str:
+    """``a, then b``: what made a run, each that is another than the one before it."""
+    return THEN.join(value for value, _ in groupby(values))
+
+
+def short(commits: str) -> str:
+    """Commits as ``in_turn`` names them, as people do."""
+    parts = commits.split(THEN)
+    return THEN.join(part[:9] + "-dirty" * part.endswith("-dirty") for part in parts)
 
 
 def dirty_diff() -> str:
@@ -63,15 +79,18 @@ def hash_of_statements(files: Iterable[Path], root: Path) -> str:
 
 
 @cache
-def storing_code(*more_rooms: str) -> str:
-    """The same in the repository and in an unpacked ``train_gpt.py``. ``more_rooms``: whose files
-    count too."""
-    return hash_of_rooms((*STORING_ROOMS, *more_rooms))
+def storing_code(*more: str) -> str:
+    """The same in the repository and in an unpacked ``train_gpt.py``. ``more``: rooms and files
+    that count too."""
+    return hash_of_code((*STORING, *more))
 
 
-def hash_of_rooms(rooms: Iterable[str]) -> str:
-    """Of what the rooms' files do, without the methods that only the cabinet has."""
-    files = [file for room in rooms for file in sorted((ROOT / "qat" / room).rglob("*.py"))]
+def hash_of_code(parts: Iterable[str]) -> str:
+    """Of what files, and those of rooms, do, without the methods that only the cabinet has."""
+    paths = [ROOT / "qat" / part for part in parts]
+    files = [
+        f for path in paths for f in ([path] if path.is_file() else sorted(path.rglob("*.py")))
+    ]
     return hash_of_statements([f for f in files if f.stem not in CABINETS_METHODS], ROOT)
 
 

@@ -30,8 +30,8 @@ class Result:
     profile: str
     qat: str  # the option typed: none, int6, ...
     grid: str  # the grid of the artifact, as its label
-    hardware: str
-    commit: str
+    hardware: str  # of a run that went on elsewhere: a, then b
+    commit: str  # in the same way
     data: dict[str, str] | None  # fingerprints of train and val tokens, hash of the tokenizer
     limit_bytes: int  # for artifact and code together, decimal
     steps: int | None = None  # optimizer updates
@@ -110,7 +110,10 @@ def conditions(
     settings: dict[str, Any], bookkeeping: Iterable[str] = BOOKKEEPING
 ) -> dict[str, Any]:
     """Settings by dotted name, without bookkeeping."""
-    return _flat({key: value for key, value in settings.items() if key not in bookkeeping})
+    found = _flat({key: value for key, value in settings.items() if key not in bookkeeping})
+    if rules := settings.get("plan", {}).get("rules"):
+        found["plan.rules"] = list(rules)  # of which the first that fits counts
+    return found
 
 
 def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -24,7 +24,7 @@ from qat.runs import provenance
 
 CONFIG, OVERRIDES, LOG, CHECKPOINT = "config.yaml", "overrides.yaml", "train.log", "checkpoint.ckpt"
 CHOICES, EXPORTS, LOCK = "choices.json", "exports", ".lock"
-METRICS, CURVE, KEPT = "metrics.csv", "curve.csv", "kept"
+METRICS, CURVE, KEPT, PROVENANCE = "metrics.csv", "curve.csv", "kept", "provenance.json"
 
 
 def claim(
@@ -160,12 +160,25 @@ def describe(
         CHOICES: json.dumps(dict(choices)),
         CONFIG: config_yaml,
         OVERRIDES: yaml.safe_dump(overrides),
-        "provenance.json": json.dumps(provenance.collect(world_size), indent=1),
+        PROVENANCE: json.dumps(provenance.collect(world_size), indent=1),
     }
     if diff := provenance.dirty_diff():
         about["dirty.diff"] = diff
     for name, text in about.items():
         (folder / name).write_text(text, encoding="utf-8")
+
+
+def note_resumption(folder: Path, world_size: int) -> tuple[str, str]:
+    """Note who goes on with the run; commits and machines of all so far, as a row names them."""
+    path, now = folder / PROVENANCE, provenance.collect(world_size)
+    try:
+        first = json.loads(path.read_text(encoding="utf-8"))
+        makers = [first, *first.get("resumed", []), now]
+        commits, machines = ([maker[key] for maker in makers] for key in ("commit", "hardware"))
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return now["commit"], now["hardware"]  # a file for people is no reason to stop
+    write_atomically(path, json.dumps(first | {"resumed": makers[1:]}, indent=1))
+    return provenance.in_turn(commits), provenance.in_turn(machines)
 
 
 class _LogFile(logging.FileHandler):

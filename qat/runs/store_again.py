@@ -5,6 +5,7 @@ What rounding afterwards gives a baseline on somebody else's grid, and ``eval.py
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -141,6 +142,18 @@ def storage_of(
     return {"grid": grid, "plan": settings["plan"], "artifact": artifact}
 
 
+def export_code() -> str:
+    """What an export is told by; a run's own file is not made by this module."""
+    return storing_code("runs/store_again.py")
+
+
+def export_name(plan: Plan, artifact: ArtifactSettings, budget: Budget) -> str:
+    """Of an export's files, another for all that may make them others."""
+    label = f"{stored_label(plan, artifact)}_{artifact.coder}_{budget.limit_bytes}"
+    said = json.dumps([plan.digest, asdict(artifact)])
+    return f"{label}_{hashlib.sha256(said.encode()).hexdigest()[:8]}"
+
+
 def export_again(
     folder: Path, result: Result, target: dict[str, Any], budget: Budget, console: Console
 ) -> dict[str, Any]:
@@ -149,27 +162,26 @@ def export_again(
     """
     artifact = ArtifactSettings(**target["artifact"])
     plan = plan_in(result.settings, target)
-    label = stored_label(plan, artifact)
-    name = f"{label}_{artifact.coder}_{budget.limit_bytes}_{plan.digest[:8]}"
-    known = folder / EXPORTS / f"{name}.json"
+    known = folder / EXPORTS / f"{export_name(plan, artifact, budget)}.json"
     file = known.with_suffix(".qat")
     files = file, Path(f"{file}{OVERSIZE_SUFFIX}")
     if known.is_file() and any(path.is_file() for path in files):
         row = json.loads(known.read_text(encoding="utf-8"))
-        if row.get("storing_code") == storing_code():
+        if row.get("export_code") == export_code():
             return row
         for path in files:  # other code made it, and may have made another size of it
             path.unlink(missing_ok=True)
     known.parent.mkdir(exist_ok=True)
     done, score = FinishedRun(folder, result, console).store(plan, artifact, budget, file)
     row = {
-        "grid": label,
+        "grid": stored_label(plan, artifact),
         "val_loss_artifact": score.val_loss,
         "val_bpb_artifact": score.val_bpb,
         "artifact_bytes": done.artifact_bytes,
         "code_bytes": budget.code_bytes,
         "limit_bytes": budget.limit_bytes,
         "storing_code": storing_code(),
+        "export_code": export_code(),
     }
     write_atomically(known, json.dumps(row))
     return row

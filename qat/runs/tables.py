@@ -79,5 +79,7 @@ def print_table(rows: list[dict[str, Any]]) -> None:
 
 def as_markdown(rows: list[dict[str, Any]]) -> str:
     lines = ["| " + " | ".join(COLUMNS) + " |", "|" + " --- |" * len(COLUMNS)]
-    lines += ["| " + " | ".join(cells(row).values()).replace("\n", " ") + " |" for row in rows]
+    for row in rows:
+        texts = [text.replace("\n", " ").replace("|", "\\|") for text in cells(row).values()]
+        lines.append("| " + " | ".join(texts) + " |")
     return "\n".join(lines) + "\n"

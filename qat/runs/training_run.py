@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import csv
 import logging
-import shutil
 import signal
 import tempfile
 import time
@@ -27,7 +26,7 @@ from qat.budget.fill import stored_label
 from qat.errors import TrainingError, UserError
 from qat.evaluation.score import Score
 from qat.runs import provenance, run_folder
-from qat.runs.fork import forked_state, trunk_folder
+from qat.runs.fork import forked_state, scores_alike, trunk_folder
 from qat.runs.result import Result, row_of
 from qat.runs.run_folder import read_metrics, write_atomically
 from qat.runs.storing import Export
@@ -51,14 +50,21 @@ COLUMNS = ("step", "train_loss", "elapsed_seconds", "rate", "qat_on")
 
 
 class MetricsFile(Logger):
-    """Keeps the rows up to ``first_step`` of an earlier process and appends to them."""
+    """Keeps the rows up to ``first_step`` of an earlier process, or else those that ``trunk``
+    holds, and appends to them."""
 
-    def __init__(self, path: Path, first_step: int = 0, columns: Sequence[str] = COLUMNS) -> None:
+    def __init__(
+        self,
+        path: Path,
+        first_step: int = 0,
+        columns: Sequence[str] = COLUMNS,
+        trunk: Path | None = None,
+    ) -> None:
         super().__init__()
         self._path, self._columns = path, columns
-        kept = []
-        if path.is_file():
-            kept = [row for row in read_metrics(path) if int(row["step"]) <= first_step]
+        kept, source = [], path if path.is_file() else trunk
+        if source is not None and source.is_file():
+            kept = [row for row in read_metrics(source) if int(row["step"]) <= first_step]
         lines = [",".join(columns), *(",".join(row[key] for key in columns) for row in kept)]
         write_atomically(path, "\n".join(lines) + "\n")
 
@@ -173,6 +179,9 @@ class TrainingRun:
 
             check_login(s.logger)
         self._claim()
+        if s.resume is not None:
+            made_by = run_folder.note_resumption(self.path(""), machine.world_size())
+            self.row.commit, self.row.hardware = made_by
         self.row.data = {
             "train": train.fingerprint, "val": val.fingerprint, "tokenizer": tokenizer.sha256
         }  # fmt: skip
@@ -222,14 +231,14 @@ class TrainingRun:
         """On every rank the same file of a resumed run; written by rank 0 only."""
         return Path(self.settings.resume or self.path("")) / run_folder.CHECKPOINT
 
-    def forked_state(self) -> dict[str, Any] | None:
+    def forked_state(self, code_bytes: int) -> dict[str, Any] | None:
         """What a run that has no checkpoint of its own goes on from; None if it is no fork.
-        UserError if it cannot."""
+        UserError if it cannot. ``code_bytes``: of the code now."""
         s = self.settings
         if s.fork.run is None:
             return None
         self._trunk = trunk_folder(s, self.job.sweep_dir)
-        return forked_state(s, self._trunk)
+        return forked_state(s, self._trunk, code_bytes)
 
     def kept_checkpoint(self, step: int) -> Path:
         path = run_folder.kept_checkpoint(self.path(""), step)
@@ -245,7 +254,7 @@ class TrainingRun:
         if self.folder is None:
             return []
         s = self.settings.logger
-        csv = self._rows_of_steps(run_folder.METRICS, first_step, COLUMNS)
+        csv = self._rows_of_steps(run_folder.METRICS, first_step, COLUMNS, self._trunk)
         if s.name == "csv":
             return [csv]
         from qat.runs.wandb_log import wandb_logger
@@ -253,12 +262,13 @@ class TrainingRun:
         self._wandb = wandb_logger(self.folder, self.settings, self.row, self.job.sweep_dir)
         return [csv, self._wandb]
 
-    def _rows_of_steps(self, name: str, first_step: int, columns: Sequence[str]) -> MetricsFile:
+    def _rows_of_steps(
+        self, name: str, first_step: int, columns: Sequence[str], trunk: Path | None
+    ) -> MetricsFile:
+        """``trunk``: folder of the run whose rows before the fork are this one's too."""
         assert self.folder is not None
-        path = self.folder / name
-        if self._trunk is not None and not path.is_file() and (self._trunk / name).is_file():
-            shutil.copyfile(self._trunk / name, path)  # its first updates are ours
-        return MetricsFile(path, first_step, columns)
+        before = None if trunk is None else trunk / name
+        return MetricsFile(self.folder / name, first_step, columns, before)
 
     def validation_curve(
         self, first_step: int, score: Callable[[Mapping[str, torch.Tensor]], float]
@@ -267,7 +277,8 @@ class TrainingRun:
         points = self.settings.eval.curve_points
         if not points or self.folder is None:
             return ValidationCurve(points, score, lambda row, step: None)
-        file = self._rows_of_steps(run_folder.CURVE, first_step, val_curve.COLUMNS)
+        trunk = self._trunk if self._trunk and scores_alike(self.settings, self._trunk) else None
+        file = self._rows_of_steps(run_folder.CURVE, first_step, val_curve.COLUMNS, trunk)
         return ValidationCurve(points, score, file.log_metrics)
 
     def finish(

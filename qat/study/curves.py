@@ -49,20 +49,41 @@ def curve_of(arm: str, runs: Mapping[Path, Result]) -> Curve:
 
 
 def validation_curve(of_runs: Sequence[Sequence[Mapping[str, str]]]) -> dict[str, Any]:
-    """Means over the runs, point by point; of snapped weights where all runs scored them."""
-    points = list(zip(*of_runs, strict=False))
-    mean_of = {
-        name: [
-            mean(float(row[name]) for row in rows) if all(row[name] for row in rows) else None
-            for rows in points
-        ]
-        for name in ("elapsed_seconds", "val_bpb_float", "val_bpb_snapped")
-    }
+    """Means over the runs at the steps of that with fewest points, as far as all runs have some;
+    between two of its points a run is on the line through them. Of snapped weights where all runs
+    scored them."""
+    runs = [rows for rows in of_runs if rows]
+    at = _shared_steps([[float(row["step"]) for row in rows] for rows in runs])
+
+    def mean_of(name: str) -> list[float | None]:
+        values = [_read_at(at, [row for row in rows if row[name]], name) for rows in runs]
+        means = np.mean(values, 0) if values else at
+        return [None if math.isnan(value) else value for value in means.tolist()]
+
     return {
-        "val_seconds": mean_of["elapsed_seconds"],
-        "val_bpb": mean_of["val_bpb_float"],
-        "val_bpb_snapped": mean_of["val_bpb_snapped"],
+        "val_seconds": mean_of("elapsed_seconds"),
+        "val_bpb": mean_of("val_bpb_float"),
+        "val_bpb_snapped": mean_of("val_bpb_snapped"),
     }
+
+
+def _shared_steps(of_runs: Sequence[Sequence[float]]) -> np.ndarray:
+    if not of_runs:
+        return np.array([])
+    first, last = max(steps[0] for steps in of_runs), min(steps[-1] for steps in of_runs)
+    if first > last:
+        return np.array([])
+    # Of equally many on a clock those of the fastest run: by then the others have switched too.
+    fewest = min(of_runs, key=lambda steps: (len(steps), -steps[-1]))
+    return np.unique(np.clip(fewest, first, last))
+
+
+def _read_at(steps: np.ndarray, rows: Sequence[Mapping[str, str]], name: str) -> np.ndarray:
+    """NaN where the rows do not reach."""
+    if not rows:
+        return np.full(len(steps), math.nan)
+    there, values = ([float(row[key]) for row in rows] for key in ("step", name))
+    return np.interp(steps, there, values, math.nan, math.nan)
 
 
 def _smoothed(loss: np.ndarray) -> np.ndarray:

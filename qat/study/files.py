@@ -20,7 +20,14 @@ from rich.console import Console
 from qat.budget.budget import Budget
 from qat.errors import UserError
 from qat.golf.bundle import count_code_bytes
-from qat.runs.result import QUANTIZATION, Result, differing, is_baseline, row_of
+from qat.runs.result import (
+    QUANTIZATION,
+    Result,
+    conditions,
+    differing,
+    is_baseline,
+    row_of,
+)
 from qat.runs.run_folder import read_config
 from qat.runs.store_again import export_again, storage_of
 from qat.settings.schema import StoreSettings, StudySettings
@@ -50,9 +57,11 @@ class Target(NamedTuple):
     def is_file_of(self, settings: Settings) -> bool:
         """A run of these settings stored it so itself."""
         has_limit = self.limit_bytes in (None, settings["limit_bytes"])
-        return has_limit and all(
-            settings[key] == self.settings[key] for key in ("grid", "plan", "artifact")
+        ours, theirs = (
+            conditions({key: stored[key] for key in ("grid", "plan", "artifact")})
+            for stored in (self.settings, settings)
         )
+        return has_limit and ours == theirs
 
 
 def fills_limit(settings: Settings, storage: Settings) -> bool:

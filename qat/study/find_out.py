@@ -17,6 +17,7 @@ from typing import Any
 from rich.console import Console
 
 from qat.errors import TrainingError, UserError
+from qat.runs.provenance import short
 from qat.runs.result import Result, arm_label, differing, row_of, row_without_result
 from qat.study.curves import curve_of
 from qat.study.files import NO_ARM, ArmRun, StoredFile, StudyFiles, Target, as_large, mean_file
@@ -82,7 +83,7 @@ def _other_code(pair: PairedRun, base: ArmRun, file: StoredFile) -> list[str]:
     assert pair.file is not None
     notes, commits = [], (pair.run.row.commit, base.row.commit)
     if commits[0] != commits[1]:
-        ours, theirs = (commit[:9] + "-dirty" * commit.endswith("dirty") for commit in commits)
+        ours, theirs = map(short, commits)
         notes.append(f"trained by commit {ours}, {base.folder.name} by {theirs}")
     if None not in (makers := {pair.file.storing_code, file.storing_code}) and len(makers) > 1:
         notes.append(f"its file and that of {base.folder.name} were stored by different code")

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import Progress
+from scipy.stats import binom
 from torch import Tensor
 
 from qat.budget.budget import Budget
@@ -42,7 +43,18 @@ WARM_UPDATES = 3
 EVERY_ARM = "qat"  # among given prices
 FIRST_QAT_STEP = 1  # training to bytes looks at the gradients of one update first
 NEVER = 10**9
-TRAINING_ROOMS = ("quantize", "model", "budget", "training")
+TRAINING = ("quantize", "model", "budget", "training", "qat_model.py", "compiled.py")
+# Settings, and groups of them, that say what an update takes; some of them with QAT on alone.
+COSTLY = (
+    "model", "batch_tokens", "micro_batch_tokens", "seq_len", "precision", "compile",
+    "optimizer.name", "optimizer.newton_schulz_dtype", "averaging.kind", "averaging.of",
+    "averaging.every_steps",
+)  # fmt: skip
+COSTLY_OF_QAT = ("qat", "grid", "plan")
+FREE = (  # among these: names, when QAT is on, how strongly its rule pulls
+    "model.init_from", "qat.grid", "qat.plan", "qat.start_step", "qat.start_fraction",
+    "qat.start_lr_scale", "qat.stop_step", "qat.default_start_fraction", "qat.gradient_strength",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -62,6 +74,7 @@ class Prices:
     training_code: str  # a hash of it
     update_seconds: float | None  # of the baseline; None if prices were given
     arms: dict[str, Price]
+    timed_with: dict[str, dict[str, Any]]  # of each arm ``what_costs``; empty if prices were given
 
     def write(self, path: Path) -> None:
         write_atomically(path, json.dumps(asdict(self), indent=1) + "\n")
@@ -86,15 +99,37 @@ class Prices:
                 )
         return found
 
+    def check(self, path: Path, arms: Mapping[str, TrainSettings]) -> None:
+        """UserError, naming ``path``, if updates of one of the arms cost something else now."""
+        for arm, s in arms.items():
+            ours = what_costs(s)
+            theirs = self.timed_with.get(arm, ours)
+            for name in differing(theirs, ours):
+                raise UserError(
+                    f"{path}: updates of {arm} were timed with {name} = {theirs.get(name)}, not "
+                    f"{ours.get(name)}; give another sweep_name, or the prices themselves: "
+                    "study.prices={ARM: 1.003}"
+                )
+
 
 def training_code() -> str:
     """A hash of the code that an update runs."""
-    return provenance.hash_of_rooms(TRAINING_ROOMS)
+    return provenance.hash_of_code(TRAINING)
+
+
+def what_costs(s: TrainSettings) -> dict[str, Any]:
+    """What decides how long an update takes, by dotted name."""
+    costly = tuple(f"{name}." for name in COSTLY + COSTLY_OF_QAT * s.qat.enabled)
+    return {
+        name: value
+        for name, value in conditions(asdict(s)).items()
+        if f"{name}.".startswith(costly) and name not in FREE
+    }
 
 
 def given(arms: Mapping[str, TrainSettings], prices: Mapping[str, Any]) -> Prices:
     """Prices as ``study.prices`` says them: a number, or [before the switch, after it]; under
-    ``EVERY_ARM``, that of all arms with QAT that are not named."""
+    ``EVERY_ARM``, that of all arms with QAT that are not named. UserError if one has none."""
     prices = dict(prices)
     if EVERY_ARM in prices:
         said = prices.pop(EVERY_ARM)
@@ -108,7 +143,13 @@ def given(arms: Mapping[str, TrainSettings], prices: Mapping[str, Any]) -> Price
         if len(numbers) != 2 or len(pair) != 2:
             raise UserError(f"study.prices.{arm} = {said}: give a price, or [before, after]")
         found[arm] = Price(before=float(numbers[0]), after=float(numbers[1]))
-    return Prices(provenance.hardware(1), training_code(), None, found)
+    for arm, s in arms.items():
+        if s.qat.enabled and arm not in prices:
+            raise UserError(
+                f"study.prices: arm {arm} trains with QAT and has no price; give {arm}: PRICE, or "
+                f"{EVERY_ARM}: PRICE, that of every arm with QAT that is not named"
+            )
+    return Prices(provenance.hardware(1), training_code(), None, found, {})
 
 
 def measure(arms: Mapping[str, TrainSettings], baseline: str, console: Console) -> Prices:
@@ -136,7 +177,8 @@ def measure(arms: Mapping[str, TrainSettings], baseline: str, console: Console) 
                 f"{price.high:.4f}, {price.pairs} pairs{known}",
                 highlight=False,
             )
-    return Prices(provenance.hardware(1), training_code(), ratios.base_seconds, found)
+    timed_with = {arm: what_costs(s) for arm, s in arms.items()}
+    return Prices(provenance.hardware(1), training_code(), ratios.base_seconds, found, timed_with)
 
 
 def _conditions(s: TrainSettings) -> dict[str, Any]:
@@ -161,10 +203,13 @@ def _race(base: _Updates, timed: Mapping[tuple[str, bool], _Updates], console: C
         task = bar.add_task("timing updates", total=SECONDS_PER_ARM * len(timed))
         while racing := [key for key in timed if not _has_ended(ratios[key], spent[key])]:
             for key in racing:
+                started = len(all_base)
+                if len(racing) == 1:  # else two of its pairs would share one: no more independent
+                    all_base.append(base.take())
                 ours = timed[key].take()
                 all_base.append(base.take())
                 ratios[key].append(ours / statistics.mean(all_base[-2:]))
-                spent[key] += ours + all_base[-1]
+                spent[key] += ours + sum(all_base[started:])
             left = sum(SECONDS_PER_ARM - spent[key] for key in racing)
             bar.update(task, completed=SECONDS_PER_ARM * len(timed) - left)
     if not timed:
@@ -175,7 +220,9 @@ def _race(base: _Updates, timed: Mapping[tuple[str, bool], _Updates], console: C
 def _has_ended(pairs: list[float], seconds: float) -> bool:
     if len(pairs) < FEWEST_PAIRS:
         return False
-    return seconds >= SECONDS_PER_ARM or _is_known(*median_interval(pairs)[1:])
+    # Looked at after every pair, an interval would end the race when it is narrow by chance.
+    is_looked_at = len(pairs) % FEWEST_PAIRS == 0
+    return seconds >= SECONDS_PER_ARM or (is_looked_at and _is_known(*median_interval(pairs)[1:]))
 
 
 def _is_known(low: float | None, high: float | None) -> bool:
@@ -183,10 +230,12 @@ def _is_known(low: float | None, high: float | None) -> bool:
 
 
 def median_interval(values: list[float]) -> tuple[float, float, float]:
-    """(median, low, high) at 95 %: order statistics, whatever the values are distributed like."""
+    """(median, low, high) at 95 % or more: the narrowest pair of order statistics that holds the
+    median so often, whatever the values are distributed like. Of fewer than 6 values: all of them.
+    """
     ordered, count = sorted(values), len(values)
-    reach = 1.96 * math.sqrt(count) / 2
-    low = max(math.floor(count / 2 - reach), 0)
+    # Below the median lie binomially many: fewer than ``low`` + 1 of them in 2.5 % at most.
+    low = max(int(binom.ppf(0.025, count, 0.5)) - 1, 0)
     return statistics.median(ordered), ordered[low], ordered[count - 1 - low]
 
 

@@ -121,7 +121,8 @@ def prices_of(
 ) -> Prices | None:
     """Of a study on a priced clock: given, else those of its file, else measured.
 
-    None on the clock of the wall. UserError if they are of other arms, another machine or code.
+    None on the clock of the wall. UserError if they are of other arms, settings, another machine
+    or code.
     """
     arms = dict(reversed(jobs))  # one seed of each will do
     design = jobs[0][1].study
@@ -136,6 +137,7 @@ def prices_of(
                 f"{path}: has no price of {missing[0]}; give another sweep_name, or the prices "
                 "themselves: study.prices={ARM: 1.003}"
             )
+        prices.check(path, arms)
         return prices
     if baseline not in arms:
         raise UserError(f"study.clock = priced: prices are in updates of {baseline}; add that arm")
@@ -164,10 +166,12 @@ def _starts(folder: Path, jobs: Sequence[tuple[str, TrainSettings]], baseline: s
     first = sorted(runs, key=lambda name: not name.startswith(f"{baseline}_s"))
 
     def has_kept(name: str, step: int) -> bool:
-        """Or will."""
+        """Or will. What was trained to bytes is of the code that was counted then."""
         row = Result.read(folder / name)
-        is_over = row is not None and row.status != "failed"
-        return not is_over or kept_checkpoint(folder / name, step).is_file()
+        if row is None or row.status == "failed":
+            return True
+        is_of_code = not runs[name].qat.to_bytes or row.code_bytes == count_code_bytes()
+        return is_of_code and kept_checkpoint(folder / name, step).is_file()
 
     forks = find_forks({name: runs[name] for name in first}, has_kept)
     starts = []

@@ -75,11 +75,15 @@ class Checkpoints(UpdateHook):
 
 
 def tensors_to_store(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Weights and learned scales that a run of this state stores: its average if it has one."""
-    averages = state["averaging"]
+    """Weights and learned scales that a run of this state stores: its average if it has one.
+
+    Scales that ended with QAT, before the last update, are not stored, and so no average of them.
+    """
+    averages, scales = state["averaging"], state["learned_scales"]
     if averages["weights"]["tensors"]:
-        return averages["weights"]["tensors"], averages["learned_scales"]["tensors"]
-    return state["weights"], state["learned_scales"]
+        averaged = averages["learned_scales"]["tensors"] if scales else {}
+        return averages["weights"]["tensors"], averaged
+    return state["weights"], scales
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:

@@ -26,6 +26,8 @@ class Update(NamedTuple):
     qat_steps: int  # before it
     is_on: bool  # QAT
     nears_qat: bool
+    done: float  # share of the run that is over before it
+    switched_at: float | None  # that share at the switch
 
 
 @dataclass(frozen=True)
@@ -139,13 +141,14 @@ class Schedule:
         """Every update of a run that no clock bounds."""
         assert self.budget_seconds is None
         step = qat_steps = 0
-        is_switched = False
-        while self.progress(step, 0.0, qat_steps) < 1.0:
-            is_switched = is_switched or self.qat_starts(step, 0.0)
-            is_on = is_switched and not self.qat_stopped(step)
+        switched_at: float | None = None
+        while (done := self.progress(step, 0.0, qat_steps)) < 1.0:
+            if switched_at is None and self.qat_starts(step, 0.0):
+                switched_at = done
+            is_on = switched_at is not None and not self.qat_stopped(step)
             rate, momentum = self.rate(step, 0.0, qat_steps), self.momentum(step)
-            nears = not is_switched and self.nears_qat(step, 0.0)
-            yield Update(rate, momentum, qat_steps, is_on, nears)
+            nears = switched_at is None and self.nears_qat(step, 0.0)
+            yield Update(rate, momentum, qat_steps, is_on, nears, done, switched_at)
             step, qat_steps = step + 1, qat_steps + is_on
 
     def last_step(self, step_seconds: float) -> int:

@@ -192,6 +192,18 @@ def test_a_price_is_in_nats_per_token() -> None:
     torch.testing.assert_close(product, torch.full((8, 8), wanted), rtol=0.01, atol=0.0)
 
 
+@pytest.mark.parametrize("price", [1e-5, None])
+def test_a_fork_has_the_price_that_is_given_to_it(price: float | None) -> None:
+    """And not that of its trunk, which found its own."""
+    plan = plan_of({"w.weight": torch.zeros(8, 8)})
+    trunk = control_of(plan, 10**6)
+    trunk.price, trunk.ratio = 3e-4, 1.1
+    control = PriceControl(plan, Budget(10**6), 4096, lambda *_: File(0, 0.0), price)
+    control.load_state(trunk.state())
+    assert control.price == (price or 3e-4)
+    assert control.ratio == 1.1
+
+
 def test_a_matrix_that_no_gradient_reached_has_no_scale_yet() -> None:
     control = control_of(plan_of({"w.weight": torch.zeros(8, 8)}), 10**6)
     w = torch.ones(8, 8, requires_grad=True)

@@ -8,6 +8,8 @@ import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -19,8 +21,9 @@ from qat.quantize.grid import Grid
 from qat.quantize.plan import build_plan
 from qat.runs import run_folder
 from qat.runs.result import Result
+from qat.runs.run_folder import read_metrics
 from qat.runs.storing import export
-from qat.runs.training_run import COLUMNS, MetricsFile
+from qat.runs.training_run import COLUMNS, MetricsFile, TrainingRun
 from qat.settings.checks import _check_runs_dir
 from qat.text.shards import ShardWriter
 from qat.text.source import from_cache, from_text
@@ -43,6 +46,22 @@ def files_of_at_most(num_bytes: int) -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_rows_of_a_trunk_are_taken_over_whole_or_not_at_all(tmp_path: Path) -> None:
+    """The next try would take half of them for all that there were."""
+    trunk, folder = tmp_path / "trunk", tmp_path / "tail"
+    rows = [",".join(COLUMNS), *(f"{step},2.0,{step}.0,1.0,0" for step in range(1, 3000))]
+    for made in (trunk, folder):
+        made.mkdir()
+    (trunk / run_folder.METRICS).write_text("\n".join(rows) + "\n")
+    run: Any = SimpleNamespace(folder=folder)
+    asked = run, run_folder.METRICS, 2000, COLUMNS, trunk
+    with files_of_at_most(10_000), pytest.raises((OSError, UserError)):
+        TrainingRun._rows_of_steps(*asked)
+    assert not (folder / run_folder.METRICS).exists()
+    TrainingRun._rows_of_steps(*asked)
+    assert len(read_metrics(folder / run_folder.METRICS)) == 2000
 
 
 def test_a_folder_is_claimed_whole_or_not_at_all(tmp_path: Path) -> None:

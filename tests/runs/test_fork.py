@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from qat.golf import bundle
 from qat.quantize.gradients import rule_kinds
 from qat.runs.fork import Course
 from qat.runs.run_folder import METRICS, kept_steps, read_config, read_metrics
@@ -80,6 +81,19 @@ def test_trained_to_bytes(train) -> None:
     """Its last updates before the switch are observed, so they are its own."""
     arm = ("qat=rd", "limit_bytes=300000", "qat.start_step=70")
     fork_is_whole(train, arm, 70 - OBSERVED_STEPS, ("max_steps=80",))
+
+
+def test_trained_to_bytes_beside_other_code(train, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the code leaves to the file is another, so the updates after the switch are."""
+    arm = ("qat=rd", "limit_bytes=300000", "qat.start_step=3")
+    assert train(*arm, "run_name=trunk", "fork.keep_steps=[3,6]").code == 0
+    counted = bundle.count_code_bytes()
+    monkeypatch.setattr(bundle, "count_code_bytes", lambda: counted + 1)
+    done = train(*arm, "run_name=tail", "fork.run=trunk", "fork.step=6")
+    assert done.code == 2
+    assert f"trained to bytes beside {counted} bytes of code" in done.err
+    assert "fork at step 3 or before" in done.err
+    assert train(*arm, "run_name=tail", "fork.run=trunk", "fork.step=3").code == 0
 
 
 def test_a_fork_of_a_fork_resumes_to_the_same_bits(train, program) -> None:

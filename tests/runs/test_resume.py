@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import random
 import shutil
@@ -21,6 +22,7 @@ import yaml
 
 from qat.errors import UserError
 from qat.quantize import gradients
+from qat.runs import provenance, run_folder
 from qat.runs.identity import KEY, CheckpointIdentity, check_resumed, check_same
 from qat.text.shards import ShardWriter
 from qat.training.checkpoint import load_checkpoint
@@ -63,6 +65,34 @@ def crash_in(monkeypatch: pytest.MonkeyPatch, step: int, what=None) -> None:
 def crashed(train, *overrides: str) -> None:
     with pytest.raises(Crash):
         train(*overrides)
+
+
+def test_a_run_that_moved_names_all_that_made_it(
+    train, program, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    crash_in(monkeypatch, 4)
+    crashed(train, "checkpoint.every_steps=2", "run_name=r")
+    first = json.loads((RUNS / "r" / "provenance.json").read_text())
+    monkeypatch.setattr(provenance, "commit", lambda: "b-dirty")
+    monkeypatch.setattr(provenance, "hardware", lambda ranks: "an abacus")
+    assert program("train.py", "resume=r").code == 0
+    row = result_of(RUNS / "r")
+    assert row["commit"] == f"{first['commit']}, then b-dirty"
+    assert row["hardware"] == f"{first['hardware']}, then an abacus"
+
+
+def test_a_run_that_stays_where_it_was_names_it_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = provenance.commit(), provenance.hardware(1)
+    run_folder.describe(tmp_path, "", [], {}, 1)
+    for _ in range(2):
+        assert run_folder.note_resumption(tmp_path, 1) == here
+    monkeypatch.setattr(provenance, "commit", lambda: "b")
+    for _ in range(2):
+        assert run_folder.note_resumption(tmp_path, 1) == (f"{here[0]}, then b", here[1])
+    (tmp_path / "provenance.json").write_text("[]")
+    assert run_folder.note_resumption(tmp_path, 1) == ("b", here[1])
 
 
 def same(a: str, b: str) -> None:

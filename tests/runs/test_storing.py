@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 
 from qat.artifact.container import Artifact, read_artifact
+from qat.budget.budget import Budget
 from qat.golf.bundle import count_code_bytes
+from qat.quantize.grid import Grid
+from qat.quantize.plan import build_plan
 from qat.runs import storing
+from qat.runs.result import Result
+from qat.runs.store_again import FinishedRun, export_name
+from qat.settings.schema import ArtifactSettings
 from tests.conftest import Done, result_of
 
 RUNS = Path("logs/runs")
@@ -36,6 +44,39 @@ def test_gptq_stores_other_codes_on_the_same_grid(stored: tuple[Path, Path]) -> 
     assert row["val_bpb_snapped"] == pytest.approx(row["val_bpb_artifact"], abs=1e-12)
     assert row["val_bpb_float"] == pytest.approx(result_of(stored[0])["val_bpb_float"], abs=1e-12)
     assert row["quant_gap_bpb"] < 0.5 * result_of(stored[0])["quant_gap_bpb"]
+
+
+@pytest.mark.parametrize("more", [(), ("qat.stop_step=10",)], ids=["to its end", "stopped"])
+def test_stored_again_as_it_was_it_is_the_same_file(
+    more: tuple[str, ...], train: Callable[..., Done]
+) -> None:
+    """An average has scales of its own, but for a run whose scales ended with its QAT."""
+    asked = ("qat=lsq4", "optimizer.learned_scale_lr=0.01", "averaging=ema", "qat.start_step=4")
+    assert train(*asked, *more, "averaging.decay=0.5", "run_name=r").code == 0
+    result = Result.read(RUNS / "r")
+    assert result is not None
+    run = FinishedRun(RUNS / "r", result, Console(quiet=True))
+    artifact = ArtifactSettings(**result.settings["artifact"])
+    budget = Budget(result.limit_bytes, count_code_bytes())
+    again, score = run.store(run.plan, artifact, budget, RUNS / "r" / "again.qat")
+    assert again.path.read_bytes() == (RUNS / "r" / "artifact.qat").read_bytes()
+    assert score.val_bpb == result.val_bpb_artifact
+
+
+OTHER = {  # of every setting that a file depends on
+    "coder": "zlib", "method": "round", "gptq_bit_price": 0.50000001, "fill": False,
+    "sensitivity_tokens": 1024,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("setting", [of.name for of in fields(ArtifactSettings)])
+def test_exports_that_may_differ_have_two_names(setting: str) -> None:
+    plan = build_plan({"w": (4, 8)}, {"grid": Grid(bits=4)}, {"*": "grid"})
+    artifact = ArtifactSettings(method="gptq", gptq_bit_price=0.5, fill=True)
+    name = export_name(plan, artifact, Budget(9000))
+    assert name == export_name(plan, replace(artifact), Budget(9000))
+    assert name != export_name(plan, replace(artifact, **{setting: OTHER[setting]}), Budget(9000))
+    assert name != export_name(plan, artifact, Budget(9001))
 
 
 @pytest.mark.parametrize(

@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import json
+import math
+import random
+import statistics
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
 
 from hydra_plugins.qat_sweeper import batches_of
 from qat.errors import UserError
+from qat.quantize.gradients import rule_kinds
 from qat.quantize.grid import Grid
+from qat.runs.fork import Course
 from qat.runs.result import Result
 from qat.runs.run_folder import kept_steps, read_config
 from qat.settings.schema import AveragingSettings, QatSettings, TrainSettings, from_yaml
 from qat.study import prices
 from qat.study.find_out import find_out
 from qat.study.forks import Fork, find_forks, kept_by
-from qat.study.prices import Price, Prices, given, median_interval
+from qat.study.prices import Price, Prices, given, median_interval, what_costs
 from qat.study.study import Study
 from tests.conftest import Done
 from tests.runs.test_fork import same_run
@@ -84,6 +90,54 @@ def test_a_price_changes_nothing_before_the_switch(settings: TrainSettings) -> N
     assert find_forks({"none_s1": settings, "int4_s1": dear})["int4_s1"].step == 500
 
 
+def test_what_trains_to_other_bytes_is_left_at_the_switch(settings: TrainSettings) -> None:
+    """Before it only the sensitivities are learned, which no limit changes."""
+    rd = qat(settings, 8, 0.5, limit_bytes=475_000)
+    rd = replace(rd, qat=replace(rd.qat, to_bytes=True))
+    forks = find_forks({
+        "rd_1_s1": rd,
+        "rd_2_s1": replace(rd, limit_bytes=800_000),
+        "other_coder_s1": replace(rd, artifact=replace(rd.artifact, coder="zlib")),
+    })  # fmt: skip
+    assert forks == {"rd_2_s1": Fork("rd_1_s1", 500), "other_coder_s1": Fork("rd_1_s1", 500)}
+    assert Course.of(rd, code_bytes=1).shared(Course.of(rd, code_bytes=2)) == 500
+    plain = qat(settings, 4, 0.5, limit_bytes=475_000)
+    assert find_forks({"one": plain, "two": replace(plain, limit_bytes=800_000)})["two"].step == 999
+
+
+@pytest.mark.parametrize("gradient", sorted(rule_kinds()))
+def test_only_what_anneals_is_another_in_a_longer_run(
+    gradient: str, settings: TrainSettings
+) -> None:
+    """Update 600 is half-way from the switch in one, and earlier in the other."""
+    q = QatSettings(enabled=True, start_step=500, gradient=gradient)
+    short = replace(settings, grid=Grid(bits=4), qat=q)
+    dear = replace(short.schedule, qat_update_price=1.25)
+    forks = find_forks({
+        "short": short,
+        "long": replace(short, max_steps=2000),
+        "dear": replace(short, schedule=dear),
+    })  # fmt: skip
+    anneals = gradient in ("cage", "dampen", "freeze", "parq", "soft_round")
+    assert {run: fork.step for run, fork in forks.items()} == {
+        "long": 500 if anneals else 751,
+        "dear": 501 if anneals else 701,  # its rate falls sooner
+    }
+
+
+def test_training_to_bytes_encodes_half_way(settings: TrainSettings) -> None:
+    rd = replace(settings, qat=QatSettings(enabled=True, start_step=500, to_bytes=True))
+    longer = replace(rd, max_steps=2000)
+    assert find_forks({"rd_s1": rd, "longer_s1": longer})["longer_s1"].step == 500
+
+
+def test_rules_of_another_order_are_another_plan(settings: TrainSettings) -> None:
+    plan = settings.plan
+    turned = replace(plan, rules=dict(reversed(plan.rules.items())))
+    runs = {"one_s1": qat(settings, 4, 0.5), "other_s1": qat(settings, 4, 0.5, plan=turned)}
+    assert find_forks(runs) == {"other_s1": Fork("one_s1", 500)}
+
+
 def test_nothing_goes_on_from_what_was_not_kept(settings: TrainSettings) -> None:
     runs = {"none_s1": settings, "int4_s1": qat(settings, 4, 0.5)}
     assert not find_forks(runs, lambda name, step: (name, step) != ("none_s1", 500))
@@ -136,7 +190,7 @@ def test_a_priced_study_counts_what_updates_cost(study: Callable[..., Done]) -> 
         steps[arm] = row.steps, row.qat_steps
     # 12 updates, 6 of them before the switch: the other 6 buy 4 at 1.5, 3 at 2.
     assert steps == {"none": (12, 0), "int6": (10, 4), "int4": (9, 3)}
-    done = study("study.clock=priced", "study.prices={int6: 1.4}", "seed=1")
+    done = study("study.clock=priced", "study.prices={int6: 1.4, int4: 2}", "seed=1")
     assert done.code == 2
     assert "sweep_name=s: int6_s1 was run there with schedule.qat_update_price = 1.5" in done.err
 
@@ -147,6 +201,15 @@ def test_one_price_of_every_arm_with_qat(settings: TrainSettings) -> None:
     assert {arm: price.after for arm, price in prices.items()} == {
         "none": 1.0, "int6": 1.5, "int4": 2.0,
     }  # fmt: skip
+
+
+def test_an_arm_with_qat_is_not_free(settings: TrainSettings) -> None:
+    arms = {"none": settings, "int6": qat(settings, 6, 0.5), "int4": qat(settings, 4, 0.5)}
+    with pytest.raises(
+        UserError, match=r"study\.prices: arm int4 trains with QAT and has no price"
+    ):
+        given(arms, {"int6": 1.5})
+    assert given(arms, {"int6": 1.5, "int4": 1.0}).arms["int4"] == Price()
 
 
 def test_a_study_whose_prices_are_measured(
@@ -167,10 +230,41 @@ def test_a_study_whose_prices_are_measured(
     assert row is not None
     assert row.settings["schedule"]["qat_update_price"] == price["after"]
     assert study(*asked, "max_steps=12").code == 0  # with the prices that are there
+    done = study(*asked, "max_steps=12", "model.dim=32")
+    assert done.code == 2
+    assert "start.prices.json: updates of int4 were timed with model.dim = 64, not 32" in done.err
     file.write_text(json.dumps(said | {"hardware": "an abacus"}))
     done = study(*asked, "max_steps=12")
     assert done.code == 2
     assert "start.prices.json: updates were timed on another machine (an abacus)" in done.err
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        ({"batch_tokens": 512}, "batch_tokens = 256, not 512"),
+        ({"precision": "bf16"}, "precision = fp32, not bf16"),
+        ({"grid": Grid(bits=3)}, "grid.bits = 4, not 3"),
+        ({"qat": QatSettings(enabled=True, gradient="freeze")}, "qat.gradient = identity, not fre"),
+        ({"qat": QatSettings(enabled=True, start_step=9)}, None),  # what its updates cost is equal
+        ({"max_steps": 2000, "seed": 2, "limit_bytes": 9}, None),
+    ],
+)
+def test_prices_are_of_updates_that_cost_the_same(
+    change: dict[str, Any], what: str | None, tmp_path: Path, settings: TrainSettings
+) -> None:
+    arms = {"none": settings, "int4": qat(settings, 4, 0.5)}
+    with_what = {arm: what_costs(s) for arm, s in arms.items()}
+    made = replace(given(arms, {"qat": 1.1}), update_seconds=0.1, timed_with=with_what)
+    made.write(tmp_path / "p.json")
+    known = Prices.read(tmp_path / "p.json")
+    known.check(tmp_path / "p.json", arms)
+    changed = arms | {"int4": replace(arms["int4"], **change)}
+    if what is None:
+        known.check(tmp_path / "p.json", changed)
+        return
+    with pytest.raises(UserError, match=f"updates of int4 were timed with {what}"):
+        known.check(tmp_path / "p.json", changed)
 
 
 @pytest.mark.parametrize(
@@ -180,7 +274,7 @@ def test_a_study_whose_prices_are_measured(
         (("study.clock=priced", "study.prices={int3: 2}"), "study.prices.int3: no such arm"),
         (("study.clock=priced", "study.prices={int4: 0}"), "study.prices.int4 = 0: give a price"),
         (("study.clock=priced", "study.prices={int4: [1]}"), "give a price, or [before, after]"),
-        (("study.clock=priced", "study.prices={int4: 2}", "budget_seconds=9", "max_steps=null"),
+        (("study.clock=priced", "study.prices={qat: 2}", "budget_seconds=9", "max_steps=null"),
          "budget_seconds = 9: study.prices say nothing of seconds"),
         (("study.clock=priced", "arm=int4"), "prices are in updates of none; add that arm"),
         (("study.clock=sundial",), "study.clock = sundial: choose from wall, priced"),
@@ -200,6 +294,49 @@ def test_the_interval_of_a_median_holds_it() -> None:
     middle, low, high = median_interval(values)
     assert middle == 50.0
     assert (low, high) == (40.0, 60.0)  # 50.5 -+ 1.96 * sqrt(101) / 2, rounded outwards
+
+
+@pytest.mark.parametrize("count", [20, 21, 22, 50, 97, 300])
+def test_it_is_the_narrowest_that_holds_it_in_95_percent(count: int) -> None:
+    _, low, high = median_interval([float(v) for v in range(count)])
+    below = int(low)
+    assert int(high) == count - 1 - below
+
+    def share_held(below: int) -> float:
+        return 1 - 2 * sum(math.comb(count, k) for k in range(below + 1)) / 2**count
+
+    assert share_held(below) >= 0.95 > share_held(below + 1)
+
+
+class MadeUpUpdates:
+    """Take times around their mean, which are not waited for."""
+
+    def __init__(self, chooser: random.Random, seconds: float) -> None:
+        self.chooser, self.seconds = chooser, seconds
+
+    def take(self) -> float:
+        return self.seconds * math.exp(self.chooser.gauss(0.0, 0.05))
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_the_interval_of_a_race_holds_the_price(
+    count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In 95 of 100 races, whose pairs of updates are no more than what is compared."""
+    monkeypatch.setattr(prices, "SECONDS_PER_ARM", 16.0)
+    chooser = random.Random(1)
+    base, arm = MadeUpUpdates(chooser, 0.1), MadeUpUpdates(chooser, 0.11)
+    price = statistics.median(
+        arm.take() / statistics.mean([base.take(), base.take()]) for _ in range(200_000)
+    )
+    held = []
+    for _ in range(800):
+        timed = {(f"arm{number}", True): arm for number in range(count)}
+        ratios = prices._race(base, timed, Console(quiet=True))  # type: ignore[arg-type]
+        for pairs in ratios.times.values():
+            _, low, high = median_interval(pairs)
+            held.append(low <= price <= high)
+    assert statistics.mean(held) == pytest.approx(0.955, abs=0.02)
 
 
 def test_prices_come_back(tmp_path: Path, settings: TrainSettings) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from qat.runs.result import conditions, differing
 from qat.study.files import Target, beside
 
 ROUNDED = {"fill": False, "coder": "mix"}
@@ -22,6 +23,19 @@ def test_a_filled_file_is_one_for_its_limit_alone() -> None:
     assert Target(own, None).is_file_of(own)
     assert not Target(settings(FILLED, 1000, "int6"), 1000).is_file_of(own)
     assert not Target(settings(ROUNDED, 1000), 1000).is_file_of(own)
+
+
+def test_of_the_rules_of_a_plan_the_first_that_fits_counts() -> None:
+    rules = {"tok_emb.*": "fp16", "*.weight": "grid", "*": "fp16"}
+    one, other = (
+        settings(ROUNDED, 1000) | {"plan": {"rules": dict(ordered)}}
+        for ordered in (rules.items(), reversed(rules.items()))
+    )
+    assert differing(conditions(one), conditions(one)) == []
+    assert differing(conditions(one), conditions(other)) == ["plan.rules"]
+    assert differing(conditions(one), conditions(other), ["plan"]) == []
+    assert Target(one).is_file_of(one)
+    assert not Target(one).is_file_of(other)
 
 
 def test_beside_what_fills_a_limit_the_solver_fills_it_too() -> None:

@@ -131,6 +131,11 @@ def test_runs_of_other_code_are_pairs_with_a_note(folder: Folder) -> None:
         1: "", 2: "", 3: "trained by commit fedcba987, r04 by 012345678; its file and that of r04 "
         "were stored by different code",
     }  # fmt: skip
+    moved = "0123456789abc-dirty, then fedcba9876543"
+    folder.add("none", 4, 1.2, commit="fedcba9876543", storing_code="a")
+    folder.add("int6", 4, 1.23, commit=moved, storing_code="a")
+    said = {row["seed"]: row["note"] for row in folder.found.rows if row["qat"] == "int6"}[4]
+    assert said == "trained by commit 012345678-dirty, then fedcba987, r06 by fedcba987"
     (int6,) = (t for t in folder.found.treatments if t.alike)
-    assert int6.notes == {3: notes[3]}
-    assert [*int6.alike.by_seed] == [1, 2, 3]
+    assert int6.notes == {3: notes[3], 4: said}
+    assert [*int6.alike.by_seed] == [1, 2, 3, 4]

@@ -37,6 +37,7 @@ class GradientRule:
     is_on_grid = True  # the weights seen are those of the grid, while QAT is on
     snaps_only = False  # seen is ``snap(w, grid)`` and nothing else, which a fused pass does sooner
     draws = False  # asks for a generator
+    anneals = False  # reads ``progress``, which stays 0 for those that do not say so
     pulls = False  # does something in ``before_update``
     strength: float | None = None  # of what pulls, in that which the file says; None: nothing does
     takes_rotated = True  # also works where ``see`` is given a rotated copy of the master

@@ -25,6 +25,7 @@ def pull(progress: float) -> float:
 
 
 class Cage(Identity):
+    anneals = True
     pulls = True
     strength = 1.0
 

@@ -25,6 +25,7 @@ def pull(progress: float) -> float:
 
 
 class Dampen(Clipped):
+    anneals = True
     pulls = True
     strength = 1.0
     takes_rotated = False

@@ -39,6 +39,7 @@ class Memory(NamedTuple):
 
 
 class Freeze(Clipped):
+    anneals = True
     strength = 1.0  # of the flips, against the limit
     takes_rotated = False
 

@@ -32,6 +32,7 @@ def inverse_slope(progress: float) -> float:
 
 class Parq(GradientRule):
     is_on_grid = False
+    anneals = True
 
     def see(self, w: Tensor, grid: Grid, *, progress: float = 0.0, **_: Any) -> Seen:
         inverse = inverse_slope(progress)

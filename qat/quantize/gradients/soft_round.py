@@ -33,6 +33,7 @@ def _soft_round(x: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
 
 class SoftRound(GradientRule):
     is_on_grid = False
+    anneals = True
 
     def see(self, w: Tensor, grid: Grid, *, progress: float = 0.0, **_: Any) -> Seen:
         low, high = grid.table.limits
