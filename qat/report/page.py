@@ -70,8 +70,8 @@ def _facts(findings: Findings) -> dict[str, str]:
 def _sections(findings: Findings, drawn: Sequence[Picture]) -> list[Chapter]:
     by_name = {picture.name: picture for picture in drawn}
     verdicts: list[Any] = [tables.verdict_table(findings)]
-    if any(treatment.equal_bytes for treatment in findings.treatments):
-        verdicts.append(tables.equal_bytes_table(findings))
+    more = tables.equal_bytes_table(findings), tables.stores_table(findings)
+    verdicts += [table for table in more if table.rows]
     if missing := tables.missing_seeds(findings):
         verdicts.append(Lines("Started, and not in the table", missing))
     if noted := tables.notes(findings):

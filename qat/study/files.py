@@ -195,6 +195,10 @@ class StudyFiles:
             again,
         )
 
+    def stores(self, arm: str) -> dict[str, StoreSettings]:
+        """More ways in which the study stores what the arm trained."""
+        return {name: s for name, s in self.study.settings.stores.items() if s.is_of(arm)}
+
     def target(self, run: ArmRun, store: StoreSettings | None = None) -> Settings:
         return storage_of(run.row.settings, self.study.settings, store or StoreSettings())
 

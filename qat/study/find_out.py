@@ -1,8 +1,9 @@
 """From runs to what they say: treatments, comparisons, ledgers, curves.
 
 Pairs are runs of one seed. A treatment is compared with its baseline stored in the same way and, if
-a study asks for it, with the baseline that the budget solver stores in as many bytes: both are
-files, written once, read back and scored. No seed is left out: one without a score is named with
+a study asks for it, with the baseline that the budget solver stores in as many bytes; QAT as it
+stored itself also with the baseline by each of the study's stores on the same grid. All are files,
+written once, read back and scored. No seed is left out: one without a score is named with
 the reason. Of several runs of one seed the mean counts.
 """
 
@@ -19,7 +20,16 @@ from rich.console import Console
 from qat.errors import TrainingError, UserError
 from qat.runs.result import Result, arm_label, differing, row_of, row_without_result
 from qat.study.curves import curve_of
-from qat.study.files import NO_ARM, ArmRun, StoredFile, StudyFiles, Target, as_large, mean_file
+from qat.study.files import (
+    NO_ARM,
+    ArmRun,
+    StoredFile,
+    StudyFiles,
+    Target,
+    as_large,
+    fills_limit,
+    mean_file,
+)
 from qat.study.findings import Contrast, Findings, Treatment, headline_of
 from qat.study.law import BestShare, best_share
 from qat.study.ledger import Twin, ledger_of
@@ -38,6 +48,7 @@ class PairedRun:
     file: StoredFile | None = None
     baselines: list[tuple[ArmRun, StoredFile]] = field(default_factory=list)
     as_large: StoredFile | None = None
+    by_store: dict[str, StoredFile] = field(default_factory=dict)  # of QAT as it stored itself
     problem: str | None = None  # why it is not in the comparison
     notes: list[str] = field(default_factory=list)
 
@@ -64,17 +75,31 @@ def pair_of(files: StudyFiles, run: ArmRun, store: str | None) -> PairedRun:
             pair.notes += _other_code(pair, base, file)
         if not pair.baselines:
             pair.problem = "; ".join(pair.notes)
-        elif settings.equal_bytes and run.is_qat:
+        elif run.is_qat:
             base = pair.baselines[0][0]
-            total = pair.file.total_bytes
-            filled = as_large(files.target(base), run.row.settings, target, total)
-            pair.as_large = files.stored(base, filled)
+            if settings.equal_bytes:
+                total = pair.file.total_bytes
+                filled = as_large(files.target(base), run.row.settings, target, total)
+                pair.as_large = files.stored(base, filled)
+            if store is None:
+                pair.by_store = _by_store(files, run, base)
     except (UserError, TrainingError) as error:
         pair.problem = str(error)
         pair.notes.append(pair.problem)
     if len(pair.baselines) > 1:
         pair.notes.append(f"against the mean of {len(pair.baselines)} baselines")
     return pair
+
+
+def _by_store(files: StudyFiles, run: ArmRun, base: ArmRun) -> dict[str, StoredFile]:
+    """The baseline by each of the study's stores on the run's grid: what could be done in place of
+    QAT. Not by one that fills a limit: as many bytes are what ``as_large`` is for."""
+    targets = {name: files.target(run, store) for name, store in files.stores(run.arm).items()}
+    return {
+        name: files.reference(base, run, target)
+        for name, target in targets.items()
+        if not fills_limit(run.row.settings, target)
+    }
 
 
 def _other_code(pair: PairedRun, base: ArmRun, file: StoredFile) -> list[str]:
@@ -103,13 +128,21 @@ def treatment_of(
     baseline = files.study.settings.baseline
     alike = [(pair, pair.alike) for pair in pairs]
     grids = ", ".join(sorted({file.grid for _, file in alike if file}))
+    grid = next(iter(scores.values())).grid
+    by_store = {
+        name: _contrast(
+            [(pair, pair.by_store.get(name)) for pair in pairs],
+            f"{baseline} by {name} on {other.grid or grid}",
+        )
+        for name, other in files.stores(arm).items()
+    }
     notes = {pair.run.seed: "; ".join(pair.notes) for pair in pairs
              if pair.notes and not pair.problem}  # fmt: skip
     return Treatment(
         name=name,
         arm=arm,
         store=store,
-        grid=next(iter(scores.values())).grid,
+        grid=grid,
         is_qat=any(pair.run.is_qat for pair in pairs),
         val_bpb={seed: file.val_bpb for seed, file in scores.items()},
         total_bytes={seed: file.total_bytes for seed, file in scores.items()},
@@ -118,6 +151,7 @@ def treatment_of(
         equal_bytes=_contrast(
             [(pair, pair.as_large) for pair in pairs], f"{baseline} filled to {name}'s bytes"
         ),
+        by_store={name: found for name, found in by_store.items() if found is not None},
         notes=notes,
     )
 
@@ -169,8 +203,7 @@ def _findings(files: StudyFiles, commands: list[str]) -> Findings:
     treatments, ledgers = [], []
     pairs: dict[Path, PairedRun] = {}  # of runs as they stored themselves
     for arm in study.arms:
-        stores = [name for name, s in study.settings.stores.items() if s.is_of(arm)]
-        for store in (None, *stores):
+        for store in (None, *files.stores(arm)):
             found = [pair_of(files, run, store) for run in files.of(arm)]
             pairs |= {pair.run.folder: pair for pair in found if store is None}
             treatment = treatment_of(files, arm, store, found)
@@ -189,7 +222,13 @@ def _findings(files: StudyFiles, commands: list[str]) -> Findings:
     return Findings(
         name=study.name,
         question=study.settings.question,
-        headline=headline_of(treatments, ledgers, shares, has_clock),
+        headline=headline_of(
+            treatments,
+            ledgers,
+            shares,
+            has_clock,
+            {name: s.grid for name, s in study.settings.stores.items() if s.grid is not None},
+        ),
         best_shares=shares,
         baseline=study.settings.baseline,
         seeds=sorted({run.seed for run in files.runs if run.arm != NO_ARM}),

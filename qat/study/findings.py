@@ -37,6 +37,9 @@ class Treatment:
     missing_seeds: dict[int, str]  # started without an artifact, and why
     alike: Contrast | None  # the baseline stored in the same way; None for the baseline itself
     equal_bytes: Contrast | None  # the baseline stored by the solver in as many bytes
+    # Of QAT as the run stored it: the baseline by each of the study's stores, on the same grid
+    # where the store has none of its own. None fills a limit.
+    by_store: dict[str, Contrast] = field(default_factory=dict)
     notes: dict[int, str] = field(default_factory=dict)  # by seed: what a reader should know of it
 
 
@@ -101,13 +104,17 @@ def headline_of(
     ledgers: Sequence[Ledger],
     best_shares: Mapping[str, BestShare] | None = None,
     has_clock: bool = True,
+    grids_of_stores: Mapping[str, str] | None = None,
 ) -> str:
-    """The verdict in words: of QAT stored as the baseline is, as if it took no time, and against as
-    many bytes; then of what changed without QAT, and how long QAT should last.
+    """The verdict in words: of QAT stored as the baseline is, as if it took no time, against as
+    many bytes, and against the baseline by each store; then of what changed without QAT, and how
+    long QAT should last.
 
     Decided is what 95 % of such intervals hold. ``has_clock``: training was ended by a clock, that
-    of the wall or a priced one, and not by a number of updates.
+    of the wall or a priced one, and not by a number of updates. ``grids_of_stores``: of stores that
+    have one of their own.
     """
+    own_grids = grids_of_stores or {}
     alike = [(t, _effect(t.alike)) for t in treatments if t.alike is not None]
     seeds = [t.alike.verdict.num_seeds for t in treatments if t.alike is not None]
     measured = [(ledger.name, ledger.at_equal_steps) for ledger in ledgers if ledger.is_measured]
@@ -120,6 +127,13 @@ def headline_of(
         ),
         ("at equal updates, as if QAT took no time, it is", measured if has_clock else []),
         ("at equal bytes, beside the budget solver's plan of the baseline, it is", as_large),
+        *(
+            (
+                f"beside {store} of the baseline on {own_grids.get(store, 'the same grid')} it is",
+                [(t.name, _effect(t.by_store[store])) for t in treatments if store in t.by_store],
+            )
+            for store in dict.fromkeys(name for t in treatments for name in t.by_store)
+        ),
         ("without QAT a change is", [(t.name, effect) for t, effect in alike if not t.is_qat]),
     ]
     said = [f"{start} {_sorted_out(effects)}" for start, effects in clauses if effects]

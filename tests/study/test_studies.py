@@ -24,6 +24,7 @@ from qat.settings.arguments import groups
 from qat.settings.arms import with_arms
 from qat.settings.command_line import register
 from qat.settings.options import CONF, read_study
+from qat.study import files
 from qat.study.find_out import find_out
 from qat.study.findings import Findings
 from qat.study.study import Study
@@ -112,6 +113,44 @@ def test_treatments_are_arms_and_stores(gptq: tuple[Path, Done]) -> None:
             base = treatments[f"none/{t.store}" if t.store else "none"].val_bpb
             for seed, delta in t.alike.by_seed.items():
                 assert delta == pytest.approx(t.val_bpb[seed] - base[seed], abs=1e-12)
+
+
+def test_qat_is_compared_with_what_each_store_makes_of_the_baseline(
+    gptq: tuple[Path, Done],
+) -> None:
+    """QAT rounded on its grid: does it beat GPTQ of the baseline on the same grid?"""
+    findings = found(gptq[0])
+    treatments = {t.name: t for t in findings.treatments}
+    by_store = treatments["int6"].by_store
+    assert {name: contrast.against for name, contrast in by_store.items()} == {
+        "sdclip": "none by sdclip on int6_sdclip", "gptq": "none by gptq on int6",
+    }  # fmt: skip
+    assert [name for name, t in treatments.items() if t.by_store] == ["int6"]
+    for name, contrast in by_store.items():
+        assert contrast.val_bpb == treatments[f"none/{name}"].val_bpb
+        for seed, delta in contrast.by_seed.items():
+            ours = treatments["int6"].val_bpb[seed]
+            assert delta == pytest.approx(ours - contrast.val_bpb[seed], abs=1e-12)
+    assert "; beside gptq of the baseline on the same grid it is " in findings.headline
+    assert "; beside sdclip of the baseline on int6_sdclip it is " in findings.headline
+    report = (gptq[0] / "gptq" / "REPORT.md").read_text()
+    assert findings.headline in report
+    assert "| none by gptq on int6 |" in report
+
+
+def test_a_store_that_fills_a_limit_is_not_beside_what_qat_stored(
+    gptq: tuple[Path, Done], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "export_again", lambda *asked: {})
+    folder = own_copy(gptq[0], tmp_path)
+    file = folder / "gptq.study.json"
+    study = json.loads(file.read_text())
+    gptq_of_int6 = study["settings"]["stores"]["gptq"] | {"arms": ["int6"]}
+    study["settings"]["stores"] = {"gptq": gptq_of_int6, "full": gptq_of_int6 | {"fill": True}}
+    file.write_text(json.dumps(study))
+    treatments = {t.name: t for t in found(folder).treatments}
+    assert [*treatments] == ["none", "int6", "int6/gptq", "int6/full"]
+    assert [*treatments["int6"].by_store] == ["gptq"]
 
 
 def test_the_ledger_adds_up_and_equal_steps_are_measured(gptq: tuple[Path, Done]) -> None:
