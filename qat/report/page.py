@@ -54,13 +54,17 @@ def write_report(findings: Findings, folder: Path) -> list[str]:
 
 
 def _facts(findings: Findings) -> dict[str, str]:
-    clock = findings.budget_seconds
+    seconds, steps = findings.budget_seconds, findings.priced_steps
+    if seconds is not None:
+        clock = f"{seconds:,g} s of training"
+    elif steps is not None:
+        clock = f"what {steps:,} updates of {findings.baseline} take, at the prices of each arm's"
+    else:
+        clock = "none; runs are bounded by steps"
     return {
         "Question": findings.question,
         "Baseline": findings.baseline,
-        "Clock": "none; runs are bounded by steps"
-        if clock is None
-        else f"{clock:,g} s of training",
+        "Clock": clock,
         "Seeds": f"{len(findings.seeds)} ({', '.join(map(str, findings.seeds))})",
         "Hardware": "; ".join(findings.hardware),
         "Code": ", ".join(findings.commits),

@@ -216,9 +216,8 @@ def _findings(files: StudyFiles, commands: list[str]) -> Findings:
               for arm in study.settings.arms and study.arms if files.of(arm)]  # fmt: skip
     results = [run.result for run in files.runs if run.result]
     shares = _best_shares(files)
-    has_clock = study.settings.clock == "priced" or any(
-        result.settings["budget_seconds"] is not None for result in results
-    )
+    budget_seconds = results[0].settings["budget_seconds"] if results else None
+    priced_steps = _priced_steps(results)
     return Findings(
         name=study.name,
         question=study.settings.question,
@@ -226,13 +225,14 @@ def _findings(files: StudyFiles, commands: list[str]) -> Findings:
             treatments,
             ledgers,
             shares,
-            has_clock,
+            budget_seconds is not None or priced_steps is not None,
             {name: s.grid for name, s in study.settings.stores.items() if s.grid is not None},
         ),
         best_shares=shares,
         baseline=study.settings.baseline,
         seeds=sorted({run.seed for run in files.runs if run.arm != NO_ARM}),
-        budget_seconds=results[0].settings["budget_seconds"] if results else None,
+        budget_seconds=budget_seconds,
+        priced_steps=priced_steps,
         hardware=sorted({r.hardware for r in results}),
         commits=sorted({r.commit for r in results}),
         commands=commands,
@@ -241,6 +241,16 @@ def _findings(files: StudyFiles, commands: list[str]) -> Findings:
         curves=curves,
         rows=_rows(files, pairs),
     )
+
+
+def _priced_steps(results: Sequence[Result]) -> int | None:
+    """What runs on a priced clock had to spend, in updates of the baseline; None without one."""
+    for result in results:
+        schedule = result.settings.get("schedule", {})
+        if {schedule.get("update_price", 1.0), schedule.get("qat_update_price", 1.0)} != {1.0}:
+            steps: int | None = result.settings["max_steps"]
+            return steps
+    return None
 
 
 def _best_shares(files: StudyFiles) -> dict[str, BestShare]:

@@ -94,6 +94,8 @@ class Findings:
     rows: list[dict[str, Any]] = field(default_factory=list)  # every started run: report.json
     # of QAT in a run, by grid: where arms differ in the start
     best_shares: dict[str, BestShare] = field(default_factory=dict)
+    # On a priced clock: what each run had to spend, in updates of the baseline.
+    priced_steps: int | None = None
 
 
 Effects = Sequence[tuple[str, Effect]]

@@ -34,7 +34,6 @@ from qat.runs.run_folder import (
 )
 from qat.runs.store_again import export_again, storage_of
 from qat.settings.command_line import Start
-from qat.settings.options import read_study
 from qat.settings.schema import (
     ForkSettings,
     QatSettings,
@@ -92,8 +91,7 @@ def begin(sweep: Sweep) -> list[Start]:
     if sweep.study is None:
         _check_plain(sweep)
         return [Start() for _ in sweep.jobs]
-    settings = read_study(sweep.study)
-    assert settings is not None
+    settings: StudySettings = sweep.jobs[0][0].study  # the design, and what was typed beside it
     path = study_file(sweep.folder, sweep.study)
     known = Study.read(path) if path.is_file() else Study(sweep.study, settings, [], [])
     jobs = [(str(choices["arm"]), s) for s, choices in sweep.jobs]
@@ -232,17 +230,18 @@ def studies_in(folder: Path) -> list[Study]:
     """
     if files := sorted(folder.glob(f"*{SUFFIX}")):
         return [Study.read(file) for file in files]
-    arms: dict[str, dict[str, None]] = {}
+    studies: dict[str, Study] = {}
     for run in run_folders(folder):
-        choices = read_config(run, "study")[1]
-        experiment, arm = choices.get("experiment"), choices.get("arm")
-        if experiment and arm:
-            arms.setdefault(experiment, {})[arm] = None
-    found = [(name, read_study(name), of_one) for name, of_one in arms.items()]
-    studies = [Study(name, s, [*of_one], []) for name, s, of_one in found if s is not None]
+        config, choices = read_config(run, "study")
+        name, arm = choices.get("experiment"), choices.get("arm")
+        if name and arm:
+            if name not in studies:
+                studies[name] = Study(name, from_yaml(config, str(run)).study, [], [])
+            if arm not in studies[name].arms:
+                studies[name].arms.append(arm)
     if not studies:
         raise UserError(f"study={folder}: no study there; give the folder of a study's sweep")
-    return studies
+    return [*studies.values()]
 
 
 def run_name(arm: str, seed: int) -> str:
