@@ -289,8 +289,9 @@ def run_in_sweep(s: TrainSettings, job: Job, run_one: RunOne) -> int:
     except (UserError, TrainingError) as error:
         log.error("error: %s", error)
         return error.exit_code
-    # Where updates are counted the baseline itself is the run of as many of them.
-    if s.ledger == "full" and result.qat_steps and s.budget_seconds is not None:
+    # An arm that made all its max_steps has lost none: the baseline is the run of as many.
+    is_cut_short = s.budget_seconds is not None or result.steps != s.max_steps
+    if s.ledger == "full" and result.qat_steps and is_cut_short:
         code = max(code, _run_equal_steps(s, job, folder, result, run_one))
     return code
 
@@ -320,11 +321,13 @@ def _run_equal_steps(s: TrainSettings, job: Job, arm: Path, result: Result, run_
         qat=QatSettings(enabled=False),
         budget_seconds=None,
         max_steps=result.steps,
+        schedule=replace(s.schedule, update_price=1.0, qat_update_price=1.0),
         run_name=EQUAL_STEPS,
         fork=ForkSettings(),
         logger=replace(s.logger, group=group),
     )
     choices = {**job.choices, "qat": "none", "arm": None}
-    asked = [*job.overrides, "qat=none", "budget_seconds=null", f"max_steps={result.steps}"]
+    asked = [*job.overrides, "qat=none", "budget_seconds=null", f"max_steps={result.steps}",
+             "schedule.update_price=1.0", "schedule.qat_update_price=1.0"]  # fmt: skip
     again_job = replace(job, choices=choices, overrides=asked, sweep_dir=arm)
     return _run_once(again, again_job, arm / EQUAL_STEPS, run_one)

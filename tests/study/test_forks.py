@@ -128,7 +128,7 @@ def test_a_trunk_that_kept_nothing_costs_only_time(study: Callable[..., Done]) -
 
 def test_a_priced_study_counts_what_updates_cost(study: Callable[..., Done]) -> None:
     priced = ("study.clock=priced", "study.prices={int6: 1.5, int4: [1.0, 2.0]}", "seed=1")
-    done = study(*priced)
+    done = study(*priced, "ledger=full")
     assert done.code == 0, done.err
     steps = {}
     for arm in ("none", "int6", "int4"):
@@ -137,9 +137,15 @@ def test_a_priced_study_counts_what_updates_cost(study: Callable[..., Done]) -> 
         steps[arm] = row.steps, row.qat_steps
     # 12 updates, 6 of them before the switch: the other 6 buy 4 at 1.5, 3 at 2.
     assert steps == {"none": (12, 0), "int6": (10, 4), "int4": (9, 3)}
+    equal = {path.parent.name: Result.read(path) for path in (RUNS / "s").glob("*/equal_steps")}
+    assert {arm: (row.steps, row.qat_steps) for arm, row in equal.items() if row} == {
+        "int6_s1": (10, 0), "int4_s1": (9, 0),
+    }  # fmt: skip
     file = RUNS / "s" / "start.study.json"
     findings = find_out(RUNS / "s", Study.read(file), QUIET)
     assert findings.headline.startswith("At equal wallclock and stored in the same way")
+    assert "; at equal updates, as if QAT took no time, it is" in findings.headline
+    assert all(ledger.is_measured for ledger in findings.ledgers)
     report = (RUNS / "s" / "start" / "REPORT.md").read_text()
     assert "- Clock: what 12 updates of none take, at the prices of each arm's\n" in report
     said = Study.read(file).settings
