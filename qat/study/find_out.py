@@ -61,6 +61,7 @@ def pair_of(files: StudyFiles, run: ArmRun, store: str | None) -> PairedRun:
     """A scored run, stored in one way."""
     settings = files.study.settings
     pair, target = PairedRun(run), files.target(run, settings.stores[store] if store else None)
+    pair.notes += _other_settings(files, run)
     try:
         pair.file = files.stored(run, Target(target))
         if store is None and files.is_baseline(run):
@@ -100,6 +101,17 @@ def _by_store(files: StudyFiles, run: ArmRun, base: ArmRun) -> dict[str, StoredF
         for name, target in targets.items()
         if not fills_limit(run.row.settings, target)
     }
+
+
+def _other_settings(files: StudyFiles, run: ArmRun) -> list[str]:
+    """What a reader should know if the seeds of an arm were trained in different ways."""
+    first = files.of(run.arm)[0]
+    ours, theirs = run.row.conditions, first.row.conditions
+    said = f"in {first.folder.name}: not one training"
+    return [
+        f"{name} = {ours.get(name)}, and {theirs.get(name)} {said}"
+        for name in differing(ours, theirs, ("seed", "hardware"))
+    ]
 
 
 def _other_code(pair: PairedRun, base: ArmRun, file: StoredFile) -> list[str]:

@@ -101,8 +101,7 @@ def begin(sweep: Sweep) -> list[Start]:
     prices = prices_of(list_of_prices, jobs, settings.baseline)
     if prices is not None:
         jobs = [(arm, at_price(s, prices, arm)) for arm, s in jobs]
-    for arm, s in jobs:
-        _check_same(s, arm)
+    _check_same(sweep.folder, jobs)
     asked = dict.fromkeys([*known.arms, *(arm for arm, _ in jobs)])
     arms = sorted(asked, key=lambda arm: [*settings.arms, *asked].index(arm))
     commands = list(dict.fromkeys([*known.commands, sweep.command]))
@@ -248,18 +247,29 @@ def run_name(arm: str, seed: int) -> str:
     return f"{arm}_s{seed}"
 
 
-def _check_same(s: TrainSettings, arm: str) -> None:
-    """UserError if this arm and seed were run in the study's folder with other settings."""
-    folder = Path(s.runs_dir) / s.sweep_name / run_name(arm, s.seed)
-    if not (folder / CONFIG).is_file():
-        return
-    there = conditions(asdict(from_yaml(read_config(folder, "sweep_name")[0], str(folder))))
-    asked = conditions(asdict(replace(s, data=absolute_paths(s.data))))
-    for key in differing(there, asked):
-        raise UserError(
-            f"sweep_name={s.sweep_name}: {folder.name} was run there with {key} = "
-            f"{there.get(key)}, not {asked.get(key)}; give another sweep_name"
-        )
+def _check_same(folder: Path, jobs: Sequence[tuple[str, TrainSettings]]) -> None:
+    """UserError if an arm was run in the study's folder, or is asked for, with other settings: its
+    seeds are taken together."""
+    there: dict[str, list[tuple[str, dict[str, Any]]]] = {}
+    for run in run_folders(folder) if folder.exists() else ():
+        config, choices = read_config(run, "sweep_name")
+        of_arm = there.setdefault(str(choices.get("arm")), [])
+        of_arm.append((run.name, conditions(asdict(from_yaml(config, str(run))))))
+    first: dict[str, dict[str, Any]] = {}
+    for arm, s in jobs:
+        asked = conditions(asdict(replace(s, data=absolute_paths(s.data))))
+        name = run_name(arm, s.seed)
+        for of_run, settings in there.get(arm, ()):
+            for key in differing(settings, asked, ("seed",)):
+                raise UserError(
+                    f"sweep_name={folder.name}: {of_run} was run there with {key} = "
+                    f"{settings.get(key)}, not {asked.get(key)}; give another sweep_name"
+                )
+        for key in differing(first.setdefault(arm, asked), asked, ("seed",)):
+            raise UserError(
+                f"sweep_name={folder.name}: {name} is asked for with {key} = "
+                f"{first[arm].get(key)} and {asked.get(key)}; give each a sweep_name"
+            )
 
 
 def run_in_sweep(s: TrainSettings, job: Job, run_one: RunOne) -> int:

@@ -286,6 +286,34 @@ def test_other_settings_in_the_same_folder_are_refused(
     assert "sweep_name=s: none_s1 was run there with max_steps = 8, not 9" in done.err
 
 
+def test_seeds_of_an_arm_differ_in_nothing_else(
+    gptq: tuple[Path, Done], tmp_path: Path, train: Callable[..., Done]
+) -> None:
+    own_copy(gptq[0], tmp_path)
+    done = train(*ASKED, "seed=3", "max_steps=9")
+    assert done.code == 2
+    assert "sweep_name=s: none_s1 was run there with max_steps = 8, not 9" in done.err
+    done = train(*ASKED, "seed=3", "max_steps=8,9")
+    assert done.code == 2
+    done = train(*ASKED, "seed=3", "max_steps=8,9", "sweep_name=other")
+    assert done.code == 2
+    assert "sweep_name=other: none_s3 is asked for with max_steps = 8 and 9" in done.err
+    assert not (tmp_path / RUNS / "other").exists()
+
+
+def test_seeds_of_an_arm_that_differ_in_more_are_noted(
+    gptq: tuple[Path, Done], tmp_path: Path
+) -> None:
+    folder = own_copy(gptq[0], tmp_path)
+    for arm in ("none", "int6"):
+        settings = result_of(folder / f"{arm}_s2")["settings"]
+        change(folder / f"{arm}_s2", settings=settings | {"max_steps": 9}, hardware="another")
+    treatments = {t.name: t for t in found(folder).treatments}
+    for arm in ("none", "int6"):
+        assert treatments[arm].notes == {2: f"max_steps = 9, and 8 in {arm}_s1: not one training"}
+    assert [*treatments["int6"].alike.by_seed] == [1, 2]
+
+
 @pytest.mark.slow
 def test_designs_share_the_arms_that_both_name(
     gptq: tuple[Path, Done], tmp_path: Path, train: Callable[..., Done]
