@@ -97,7 +97,7 @@ class ArmRun:
     seed: int
     result: Result | None
     status: str
-    problem: str | None  # why it has no score
+    problem: str | None  # why it does not count
 
     @staticmethod
     def read(folder: Path, arm: str = NO_ARM, seed: int = 0) -> ArmRun:
@@ -108,7 +108,8 @@ class ArmRun:
         if result is None:
             died = f"{folder.name}: no result; it died or is still running"
             return ArmRun(folder, arm, seed, None, "unfinished", died)
-        problem = result.error if result.status == "failed" else None
+        problem = "its QAT never started" if result.qat_never_started else None
+        problem = result.error if result.status == "failed" else problem
         return ArmRun(folder, arm, result.seed, result, result.status, problem)
 
     @property
@@ -119,7 +120,9 @@ class ArmRun:
 
     @property
     def is_scored(self) -> bool:
-        return self.result is not None and self.result.val_bpb_artifact is not None
+        """And the score is of what was asked for."""
+        row = self.result
+        return row is not None and row.val_bpb_artifact is not None and not row.qat_never_started
 
     @property
     def is_qat(self) -> bool:

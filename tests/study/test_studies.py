@@ -226,6 +226,20 @@ def test_every_started_seed_is_named(gptq: tuple[Path, Done], tmp_path: Path) ->
     }  # fmt: skip
 
 
+def test_a_run_whose_qat_never_started_is_not_one_of_qat(
+    gptq: tuple[Path, Done], tmp_path: Path
+) -> None:
+    folder = own_copy(gptq[0], tmp_path)
+    change(folder / "int6_s1", qat_never_started=True, qat_steps=0)
+    findings = found(folder)
+    treatments = {t.name: t for t in findings.treatments}
+    for name in ("int6", "int6/gptq"):
+        assert treatments[name].missing_seeds == {1: "its QAT never started"}
+        assert [*treatments[name].alike.by_seed] == [*treatments[name].val_bpb] == [2]
+    (row,) = (row for row in findings.rows if row["run_name"] == "int6_s1")
+    assert "QAT NEVER STARTED" in row["note"]
+
+
 def test_runs_of_other_machines_are_not_pairs(gptq: tuple[Path, Done], tmp_path: Path) -> None:
     folder = own_copy(gptq[0], tmp_path)
     change(folder / "int6_s1", hardware="another")
