@@ -129,18 +129,20 @@ def _other_code(pair: PairedRun, base: ArmRun, file: StoredFile) -> list[str]:
 def treatment_of(
     files: StudyFiles, arm: str, store: str | None, pairs: Sequence[PairedRun]
 ) -> Treatment | None:
-    """An arm's runs, stored in one way; None if none of its runs has a score."""
-    missing = {run.seed: run.problem or "no score" for run in files.runs
-               if run.arm == arm and not run.is_scored}  # fmt: skip
+    """An arm's runs, stored in one way; None if none of them was started."""
+    started = [run for run in files.runs if run.arm == arm]
+    if not started:
+        return None
+    missing = {run.seed: run.problem or "no score" for run in started if not run.is_scored}
     missing |= {pair.run.seed: pair.problem for pair in pairs if pair.problem}
     scores = _by_seed([(pair.run.seed, pair.file) for pair in pairs])
-    if not scores:
-        return None
     name = arm if store is None else f"{arm}/{store}"
     baseline = files.study.settings.baseline
     alike = [(pair, pair.alike) for pair in pairs]
     grids = ", ".join(sorted({file.grid for _, file in alike if file}))
-    grid = next(iter(scores.values())).grid
+    labels = [file.grid for file in scores.values()]
+    labels += [run.result.grid for run in started if run.result and store is None]
+    grid = next(iter(labels), "")
     by_store = {
         name: _contrast(
             [(pair, pair.by_store.get(name)) for pair in pairs],
@@ -155,7 +157,7 @@ def treatment_of(
         arm=arm,
         store=store,
         grid=grid,
-        is_qat=any(pair.run.is_qat for pair in pairs),
+        is_qat=any(run.is_qat for run in started),
         val_bpb={seed: file.val_bpb for seed, file in scores.items()},
         total_bytes={seed: file.total_bytes for seed, file in scores.items()},
         missing_seeds=missing,

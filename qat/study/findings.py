@@ -30,7 +30,7 @@ class Treatment:
     name: str
     arm: str
     store: str | None  # None: as the run itself stored it
-    grid: str  # label
+    grid: str  # label; "" if no file says it
     is_qat: bool
     val_bpb: dict[int, float]  # of the artifact, by seed
     total_bytes: dict[int, int]  # artifact and code

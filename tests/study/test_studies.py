@@ -240,6 +240,31 @@ def test_a_run_whose_qat_never_started_is_not_one_of_qat(
     assert "QAT NEVER STARTED" in row["note"]
 
 
+def test_an_arm_that_failed_in_all_seeds_is_in_the_table(
+    gptq: tuple[Path, Done], tmp_path: Path, program: Callable[..., Done]
+) -> None:
+    folder = own_copy(gptq[0], tmp_path)
+    for seed in (1, 2):
+        change(folder / f"int6_s{seed}", status="failed", error=f"no {seed}", val_bpb_artifact=None)
+        (folder / f"none_s{seed}" / "checkpoint.ckpt").write_text("")
+    shutil.rmtree(folder / "none_s2" / "exports")
+    treatments = {t.name: t for t in found(folder).treatments}
+    assert [*treatments] == [
+        "none", "none/sdclip", "none/gptq", "int6", "int6/sdclip", "int6/gptq",
+    ]  # fmt: skip
+    for name in ("int6", "int6/sdclip", "int6/gptq"):
+        dead = treatments[name]
+        assert (dead.val_bpb, dead.alike, dead.is_qat) == ({}, None, True)
+        assert dead.missing_seeds == {1: "no 1", 2: "no 2"}
+    assert [*treatments["none/sdclip"].val_bpb] == [1]
+    assert "checkpoint.ckpt" in treatments["none/sdclip"].missing_seeds[2]
+    assert program("eval.py", "task=report", "study=s").code == 0
+    report = (folder / "gptq" / "REPORT.md").read_text()
+    assert "| int6 | int6 | – | – | 0 |" in report
+    assert "| int6/gptq |  | – | – | 0 |" in report
+    assert "- int6/gptq, seed 2: no 2" in report
+
+
 def test_runs_of_other_machines_are_not_pairs(gptq: tuple[Path, Done], tmp_path: Path) -> None:
     folder = own_copy(gptq[0], tmp_path)
     change(folder / "int6_s1", hardware="another")
