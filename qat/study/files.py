@@ -72,11 +72,11 @@ def beside(own: Settings, settings: Settings, storage: Settings) -> Target:
     return Target(own | {"artifact": artifact}, settings["limit_bytes"])
 
 
-def as_large(own: Settings, settings: Settings, storage: Settings, total_bytes: int) -> Target:
-    """The baseline stored by the solver in as many bytes as the run's file, or to its limit."""
+def as_large(own: Settings, total_bytes: int) -> Target:
+    """The baseline stored by the solver in as many bytes as the run's file, which may have left
+    some of its limit."""
     rounded = {"fill": True, "method": "round", "gptq_bit_price": 0.0}
-    limit = settings["limit_bytes"] if fills_limit(settings, storage) else total_bytes
-    return Target(own | {"artifact": own["artifact"] | rounded}, limit)
+    return Target(own | {"artifact": own["artifact"] | rounded}, total_bytes)
 
 
 def mean_file(files: Sequence[StoredFile]) -> StoredFile:

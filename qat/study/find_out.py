@@ -79,8 +79,7 @@ def pair_of(files: StudyFiles, run: ArmRun, store: str | None) -> PairedRun:
         elif run.is_qat:
             base = pair.baselines[0][0]
             if settings.equal_bytes:
-                total = pair.file.total_bytes
-                filled = as_large(files.target(base), run.row.settings, target, total)
+                filled = as_large(files.target(base), pair.file.total_bytes)
                 pair.as_large = files.stored(base, filled)
             if store is None:
                 pair.by_store = _by_store(files, run, base)
