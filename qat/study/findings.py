@@ -118,7 +118,6 @@ def headline_of(
     """
     own_grids = grids_of_stores or {}
     alike = [(t, _effect(t.alike)) for t in treatments if t.alike is not None]
-    seeds = [t.alike.verdict.num_seeds for t in treatments if t.alike is not None]
     measured = [(ledger.name, ledger.at_equal_steps) for ledger in ledgers if ledger.is_measured]
     as_large = [(t.name, _effect(t.equal_bytes)) for t in treatments if t.equal_bytes is not None]
     spent = "wallclock" if has_clock else "updates"
@@ -138,16 +137,22 @@ def headline_of(
         ),
         ("without QAT a change is", [(t.name, effect) for t, effect in alike if not t.is_qat]),
     ]
-    said = [f"{start} {_sorted_out(effects)}" for start, effects in clauses if effects]
-    if said and max(seeds, default=0) > 1:
-        said[-1] += f" ({_counted(min(seeds), max(seeds))})"
+    said = [
+        f"{start} {_sorted_out(effects)}{_counted([effect.num_seeds for _, effect in effects])}"
+        for start, effects in clauses
+        if effects
+    ]
     said += [_best(grid, best) for grid, best in (best_shares or {}).items()]
     sentence = "; ".join(said) or "no arm has a baseline to compare with"
     return f"{sentence[0].upper()}{sentence[1:]}."
 
 
-def _counted(fewest: int, most: int) -> str:
-    return f"{most} seeds" if fewest == most else f"{fewest} to {most} seeds"
+def _counted(seeds: Sequence[int]) -> str:
+    """Nothing of one seed, which each arm says itself."""
+    fewest, most = min(seeds), max(seeds)
+    if most == 1:
+        return ""
+    return f" ({most} seeds)" if fewest == most else f" ({fewest} to {most} seeds)"
 
 
 def _best(grid: str, best: BestShare) -> str:
@@ -166,7 +171,7 @@ def _percent(share: float | None) -> str:
 
 def _effect(comparison: Contrast) -> Effect:
     v = comparison.verdict
-    return Effect(v.mean, v.low, v.high)
+    return Effect(v.mean, v.low, v.high, v.num_seeds)
 
 
 def _sorted_out(effects: Effects) -> str:

@@ -37,6 +37,7 @@ class Effect:
     mean: float
     low: float | None
     high: float | None
+    num_seeds: int = 1
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ def interval(values: Sequence[float]) -> Effect:
         return Effect(mean, None, None)
     error = float(np.std(values, ddof=1)) / math.sqrt(count)
     margin = float(stats.t.ppf(1 - LEVEL / 2, count - 1)) * error
-    return Effect(mean, mean - margin, mean + margin)
+    return Effect(mean, mean - margin, mean + margin, count)
 
 
 def verdict(arm: Sequence[float], baseline: Sequence[float], bar_bpb: float) -> Verdict:

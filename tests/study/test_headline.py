@@ -8,7 +8,7 @@ import pytest
 
 from qat.study.findings import Contrast, Ledger, Treatment, headline_of
 from qat.study.law import BestShare
-from qat.study.significance import Effect, verdict
+from qat.study.significance import interval, verdict
 
 
 def treatment(name: str, deltas: list[float], is_qat: bool = True) -> Treatment:
@@ -44,19 +44,30 @@ def test_stored_alike(treatments: list[Treatment], said: str) -> None:
 def test_equal_steps_and_equal_bytes() -> None:
     arm = treatment("a", OPEN)
     arm = replace(arm, equal_bytes=treatment("a", COSTS).alike)
-    zero, pays = Effect(0.0, -1.0, 1.0), Effect(-0.002, -0.003, -0.001)
+    zero, pays = interval(OPEN), interval(PAYS)
     ledger = Ledger("a", True, zero, zero, zero, zero, pays, "measured")
     assert headline_of([arm], [ledger]) == (
-        "At equal wallclock and stored in the same way, training with QAT is not decided for a; at "
-        "equal updates, as if QAT took no time, it is better with a (by 0.0020 bits per byte "
-        "[0.0010, 0.0030]); at equal bytes, beside the budget solver's plan of the baseline, it is "
-        "worse with a (by 0.0110 bits per byte [0.0085, 0.0135]) (3 seeds)."
+        "At equal wallclock and stored in the same way, training with QAT is not decided for a (3 "
+        "seeds); at equal updates, as if QAT took no time, it is better with a (by 0.0110 bits per "
+        "byte [0.0085, 0.0135]) (3 seeds); at equal bytes, beside the budget solver's plan of the "
+        "baseline, it is worse with a (by 0.0110 bits per byte [0.0085, 0.0135]) (3 seeds)."
     )
     counted = headline_of([arm], [ledger], has_clock=False)
     assert counted.startswith("At equal updates and stored in the same way")
     assert "as if QAT took no time" not in counted
     estimated = replace(ledger, is_measured=False)
     assert "at equal updates" not in headline_of([arm], [estimated])
+
+
+def test_each_clause_says_its_own_seeds() -> None:
+    """Those of the solver lack a seed, and one arm of the ledger another."""
+    arm = replace(treatment("a", PAYS), equal_bytes=treatment("a", COSTS[:2]).alike)
+    ledger = Ledger("a", True, *[interval(OPEN)] * 5, "measured")
+    fewer = replace(ledger, name="b", at_equal_steps=interval(OPEN[:2]))
+    first, steps, at_bytes = headline_of([arm], [ledger, fewer]).split("; ")
+    assert first.endswith(" (3 seeds)")
+    assert steps.endswith("it is not decided for a and b (2 to 3 seeds)")
+    assert at_bytes.endswith(" (2 seeds).")
 
 
 def test_the_best_share_beside_the_law() -> None:
