@@ -82,11 +82,11 @@ def _sections(findings: Findings, drawn: Sequence[Picture]) -> list[Chapter]:
         verdicts.append(Lines("To know of pairs in the table", noted))
     verdicts.append(
         "Differences are treatment less reference: below 0 the treatment is better. p: paired t "
-        "over seeds, two-sided; (Holm): adjusted for all comparisons of the table; over "
-        f"{BAR_NATS} nats: one-sided, that the treatment is better by more than {BAR_NATS} nats "
-        "per token. Detectable: the least difference that so many seeds find in 8 of 10 studies; "
-        "seeds needed: how many would find the one measured. 1 mbpb is a thousandth of a bit per "
-        "byte."
+        "over seeds, two-sided; (Holm): adjusted for all comparisons of the table, as intervals "
+        f"are not; over {BAR_NATS} nats: one-sided, that the treatment is better by more than "
+        f"{BAR_NATS} nats per token. Detectable: the least difference that so many seeds find in 8 "
+        "of 10 studies; seeds needed: how many would find the one measured. 1 mbpb is a thousandth "
+        "of a bit per byte."
     )
     ledger: list[Any] = [by_name.get("waterfall", "No ledger was made: nothing to take apart.")]
     if findings.ledgers:
