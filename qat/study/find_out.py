@@ -228,7 +228,7 @@ def _findings(files: StudyFiles, commands: list[str]) -> Findings:
     curves = [curve_of(arm, {run.folder: run.row for run in files.of(arm)})
               for arm in study.settings.arms and study.arms if files.of(arm)]  # fmt: skip
     results = [run.result for run in files.runs if run.result]
-    shares = _best_shares(files)
+    shares = best_shares(files)
     budget_seconds = results[0].settings["budget_seconds"] if results else None
     priced_steps = _priced_steps(results)
     return Findings(
@@ -266,39 +266,55 @@ def _priced_steps(results: Sequence[Result]) -> int | None:
     return None
 
 
-def _best_shares(files: StudyFiles) -> dict[str, BestShare]:
-    """Grid -> the best share of QAT, where three arms or more differ in the start alone. Seeds that
-    one of them lacks are left out."""
-    starts = ("qat.start_step", "qat.start_fraction", "qat.start_lr_scale", "schedule.update_price",
-              "schedule.qat_update_price")  # fmt: skip
-    first: dict[str, ArmRun] = {}
-    found: dict[str, dict[float, dict[int, float]]] = {}
-    tokens: dict[str, list[float]] = {}
+STARTS = ("qat.start_step", "qat.start_fraction", "qat.start_lr_scale", "schedule.update_price",
+          "schedule.qat_update_price")  # fmt: skip
+
+
+def best_shares(files: StudyFiles) -> dict[str, BestShare]:
+    """Grid -> the best share of QAT, where three or more were tried by arms that differ in the
+    start alone; of a further kind of arm on one grid the key says how it differs from the first.
+    Arms of one share are taken together. Seeds that a share lacks are left out."""
+    kinds: list[tuple[ArmRun, dict[float, list[ArmRun]]]] = []  # its first run, and runs by share
     for arm in files.study.settings.arms and files.study.arms:
         runs = [run for run in files.of(arm) if run.is_qat]
         if not runs:
             continue
-        grid = runs[0].row.grid
-        if not _of_same_kind(runs[0], first.setdefault(grid, runs[0]), starts):
-            continue
         share = mean(run.row.qat_steps / run.row.steps for run in runs)  # type: ignore[operator]
-        found.setdefault(grid, {})[share] = {
-            run.seed: run.row.val_bpb_artifact for run in runs if run.row.val_bpb_artifact
-        }
-        tokens.setdefault(grid, []).extend(
-            run.row.tokens_per_parameter_byte for run in runs if run.row.tokens_per_parameter_byte
+        same = [by_share for first, by_share in kinds if not _unlike(runs[0], first)]
+        if same:
+            same[0].setdefault(share, []).extend(runs)
+        else:
+            kinds.append((runs[0], {share: runs}))
+    best: dict[str, BestShare] = {}
+    first_on: dict[str, ArmRun] = {}
+    for first, by_share in kinds:
+        scores = {share: _scores(runs) for share, runs in by_share.items()}
+        seeds = sorted(set.intersection(*map(set, scores.values())))
+        tokens = [run.row.tokens_per_parameter_byte for runs in by_share.values() for run in runs
+                  if run.row.tokens_per_parameter_byte]  # fmt: skip
+        if len(scores) < FEWEST_SHARES or not seeds or not tokens:
+            continue
+        other = first_on.setdefault(first.row.grid, first)
+        differs = (f", {name} = {first.row.conditions.get(name)}" for name in _unlike(first, other))
+        best["".join([first.row.grid, *differs])] = best_share(
+            {share: [of[seed] for seed in seeds] for share, of in scores.items()}, mean(tokens)
         )
-    best = {}
-    for grid, by_share in found.items():
-        seeds = sorted(set.intersection(*map(set, by_share.values())))
-        if len(by_share) >= FEWEST_SHARES and seeds and tokens[grid]:
-            scores = {share: [of[seed] for seed in seeds] for share, of in by_share.items()}
-            best[grid] = best_share(scores, mean(tokens[grid]))
     return best
 
 
-def _of_same_kind(one: ArmRun, other: ArmRun, apart_from: Sequence[str]) -> bool:
-    return not differing(one.row.conditions, other.row.conditions, ("seed", *apart_from))
+def _unlike(one: ArmRun, other: ArmRun) -> list[str]:
+    """Names of what two runs differ in beside seed and start."""
+    grid = [] if one.row.grid == other.row.grid else ["grid"]
+    return grid + differing(one.row.conditions, other.row.conditions, ("seed", *STARTS))
+
+
+def _scores(runs: Sequence[ArmRun]) -> dict[int, float]:
+    """By seed the mean of its runs."""
+    by_seed: dict[int, list[float]] = {}
+    for run in runs:
+        if run.row.val_bpb_artifact is not None:
+            by_seed.setdefault(run.seed, []).append(run.row.val_bpb_artifact)
+    return {seed: mean(found) for seed, found in by_seed.items()}
 
 
 def _twins(files: StudyFiles, arm: str) -> list[Twin]:
