@@ -77,9 +77,9 @@ def _sections(findings: Findings, drawn: Sequence[Picture]) -> list[Chapter]:
     more = tables.equal_bytes_table(findings), tables.stores_table(findings)
     verdicts += [table for table in more if table.rows]
     if missing := tables.missing_seeds(findings):
-        verdicts.append(Lines("Started, and not in the table", missing))
+        verdicts.append(Lines("Started, and not compared", missing))
     if noted := tables.notes(findings):
-        verdicts.append(Lines("To know of pairs in the table", noted))
+        verdicts.append(Lines("To know of runs in the table", noted))
     verdicts.append(
         "Differences are treatment less reference: below 0 the treatment is better. p: paired t "
         "over seeds, two-sided; (Holm): adjusted for all comparisons of the table, as intervals "

@@ -67,6 +67,8 @@ def _verdicts(caption: str, compared: Sequence[tuple[Treatment, Contrast | None]
             rows.append([*row, *[text.NOTHING] * 8])
             continue
         v = comparison.verdict
+        if v.num_seeds < len(bpb):
+            row[-1] = f"{v.num_seeds} of {len(bpb)}"
         rows.append([
             *row,
             comparison.against,

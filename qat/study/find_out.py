@@ -9,7 +9,8 @@ the reason. Of several runs of one seed the mean counts.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean
@@ -67,22 +68,20 @@ def pair_of(files: StudyFiles, run: ArmRun, store: str | None) -> PairedRun:
         if store is None and files.is_baseline(run):
             return pair
         for base in files.baselines(run):
-            try:
+            with _noted(pair, f"baseline {base.folder.name} has no file on this grid"):
                 file = files.reference(base, run, target)
-            except (UserError, TrainingError) as error:
-                pair.notes.append(f"baseline {base.folder.name} has no file on this grid: {error}")
-                continue
-            pair.baselines.append((base, file))
-            pair.notes += _other_code(pair, base, file)
+                pair.baselines.append((base, file))
+                pair.notes += _other_code(pair, base, file)
         if not pair.baselines:
             pair.problem = "; ".join(pair.notes)
         elif run.is_qat:
             base = pair.baselines[0][0]
             if settings.equal_bytes:
-                filled = as_large(files.target(base), pair.file.total_bytes)
-                pair.as_large = files.stored(base, filled)
+                with _noted(pair, f"{base.folder.name} has no file of as many bytes"):
+                    filled = as_large(files.target(base), pair.file.total_bytes)
+                    pair.as_large = files.stored(base, filled)
             if store is None:
-                pair.by_store = _by_store(files, run, base)
+                _add_by_store(files, pair, base)
     except (UserError, TrainingError) as error:
         pair.problem = str(error)
         pair.notes.append(pair.problem)
@@ -91,15 +90,23 @@ def pair_of(files: StudyFiles, run: ArmRun, store: str | None) -> PairedRun:
     return pair
 
 
-def _by_store(files: StudyFiles, run: ArmRun, base: ArmRun) -> dict[str, StoredFile]:
+@contextmanager
+def _noted(pair: PairedRun, what: str) -> Iterator[None]:
+    """A file that cannot be made is said, and the comparison that it was for left out."""
+    try:
+        yield
+    except (UserError, TrainingError) as error:
+        pair.notes.append(f"{what}: {error}")
+
+
+def _add_by_store(files: StudyFiles, pair: PairedRun, base: ArmRun) -> None:
     """The baseline by each of the study's stores on the run's grid: what could be done in place of
     QAT. Not by one that fills a limit: as many bytes are what ``as_large`` is for."""
-    targets = {name: files.target(run, store) for name, store in files.stores(run.arm).items()}
-    return {
-        name: files.reference(base, run, target)
-        for name, target in targets.items()
-        if not fills_limit(run.row.settings, target)
-    }
+    for name, store in files.stores(pair.run.arm).items():
+        target = files.target(pair.run, store)
+        if not fills_limit(pair.run.row.settings, target):
+            with _noted(pair, f"{base.folder.name} has no file by {name}"):
+                pair.by_store[name] = files.reference(base, pair.run, target)
 
 
 def _other_settings(files: StudyFiles, run: ArmRun) -> list[str]:
@@ -132,8 +139,12 @@ def treatment_of(
     started = [run for run in files.runs if run.arm == arm]
     if not started:
         return None
-    missing = {run.seed: run.problem or "no score" for run in started if not run.is_scored}
-    missing |= {pair.run.seed: pair.problem for pair in pairs if pair.problem}
+    left_out = [(run.seed, run.problem or "no score") for run in started if not run.is_scored]
+    left_out += [(pair.run.seed, pair.problem) for pair in pairs if pair.problem]
+    taken = [pair for pair in pairs if not pair.problem]
+    seeds = {pair.run.seed for pair in taken}
+    noted = [(pair.run.seed, note) for pair in taken for note in pair.notes]
+    noted += [(s, f"a run of it was left out: {why}") for s, why in left_out if s in seeds]
     scores = _by_seed([(pair.run.seed, pair.file) for pair in pairs])
     name = arm if store is None else f"{arm}/{store}"
     baseline = files.study.settings.baseline
@@ -149,8 +160,6 @@ def treatment_of(
         )
         for name, other in files.stores(arm).items()
     }
-    notes = {pair.run.seed: "; ".join(pair.notes) for pair in pairs
-             if pair.notes and not pair.problem}  # fmt: skip
     return Treatment(
         name=name,
         arm=arm,
@@ -159,14 +168,22 @@ def treatment_of(
         is_qat=any(run.is_qat for run in started),
         val_bpb={seed: file.val_bpb for seed, file in scores.items()},
         total_bytes={seed: file.total_bytes for seed, file in scores.items()},
-        missing_seeds=missing,
+        missing_seeds=_joined((s, why) for s, why in left_out if s not in seeds),
         alike=_contrast(alike, f"{baseline} on {grids}"),
         equal_bytes=_contrast(
             [(pair, pair.as_large) for pair in pairs], f"{baseline} filled to {name}'s bytes"
         ),
         by_store={name: found for name, found in by_store.items() if found is not None},
-        notes=notes,
+        notes=_joined(noted),
     )
+
+
+def _joined(said: Iterable[tuple[int, str]]) -> dict[int, str]:
+    """By seed, each thing once."""
+    by_seed: dict[int, dict[str, None]] = {}
+    for seed, words in said:
+        by_seed.setdefault(seed, {})[words] = None
+    return {seed: "; ".join(words) for seed, words in by_seed.items()}
 
 
 def _by_seed(found: Sequence[tuple[int, StoredFile | None]]) -> dict[int, StoredFile]:

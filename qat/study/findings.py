@@ -34,7 +34,7 @@ class Treatment:
     is_qat: bool
     val_bpb: dict[int, float]  # of the artifact, by seed
     total_bytes: dict[int, int]  # artifact and code
-    missing_seeds: dict[int, str]  # started without an artifact, and why
+    missing_seeds: dict[int, str]  # started and in no comparison, and why
     alike: Contrast | None  # the baseline stored in the same way; None for the baseline itself
     equal_bytes: Contrast | None  # the baseline stored by the solver in as many bytes
     # Of QAT as the run stored it: the baseline by each of the study's stores, on the same grid

@@ -226,6 +226,32 @@ def test_every_started_seed_is_named(gptq: tuple[Path, Done], tmp_path: Path) ->
     }  # fmt: skip
 
 
+def test_a_seed_that_is_compared_is_not_called_missing(
+    gptq: tuple[Path, Done], tmp_path: Path, program: Callable[..., Done]
+) -> None:
+    """Its baseline is there as it is stored alike; no more files can be made of it."""
+    folder = own_copy(gptq[0], tmp_path)
+    file = folder / "gptq.study.json"
+    file.write_text(file.read_text().replace('"equal_bytes": false', '"equal_bytes": true'))
+    for seed in (1, 2):
+        (folder / f"none_s{seed}" / "checkpoint.ckpt").write_text("")
+    (known,) = (folder / "none_s1" / "exports").glob("int6+gptq_*.json")
+    known.unlink()
+    (folder / "none_s2" / "result.json").unlink()
+    assert program("eval.py", "task=report", "study=s").code == 0
+    (int6,) = (t for t in found(folder).treatments if t.name == "int6")
+    assert [*int6.alike.by_seed] == [1]
+    assert int6.missing_seeds == {2: "no baseline of this seed has a score"}
+    assert [*int6.notes] == [1]
+    assert "none_s1 has no file of as many bytes: " in int6.notes[1]
+    assert "none_s1 has no file by gptq: " in int6.notes[1]
+    report = (folder / "gptq" / "REPORT.md").read_text()
+    _, missing = report.split("Started, and not compared:\n\n")
+    assert "- int6, seed 2: no baseline of this seed has a score" in missing.split("\n\n")[0]
+    row = next(line for line in report.splitlines() if line.startswith("| int6 | int6 |"))
+    assert " | 1 of 2 | none on int6 | " in row
+
+
 def test_a_run_whose_qat_never_started_is_not_one_of_qat(
     gptq: tuple[Path, Done], tmp_path: Path
 ) -> None:

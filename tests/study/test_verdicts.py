@@ -126,6 +126,14 @@ def test_failed_seeds_are_named(folder: Folder) -> None:
     assert folder.found.rows[-1]["status"] == "unfinished"
 
 
+def test_a_seed_that_failed_once_and_ran_again_is_not_missing(folder: Folder) -> None:
+    folder.pair(1, 1.20, -0.01)
+    folder.add("int6", 1, None, status="failed", error="no disk")
+    (int6,) = (t for t in folder.found.treatments if t.is_qat)
+    assert int6.missing_seeds == {}
+    assert int6.notes == {1: "a run of it was left out: no disk"}
+
+
 def test_runs_of_other_code_are_pairs_with_a_note(folder: Folder) -> None:
     """And files that other code stored; what is not known is not said."""
     folder.pair(1, 1.2, -0.01, storing_code="a")
