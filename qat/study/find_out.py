@@ -38,6 +38,7 @@ from qat.study.significance import bar_in_bpb, verdict
 from qat.study.study import EQUAL_STEPS, Study
 
 Row = dict[str, Any]
+DIFF = "dirty.diff"  # in the folder of a run of uncommitted code
 FEWEST_SHARES = 3  # that are a curve
 
 
@@ -127,9 +128,20 @@ def _other_code(pair: PairedRun, base: ArmRun, file: StoredFile) -> list[str]:
     if commits[0] != commits[1]:
         ours, theirs = (commit[:9] + "-dirty" * commit.endswith("dirty") for commit in commits)
         notes.append(f"trained by commit {ours}, {base.folder.name} by {theirs}")
+    elif commits[0].endswith("dirty") and _changes(pair.run) != _changes(base):
+        ours = commits[0][:9]
+        notes.append(f"trained by {ours} with other uncommitted changes than {base.folder.name}")
     if None not in (makers := {pair.file.storing_code, file.storing_code}) and len(makers) > 1:
         notes.append(f"its file and that of {base.folder.name} were stored by different code")
     return notes
+
+
+def _changes(run: ArmRun) -> str | None:
+    """What its code had that its commit has not; files that git does not know are not in it."""
+    try:
+        return (run.folder / DIFF).read_text(encoding="utf-8")
+    except OSError:
+        return None
 
 
 def treatment_of(

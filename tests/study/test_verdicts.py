@@ -151,6 +151,25 @@ def test_runs_of_other_code_are_pairs_with_a_note(folder: Folder) -> None:
     assert [*int6.alike.by_seed] == [1, 2, 3]
 
 
+@pytest.mark.parametrize(
+    ("diffs", "note"),
+    [
+        (("+a = 1\n", "+a = 2\n"), "trained by 012345678 with other uncommitted changes than r00"),
+        (("+a = 1\n", None), "trained by 012345678 with other uncommitted changes than r00"),
+        (("+a = 1\n", "+a = 1\n"), ""),
+        ((None, None), ""),  # nothing but new files
+    ],
+)
+def test_two_dirty_trees_of_one_commit_are_one_code_if_their_changes_are(
+    diffs: tuple[str | None, str | None], note: str, folder: Folder
+) -> None:
+    folder.pair(1, 1.2, -0.01, commit="0123456789abc-dirty")
+    for run, diff in zip(folder.runs, diffs, strict=True):
+        if diff is not None:
+            (run / "dirty.diff").write_text(diff)
+    assert folder.found.rows[-1]["note"] == note
+
+
 def shares_of(folder: Folder, arms: dict[str, dict[str, Any]]) -> dict[str, BestShare]:
     """Of a study of arms with two seeds each: ``last``, the updates with QAT of 8, and settings."""
     for arm, changed in arms.items():
