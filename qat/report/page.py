@@ -54,13 +54,17 @@ def write_report(findings: Findings, folder: Path) -> list[str]:
 
 
 def _facts(findings: Findings) -> dict[str, str]:
-    clock = findings.budget_seconds
+    seconds, steps = findings.budget_seconds, findings.priced_steps
+    if seconds is not None:
+        clock = f"{seconds:,g} s of training"
+    elif steps is not None:
+        clock = f"what {steps:,} updates of {findings.baseline} take, at the prices of each arm's"
+    else:
+        clock = "none; runs are bounded by steps"
     return {
         "Question": findings.question,
         "Baseline": findings.baseline,
-        "Clock": "none; runs are bounded by steps"
-        if clock is None
-        else f"{clock:,g} s of training",
+        "Clock": clock,
         "Seeds": f"{len(findings.seeds)} ({', '.join(map(str, findings.seeds))})",
         "Hardware": "; ".join(findings.hardware),
         "Code": ", ".join(findings.commits),
@@ -70,19 +74,19 @@ def _facts(findings: Findings) -> dict[str, str]:
 def _sections(findings: Findings, drawn: Sequence[Picture]) -> list[Chapter]:
     by_name = {picture.name: picture for picture in drawn}
     verdicts: list[Any] = [tables.verdict_table(findings)]
-    if any(treatment.equal_bytes for treatment in findings.treatments):
-        verdicts.append(tables.equal_bytes_table(findings))
+    more = tables.equal_bytes_table(findings), tables.stores_table(findings)
+    verdicts += [table for table in more if table.rows]
     if missing := tables.missing_seeds(findings):
-        verdicts.append(Lines("Started, and not in the table", missing))
+        verdicts.append(Lines("Started, and not compared", missing))
     if noted := tables.notes(findings):
-        verdicts.append(Lines("To know of pairs in the table", noted))
+        verdicts.append(Lines("To know of runs in the table", noted))
     verdicts.append(
         "Differences are treatment less reference: below 0 the treatment is better. p: paired t "
-        "over seeds, two-sided; (Holm): adjusted for all comparisons of the table; over "
-        f"{BAR_NATS} nats: one-sided, that the treatment is better by more than {BAR_NATS} nats "
-        "per token. Detectable: the least difference that so many seeds find in 8 of 10 studies; "
-        "seeds needed: how many would find the one measured. 1 mbpb is a thousandth of a bit per "
-        "byte."
+        "over seeds, two-sided; (Holm): adjusted for all comparisons of the table, as intervals "
+        f"are not; over {BAR_NATS} nats: one-sided, that the treatment is better by more than "
+        f"{BAR_NATS} nats per token. Detectable: the least difference that so many seeds find in 8 "
+        "of 10 studies; seeds needed: how many would find the one measured. 1 mbpb is a thousandth "
+        "of a bit per byte."
     )
     ledger: list[Any] = [by_name.get("waterfall", "No ledger was made: nothing to take apart.")]
     if findings.ledgers:

@@ -42,6 +42,14 @@ def equal_bytes_table(findings: Findings) -> ReportTable:
     )
 
 
+def stores_table(findings: Findings) -> ReportTable:
+    """QAT as it stored itself, against the baseline by each of the study's stores."""
+    return _verdicts(
+        "In place of QAT: QAT as it stored itself, against the baseline by each of the stores",
+        [(t, contrast) for t in findings.treatments for contrast in t.by_store.values()],
+    )
+
+
 def _verdicts(caption: str, compared: Sequence[tuple[Treatment, Contrast | None]]) -> ReportTable:
     p_values = [c.verdict.p_value for _, c in compared if c]
     adjusted = iter(holm([p for p in p_values if p is not None]))
@@ -59,6 +67,8 @@ def _verdicts(caption: str, compared: Sequence[tuple[Treatment, Contrast | None]
             rows.append([*row, *[text.NOTHING] * 8])
             continue
         v = comparison.verdict
+        if v.num_seeds < len(bpb):
+            row[-1] = f"{v.num_seeds} of {len(bpb)}"
         rows.append([
             *row,
             comparison.against,

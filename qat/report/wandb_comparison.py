@@ -37,6 +37,10 @@ def _numbers(treatment: Treatment) -> dict[str, float | None]:
         "total_bytes": fmean(sizes) if sizes else None,
         **_differences("delta_bpb", treatment.alike),
         **_differences("delta_bpb_equal_bytes", treatment.equal_bytes),
+    } | {
+        key: value
+        for store, contrast in treatment.by_store.items()
+        for key, value in _differences(f"delta_bpb_{store}", contrast).items()
     }
 
 

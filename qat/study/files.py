@@ -81,11 +81,11 @@ def beside(own: Settings, settings: Settings, storage: Settings) -> Target:
     return Target(own | {"artifact": artifact}, settings["limit_bytes"])
 
 
-def as_large(own: Settings, settings: Settings, storage: Settings, total_bytes: int) -> Target:
-    """The baseline stored by the solver in as many bytes as the run's file, or to its limit."""
+def as_large(own: Settings, total_bytes: int) -> Target:
+    """The baseline stored by the solver in as many bytes as the run's file, which may have left
+    some of its limit."""
     rounded = {"fill": True, "method": "round", "gptq_bit_price": 0.0}
-    limit = settings["limit_bytes"] if fills_limit(settings, storage) else total_bytes
-    return Target(own | {"artifact": own["artifact"] | rounded}, limit)
+    return Target(own | {"artifact": own["artifact"] | rounded}, total_bytes)
 
 
 def mean_file(files: Sequence[StoredFile]) -> StoredFile:
@@ -106,7 +106,7 @@ class ArmRun:
     seed: int
     result: Result | None
     status: str
-    problem: str | None  # why it has no score
+    problem: str | None  # why it does not count
 
     @staticmethod
     def read(folder: Path, arm: str = NO_ARM, seed: int = 0) -> ArmRun:
@@ -117,7 +117,8 @@ class ArmRun:
         if result is None:
             died = f"{folder.name}: no result; it died or is still running"
             return ArmRun(folder, arm, seed, None, "unfinished", died)
-        problem = result.error if result.status == "failed" else None
+        problem = "its QAT never started" if result.qat_never_started else None
+        problem = result.error if result.status == "failed" else problem
         return ArmRun(folder, arm, result.seed, result, result.status, problem)
 
     @property
@@ -128,7 +129,9 @@ class ArmRun:
 
     @property
     def is_scored(self) -> bool:
-        return self.result is not None and self.result.val_bpb_artifact is not None
+        """And the score is of what was asked for."""
+        row = self.result
+        return row is not None and row.val_bpb_artifact is not None and not row.qat_never_started
 
     @property
     def is_qat(self) -> bool:
@@ -203,6 +206,10 @@ class StudyFiles:
             row["storing_code"],
             again,
         )
+
+    def stores(self, arm: str) -> dict[str, StoreSettings]:
+        """More ways in which the study stores what the arm trained."""
+        return {name: s for name, s in self.study.settings.stores.items() if s.is_of(arm)}
 
     def target(self, run: ArmRun, store: StoreSettings | None = None) -> Settings:
         return storage_of(run.row.settings, self.study.settings, store or StoreSettings())

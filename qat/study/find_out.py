@@ -1,14 +1,16 @@
 """From runs to what they say: treatments, comparisons, ledgers, curves.
 
 Pairs are runs of one seed. A treatment is compared with its baseline stored in the same way and, if
-a study asks for it, with the baseline that the budget solver stores in as many bytes: both are
-files, written once, read back and scored. No seed is left out: one without a score is named with
+a study asks for it, with the baseline that the budget solver stores in as many bytes; QAT as it
+stored itself also with the baseline by each of the study's stores on the same grid. All are files,
+written once, read back and scored. No seed is left out: one without a score is named with
 the reason. Of several runs of one seed the mean counts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean
@@ -20,7 +22,16 @@ from qat.errors import TrainingError, UserError
 from qat.runs.provenance import short
 from qat.runs.result import Result, arm_label, differing, row_of, row_without_result
 from qat.study.curves import curve_of
-from qat.study.files import NO_ARM, ArmRun, StoredFile, StudyFiles, Target, as_large, mean_file
+from qat.study.files import (
+    NO_ARM,
+    ArmRun,
+    StoredFile,
+    StudyFiles,
+    Target,
+    as_large,
+    fills_limit,
+    mean_file,
+)
 from qat.study.findings import Contrast, Findings, Treatment, headline_of
 from qat.study.law import BestShare, best_share
 from qat.study.ledger import Twin, ledger_of
@@ -28,6 +39,7 @@ from qat.study.significance import bar_in_bpb, verdict
 from qat.study.study import EQUAL_STEPS, Study
 
 Row = dict[str, Any]
+DIFF = "dirty.diff"  # in the folder of a run of uncommitted code
 FEWEST_SHARES = 3  # that are a curve
 
 
@@ -39,6 +51,7 @@ class PairedRun:
     file: StoredFile | None = None
     baselines: list[tuple[ArmRun, StoredFile]] = field(default_factory=list)
     as_large: StoredFile | None = None
+    by_store: dict[str, StoredFile] = field(default_factory=dict)  # of QAT as it stored itself
     problem: str | None = None  # why it is not in the comparison
     notes: list[str] = field(default_factory=list)
 
@@ -51,31 +64,62 @@ def pair_of(files: StudyFiles, run: ArmRun, store: str | None) -> PairedRun:
     """A scored run, stored in one way."""
     settings = files.study.settings
     pair, target = PairedRun(run), files.target(run, settings.stores[store] if store else None)
+    pair.notes += _other_settings(files, run)
     try:
         pair.file = files.stored(run, Target(target))
         if store is None and files.is_baseline(run):
             return pair
         for base in files.baselines(run):
-            try:
+            with _noted(pair, f"baseline {base.folder.name} has no file on this grid"):
                 file = files.reference(base, run, target)
-            except (UserError, TrainingError) as error:
-                pair.notes.append(f"baseline {base.folder.name} has no file on this grid: {error}")
-                continue
-            pair.baselines.append((base, file))
-            pair.notes += _other_code(pair, base, file)
+                pair.baselines.append((base, file))
+                pair.notes += _other_code(pair, base, file)
         if not pair.baselines:
             pair.problem = "; ".join(pair.notes)
-        elif settings.equal_bytes and run.is_qat:
+        elif run.is_qat:
             base = pair.baselines[0][0]
-            total = pair.file.total_bytes
-            filled = as_large(files.target(base), run.row.settings, target, total)
-            pair.as_large = files.stored(base, filled)
+            if settings.equal_bytes:
+                with _noted(pair, f"{base.folder.name} has no file of as many bytes"):
+                    filled = as_large(files.target(base), pair.file.total_bytes)
+                    pair.as_large = files.stored(base, filled)
+            if store is None:
+                _add_by_store(files, pair, base)
     except (UserError, TrainingError) as error:
         pair.problem = str(error)
         pair.notes.append(pair.problem)
     if len(pair.baselines) > 1:
         pair.notes.append(f"against the mean of {len(pair.baselines)} baselines")
     return pair
+
+
+@contextmanager
+def _noted(pair: PairedRun, what: str) -> Iterator[None]:
+    """A file that cannot be made is said, and the comparison that it was for left out."""
+    try:
+        yield
+    except (UserError, TrainingError) as error:
+        pair.notes.append(f"{what}: {error}")
+
+
+def _add_by_store(files: StudyFiles, pair: PairedRun, base: ArmRun) -> None:
+    """The baseline by each of the study's stores on the run's grid: what could be done in place of
+    QAT. Not by one that fills a limit: as many bytes are what ``as_large`` is for."""
+    for name, store in files.stores(pair.run.arm).items():
+        target = files.target(pair.run, store)
+        if not fills_limit(pair.run.row.settings, target):
+            with _noted(pair, f"{base.folder.name} has no file by {name}"):
+                pair.by_store[name] = files.reference(base, pair.run, target)
+
+
+def _other_settings(files: StudyFiles, run: ArmRun) -> list[str]:
+    """What a reader should know if the seeds of an arm were trained in different ways."""
+    first = files.of(run.arm)[0]
+    ours, theirs = run.row.conditions, first.row.conditions
+    said = f"in {first.folder.name}: not one training"
+    return [
+        f"{name} = {ours.get(name)}, and {theirs.get(name)} {said}"
+        for name in differing(ours, theirs, ("seed", "hardware"))
+    ]
 
 
 def _other_code(pair: PairedRun, base: ArmRun, file: StoredFile) -> list[str]:
@@ -85,42 +129,74 @@ def _other_code(pair: PairedRun, base: ArmRun, file: StoredFile) -> list[str]:
     if commits[0] != commits[1]:
         ours, theirs = map(short, commits)
         notes.append(f"trained by commit {ours}, {base.folder.name} by {theirs}")
+    elif commits[0].endswith("dirty") and _changes(pair.run) != _changes(base):
+        ours = commits[0][:9]
+        notes.append(f"trained by {ours} with other uncommitted changes than {base.folder.name}")
     if None not in (makers := {pair.file.storing_code, file.storing_code}) and len(makers) > 1:
         notes.append(f"its file and that of {base.folder.name} were stored by different code")
     return notes
 
 
+def _changes(run: ArmRun) -> str | None:
+    """What its code had that its commit has not; files that git does not know are not in it."""
+    try:
+        return (run.folder / DIFF).read_text(encoding="utf-8")
+    except OSError:
+        return None
+
+
 def treatment_of(
     files: StudyFiles, arm: str, store: str | None, pairs: Sequence[PairedRun]
 ) -> Treatment | None:
-    """An arm's runs, stored in one way; None if none of its runs has a score."""
-    missing = {run.seed: run.problem or "no score" for run in files.runs
-               if run.arm == arm and not run.is_scored}  # fmt: skip
-    missing |= {pair.run.seed: pair.problem for pair in pairs if pair.problem}
-    scores = _by_seed([(pair.run.seed, pair.file) for pair in pairs])
-    if not scores:
+    """An arm's runs, stored in one way; None if none of them was started."""
+    started = [run for run in files.runs if run.arm == arm]
+    if not started:
         return None
+    left_out = [(run.seed, run.problem or "no score") for run in started if not run.is_scored]
+    left_out += [(pair.run.seed, pair.problem) for pair in pairs if pair.problem]
+    taken = [pair for pair in pairs if not pair.problem]
+    seeds = {pair.run.seed for pair in taken}
+    noted = [(pair.run.seed, note) for pair in taken for note in pair.notes]
+    noted += [(s, f"a run of it was left out: {why}") for s, why in left_out if s in seeds]
+    scores = _by_seed([(pair.run.seed, pair.file) for pair in pairs])
     name = arm if store is None else f"{arm}/{store}"
     baseline = files.study.settings.baseline
     alike = [(pair, pair.alike) for pair in pairs]
     grids = ", ".join(sorted({file.grid for _, file in alike if file}))
-    notes = {pair.run.seed: "; ".join(pair.notes) for pair in pairs
-             if pair.notes and not pair.problem}  # fmt: skip
+    labels = [file.grid for file in scores.values()]
+    labels += [run.result.grid for run in started if run.result and store is None]
+    grid = next(iter(labels), "")
+    by_store = {
+        name: _contrast(
+            [(pair, pair.by_store.get(name)) for pair in pairs],
+            f"{baseline} by {name} on {other.grid or grid}",
+        )
+        for name, other in files.stores(arm).items()
+    }
     return Treatment(
         name=name,
         arm=arm,
         store=store,
-        grid=next(iter(scores.values())).grid,
-        is_qat=any(pair.run.is_qat for pair in pairs),
+        grid=grid,
+        is_qat=any(run.is_qat for run in started),
         val_bpb={seed: file.val_bpb for seed, file in scores.items()},
         total_bytes={seed: file.total_bytes for seed, file in scores.items()},
-        missing_seeds=missing,
+        missing_seeds=_joined((s, why) for s, why in left_out if s not in seeds),
         alike=_contrast(alike, f"{baseline} on {grids}"),
         equal_bytes=_contrast(
             [(pair, pair.as_large) for pair in pairs], f"{baseline} filled to {name}'s bytes"
         ),
-        notes=notes,
+        by_store={name: found for name, found in by_store.items() if found is not None},
+        notes=_joined(noted),
     )
+
+
+def _joined(said: Iterable[tuple[int, str]]) -> dict[int, str]:
+    """By seed, each thing once."""
+    by_seed: dict[int, dict[str, None]] = {}
+    for seed, words in said:
+        by_seed.setdefault(seed, {})[words] = None
+    return {seed: "; ".join(words) for seed, words in by_seed.items()}
 
 
 def _by_seed(found: Sequence[tuple[int, StoredFile | None]]) -> dict[int, StoredFile]:
@@ -170,8 +246,7 @@ def _findings(files: StudyFiles, commands: list[str]) -> Findings:
     treatments, ledgers = [], []
     pairs: dict[Path, PairedRun] = {}  # of runs as they stored themselves
     for arm in study.arms:
-        stores = [name for name, s in study.settings.stores.items() if s.is_of(arm)]
-        for store in (None, *stores):
+        for store in (None, *files.stores(arm)):
             found = [pair_of(files, run, store) for run in files.of(arm)]
             pairs |= {pair.run.folder: pair for pair in found if store is None}
             treatment = treatment_of(files, arm, store, found)
@@ -183,18 +258,24 @@ def _findings(files: StudyFiles, commands: list[str]) -> Findings:
     curves = [curve_of(arm, {run.folder: run.row for run in files.of(arm)})
               for arm in study.settings.arms and study.arms if files.of(arm)]  # fmt: skip
     results = [run.result for run in files.runs if run.result]
-    shares = _best_shares(files)
-    has_clock = study.settings.clock == "priced" or any(
-        result.settings["budget_seconds"] is not None for result in results
-    )
+    shares = best_shares(files)
+    budget_seconds = results[0].settings["budget_seconds"] if results else None
+    priced_steps = _priced_steps(results)
     return Findings(
         name=study.name,
         question=study.settings.question,
-        headline=headline_of(treatments, ledgers, shares, has_clock),
+        headline=headline_of(
+            treatments,
+            ledgers,
+            shares,
+            budget_seconds is not None or priced_steps is not None,
+            {name: s.grid for name, s in study.settings.stores.items() if s.grid is not None},
+        ),
         best_shares=shares,
         baseline=study.settings.baseline,
         seeds=sorted({run.seed for run in files.runs if run.arm != NO_ARM}),
-        budget_seconds=results[0].settings["budget_seconds"] if results else None,
+        budget_seconds=budget_seconds,
+        priced_steps=priced_steps,
         hardware=sorted({r.hardware for r in results}),
         commits=sorted({r.commit for r in results}),
         commands=commands,
@@ -205,39 +286,65 @@ def _findings(files: StudyFiles, commands: list[str]) -> Findings:
     )
 
 
-def _best_shares(files: StudyFiles) -> dict[str, BestShare]:
-    """Grid -> the best share of QAT, where three arms or more differ in the start alone. Seeds that
-    one of them lacks are left out."""
-    starts = ("qat.start_step", "qat.start_fraction", "qat.start_lr_scale", "schedule.update_price",
-              "schedule.qat_update_price")  # fmt: skip
-    first: dict[str, ArmRun] = {}
-    found: dict[str, dict[float, dict[int, float]]] = {}
-    tokens: dict[str, list[float]] = {}
+def _priced_steps(results: Sequence[Result]) -> int | None:
+    """What runs on a priced clock had to spend, in updates of the baseline; None without one."""
+    for result in results:
+        schedule = result.settings.get("schedule", {})
+        if {schedule.get("update_price", 1.0), schedule.get("qat_update_price", 1.0)} != {1.0}:
+            steps: int | None = result.settings["max_steps"]
+            return steps
+    return None
+
+
+STARTS = ("qat.start_step", "qat.start_fraction", "qat.start_lr_scale", "schedule.update_price",
+          "schedule.qat_update_price")  # fmt: skip
+
+
+def best_shares(files: StudyFiles) -> dict[str, BestShare]:
+    """Grid -> the best share of QAT, where three or more were tried by arms that differ in the
+    start alone; of a further kind of arm on one grid the key says how it differs from the first.
+    Arms of one share are taken together. Seeds that a share lacks are left out."""
+    kinds: list[tuple[ArmRun, dict[float, list[ArmRun]]]] = []  # its first run, and runs by share
     for arm in files.study.settings.arms and files.study.arms:
         runs = [run for run in files.of(arm) if run.is_qat]
         if not runs:
             continue
-        grid = runs[0].row.grid
-        if not _of_same_kind(runs[0], first.setdefault(grid, runs[0]), starts):
-            continue
         share = mean(run.row.qat_steps / run.row.steps for run in runs)  # type: ignore[operator]
-        found.setdefault(grid, {})[share] = {
-            run.seed: run.row.val_bpb_artifact for run in runs if run.row.val_bpb_artifact
-        }
-        tokens.setdefault(grid, []).extend(
-            run.row.tokens_per_parameter_byte for run in runs if run.row.tokens_per_parameter_byte
+        same = [by_share for first, by_share in kinds if not _unlike(runs[0], first)]
+        if same:
+            same[0].setdefault(share, []).extend(runs)
+        else:
+            kinds.append((runs[0], {share: runs}))
+    best: dict[str, BestShare] = {}
+    first_on: dict[str, ArmRun] = {}
+    for first, by_share in kinds:
+        scores = {share: _scores(runs) for share, runs in by_share.items()}
+        seeds = sorted(set.intersection(*map(set, scores.values())))
+        tokens = [run.row.tokens_per_parameter_byte for runs in by_share.values() for run in runs
+                  if run.row.tokens_per_parameter_byte]  # fmt: skip
+        if len(scores) < FEWEST_SHARES or not seeds or not tokens:
+            continue
+        other = first_on.setdefault(first.row.grid, first)
+        differs = (f", {name} = {first.row.conditions.get(name)}" for name in _unlike(first, other))
+        best["".join([first.row.grid, *differs])] = best_share(
+            {share: [of[seed] for seed in seeds] for share, of in scores.items()}, mean(tokens)
         )
-    best = {}
-    for grid, by_share in found.items():
-        seeds = sorted(set.intersection(*map(set, by_share.values())))
-        if len(by_share) >= FEWEST_SHARES and seeds and tokens[grid]:
-            scores = {share: [of[seed] for seed in seeds] for share, of in by_share.items()}
-            best[grid] = best_share(scores, mean(tokens[grid]))
     return best
 
 
-def _of_same_kind(one: ArmRun, other: ArmRun, apart_from: Sequence[str]) -> bool:
-    return not differing(one.row.conditions, other.row.conditions, ("seed", *apart_from))
+def _unlike(one: ArmRun, other: ArmRun) -> list[str]:
+    """Names of what two runs differ in beside seed and start."""
+    grid = [] if one.row.grid == other.row.grid else ["grid"]
+    return grid + differing(one.row.conditions, other.row.conditions, ("seed", *STARTS))
+
+
+def _scores(runs: Sequence[ArmRun]) -> dict[int, float]:
+    """By seed the mean of its runs."""
+    by_seed: dict[int, list[float]] = {}
+    for run in runs:
+        if run.row.val_bpb_artifact is not None:
+            by_seed.setdefault(run.seed, []).append(run.row.val_bpb_artifact)
+    return {seed: mean(found) for seed, found in by_seed.items()}
 
 
 def _twins(files: StudyFiles, arm: str) -> list[Twin]:

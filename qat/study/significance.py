@@ -32,11 +32,13 @@ MAX_SEEDS = 1_000  # beyond, nobody would run it
 
 @dataclass(frozen=True)
 class Effect:
-    """Mean over seeds and its 95 % interval (None with one seed)."""
+    """Mean over seeds, its 95 % interval and two-sided p (None with one seed)."""
 
     mean: float
     low: float | None
     high: float | None
+    p_value: float | None = None
+    num_seeds: int = 1
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,8 @@ def interval(values: Sequence[float]) -> Effect:
         return Effect(mean, None, None)
     error = float(np.std(values, ddof=1)) / math.sqrt(count)
     margin = float(stats.t.ppf(1 - LEVEL / 2, count - 1)) * error
-    return Effect(mean, mean - margin, mean + margin)
+    p_value = _two_sided(mean, error, count - 1)
+    return Effect(mean, mean - margin, mean + margin, p_value, count)
 
 
 def verdict(arm: Sequence[float], baseline: Sequence[float], bar_bpb: float) -> Verdict:
@@ -95,7 +98,7 @@ def verdict(arm: Sequence[float], baseline: Sequence[float], bar_bpb: float) -> 
         mean=mean,
         low=around.low,
         high=around.high,
-        p_value=_two_sided(mean, error, count - 1),
+        p_value=around.p_value,
         p_welch=_welch(arm, baseline),
         p_over_bar=_one_sided(mean + bar_bpb, error, count - 1),
         bar_bpb=bar_bpb,

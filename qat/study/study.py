@@ -34,7 +34,6 @@ from qat.runs.run_folder import (
 )
 from qat.runs.store_again import export_again, storage_of
 from qat.settings.command_line import Start
-from qat.settings.options import read_study
 from qat.settings.schema import (
     ForkSettings,
     QatSettings,
@@ -92,8 +91,7 @@ def begin(sweep: Sweep) -> list[Start]:
     if sweep.study is None:
         _check_plain(sweep)
         return [Start() for _ in sweep.jobs]
-    settings = read_study(sweep.study)
-    assert settings is not None
+    settings: StudySettings = sweep.jobs[0][0].study  # the design, and what was typed beside it
     path = study_file(sweep.folder, sweep.study)
     known = Study.read(path) if path.is_file() else Study(sweep.study, settings, [], [])
     jobs = [(str(choices["arm"]), s) for s, choices in sweep.jobs]
@@ -103,8 +101,7 @@ def begin(sweep: Sweep) -> list[Start]:
     prices = prices_of(list_of_prices, jobs, settings.baseline)
     if prices is not None:
         jobs = [(arm, at_price(s, prices, arm)) for arm, s in jobs]
-    for arm, s in jobs:
-        _check_same(s, arm)
+    _check_same(sweep.folder, jobs)
     asked = dict.fromkeys([*known.arms, *(arm for arm, _ in jobs)])
     arms = sorted(asked, key=lambda arm: [*settings.arms, *asked].index(arm))
     commands = list(dict.fromkeys([*known.commands, sweep.command]))
@@ -236,35 +233,47 @@ def studies_in(folder: Path) -> list[Study]:
     """
     if files := sorted(folder.glob(f"*{SUFFIX}")):
         return [Study.read(file) for file in files]
-    arms: dict[str, dict[str, None]] = {}
+    studies: dict[str, Study] = {}
     for run in run_folders(folder):
-        choices = read_config(run, "study")[1]
-        experiment, arm = choices.get("experiment"), choices.get("arm")
-        if experiment and arm:
-            arms.setdefault(experiment, {})[arm] = None
-    found = [(name, read_study(name), of_one) for name, of_one in arms.items()]
-    studies = [Study(name, s, [*of_one], []) for name, s, of_one in found if s is not None]
+        config, choices = read_config(run, "study")
+        name, arm = choices.get("experiment"), choices.get("arm")
+        if name and arm:
+            if name not in studies:
+                studies[name] = Study(name, from_yaml(config, str(run)).study, [], [])
+            if arm not in studies[name].arms:
+                studies[name].arms.append(arm)
     if not studies:
         raise UserError(f"study={folder}: no study there; give the folder of a study's sweep")
-    return studies
+    return [*studies.values()]
 
 
 def run_name(arm: str, seed: int) -> str:
     return f"{arm}_s{seed}"
 
 
-def _check_same(s: TrainSettings, arm: str) -> None:
-    """UserError if this arm and seed were run in the study's folder with other settings."""
-    folder = Path(s.runs_dir) / s.sweep_name / run_name(arm, s.seed)
-    if not (folder / CONFIG).is_file():
-        return
-    there = conditions(asdict(from_yaml(read_config(folder, "sweep_name")[0], str(folder))))
-    asked = conditions(asdict(replace(s, data=absolute_paths(s.data))))
-    for key in differing(there, asked):
-        raise UserError(
-            f"sweep_name={s.sweep_name}: {folder.name} was run there with {key} = "
-            f"{there.get(key)}, not {asked.get(key)}; give another sweep_name"
-        )
+def _check_same(folder: Path, jobs: Sequence[tuple[str, TrainSettings]]) -> None:
+    """UserError if an arm was run in the study's folder, or is asked for, with other settings: its
+    seeds are taken together."""
+    there: dict[str, list[tuple[str, dict[str, Any]]]] = {}
+    for run in run_folders(folder) if folder.exists() else ():
+        config, choices = read_config(run, "sweep_name")
+        of_arm = there.setdefault(str(choices.get("arm")), [])
+        of_arm.append((run.name, conditions(asdict(from_yaml(config, str(run))))))
+    first: dict[str, dict[str, Any]] = {}
+    for arm, s in jobs:
+        asked = conditions(asdict(replace(s, data=absolute_paths(s.data))))
+        name = run_name(arm, s.seed)
+        for of_run, settings in there.get(arm, ()):
+            for key in differing(settings, asked, ("seed",)):
+                raise UserError(
+                    f"sweep_name={folder.name}: {of_run} was run there with {key} = "
+                    f"{settings.get(key)}, not {asked.get(key)}; give another sweep_name"
+                )
+        for key in differing(first.setdefault(arm, asked), asked, ("seed",)):
+            raise UserError(
+                f"sweep_name={folder.name}: {name} is asked for with {key} = "
+                f"{first[arm].get(key)} and {asked.get(key)}; give each a sweep_name"
+            )
 
 
 def run_in_sweep(s: TrainSettings, job: Job, run_one: RunOne) -> int:
@@ -294,8 +303,9 @@ def run_in_sweep(s: TrainSettings, job: Job, run_one: RunOne) -> int:
     except (UserError, TrainingError) as error:
         log.error("error: %s", error)
         return error.exit_code
-    # Where updates are counted the baseline itself is the run of as many of them.
-    if s.ledger == "full" and result.qat_steps and s.budget_seconds is not None:
+    # An arm that made all its max_steps has lost none: the baseline is the run of as many.
+    is_cut_short = s.budget_seconds is not None or result.steps != s.max_steps
+    if s.ledger == "full" and result.qat_steps and is_cut_short:
         code = max(code, _run_equal_steps(s, job, folder, result, run_one))
     return code
 
@@ -325,11 +335,13 @@ def _run_equal_steps(s: TrainSettings, job: Job, arm: Path, result: Result, run_
         qat=QatSettings(enabled=False),
         budget_seconds=None,
         max_steps=result.steps,
+        schedule=replace(s.schedule, update_price=1.0, qat_update_price=1.0),
         run_name=EQUAL_STEPS,
         fork=ForkSettings(),
         logger=replace(s.logger, group=group),
     )
     choices = {**job.choices, "qat": "none", "arm": None}
-    asked = [*job.overrides, "qat=none", "budget_seconds=null", f"max_steps={result.steps}"]
+    asked = [*job.overrides, "qat=none", "budget_seconds=null", f"max_steps={result.steps}",
+             "schedule.update_price=1.0", "schedule.qat_update_price=1.0"]  # fmt: skip
     again_job = replace(job, choices=choices, overrides=asked, sweep_dir=arm)
     return _run_once(again, again_job, arm / EQUAL_STEPS, run_one)

@@ -246,7 +246,7 @@ def test_the_verdict_table_says_what_the_verdicts_say() -> None:
     assert alone[7:] == ["–"] * 6
     report = page_of("plain")
     assert "seed 9: the clock ended before the first step" in report
-    assert "To know of pairs" not in report
+    assert "To know of runs" not in report
     noted = replace(findings.treatments[1], notes={2: "trained by commit a, none_s2 by b"})
     assert f"{noted.name}, seed 2: trained by commit a, none_s2 by b" in markdown(
         replace(findings, treatments=[noted])

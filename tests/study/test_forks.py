@@ -26,7 +26,7 @@ from qat.study import prices
 from qat.study.find_out import find_out
 from qat.study.forks import Fork, find_forks, kept_by
 from qat.study.prices import Price, Prices, given, median_interval, what_costs
-from qat.study.study import Study
+from qat.study.study import Study, studies_in
 from tests.conftest import Done
 from tests.runs.test_fork import same_run
 
@@ -143,6 +143,7 @@ def test_nothing_goes_on_from_what_was_not_kept(settings: TrainSettings) -> None
     assert not find_forks(runs, lambda name, step: (name, step) != ("none_s1", 500))
 
 
+QUIET = Console(quiet=True)
 ASKED = ("-m", "experiment=start", "arm=none,int6,int4", "seed=1,2", "sweep_name=s")
 
 
@@ -181,7 +182,7 @@ def test_a_trunk_that_kept_nothing_costs_only_time(study: Callable[..., Done]) -
 
 def test_a_priced_study_counts_what_updates_cost(study: Callable[..., Done]) -> None:
     priced = ("study.clock=priced", "study.prices={int6: 1.5, int4: [1.0, 2.0]}", "seed=1")
-    done = study(*priced)
+    done = study(*priced, "ledger=full")
     assert done.code == 0, done.err
     steps = {}
     for arm in ("none", "int6", "int4"):
@@ -190,6 +191,23 @@ def test_a_priced_study_counts_what_updates_cost(study: Callable[..., Done]) -> 
         steps[arm] = row.steps, row.qat_steps
     # 12 updates, 6 of them before the switch: the other 6 buy 4 at 1.5, 3 at 2.
     assert steps == {"none": (12, 0), "int6": (10, 4), "int4": (9, 3)}
+    equal = {path.parent.name: Result.read(path) for path in (RUNS / "s").glob("*/equal_steps")}
+    assert {arm: (row.steps, row.qat_steps) for arm, row in equal.items() if row} == {
+        "int6_s1": (10, 0), "int4_s1": (9, 0),
+    }  # fmt: skip
+    file = RUNS / "s" / "start.study.json"
+    findings = find_out(RUNS / "s", Study.read(file), QUIET)
+    assert findings.headline.startswith("At equal wallclock and stored in the same way")
+    assert "; at equal updates, as if QAT took no time, it is" in findings.headline
+    assert all(ledger.is_measured for ledger in findings.ledgers)
+    report = (RUNS / "s" / "start" / "REPORT.md").read_text()
+    assert "- Clock: what 12 updates of none take, at the prices of each arm's\n" in report
+    said = Study.read(file).settings
+    assert (said.clock, said.prices) == ("priced", {"int6": 1.5, "int4": [1.0, 2.0]})
+    file.rename(file.with_suffix(".kept"))
+    (of_runs,) = studies_in(RUNS / "s")  # as if they had been put there one by one
+    assert (of_runs.settings, of_runs.arms) == (said, ["int4", "int6", "none"])
+    file.with_suffix(".kept").rename(file)
     done = study("study.clock=priced", "study.prices={int6: 1.4, int4: 2}", "seed=1")
     assert done.code == 2
     assert "sweep_name=s: int6_s1 was run there with schedule.qat_update_price = 1.5" in done.err
@@ -367,7 +385,7 @@ def test_a_priced_clock_agrees_with_that_of_the_wall(train: Callable[..., Done])
         done = train(*asked, f"sweep_name={clock}", f"study.clock={clock}")
         assert done.code == 0, done.err
         folder = RUNS / clock
-        findings = find_out(folder, Study.read(folder / "pair.study.json"), Console(quiet=True))
+        findings = find_out(folder, Study.read(folder / "pair.study.json"), QUIET)
         (int4,) = (t for t in findings.treatments if t.name == "int4")
         assert int4.alike is not None
         verdicts[clock] = int4.alike.verdict

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from qat.runs.result import conditions, differing
-from qat.study.files import Target, beside
+from qat.study.files import Target, as_large, beside
 
 ROUNDED = {"fill": False, "coder": "mix"}
 FILLED = ROUNDED | {"fill": True}
@@ -45,3 +45,12 @@ def test_beside_what_fills_a_limit_the_solver_fills_it_too() -> None:
     assert (target.settings["grid"], target.settings["artifact"]) == ("int8", FILLED)
     alike = settings(ROUNDED, 1000, "int6")
     assert beside(own, alike, alike) == Target(alike, None)
+
+
+def test_at_equal_bytes_the_baseline_has_those_of_the_file() -> None:
+    """Of what fell short of its limit too: training to bytes may leave a fifth of it."""
+    own = settings(ROUNDED, 9000)
+    target = as_large(own, 820)
+    assert target.limit_bytes == 820
+    assert target.settings["artifact"] == FILLED | {"method": "round", "gptq_bit_price": 0.0}
+    assert target.settings["grid"] == "int8"

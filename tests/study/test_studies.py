@@ -24,6 +24,7 @@ from qat.settings.arguments import groups
 from qat.settings.arms import with_arms
 from qat.settings.command_line import register
 from qat.settings.options import CONF, read_study
+from qat.study import files
 from qat.study.find_out import find_out
 from qat.study.findings import Findings
 from qat.study.study import Study
@@ -114,6 +115,44 @@ def test_treatments_are_arms_and_stores(gptq: tuple[Path, Done]) -> None:
                 assert delta == pytest.approx(t.val_bpb[seed] - base[seed], abs=1e-12)
 
 
+def test_qat_is_compared_with_what_each_store_makes_of_the_baseline(
+    gptq: tuple[Path, Done],
+) -> None:
+    """QAT rounded on its grid: does it beat GPTQ of the baseline on the same grid?"""
+    findings = found(gptq[0])
+    treatments = {t.name: t for t in findings.treatments}
+    by_store = treatments["int6"].by_store
+    assert {name: contrast.against for name, contrast in by_store.items()} == {
+        "sdclip": "none by sdclip on int6_sdclip", "gptq": "none by gptq on int6",
+    }  # fmt: skip
+    assert [name for name, t in treatments.items() if t.by_store] == ["int6"]
+    for name, contrast in by_store.items():
+        assert contrast.val_bpb == treatments[f"none/{name}"].val_bpb
+        for seed, delta in contrast.by_seed.items():
+            ours = treatments["int6"].val_bpb[seed]
+            assert delta == pytest.approx(ours - contrast.val_bpb[seed], abs=1e-12)
+    assert "; beside gptq of the baseline on the same grid it is " in findings.headline
+    assert "; beside sdclip of the baseline on int6_sdclip it is " in findings.headline
+    report = (gptq[0] / "gptq" / "REPORT.md").read_text()
+    assert findings.headline in report
+    assert "| none by gptq on int6 |" in report
+
+
+def test_a_store_that_fills_a_limit_is_not_beside_what_qat_stored(
+    gptq: tuple[Path, Done], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "export_again", lambda *asked: {})
+    folder = own_copy(gptq[0], tmp_path)
+    file = folder / "gptq.study.json"
+    study = json.loads(file.read_text())
+    gptq_of_int6 = study["settings"]["stores"]["gptq"] | {"arms": ["int6"]}
+    study["settings"]["stores"] = {"gptq": gptq_of_int6, "full": gptq_of_int6 | {"fill": True}}
+    file.write_text(json.dumps(study))
+    treatments = {t.name: t for t in found(folder).treatments}
+    assert [*treatments] == ["none", "int6", "int6/gptq", "int6/full"]
+    assert [*treatments["int6"].by_store] == ["gptq"]
+
+
 def test_the_ledger_adds_up_and_equal_steps_are_measured(gptq: tuple[Path, Done]) -> None:
     """Bounded by steps no step is lost, so the baseline's equal-steps run is the baseline."""
     findings = found(gptq[0])
@@ -187,6 +226,71 @@ def test_every_started_seed_is_named(gptq: tuple[Path, Done], tmp_path: Path) ->
     }  # fmt: skip
 
 
+def test_a_seed_that_is_compared_is_not_called_missing(
+    gptq: tuple[Path, Done], tmp_path: Path, program: Callable[..., Done]
+) -> None:
+    """Its baseline is there as it is stored alike; no more files can be made of it."""
+    folder = own_copy(gptq[0], tmp_path)
+    file = folder / "gptq.study.json"
+    file.write_text(file.read_text().replace('"equal_bytes": false', '"equal_bytes": true'))
+    for seed in (1, 2):
+        (folder / f"none_s{seed}" / "checkpoint.ckpt").write_text("")
+    (known,) = (folder / "none_s1" / "exports").glob("int6+gptq_*.json")
+    known.unlink()
+    (folder / "none_s2" / "result.json").unlink()
+    assert program("eval.py", "task=report", "study=s").code == 0
+    (int6,) = (t for t in found(folder).treatments if t.name == "int6")
+    assert [*int6.alike.by_seed] == [1]
+    assert int6.missing_seeds == {2: "no baseline of this seed has a score"}
+    assert [*int6.notes] == [1]
+    assert "none_s1 has no file of as many bytes: " in int6.notes[1]
+    assert "none_s1 has no file by gptq: " in int6.notes[1]
+    report = (folder / "gptq" / "REPORT.md").read_text()
+    _, missing = report.split("Started, and not compared:\n\n")
+    assert "- int6, seed 2: no baseline of this seed has a score" in missing.split("\n\n")[0]
+    row = next(line for line in report.splitlines() if line.startswith("| int6 | int6 |"))
+    assert " | 1 of 2 | none on int6 | " in row
+
+
+def test_a_run_whose_qat_never_started_is_not_one_of_qat(
+    gptq: tuple[Path, Done], tmp_path: Path
+) -> None:
+    folder = own_copy(gptq[0], tmp_path)
+    change(folder / "int6_s1", qat_never_started=True, qat_steps=0)
+    findings = found(folder)
+    treatments = {t.name: t for t in findings.treatments}
+    for name in ("int6", "int6/gptq"):
+        assert treatments[name].missing_seeds == {1: "its QAT never started"}
+        assert [*treatments[name].alike.by_seed] == [*treatments[name].val_bpb] == [2]
+    (row,) = (row for row in findings.rows if row["run_name"] == "int6_s1")
+    assert "QAT NEVER STARTED" in row["note"]
+
+
+def test_an_arm_that_failed_in_all_seeds_is_in_the_table(
+    gptq: tuple[Path, Done], tmp_path: Path, program: Callable[..., Done]
+) -> None:
+    folder = own_copy(gptq[0], tmp_path)
+    for seed in (1, 2):
+        change(folder / f"int6_s{seed}", status="failed", error=f"no {seed}", val_bpb_artifact=None)
+        (folder / f"none_s{seed}" / "checkpoint.ckpt").write_text("")
+    shutil.rmtree(folder / "none_s2" / "exports")
+    treatments = {t.name: t for t in found(folder).treatments}
+    assert [*treatments] == [
+        "none", "none/sdclip", "none/gptq", "int6", "int6/sdclip", "int6/gptq",
+    ]  # fmt: skip
+    for name in ("int6", "int6/sdclip", "int6/gptq"):
+        dead = treatments[name]
+        assert (dead.val_bpb, dead.alike, dead.is_qat) == ({}, None, True)
+        assert dead.missing_seeds == {1: "no 1", 2: "no 2"}
+    assert [*treatments["none/sdclip"].val_bpb] == [1]
+    assert "checkpoint.ckpt" in treatments["none/sdclip"].missing_seeds[2]
+    assert program("eval.py", "task=report", "study=s").code == 0
+    report = (folder / "gptq" / "REPORT.md").read_text()
+    assert "| int6 | int6 | – | – | 0 |" in report
+    assert "| int6/gptq |  | – | – | 0 |" in report
+    assert "- int6/gptq, seed 2: no 2" in report
+
+
 def test_runs_of_other_machines_are_not_pairs(gptq: tuple[Path, Done], tmp_path: Path) -> None:
     folder = own_copy(gptq[0], tmp_path)
     change(folder / "int6_s1", hardware="another")
@@ -245,6 +349,34 @@ def test_other_settings_in_the_same_folder_are_refused(
     done = train(*ASKED, "max_steps=9")
     assert done.code == 2
     assert "sweep_name=s: none_s1 was run there with max_steps = 8, not 9" in done.err
+
+
+def test_seeds_of_an_arm_differ_in_nothing_else(
+    gptq: tuple[Path, Done], tmp_path: Path, train: Callable[..., Done]
+) -> None:
+    own_copy(gptq[0], tmp_path)
+    done = train(*ASKED, "seed=3", "max_steps=9")
+    assert done.code == 2
+    assert "sweep_name=s: none_s1 was run there with max_steps = 8, not 9" in done.err
+    done = train(*ASKED, "seed=3", "max_steps=8,9")
+    assert done.code == 2
+    done = train(*ASKED, "seed=3", "max_steps=8,9", "sweep_name=other")
+    assert done.code == 2
+    assert "sweep_name=other: none_s3 is asked for with max_steps = 8 and 9" in done.err
+    assert not (tmp_path / RUNS / "other").exists()
+
+
+def test_seeds_of_an_arm_that_differ_in_more_are_noted(
+    gptq: tuple[Path, Done], tmp_path: Path
+) -> None:
+    folder = own_copy(gptq[0], tmp_path)
+    for arm in ("none", "int6"):
+        settings = result_of(folder / f"{arm}_s2")["settings"]
+        change(folder / f"{arm}_s2", settings=settings | {"max_steps": 9}, hardware="another")
+    treatments = {t.name: t for t in found(folder).treatments}
+    for arm in ("none", "int6"):
+        assert treatments[arm].notes == {2: f"max_steps = 9, and 8 in {arm}_s1: not one training"}
+    assert [*treatments["int6"].alike.by_seed] == [1, 2]
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,14 @@ from rich.console import Console
 
 from qat.report.report_task import verdict_lines
 from qat.runs.result import Result
-from qat.study.find_out import find_out_runs
+from qat.settings.schema import StudySettings
+from qat.study.files import ArmRun, StudyFiles
+from qat.study.find_out import best_shares, find_out_runs
 from qat.study.findings import Findings
+from qat.study.law import BestShare
 from qat.study.significance import as_line, verdict
+from qat.study.study import Study
+from tests.conftest import result_of
 
 MADE = {
     "seed": 0, "max_steps": 8, "budget_seconds": None, "limit_bytes": 9000, "grid": {"bits": 6},
@@ -28,6 +34,7 @@ class Folder:
 
     def __init__(self, path: Path) -> None:
         self.path, self.runs = path, []
+        path.mkdir(exist_ok=True)
 
     def add(self, qat: str, seed: int, bpb: float | None, grid: str = "int6", **more: Any) -> None:
         settings = MADE | {"seed": seed} | ({} if qat == "none" else {"qat": QAT})
@@ -119,6 +126,14 @@ def test_failed_seeds_are_named(folder: Folder) -> None:
     assert folder.found.rows[-1]["status"] == "unfinished"
 
 
+def test_a_seed_that_failed_once_and_ran_again_is_not_missing(folder: Folder) -> None:
+    folder.pair(1, 1.20, -0.01)
+    folder.add("int6", 1, None, status="failed", error="no disk")
+    (int6,) = (t for t in folder.found.treatments if t.is_qat)
+    assert int6.missing_seeds == {}
+    assert int6.notes == {1: "a run of it was left out: no disk"}
+
+
 def test_runs_of_other_code_are_pairs_with_a_note(folder: Folder) -> None:
     """And files that other code stored; what is not known is not said."""
     folder.pair(1, 1.2, -0.01, storing_code="a")
@@ -139,3 +154,62 @@ def test_runs_of_other_code_are_pairs_with_a_note(folder: Folder) -> None:
     (int6,) = (t for t in folder.found.treatments if t.alike)
     assert int6.notes == {3: notes[3], 4: said}
     assert [*int6.alike.by_seed] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    ("diffs", "note"),
+    [
+        (("+a = 1\n", "+a = 2\n"), "trained by 012345678 with other uncommitted changes than r00"),
+        (("+a = 1\n", None), "trained by 012345678 with other uncommitted changes than r00"),
+        (("+a = 1\n", "+a = 1\n"), ""),
+        ((None, None), ""),  # nothing but new files
+    ],
+)
+def test_two_dirty_trees_of_one_commit_are_one_code_if_their_changes_are(
+    diffs: tuple[str | None, str | None], note: str, folder: Folder
+) -> None:
+    folder.pair(1, 1.2, -0.01, commit="0123456789abc-dirty")
+    for run, diff in zip(folder.runs, diffs, strict=True):
+        if diff is not None:
+            (run / "dirty.diff").write_text(diff)
+    assert folder.found.rows[-1]["note"] == note
+
+
+def shares_of(folder: Folder, arms: dict[str, dict[str, Any]]) -> dict[str, BestShare]:
+    """Of a study of arms with two seeds each: ``last``, the updates with QAT of 8, and settings."""
+    for arm, changed in arms.items():
+        more = {"steps": 8, "qat_steps": changed.pop("last"), "tokens_per_parameter_byte": 4.0}
+        bpb = changed.pop("bpb")
+        for seed in (1, 2):
+            settings = {"qat": QAT | {"start_step": 8 - more["qat_steps"]}} | changed
+            folder.add("int6", seed, bpb + seed / 100, arm=arm, settings=settings, **more)
+    study = Study("s", StudySettings(arms={arm: {} for arm in arms}), [*arms], [])
+    runs = [replace(ArmRun.read(run), arm=result_of(run)["arm"]) for run in folder.runs]
+    return best_shares(StudyFiles(runs, study, Console(quiet=True)))
+
+
+def test_arms_of_one_share_are_taken_together(folder: Folder) -> None:
+    """The better of them alone would win."""
+    found = shares_of(folder, {
+        "a": {"last": 2, "bpb": 1.2}, "b": {"last": 4, "bpb": 1.4}, "c": {"last": 6, "bpb": 1.3},
+        "again": {"last": 4, "bpb": 1.1},
+    })  # fmt: skip
+    assert {grid: best.share for grid, best in found.items()} == {"int6": 0.25}
+
+
+def test_each_kind_of_arm_has_a_best_share_of_its_own(folder: Folder) -> None:
+    """The first arm of a grid, of another kind, hides none of them."""
+    ema = {"averaging": {"kind": "ema"}}
+    found = shares_of(folder, {
+        "ema": {"last": 4, "bpb": 1.0} | ema,
+        "a": {"last": 2, "bpb": 1.2}, "b": {"last": 4, "bpb": 1.3}, "c": {"last": 6, "bpb": 1.1},
+    })  # fmt: skip
+    assert {grid: best.share for grid, best in found.items()} == {"int6": 0.75}
+    found = shares_of(Folder(folder.path / "n"), {
+        "a": {"last": 2, "bpb": 1.2}, "b": {"last": 4, "bpb": 1.3}, "c": {"last": 6, "bpb": 1.1},
+        "d": {"last": 2, "bpb": 1.2} | ema, "e": {"last": 4, "bpb": 1.0} | ema,
+        "f": {"last": 6, "bpb": 1.1} | ema,
+    })  # fmt: skip
+    assert {grid: best.share for grid, best in found.items()} == {
+        "int6": 0.75, "int6, averaging.kind = ema": 0.5,
+    }  # fmt: skip
