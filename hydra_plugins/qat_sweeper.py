@@ -75,11 +75,10 @@ class CheckedSweeper(BasicSweeper):
         assert self.hydra_context is not None
         config, loader = self.config, self.hydra_context.config_loader
         launcher = config.hydra.runtime.choices["hydra/launcher"]
-        if launcher == "parallel" and self.max_batch_size is None:
-            self.max_batch_size = 2  # submitit starts all it is given: give it pairs
         if launcher == "parallel":
+            self.max_batch_size = self.max_batch_size or 2  # submitit starts all it is given
             # Runs that each start a thread for every core take four times as long.
-            threads = max(1, len(os.sched_getaffinity(0)) // self.max_batch_size)
+            threads = max(1, (os.cpu_count() or 1) // self.max_batch_size)
             os.environ.setdefault("OMP_NUM_THREADS", str(threads))
         if launcher == "ray_local":
             os.environ.update(RAY_KEEPS_TO_ITSELF)
