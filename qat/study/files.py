@@ -9,6 +9,7 @@ there already is used again.
 from __future__ import annotations
 
 import glob
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -144,6 +145,7 @@ class StudyFiles:
     def __init__(self, runs: Iterable[ArmRun], study: Study, console: Console) -> None:
         self.runs = list(runs)
         self.study, self.console = study, console
+        self._stored: dict[tuple[Path, str], StoredFile] = {}
 
     @staticmethod
     def of_study(folder: Path, study: Study, console: Console) -> StudyFiles:
@@ -189,10 +191,17 @@ class StudyFiles:
         return [run for run in self.runs if run.arm == arm and run.is_scored]
 
     def stored(self, run: ArmRun, target: Target) -> StoredFile:
-        """The run as ``target`` says: its own file, or one made of its checkpoint.
+        """The run as ``target`` says: its own file, or one made of its checkpoint. Looked for once:
+        many arms are compared with one file of their baseline.
 
         UserError or TrainingError if it cannot be made.
         """
+        key = run.folder, json.dumps(target)
+        if key not in self._stored:
+            self._stored[key] = self._made(run, target)
+        return self._stored[key]
+
+    def _made(self, run: ArmRun, target: Target) -> StoredFile:
         row, again = asdict(run.row), None
         if not target.is_file_of(row["settings"]):
             budget = Budget(target.limit_bytes or row["limit_bytes"], count_code_bytes())

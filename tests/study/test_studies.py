@@ -138,6 +138,21 @@ def test_qat_is_compared_with_what_each_store_makes_of_the_baseline(
     assert "| none by gptq on int6 |" in report
 
 
+def test_a_report_asks_for_each_file_once(
+    gptq: tuple[Path, Done], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Arms on one grid are compared with one file of their baseline."""
+    asked = []
+
+    def remember(folder: Path, result: object, target: object, *more: object) -> dict:
+        asked.append((folder.name, json.dumps(target)))
+        return {}
+
+    monkeypatch.setattr(files, "export_again", remember)
+    found(gptq[0])
+    assert len(asked) == len(set(asked)) == 10  # two stores of four runs, and two baselines on int6
+
+
 def test_a_store_that_fills_a_limit_is_not_beside_what_qat_stored(
     gptq: tuple[Path, Done], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
