@@ -25,6 +25,7 @@ from qat.runs import provenance
 CONFIG, OVERRIDES, LOG, CHECKPOINT = "config.yaml", "overrides.yaml", "train.log", "checkpoint.ckpt"
 CHOICES, EXPORTS, LOCK = "choices.json", "exports", ".lock"
 METRICS, CURVE, KEPT, PROVENANCE = "metrics.csv", "curve.csv", "kept", "provenance.json"
+DIRTY_DIFF = "dirty.diff"  # of a run of uncommitted code
 
 
 def claim(
@@ -163,7 +164,7 @@ def describe(
         PROVENANCE: json.dumps(provenance.collect(world_size), indent=1),
     }
     if diff := provenance.dirty_diff():
-        about["dirty.diff"] = diff
+        about[DIRTY_DIFF] = diff
     for name, text in about.items():
         (folder / name).write_text(text, encoding="utf-8")
 

@@ -21,6 +21,7 @@ from rich.console import Console
 from qat.errors import TrainingError, UserError
 from qat.runs.provenance import short
 from qat.runs.result import Result, arm_label, differing, row_of, row_without_result
+from qat.runs.run_folder import DIRTY_DIFF
 from qat.study.curves import curve_of
 from qat.study.files import (
     NO_ARM,
@@ -39,7 +40,6 @@ from qat.study.significance import bar_in_bpb, verdict
 from qat.study.study import EQUAL_STEPS, Study
 
 Row = dict[str, Any]
-DIFF = "dirty.diff"  # in the folder of a run of uncommitted code
 FEWEST_SHARES = 3  # that are a curve
 
 
@@ -140,7 +140,7 @@ def _other_code(pair: PairedRun, base: ArmRun, file: StoredFile) -> list[str]:
 def _changes(run: ArmRun) -> str | None:
     """What its code had that its commit has not; files that git does not know are not in it."""
     try:
-        return (run.folder / DIFF).read_text(encoding="utf-8")
+        return (run.folder / DIRTY_DIFF).read_text(encoding="utf-8")
     except OSError:
         return None
 
