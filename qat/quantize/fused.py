@@ -111,8 +111,9 @@ class CompiledSnap:
         shapes = {entry.name: entry.shape for entry in entries}
         self._grids = grids
         self._scaled_first = [name for name in grids if _has_many_parts(shapes[name], grids[name])]
+        self._signed = [name for name in self._scaled_first if grids[name].table.scale_has_sign]
 
-        def look(weights: Mapping[str, Tensor]) -> tuple[dict[str, Codings], dict[str, Tensor]]:
+        def look(weights: Mapping[str, Tensor]) -> tuple[dict[str, Codings], Tensor]:
             return _look(weights, grids)
 
         def write(
@@ -128,13 +129,14 @@ class CompiledSnap:
 
     def __call__(self, weights: Mapping[str, Tensor], into: Mapping[str, Tensor]) -> None:
         codings: dict[str, Codings] = {}
-        ends_apart: dict[str, Tensor] = {}
+        tied: list[str] = []
         if self._scaled_first:
             codings, ends_apart = self._look({name: weights[name] for name in self._scaled_first})
+            least = zip(self._signed, ends_apart.tolist(), strict=True)
+            tied = [name for name, difference in least if difference == 0.0]
         self._write(weights, into, codings)
-        for name, least in ends_apart.items():
-            if least == 0:
-                _mend_ties(weights[name], into[name], self._grids[name])
+        for name in tied:
+            _mend_ties(weights[name], into[name], self._grids[name])
 
 
 def _has_many_parts(shape: tuple[int, ...], grid: Grid) -> bool:
@@ -145,11 +147,12 @@ def _has_many_parts(shape: tuple[int, ...], grid: Grid) -> bool:
 
 def _look(
     weights: Mapping[str, Tensor], grids: Mapping[str, Grid]
-) -> tuple[dict[str, Codings], dict[str, Tensor]]:
-    """Codings by name; and of tensors whose scales have a sign, the least difference that there is
-    between the magnitudes of a group's two ends, (), of groups that are not all 0."""
+) -> tuple[dict[str, Codings], Tensor]:
+    """Codings by name; and (tensors,), of each whose scales have a sign, the least difference that
+    there is between the magnitudes of a group's two ends, of groups that are not all 0. In one
+    tensor: to read a number of each tensor takes as long as a tenth of the pass."""
     codings: dict[str, Codings] = {}
-    ends_apart: dict[str, Tensor] = {}
+    ends_apart: list[Tensor] = []
     for name, w in weights.items():
         grid, tensor_scale = grids[name], None
         views = group_views(w, grid)
@@ -159,13 +162,13 @@ def _look(
             tensor_scale = tensor_scale_of(largest, grid)
         if grid.table.scale_has_sign:
             apart = [torch.where(high > 0, high + low, 1.0).abs().amin() for low, high in found]
-            ends_apart[name] = torch.stack(apart).amin()
+            ends_apart.append(torch.stack(apart).amin())
             found = [(torch.where(high > -low, high, low),) for low, high in found]
         codings[name] = [
             coding_from(ends, grid, view.size(-1), tensor_scale).to_apply(grid)
             for view, ends in zip(views, found, strict=True)
         ]
-    return codings, ends_apart
+    return codings, torch.stack(ends_apart) if ends_apart else torch.empty(0)
 
 
 def _write(
