@@ -15,7 +15,7 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $(STAMP)
 
 train: setup
-	$(BIN)/python train.py -m experiment=pair seed=1
+	$(BIN)/python train.py -m profile=laptop experiment=pair seed=1
 
 test: setup
 	$(BIN)/python -m pytest

@@ -47,7 +47,7 @@ def _with_library(work: Callable[P, T]) -> Callable[P, T]:
         except ModuleNotFoundError as missing:
             raise UserError(
                 f"{missing.name} is not installed, and this coder needs it: "
-                "pip install 'qat[train]', or take artifact.coder=zlib"
+                "pip install -e '.[train]', or take artifact.coder=zlib"
             ) from None
 
     return told

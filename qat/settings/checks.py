@@ -101,7 +101,7 @@ def resolve_train(settings: TrainSettings, choices: Mapping[str, str | None]) ->
 
 def check_logger(s: LoggerSettings) -> None:
     is_there = s.name != "wandb" or find_spec("wandb") is not None
-    require(is_there, "logger.name", s.name, "it is not installed; pip install 'qat[wandb]'")
+    require(is_there, "logger.name", s.name, "it is not installed; pip install -e '.[wandb]'")
 
     alike: dict[str, Collection[str | None]] = {
         "WANDB_PROJECT": [s.project],

@@ -174,7 +174,7 @@ for coder in sys.argv[2:]:
     try:
         pack(encoded, plan, {}, coder)
     except UserError as error:
-        assert "is not installed" in str(error) and "pip install 'qat[train]'" in str(error), error
+        assert "is not installed" in str(error) and "pip install -e '.[train]'" in str(error), error
     else:
         raise AssertionError(coder)
 forged = pack(encoded, plan, {}, "zlib").replace(b'"codes","zlib"', b'"codes","zstd"')

@@ -321,7 +321,7 @@ def test_a_job_of_a_sweep_is_replayed_as_one_run(
 
 @pytest.mark.slow
 def test_training_takes_no_package_of_another_extra(tiny: list[str], tmp_path: Path) -> None:
-    """``pip install 'qat[train]'`` is enough, and so is the pip line of a submission."""
+    """``pip install -e '.[train]'`` is enough, and so is the pip line of a submission."""
     program = """
 import runpy, sys
 for name in ("wandb", "wandb_workspaces", "torchao", "bitsandbytes", "gguf", "ray", "submitit"):

@@ -153,7 +153,7 @@ def test_without_wandb_it_is_one_line(train, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(checks, "find_spec", lambda name: None)
     done = train("logger=wandb", "max_steps=1")
     assert (done.code, done.err.count("\n")) == (2, 1)
-    assert "pip install 'qat[wandb]'" in done.err
+    assert "pip install -e '.[wandb]'" in done.err
 
 
 @pytest.mark.parametrize(("name", "value"), [("WANDB_SILENT", "nope"), ("WANDB_BASE_URL", "foo")])
