@@ -297,7 +297,7 @@ def test_the_report_needs_no_training_text_and_no_working_folder(
              "data.val_files=fineweb_val_*.bin", f"data.tokenizer={GOLF}/tokenizer.model",
              "max_steps=1")  # fmt: skip
     assert train(*given, "run_name=base").code == 0
-    assert train(*given, "qat=int6", "run_name=arm").code == 0
+    assert train(*given, "qat=int6", "qat.start_step=0", "run_name=arm").code == 0
     for file in tmp_path.glob("fineweb_train_*"):
         file.unlink()
     (tmp_path / "elsewhere").mkdir()
@@ -327,7 +327,7 @@ def test_a_damaged_row_is_said_and_the_others_shown(content: str, train, program
 @pytest.mark.slow
 def test_an_export_whose_file_is_gone_is_made_again(train, program) -> None:
     train("run_name=base", "max_steps=1")
-    train("qat=int6", "run_name=arm", "max_steps=1")
+    train("qat=int6", "qat.start_step=0", "run_name=arm", "max_steps=1")
     first = report_rows(program)
     (file,) = (RUNS / "base" / "exports").glob("*.qat")
     file.unlink()
