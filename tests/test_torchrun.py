@@ -63,7 +63,12 @@ def test_two_ranks_follow_the_one_rank_curve(
     arm: list[str], tiny: list[str], tmp_path: Path, train
 ) -> None:
     """The same global batch, the same snapped weights (and noise) on every rank."""
-    asked = [*arm, "qat.start_step=0", "logger.every_steps=1"]
+    asked = [
+        *arm,
+        "qat.start_step=0",
+        "logger.every_steps=1",
+        "optimizer.newton_schulz_dtype=fp32",
+    ]  # in bf16 a last bit grows, on some processors
     done = torchrun(*tiny, *asked, "run_name=two", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert train(*asked, "run_name=one").code == 0
