@@ -208,11 +208,6 @@ def _clip_to_scale(clip: Tensor, grid: Grid) -> Tensor:
     return quotient(clip, (high - low) / 2).clamp_min(grid.scale_floor)
 
 
-def _without_negative_zero(x: Tensor) -> Tensor:
-    """Of 0 and -0 a maximum is either, as the order of work has it."""
-    return torch.where(x != 0, x, 0.0)
-
-
 def power_below(x: Tensor) -> Tensor:
     """The largest power of two that is not above x >= 0, float32; 0 of 0 and of subnormals."""
     return (x.view(torch.int32) & 0x7F800000).view(torch.float32)
@@ -350,11 +345,11 @@ def coding_from(
     """
     if grid.table.has_minimum:
         low, high = grid.table.limits
-        least, most = (_without_negative_zero(end) for end in found)
+        least, most = (end + 0.0 for end in found)  # -0 becomes +0: a maximum of both is either
         coding = _coding(quotient(most - least, high - low), grid)
         return coding._replace(zero=least, stored_zero=nearest_float(least, grid.scale_dtype))
     if grid.table.scale_has_sign:
-        return _coding(quotient(_without_negative_zero(found[0]), grid.table.limits[0]), grid)
+        return _coding(quotient(found[0] + 0.0, grid.table.limits[0]), grid)  # likewise
     if grid.scale_rule == "power":
         exponent = math.frexp(grid.table.limits[1])[1] - 1
         return _coding(quotient(power_below(found[0]), 2.0**exponent), grid)

@@ -289,9 +289,6 @@ class StoreSettings:  # one more way to store what an arm trained
     fill: bool | None = None
     arms: list[str] | None = None  # that are stored so; null = all
 
-    def is_of(self, arm: str) -> bool:
-        return self.arms is None or arm in self.arms
-
 
 @dataclass
 class StudySettings:  # of an experiment that is one; only its sweep reads them
@@ -308,6 +305,9 @@ class StudySettings:  # of an experiment that is one; only its sweep reads them
     prices: dict[str, Any] = field(default_factory=dict)
     # Compare each QAT arm also with the baseline that the budget solver fits to as many bytes.
     equal_bytes: bool = False
+
+    def stores_of(self, arm: str) -> dict[str, StoreSettings]:
+        return {name: s for name, s in self.stores.items() if s.arms is None or arm in s.arms}
 
 
 @dataclass

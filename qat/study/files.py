@@ -21,14 +21,7 @@ from rich.console import Console
 from qat.budget.budget import Budget
 from qat.errors import UserError
 from qat.golf.bundle import count_code_bytes
-from qat.runs.result import (
-    QUANTIZATION,
-    Result,
-    conditions,
-    differing,
-    is_baseline,
-    row_of,
-)
+from qat.runs.result import QUANTIZATION, Result, conditions, differing, is_baseline, row_of
 from qat.runs.run_folder import read_config
 from qat.runs.store_again import export_again, storage_of
 from qat.settings.schema import StoreSettings, StudySettings
@@ -119,7 +112,8 @@ class ArmRun:
             died = f"{folder.name}: no result; it died or is still running"
             return ArmRun(folder, arm, seed, None, "unfinished", died)
         problem = "its QAT never started" if result.qat_never_started else None
-        problem = result.error if result.status == "failed" else problem
+        if result.status == "failed":
+            problem = result.error
         return ArmRun(folder, arm, result.seed, result, result.status, problem)
 
     @property
@@ -215,10 +209,6 @@ class StudyFiles:
             row["storing_code"],
             again,
         )
-
-    def stores(self, arm: str) -> dict[str, StoreSettings]:
-        """More ways in which the study stores what the arm trained."""
-        return {name: s for name, s in self.study.settings.stores.items() if s.is_of(arm)}
 
     def target(self, run: ArmRun, store: StoreSettings | None = None) -> Settings:
         return storage_of(run.row.settings, self.study.settings, store or StoreSettings())

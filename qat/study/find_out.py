@@ -3,8 +3,8 @@
 Pairs are runs of one seed. A treatment is compared with its baseline stored in the same way and, if
 a study asks for it, with the baseline that the budget solver stores in as many bytes; QAT as it
 stored itself also with the baseline by each of the study's stores on the same grid. All are files,
-written once, read back and scored. No seed is left out: one without a score is named with
-the reason. Of several runs of one seed the mean counts.
+written once, read back and scored. No seed is left out: one without a score is named with the
+reason. Of several runs of one seed the mean counts.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def _noted(pair: PairedRun, what: str) -> Iterator[None]:
 def _add_by_store(files: StudyFiles, pair: PairedRun, base: ArmRun) -> None:
     """The baseline by each of the study's stores on the run's grid: what could be done in place of
     QAT. Not by one that fills a limit: as many bytes are what ``as_large`` is for."""
-    for name, store in files.stores(pair.run.arm).items():
+    for name, store in files.study.settings.stores_of(pair.run.arm).items():
         target = files.target(pair.run, store)
         if not fills_limit(pair.run.row.settings, target):
             with _noted(pair, f"{base.folder.name} has no file by {name}"):
@@ -167,11 +167,11 @@ def treatment_of(
     labels += [run.result.grid for run in started if run.result and store is None]
     grid = next(iter(labels), "")
     by_store = {
-        name: _contrast(
-            [(pair, pair.by_store.get(name)) for pair in pairs],
-            f"{baseline} by {name} on {other.grid or grid}",
+        way: _contrast(
+            [(pair, pair.by_store.get(way)) for pair in pairs],
+            f"{baseline} by {way} on {other.grid or grid}",
         )
-        for name, other in files.stores(arm).items()
+        for way, other in files.study.settings.stores_of(arm).items()
     }
     return Treatment(
         name=name,
@@ -186,7 +186,7 @@ def treatment_of(
         equal_bytes=_contrast(
             [(pair, pair.as_large) for pair in pairs], f"{baseline} filled to {name}'s bytes"
         ),
-        by_store={name: found for name, found in by_store.items() if found is not None},
+        by_store={way: found for way, found in by_store.items() if found is not None},
         notes=_joined(noted),
     )
 
@@ -246,7 +246,7 @@ def _findings(files: StudyFiles, commands: list[str]) -> Findings:
     treatments, ledgers = [], []
     pairs: dict[Path, PairedRun] = {}  # of runs as they stored themselves
     for arm in study.arms:
-        for store in (None, *files.stores(arm)):
+        for store in (None, *study.settings.stores_of(arm)):
             found = [pair_of(files, run, store) for run in files.of(arm)]
             pairs |= {pair.run.folder: pair for pair in found if store is None}
             treatment = treatment_of(files, arm, store, found)

@@ -114,9 +114,8 @@ def headline_of(
 
     Decided is an arm whose p is below ``LEVEL`` after Holm's correction for all arms of its clause:
     without it, one of 14 arms that do nothing is called better or worse in half of all studies.
-    ``has_clock``: training was ended by a clock, that
-    of the wall or a priced one, and not by a number of updates. ``grids_of_stores``: of stores that
-    have one of their own.
+    ``has_clock``: training was ended by a clock, that of the wall or a priced one, and not by a
+    number of updates. ``grids_of_stores``: of stores that have one of their own.
     """
     own_grids = grids_of_stores or {}
     alike = [(t, _effect(t.alike)) for t in treatments if t.alike is not None]

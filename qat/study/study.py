@@ -295,9 +295,7 @@ def run_in_sweep(s: TrainSettings, job: Job, run_one: RunOne) -> int:
         return code
     budget = Budget(s.limit_bytes, count_code_bytes())
     try:
-        for store in s.study.stores.values():
-            if not store.is_of(str(job.choices["arm"])):
-                continue
+        for store in s.study.stores_of(str(job.choices["arm"])).values():
             target = storage_of(result.settings, s.study, store)
             export_again(folder, result, target, budget, Console(stderr=True))
     except (UserError, TrainingError) as error:
