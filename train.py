@@ -22,7 +22,8 @@ from qat.settings.schema import TrainSettings
 
 log = logging.getLogger("qat")
 # Imported by name: what only a study needs is no part of train_gpt.py, which is one run.
-STUDY_RUNS, REPORT_TASK = "qat.study.study", "qat.report.report_task"
+STUDY, STUDY_RUNS = "qat.study.study", "qat.study.runs"
+REPORT_TASK = "qat.report.report_task"
 
 
 def resolve(settings: TrainSettings, choices) -> TrainSettings:
@@ -259,7 +260,7 @@ def train(s: TrainSettings, training_run) -> int:
 
 
 def before_sweep(sweep: Sweep) -> list[Start]:
-    return import_module(STUDY_RUNS).begin(sweep)
+    return import_module(STUDY).begin(sweep)
 
 
 def after_sweep(sweep: Sweep) -> int:

@@ -37,9 +37,10 @@ from qat.study.findings import Contrast, Findings, Treatment, headline_of
 from qat.study.law import BestShare, best_share
 from qat.study.ledger import Twin, ledger_of
 from qat.study.significance import bar_in_bpb, verdict
-from qat.study.study import EQUAL_STEPS, Study
+from qat.study.study import Study
 
 Row = dict[str, Any]
+EQUAL_STEPS = "equal_steps"  # in an arm's folder: its baseline of as many steps
 FEWEST_SHARES = 3  # that are a curve
 
 

@@ -29,10 +29,10 @@ def kept_by(run: str, forks: Mapping[str, Fork]) -> list[int]:
 
 def find_forks(
     runs: Mapping[str, TrainSettings],
-    has_kept: Callable[[str, int], bool] = lambda run, step: True,
+    last_kept: Callable[[str, int], int] = lambda run, step: step,
 ) -> dict[str, Fork]:
-    """``runs``: name -> settings, baselines first. ``has_kept``: whether a run keeps, or kept, its
-    state after so many updates. Those that have a fork, by name."""
+    """``runs``: name -> settings, baselines first. ``last_kept``: the last step, up to this one, at
+    which a run keeps, or kept, its state; 0 if there is none. Those that have a fork, by name."""
     found: dict[str, Fork] = {}
     groups: dict[str, dict[str, Course]] = {}
     for name, s in runs.items():
@@ -43,12 +43,12 @@ def find_forks(
         key = json.dumps({name: course.conditions[name] for name in same}, default=str)
         groups.setdefault(key, {})[name] = course
     for courses in groups.values():
-        _grow(courses, has_kept, found)
+        _grow(courses, last_kept, found)
     return found
 
 
 def _grow(
-    courses: dict[str, Course], has_kept: Callable[[str, int], bool], found: dict[str, Fork]
+    courses: dict[str, Course], last_kept: Callable[[str, int], int], found: dict[str, Fork]
 ) -> None:
     nearest: dict[str, Fork | None] = dict.fromkeys(courses)
     left = list(courses)
@@ -58,6 +58,7 @@ def _grow(
         if (fork := nearest[name]) is not None:
             found[name] = fork
         for other in left:
-            step, best = courses[name].shared(courses[other]), nearest[other]
-            if step > (best.step if best else 0) and has_kept(name, step):
+            best = nearest[other]
+            step = last_kept(name, courses[name].shared(courses[other]))
+            if step > (best.step if best else 0):
                 nearest[other] = Fork(name, step)

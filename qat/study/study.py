@@ -1,9 +1,8 @@
-"""The runs of a sweep or study: a folder each, run once, and gone on with after a kill.
+"""What a sweep or study is to run: checked, priced, and which run goes on from which.
 
 A plain sweep finds its runs by their settings. Of a study, ``<sweep>/<arm>_s<seed>/`` is a run like
-any other. Designs that are run into one folder share the
-arms that they both name, if the settings are the same. Each QAT arm may hold a run of its own,
-``equal_steps/``: its baseline trained for as many steps as the arm had (``ledger=full``).
+any other. Designs that are run into one folder share the arms that they both name, if the settings
+are the same.
 """
 
 from __future__ import annotations
@@ -11,32 +10,24 @@ from __future__ import annotations
 import json
 import logging
 import math
-import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from qat.budget.budget import Budget
-from qat.errors import TrainingError, UserError
+from qat.errors import UserError
 from qat.golf.bundle import count_code_bytes
 from qat.runs.result import Result, conditions, differing
 from qat.runs.run_folder import (
-    CHOICES,
-    CONFIG,
-    LOCK,
-    kept_checkpoint,
+    kept_steps,
     read_config,
     run_folders,
     write_atomically,
 )
-from qat.runs.store_again import export_again, storage_of
 from qat.settings.command_line import Start
 from qat.settings.schema import (
-    ForkSettings,
-    QatSettings,
     StoreSettings,
     StudySettings,
     TrainSettings,
@@ -47,15 +38,12 @@ from qat.study.prices import Prices, given, measure
 from qat.text.source import absolute_paths
 
 if TYPE_CHECKING:
-    from qat.settings.command_line import Job, Sweep
+    from qat.settings.command_line import Sweep
 
 log = logging.getLogger("qat")
 
-EQUAL_STEPS = "equal_steps"
 SUFFIX, PRICES_SUFFIX = ".study.json", ".prices.json"
 MULTIRUN = "multirun.yaml"  # of Hydra, in every sweep's folder
-
-RunOne = Callable[[TrainSettings, "Job"], int]  # its exit code
 
 
 @dataclass
@@ -162,15 +150,16 @@ def _starts(folder: Path, jobs: Sequence[tuple[str, TrainSettings]], baseline: s
     runs = {run_name(arm, s.seed): s for arm, s in jobs}
     first = sorted(runs, key=lambda name: not name.startswith(f"{baseline}_s"))
 
-    def has_kept(name: str, step: int) -> bool:
-        """Or will. What was trained to bytes is of the code that was counted then."""
+    def last_kept(name: str, step: int) -> int:
+        """Or that will be. What was trained to bytes is of the code that was counted then."""
         row = Result.read(folder / name)
         if row is None or row.status == "failed":
-            return True
-        is_of_code = not runs[name].qat.to_bytes or row.code_bytes == count_code_bytes()
-        return is_of_code and kept_checkpoint(folder / name, step).is_file()
+            return step
+        if runs[name].qat.to_bytes and row.code_bytes != count_code_bytes():
+            return 0
+        return max((kept for kept in kept_steps(folder / name) if kept <= step), default=0)
 
-    forks = find_forks({name: runs[name] for name in first}, has_kept)
+    forks = find_forks({name: runs[name] for name in first}, last_kept)
     starts = []
     for name, s in runs.items():
         overrides = []
@@ -226,6 +215,12 @@ def _check_plain(sweep: Sweep) -> None:
             )
 
 
+def folder_of(s: TrainSettings, sweep_dir: Path) -> Path | None:
+    """Where a plain sweep has run these settings, if it has."""
+    asked = _asked(s)
+    return next((run for run, there in _runs_in(sweep_dir) if there == asked), None)
+
+
 def studies_in(folder: Path) -> list[Study]:
     """Those that sweeps left there; else that of runs put there one by one.
 
@@ -274,72 +269,3 @@ def _check_same(folder: Path, jobs: Sequence[tuple[str, TrainSettings]]) -> None
                 f"sweep_name={folder.name}: {name} is asked for with {key} = "
                 f"{first[arm].get(key)} and {asked.get(key)}; give each a sweep_name"
             )
-
-
-def run_in_sweep(s: TrainSettings, job: Job, run_one: RunOne) -> int:
-    """Train a run of a sweep, or go on with it; then what a study makes of its arms. The exit
-    code."""
-    assert job.sweep_dir is not None
-    if not job.choices.get("arm"):
-        asked = _asked(s)
-        own = (run for run, there in _runs_in(job.sweep_dir) if there == asked)
-        return _run_once(s, job, next(own, None), run_one)
-    folder = job.sweep_dir / run_name(str(job.choices["arm"]), s.seed)
-    fork = s.fork
-    if fork.run and fork.step and not kept_checkpoint(job.sweep_dir / fork.run, fork.step).exists():
-        print(f"{fork.run} kept nothing after {fork.step} updates: {folder.name} makes them all")
-        s = replace(s, fork=ForkSettings(fork.keep_steps))
-    code = _run_once(replace(s, run_name=folder.name), job, folder, run_one)
-    result = Result.read(folder)
-    if result is None or result.status == "failed":
-        return code
-    budget = Budget(s.limit_bytes, count_code_bytes())
-    try:
-        for store in s.study.stores_of(str(job.choices["arm"])).values():
-            target = storage_of(result.settings, s.study, store)
-            export_again(folder, result, target, budget, Console(stderr=True))
-    except (UserError, TrainingError) as error:
-        log.error("error: %s", error)
-        return error.exit_code
-    # An arm that made all its max_steps has lost none: the baseline is the run of as many.
-    is_cut_short = s.budget_seconds is not None or result.steps != s.max_steps
-    if s.ledger == "full" and result.qat_steps and is_cut_short:
-        code = max(code, _run_equal_steps(s, job, folder, result, run_one))
-    return code
-
-
-def _run_once(s: TrainSettings, job: Job, folder: Path | None, run_one: RunOne) -> int:
-    """A run that is finished is not run again; one that died goes on. ``folder``: None = a new
-    one."""
-    if folder is None:
-        return run_one(s, job)
-    result = Result.read(folder)
-    if result is not None and result.status != "failed":
-        print(f"{folder} is {result.status}, val_bpb {result.val_bpb_artifact:.5f}")
-        return result.exit_code
-    if (folder / CONFIG).is_file():
-        s = replace(s, resume=str(folder))
-    elif folder.is_dir() and {path.name for path in folder.iterdir()} <= {CHOICES, LOCK}:
-        shutil.rmtree(folder)  # it was killed while it took the folder
-    return run_one(s, job)
-
-
-def _run_equal_steps(s: TrainSettings, job: Job, arm: Path, result: Result, run_one: RunOne) -> int:
-    """The arm's baseline, by steps and not by the clock: what the same updates give without QAT."""
-    assert result.steps is not None
-    group = s.logger.group or s.sweep_name
-    again = replace(
-        s,
-        qat=QatSettings(enabled=False),
-        budget_seconds=None,
-        max_steps=result.steps,
-        schedule=replace(s.schedule, update_price=1.0, qat_update_price=1.0),
-        run_name=EQUAL_STEPS,
-        fork=ForkSettings(),
-        logger=replace(s.logger, group=group),
-    )
-    choices = {**job.choices, "qat": "none", "arm": None}
-    asked = [*job.overrides, "qat=none", "budget_seconds=null", f"max_steps={result.steps}",
-             "schedule.update_price=1.0", "schedule.qat_update_price=1.0"]  # fmt: skip
-    again_job = replace(job, choices=choices, overrides=asked, sweep_dir=arm)
-    return _run_once(again, again_job, arm / EQUAL_STEPS, run_one)

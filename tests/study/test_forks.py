@@ -140,7 +140,16 @@ def test_rules_of_another_order_are_another_plan(settings: TrainSettings) -> Non
 
 def test_nothing_goes_on_from_what_was_not_kept(settings: TrainSettings) -> None:
     runs = {"none_s1": settings, "int4_s1": qat(settings, 4, 0.5)}
-    assert not find_forks(runs, lambda name, step: (name, step) != ("none_s1", 500))
+    assert not find_forks(runs, lambda name, step: 0 if name == "none_s1" else step)
+
+
+def test_where_the_trunk_kept_nothing_the_nearest_it_kept_will_do(settings: TrainSettings) -> None:
+    """It ended before a study asked for later starts."""
+    runs = {
+        "none_s1": settings, "int6_s1": qat(settings, 6, 0.8), "int4_s1": qat(settings, 4, 0.8)
+    }  # fmt: skip
+    forks = find_forks(runs, lambda name, step: min(step, 500) if name == "none_s1" else step)
+    assert forks == {"int6_s1": Fork("none_s1", 500), "int4_s1": Fork("int6_s1", 800)}
 
 
 QUIET = Console(quiet=True)
@@ -195,6 +204,9 @@ def test_a_priced_study_counts_what_updates_cost(study: Callable[..., Done]) -> 
     assert {arm: (row.steps, row.qat_steps) for arm, row in equal.items() if row} == {
         "int6_s1": (10, 0), "int4_s1": (9, 0),
     }  # fmt: skip
+    (of_int6,) = (RUNS / "s" / "none_s1" / "exports").glob("int6*.json")
+    next_run = RUNS / "s" / "int4_s1" / "config.yaml"
+    assert of_int6.stat().st_mtime_ns < next_run.stat().st_mtime_ns  # not left to the report
     file = RUNS / "s" / "start.study.json"
     findings = find_out(RUNS / "s", Study.read(file), QUIET)
     assert findings.headline.startswith("At equal wallclock and stored in the same way")
