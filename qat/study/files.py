@@ -22,7 +22,7 @@ from qat.budget.budget import Budget
 from qat.errors import UserError
 from qat.golf.bundle import count_code_bytes
 from qat.runs.result import QUANTIZATION, Result, conditions, differing, is_baseline, row_of
-from qat.runs.run_folder import read_config
+from qat.runs.run_folder import CONFIG, read_config
 from qat.runs.store_again import export_again, storage_of
 from qat.settings.schema import StoreSettings, StudySettings
 from qat.study.study import Study, run_name
@@ -149,7 +149,8 @@ class StudyFiles:
             prefix = run_name(arm, 0).removesuffix("0")
             for path in folder.glob(f"{glob.escape(prefix)}*"):
                 seed = path.name.removeprefix(prefix)
-                if seed.isdigit() and read_config(path, "study")[1].get("arm") == arm:
+                is_run = seed.isdigit() and (path / CONFIG).is_file()  # else killed as it took it
+                if is_run and read_config(path, "study")[1].get("arm") == arm:
                     found.append(ArmRun.read(path, arm, int(seed)))
         found.sort(key=lambda run: (study.arms.index(run.arm), run.seed))
         return StudyFiles(found, study, console)
