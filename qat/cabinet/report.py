@@ -19,6 +19,7 @@ from qat.cabinet.plots import FAMILY_COLOURS, draw
 from qat.cabinet.roofline import Ceilings
 from qat.cabinet.summary import FLOAT, find, measured, summarise
 from qat.runs.run_folder import write_atomically
+from qat.runs.tables import markdown_table
 
 # column title -> (key, format); those that no row has are left out
 COLUMNS = {
@@ -204,13 +205,12 @@ def frontier_text(rows: Sequence[Row], summary: dict[str, Any], objective: Objec
         f"- {r['variant']}: {r['disk_bytes']:,} bytes, {r[objective.key]:.5f} {objective.unit}"
         for r in on_it
     ]
-    best_title = objective.best.replace("_", " ", 1)
-    lines += ["", f"| family | {best_title} | smallest within the gap |", "| --- | --- | --- |"]
-    lines += [
-        f"| {family} | {best[objective.best]} | {best['smallest_within_gap'] or 'none'} |"
-        for family, best in summary["best_per_family"].items()
+    best = [
+        [family, str(found[objective.best]), found["smallest_within_gap"] or "none"]
+        for family, found in summary["best_per_family"].items()
     ]
-    return "\n".join(lines)
+    titles = ("family", objective.best.replace("_", " ", 1), "smallest within the gap")
+    return "\n".join([*lines, "", markdown_table(titles, best)])
 
 
 def gptq_text(summary: dict[str, Any], objective: Objective) -> str:
@@ -219,10 +219,11 @@ def gptq_text(summary: dict[str, Any], objective: Objective) -> str:
     both = {grid: won for grid, won in found.items() if won}
     if not both:
         return "Cannot be said: no grid was measured both rounded (rtn_*) and with GPTQ (gptq_*)."
-    lines = [f"| grid | {unit} bought | bytes added |", "| --- | --- | --- |"]
-    for grid, won in found.items():
-        cells = f"{won[bought]:+.5f} | {won['bytes_added']:+,}" if won else "None | None"
-        lines.append(f"| {grid} | {cells} |")
+    rows = [
+        [grid, *((f"{won[bought]:+.5f}", f"{won['bytes_added']:+,}") if won else ("None", "None"))]
+        for grid, won in found.items()
+    ]
+    lines = [markdown_table(("grid", f"{unit} bought", "bytes added"), rows)]
     most = max(both, key=lambda grid: both[grid][bought])
     helped = sum(won[bought] > 0 for won in both.values())
     lines += [
@@ -241,17 +242,20 @@ def _qat_grids(rows: Sequence[Row]) -> list[str]:
 
 
 def qat_text(rows: Sequence[Row], objective: Objective) -> str:
-    lines = [
-        f"{objective.gap_key}, and in brackets bytes of the file. QAT's weights are others: it "
-        "went on training.", "", "| grid | rounded | GPTQ | QAT |", "| --- | --- | --- | --- |",
-    ]  # fmt: skip
+    table = []
     for grid in _qat_grids(rows):
         found = [find(rows, name) for name in (f"rtn_{grid}", f"gptq_{grid}", f"qat_{grid}")]
         cells = [
             f"{row[objective.gap_key]:+.5f} ({row['disk_bytes']:,})" if row else "" for row in found
         ]
-        lines.append(f"| {grid} | " + " | ".join(cells) + " |")
-    lines.append("")
+        table.append([grid, *cells])
+    lines = [
+        f"{objective.gap_key}, and in brackets bytes of the file. QAT's weights are others: it "
+        "went on training.",
+        "",
+        markdown_table(("grid", "rounded", "GPTQ", "QAT"), table),
+        "",
+    ]
     for grid in _qat_grids(rows):
         if said := _saved(grid, rows, objective):
             lines.append(f"- {grid}: {said}")
@@ -283,11 +287,7 @@ def _saved(grid: str, rows: Sequence[Row], objective: Objective) -> str | None:
 
 def tiers_text(rows: Sequence[Row], objective: Objective) -> str:
     """Both halves of what is called real, for every variant: the interval, and the flips."""
-    lines = [
-        f"{objective.tier_change}, its 95 % interval, and how many predictions flipped. Real: the "
-        f"interval excludes 0, and {MIN_FLIPS} predictions flipped at least.", "",
-        "| variant | " + " | ".join(TIERS) + " | real in |", "|" + " --- |" * (len(TIERS) + 2),
-    ]  # fmt: skip
+    table = []
     for row in measured(rows):
         if not row["tiers"]:
             continue
@@ -306,9 +306,12 @@ def tiers_text(rows: Sequence[Row], objective: Objective) -> str:
             flips = found["flipped_predictions"]
             cells.append(f"{change['estimate']:+.4f} ({bounds}), {flips:,} flips")
             real += [tier] if change["is_real"] else []
-        name = row["variant"]
-        lines.append(f"| {name} | " + " | ".join(cells) + f" | {', '.join(real) or 'none'} |")
-    return "\n".join(lines)
+        table.append([row["variant"], *cells, ", ".join(real) or "none"])
+    return (
+        f"{objective.tier_change}, its 95 % interval, and how many predictions flipped. Real: the "
+        f"interval excludes 0, and {MIN_FLIPS} predictions flipped at least.\n\n"
+        + markdown_table(("variant", *TIERS, "real in"), table)
+    )
 
 
 def _with_temperature(rows: Sequence[Row]) -> list[Row]:
@@ -350,15 +353,17 @@ def speed_text(summary: dict[str, Any]) -> str:
         f"(against {FLOAT} with products in float32), and measured in turn with it. The rows do "
         "not say what precision a library computes in, so each is held against all of them.",
         "",
-        "| variant | " + " | ".join(f"{p}, promised" for p in reached) + " | measured | "
-        "share of its float32 roof |",
-        "|" + " --- |" * (len(reached) + 3),
-    ]
-    for name, found in speeds.items():
-        promised = " | ".join(f"{times:.2f}" for times in found["promised"].values())
-        share = f"{found['of_float32_roof']:.0%}"
-        lines.append(f"| {name} | {promised} | {found['measured']:.2f} | {share} |")
-    lines.append("")
+        markdown_table(
+            ("variant", *(f"{p}, promised" for p in reached), "measured",
+             "share of its float32 roof"),
+            [
+                [name, *(f"{times:.2f}" for times in found["promised"].values()),
+                 f"{found['measured']:.2f}", f"{found['of_float32_roof']:.0%}"]
+                for name, found in speeds.items()
+            ],
+        ),
+        "",
+    ]  # fmt: skip
     for precision in reached:
         best = max(speeds, key=lambda name: _promised_then_measured(speeds[name], precision))
         lines.append(
@@ -388,16 +393,16 @@ def full_table(
     )
     columns = _columns(rows, objective)
     titles = [*columns, "note"]
-    lines = ["| " + " | ".join(titles) + " |", "|" + " --- |" * len(titles)]
+    table = []
     for row in ordered:
         if row["status"] == "measured":
             note = "frontier" if row["variant"] in on_frontier else ""
             cells = [cell(row) for cell in columns.values()]
         else:
-            note = f"{row['status']}: {row['reason']}".replace("|", "\\|")
+            note = f"{row['status']}: {row['reason']}"
             cells = [row["variant"], row["family"], *[""] * (len(titles) - 3)]
-        lines.append("| " + " | ".join([*cells, note]).replace("\n", " ") + " |")
-    return "\n".join(lines)
+        table.append([*cells, note])
+    return markdown_table(titles, table)
 
 
 def _columns(rows: Sequence[Row], objective: Objective) -> dict[str, Callable[[Row], str]]:

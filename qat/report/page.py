@@ -19,6 +19,7 @@ from qat.report.picture import DARK, LIGHT, Picture, as_svg, save_png
 from qat.report.plots import pictures
 from qat.report.tables import ReportTable
 from qat.runs.run_folder import write_atomically
+from qat.runs.tables import markdown_table
 from qat.study.findings import Findings
 from qat.study.significance import BAR_NATS
 
@@ -73,9 +74,14 @@ def _facts(findings: Findings) -> dict[str, str]:
 
 def _sections(findings: Findings, drawn: Sequence[Picture]) -> list[Chapter]:
     by_name = {picture.name: picture for picture in drawn}
-    verdicts: list[Any] = [tables.verdict_table(findings)]
-    more = tables.equal_bytes_table(findings), tables.stores_table(findings)
-    verdicts += [table for table in more if table.rows]
+    verdicts: list[Any] = [Lines("In words", findings.details)] if findings.details else []
+    answer, *more = (
+        tables.answer_table(findings),
+        tables.verdict_table(findings),
+        tables.equal_bytes_table(findings),
+        tables.stores_table(findings),
+    )
+    verdicts += [table for table in (answer, *more) if table.rows]
     if missing := tables.missing_seeds(findings):
         verdicts.append(Lines("Started, and not compared", missing))
     if noted := tables.notes(findings):
@@ -182,20 +188,12 @@ def _part_as_markdown(part: Picture | ReportTable | Lines | str) -> str:
 
 
 def _table_as_markdown(table: ReportTable) -> str:
-    lines = [
-        f"{table.caption}:",
-        "",
-        "| " + " | ".join(table.columns) + " |",
-        "| "
-        + " | ".join("---:" if is_number else "---" for is_number in table.columns.values())
-        + " |",
-    ]
-    for at, row in enumerate(table.rows):
-        cells = [_escaped(cell).replace("|", "\\|") for cell in row]
-        if at in table.bad_rows:
-            cells[1] = f"**{cells[1]}**"
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    titles = {_escaped(title): is_number for title, is_number in table.columns.items()}
+    rows = [[_escaped(cell) for cell in row] for row in table.rows]
+    for at in table.bad_rows:
+        rows[at][1] = f"**{rows[at][1]}**"
+    numbers = [title for title, is_number in titles.items() if is_number]
+    return f"{table.caption}:\n\n{markdown_table(titles, rows, numbers)}"
 
 
 def _escaped(text: str) -> str:

@@ -81,7 +81,7 @@ def report_study(sweep: Path, study: Study, logger: LoggerSettings) -> list[dict
     folder.mkdir(exist_ok=True)
     written = import_module(PAGE).write_report(findings, folder)
     print_table(findings.rows)
-    print(findings.headline)
+    print("\n".join([findings.headline, *findings.details]))
     print(f"written: {folder}/{', '.join(written)}")
     if logger.name == "wandb":
         logger = replace(logger, group=logger.group or sweep.name)

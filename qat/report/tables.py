@@ -11,6 +11,7 @@ from qat.quantize.gradients import rule_kinds
 from qat.report import number_text as text
 from qat.runs.tables import COLUMNS, TEXTS, cells
 from qat.study.findings import Contrast, Findings, Ledger, Treatment
+from qat.study.headline import calls
 from qat.study.significance import BAR_NATS, MAX_SEEDS, Effect, holm
 
 Row = dict[str, Any]
@@ -24,6 +25,28 @@ class ReportTable:
     columns: dict[str, bool]  # title -> whether its cells are numbers
     rows: list[list[str]]
     bad_rows: frozenset[int] = frozenset()  # their second cell says in words what is wrong
+
+
+def answer_table(findings: Findings) -> ReportTable:
+    """QAT as it stored itself, beside each way to store its baseline."""
+    called = {way: calls(effects) for way, effects in findings.beside.items()}
+    arms = dict.fromkeys(name for effects in findings.beside.values() for name in effects)
+    rows = []
+    for arm in arms:
+        row = [arm]
+        for way, effects in findings.beside.items():
+            effect = effects.get(arm)
+            said = text.NOTHING if effect is None else (
+                f"{text.difference_mbpb(effect.mean)} {_bounds_mbpb(effect)} {called[way][arm]}"
+            )  # fmt: skip
+            row.append(said.strip())
+        rows.append(row)
+    columns = {"QAT": False} | dict.fromkeys(findings.beside, True)
+    caption = (
+        "QAT less its baseline, by the way that one is stored, in mbpb with 95 % intervals; "
+        "decided after Holm where it says better or worse"
+    )
+    return ReportTable(caption, columns, rows)
 
 
 def verdict_table(findings: Findings) -> ReportTable:

@@ -33,6 +33,7 @@ KEY_COLUMNS = [
 def comparison_view(findings: Findings, group: str, entity: str, project: str) -> ws.Workspace:
     """A workspace of the training runs in ``group``; not saved, asks no network."""
     arm, bpb = panels.Config("arm"), "val_bpb_artifact"
+    words = "\n\n".join([findings.question, f"**{findings.headline}**", *findings.details])
     return ws.Workspace(
         entity=entity,
         project=project,
@@ -41,7 +42,7 @@ def comparison_view(findings: Findings, group: str, entity: str, project: str) -
             ws.Section(
                 name="Verdict",
                 is_open=True,
-                panels=[panels.MarkdownPanel(f"{findings.question}\n\n**{findings.headline}**")],
+                panels=[panels.MarkdownPanel(words)],
             ),
             ws.Section(
                 name="Arms",

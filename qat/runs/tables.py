@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 from rich import box
@@ -78,8 +79,17 @@ def print_table(rows: list[dict[str, Any]]) -> None:
 
 
 def as_markdown(rows: list[dict[str, Any]]) -> str:
-    lines = ["| " + " | ".join(COLUMNS) + " |", "|" + " --- |" * len(COLUMNS)]
-    for row in rows:
-        texts = [text.replace("\n", " ").replace("|", "\\|") for text in cells(row).values()]
-        lines.append("| " + " | ".join(texts) + " |")
-    return "\n".join(lines) + "\n"
+    return markdown_table(COLUMNS, [[*cells(row).values()] for row in rows]) + "\n"
+
+
+def markdown_table(
+    titles: Iterable[str], rows: Iterable[Sequence[str]], numbers: Collection[str] = ()
+) -> str:
+    """Columns whose title is in ``numbers`` stand on the right."""
+    titles = [*titles]
+    lines = [titles, ["---:" if title in numbers else "---" for title in titles], *rows]
+    return "\n".join(f"| {' | '.join(map(_as_cell, line))} |" for line in lines)
+
+
+def _as_cell(text: str) -> str:
+    return " ".join(text.split()).replace("|", "\\|")

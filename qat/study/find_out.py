@@ -33,7 +33,8 @@ from qat.study.files import (
     fills_limit,
     mean_file,
 )
-from qat.study.findings import Contrast, Findings, Treatment, headline_of
+from qat.study.findings import Contrast, Findings, Treatment
+from qat.study.headline import sentences, ways_to_store
 from qat.study.law import BestShare, best_share
 from qat.study.ledger import Twin, ledger_of
 from qat.study.significance import bar_in_bpb, verdict
@@ -262,16 +263,16 @@ def _findings(files: StudyFiles, commands: list[str]) -> Findings:
     shares = best_shares(files)
     budget_seconds = results[0].settings["budget_seconds"] if results else None
     priced_steps = _priced_steps(results)
+    has_clock = budget_seconds is not None or priced_steps is not None
+    own_grids = {name: s.grid for name, s in study.settings.stores.items() if s.grid is not None}
+    ways = ways_to_store(treatments, own_grids)
+    headline, *details = sentences(treatments, ways, ledgers, shares, has_clock)
     return Findings(
         name=study.name,
         question=study.settings.question,
-        headline=headline_of(
-            treatments,
-            ledgers,
-            shares,
-            budget_seconds is not None or priced_steps is not None,
-            {name: s.grid for name, s in study.settings.stores.items() if s.grid is not None},
-        ),
+        headline=headline,
+        details=details,
+        beside=ways,
         best_shares=shares,
         baseline=study.settings.baseline,
         seeds=sorted({run.seed for run in files.runs if run.arm != NO_ARM}),

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from qat.study.findings import Contrast, Curve, Findings, Ledger, Treatment
+from qat.study.headline import ways_to_store
 from qat.study.significance import Effect, verdict
 
 BAR_BPB = 0.00296
@@ -91,6 +92,7 @@ def make_findings(
         hardware=["2 cores of an AMD EPYC 9575F"], commits=["0123abcd"],
         commands=["python train.py -m experiment=pair seed=1,2,3", "python eval.py task=study"],
         treatments=treatments, ledgers=ledgers, curves=curves, rows=rows,
+        details=["Beside rounding, QAT is better with int8."], beside=ways_to_store(treatments),
     )  # fmt: skip
     return replace(findings, **changed)
 

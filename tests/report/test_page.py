@@ -20,8 +20,9 @@ from qat.report import page as report_page
 from qat.report.page import write_report
 from qat.report.picture import ARMS, DARK, LIGHT
 from qat.report.plots import pictures
-from qat.report.tables import audit_table, equal_bytes_table, faults, verdict_table
-from qat.study.findings import Findings, Ledger
+from qat.report.tables import answer_table, audit_table, equal_bytes_table, faults, verdict_table
+from qat.study.findings import Findings
+from qat.study.headline import ALIKE, AS_LARGE, Ledger
 from qat.study.significance import Effect, holm
 from tests.report.made_findings import make_findings, make_row
 
@@ -44,6 +45,7 @@ def with_evil_names() -> Findings:
         treatments=treatments, ledgers=[replace(e, name=EVIL, basis=EVIL) for e in made.ledgers],
         curves=[replace(c, arm=EVIL) for c in made.curves],
         rows=[make_row(EVIL, EVIL, 1, note=EVIL, status="failed")],
+        details=[EVIL], beside={EVIL: {EVIL: made.ledgers[0].total}},
     )  # fmt: skip
 
 
@@ -223,6 +225,17 @@ def test_a_ledger_that_does_not_add_up_is_refused() -> None:
 )  # fmt: skip
 def test_p(value: float | None, written: str) -> None:
     assert number_text.p(value) == written
+
+
+def test_the_first_table_answers_arm_by_arm() -> None:
+    """In mbpb; a word where it is decided."""
+    table = answer_table(make_findings(num_treatments=2))
+    assert [*table.columns] == ["QAT", ALIKE, AS_LARGE]
+    assert table.rows == [
+        ["int8 QAT from 0.5", "-6.12 [-6.98, -5.26] better", "-2.12 [-2.98, -1.26] better"],
+        ["int6 QAT from 0.55", "+0.43 [-0.16, +1.01]", "–"],
+    ]
+    assert "-6.12 [-6.98, -5.26] better" in page_of("plain")
 
 
 def test_the_verdict_table_says_what_the_verdicts_say() -> None:

@@ -1,14 +1,16 @@
-"""The verdict in a sentence says what the numbers say."""
+"""The verdict in words says what the numbers say."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 
-from qat.study.findings import Contrast, Ledger, Treatment, headline_of
+from qat.study.findings import Contrast, Ledger, Treatment
+from qat.study.headline import sentences, ways_to_store
 from qat.study.law import BestShare
 from qat.study.significance import interval, verdict
 
@@ -21,44 +23,102 @@ def treatment(name: str, deltas: Sequence[float], is_qat: bool = True) -> Treatm
 
 
 PAYS, COSTS, OPEN = [-0.010, -0.011, -0.012], [0.010, 0.011, 0.012], [-0.01, 0.01, 0.001]
+ALIKE = "the baseline stored in the same way"
+HOLM = "Decided at 5 % after Holm over the arms of a sentence, beside plain 95 % intervals."
+
+
+def said_of(*treatments: Treatment, **more: Any) -> list[str]:
+    return sentences(treatments, ways_to_store(treatments, more.pop("grids", {})), **more)
 
 
 @pytest.mark.parametrize(
     ("treatments", "said"),
     [
-        ([], "No arm has a baseline to compare with."),
-        ([treatment("a", PAYS)], "training with QAT is better with a (by 0.0110 bits per byte "
-         "[0.0085, 0.0135]) (3 seeds)."),
-        ([treatment("a", COSTS)], "QAT is worse with a (by 0.0110 bits per byte [0.0085, 0.0135])"),
-        ([treatment(n, OPEN) for n in "abc"], "QAT is not decided for a, b and c (3 seeds). "),
-        ([treatment("a", [0.01])], "not decided for a (one seed: 0.0100 bits per byte worse)."),
-        ([treatment("a", PAYS, is_qat=False)], "Without QAT a change is better with a (by 0.0110"),
-        ([treatment("a", OPEN), treatment("b", PAYS)], "QAT is better with b (by 0.0110 bits per "
-         "byte [0.0085, 0.0135]) and not decided for a (3 seeds). Decided at"),
-        ([treatment("a", OPEN), treatment("b", [-0.01])], "not decided for a and b (one seed: "
-         "0.0100 bits per byte better) (1 to 3 seeds)."),
+        ([], ["No arm has a baseline to compare with."]),
+        ([treatment("a", PAYS)], [
+            f"At equal wallclock QAT pays with a: better than {ALIKE} by 0.0110 bits per byte "
+            "[0.0085, 0.0135] (3 seeds).",
+        ]),
+        ([treatment("a", COSTS)], [
+            f"At equal wallclock QAT does not pay with a: worse than {ALIKE} by 0.0110 bits per "
+            "byte [0.0085, 0.0135] (3 seeds).",
+        ]),
+        ([treatment("a", [0.01])], [
+            f"At equal wallclock QAT is not decided for a: worse than {ALIKE} by 0.0100 bits per "
+            "byte (one seed).",
+        ]),
+        ([treatment("a", [-0.02, 0.0, -0.001])], [
+            f"At equal wallclock QAT is not decided for a: better than {ALIKE} by 0.0070 bits per "
+            "byte [-0.0210, 0.0350] (3 seeds).",
+        ]),
+        ([treatment(n, OPEN) for n in "abc"], [
+            f"At equal wallclock QAT is not decided for a, b and c, beside {ALIKE} (3 seeds).",
+            f"Beside {ALIKE}, QAT is not decided for a, b and c (3 seeds).",
+            HOLM,
+        ]),
+        ([treatment("a", PAYS, is_qat=False)], [
+            "Without QAT a change is better with a (by 0.0110 bits per byte [0.0085, 0.0135]) (3 "
+            "seeds).",
+        ]),
+        ([treatment("a", OPEN), treatment("b", PAYS)], [
+            f"At equal wallclock QAT pays with b and is not decided for a, beside {ALIKE} (3 "
+            "seeds).",
+            f"Beside {ALIKE}, QAT is better with b (by 0.0110 bits per byte [0.0085, 0.0135]) and "
+            "not decided for a (3 seeds).",
+            HOLM,
+        ]),
+        ([treatment("a", OPEN), treatment("b", [-0.01])], [
+            f"At equal wallclock QAT is not decided for a and b, beside {ALIKE} (1 to 3 seeds).",
+            f"Beside {ALIKE}, QAT is not decided for a and b (better by 0.0100 bits per byte in "
+            "its one seed) (1 to 3 seeds).",
+            HOLM,
+        ]),
+        ([treatment(n, COSTS) for n in "abcdefg"], [
+            f"At equal wallclock QAT does not pay with 7 arms, beside {ALIKE} (3 seeds).",
+        ]),
     ],
 )  # fmt: skip
-def test_stored_alike(treatments: list[Treatment], said: str) -> None:
-    assert said in headline_of(treatments, [])
+def test_stored_alike(treatments: list[Treatment], said: list[str]) -> None:
+    assert said_of(*treatments)[: len(said)] == said
 
 
-def test_equal_steps_and_equal_bytes() -> None:
-    arm = treatment("a", OPEN)
-    arm = replace(arm, equal_bytes=treatment("a", COSTS).alike)
+def test_to_pay_is_to_beat_every_way_to_store_the_baseline() -> None:
+    """GPTQ on the same grid, and the solver's plan of as many bytes."""
+    arm, beaten, open_ = treatment("a", PAYS), treatment("b", PAYS), treatment("c", PAYS)
+    gptq, large = treatment("", PAYS).alike, treatment("", PAYS).alike
+    assert gptq is not None
+    arm = replace(arm, by_store={"gptq": gptq}, equal_bytes=large)
+    costs, unknown = treatment("", COSTS).alike, treatment("", OPEN).alike
+    assert unknown is not None
+    beaten = replace(beaten, by_store={"gptq": gptq}, equal_bytes=costs)
+    open_ = replace(open_, by_store={"gptq": unknown}, equal_bytes=large)
+    stored_so = replace(treatment("a/gptq", OPEN), arm="a", store="gptq")
+    headline, *details = said_of(arm, beaten, open_, stored_so, grids={"gptq": "int6_x"})
+    assert headline == (
+        "At equal wallclock QAT pays with a, does not pay with b and is not decided for c (3 "
+        f"seeds). To pay is to be better than {ALIKE}, the baseline by gptq on int6_x and the "
+        "solver's plan of the baseline in as many bytes."
+    )
+    starts = [detail.split(" QAT is ")[0] for detail in details[:-1]]
+    assert starts == [
+        f"Beside {ALIKE},", "Beside the baseline by gptq on int6_x,",
+        "Beside the solver's plan of the baseline in as many bytes,", "With both stored by gptq,",
+    ]  # fmt: skip
+    assert details[3] == "With both stored by gptq, QAT is not decided for a (3 seeds)."
+
+
+def test_as_if_qat_took_no_time() -> None:
     zero, pays = interval(OPEN), interval(PAYS)
     ledger = Ledger("a", True, zero, zero, zero, zero, pays, "measured")
-    assert headline_of([arm], [ledger]) == (
-        "At equal wallclock and stored in the same way, training with QAT is not decided for a (3 "
-        "seeds); at equal updates, as if QAT took no time, it is better with a (by 0.0110 bits per "
-        "byte [0.0085, 0.0135]) (3 seeds); at equal bytes, beside the budget solver's plan of the "
-        "baseline, it is worse with a (by 0.0110 bits per byte [0.0085, 0.0135]) (3 seeds)."
+    arm = treatment("a", OPEN)
+    steps = (
+        "At equal updates, as if QAT took no time, it is better with a (by 0.0110 bits per byte "
+        "[0.0085, 0.0135]) (3 seeds)."
     )
-    counted = headline_of([arm], [ledger], has_clock=False)
-    assert counted.startswith("At equal updates and stored in the same way")
-    assert "as if QAT took no time" not in counted
-    estimated = replace(ledger, is_measured=False)
-    assert "at equal updates" not in headline_of([arm], [estimated])
+    assert said_of(arm, ledgers=[ledger])[1:] == [steps]
+    (counted,) = said_of(arm, ledgers=[ledger], has_clock=False)
+    assert counted.startswith("At equal updates QAT is not decided for a: ")
+    assert len(said_of(arm, ledgers=[replace(ledger, is_measured=False)])) == 1
 
 
 def test_of_many_arms_without_an_effect_few_studies_declare_one() -> None:
@@ -67,8 +127,7 @@ def test_of_many_arms_without_an_effect_few_studies_declare_one() -> None:
     declared = []
     for _ in range(500):
         effects = [interval(3e-4 * random.standard_normal(5)) for _ in range(14)]
-        said = headline_of([], [Ledger(f"arm{at}", True, *[effect] * 5, "measured")
-                                for at, effect in enumerate(effects)])  # fmt: skip
+        (said, _) = sentences([], {ALIKE: {f"arm{at}": e for at, e in enumerate(effects)}})[1:]
         declared.append("better with" in said or "worse with" in said)
     assert 0.03 < np.mean(declared) < 0.07
 
@@ -88,39 +147,33 @@ def test_what_five_forked_seeds_declare(effect: float, least: float, most: float
     random = np.random.default_rng(2)
     declared = []
     for _ in range(800):
-        said = headline_of([treatment("a", effect + FORKED_STD * random.standard_normal(5))], [])
-        declared.append("worse with a" in said or "better with a" in said)
+        (said,) = said_of(treatment("a", effect + FORKED_STD * random.standard_normal(5)))
+        declared.append("is not decided for" not in said)
     assert least < np.mean(declared) < most
 
 
 def test_how_several_arms_are_decided_is_said_once() -> None:
-    said = headline_of([treatment("a", PAYS), treatment("b", PAYS)], [])
-    assert said.endswith(
-        " (3 seeds). Decided at 5 % after Holm over the arms of a clause, beside plain 95 % "
-        "intervals."
-    )
-    assert "Holm" not in headline_of([treatment("a", PAYS)], [])
+    assert said_of(treatment("a", PAYS), treatment("b", PAYS))[-1] == HOLM
+    assert HOLM not in said_of(treatment("a", PAYS))
     # Alone it is decided (p = 0.03), among four it is not.
     weak = [-0.010, -0.014, -0.006]
-    assert "better with a" in headline_of([treatment("a", weak)], [])
-    among = headline_of([treatment(name, weak) for name in "abcd"], [])
-    assert "not decided for a, b, c and d" in among
+    assert "pays with a" in said_of(treatment("a", weak))[0]
+    among = said_of(*(treatment(name, weak) for name in "abcd"))
+    assert "is not decided for a, b, c and d" in among[0]
 
 
-def test_each_clause_says_its_own_seeds() -> None:
-    """Those of the solver lack a seed, and one arm of the ledger another."""
+def test_each_sentence_says_its_own_seeds() -> None:
+    """Those of the solver lack a seed."""
     arm = replace(treatment("a", PAYS), equal_bytes=treatment("a", COSTS[:2]).alike)
-    ledger = Ledger("a", True, *[interval(OPEN)] * 5, "measured")
-    fewer = replace(ledger, name="b", at_equal_steps=interval(OPEN[:2]))
-    first, steps, at_bytes = headline_of([arm], [ledger, fewer]).split("; ")
-    assert first.endswith(" (3 seeds)")
-    assert steps.endswith("it is not decided for a and b (2 to 3 seeds)")
-    assert " (2 seeds). Decided" in at_bytes
+    headline, alike, at_bytes = said_of(arm)
+    assert " (2 to 3 seeds). To pay" in headline
+    assert alike.endswith(" (3 seeds).")
+    assert at_bytes.endswith(" (2 seeds).")
 
 
 def test_the_best_share_beside_the_law() -> None:
     best = BestShare(0.15, 0.1, 0.25, 0.0134, 4.7312)
-    assert headline_of([], [], {"int4": best}) == (
+    assert said_of(best_shares={"int4": best}) == [
         "Of the shares tried on int4 the best is 15 % (95 % 10 % to 25 %) of the run, and arXiv "
         "2509.22935 predicts 1.34 % for 4.73 tokens per parameter byte."
-    )
+    ]

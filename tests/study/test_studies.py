@@ -131,10 +131,13 @@ def test_qat_is_compared_with_what_each_store_makes_of_the_baseline(
         for seed, delta in contrast.by_seed.items():
             ours = treatments["int6"].val_bpb[seed]
             assert delta == pytest.approx(ours - contrast.val_bpb[seed], abs=1e-12)
-    assert "; beside gptq of the baseline on the same grid it is " in findings.headline
-    assert "; beside sdclip of the baseline on int6_sdclip it is " in findings.headline
+    assert [*findings.beside] == [
+        "the baseline stored in the same way", "the baseline by sdclip on int6_sdclip",
+        "the baseline by gptq on the same grid",
+    ]  # fmt: skip
     report = (gptq[0] / "gptq" / "REPORT.md").read_text()
-    assert findings.headline in report
+    for sentence in (findings.headline, *findings.details):
+        assert sentence in report
     assert "| none by gptq on int6 |" in report
 
 
@@ -221,7 +224,7 @@ def test_a_planted_effect_is_found_with_its_size(gptq: tuple[Path, Done], tmp_pa
     assert int6.alike.verdict.mean == pytest.approx(-0.02, abs=1e-12)
     assert int6.alike.verdict.p_value is not None
     assert int6.alike.verdict.p_value < 0.001
-    assert "QAT is better with int6 (by 0.0200 bits per byte" in found(folder).headline
+    assert "QAT is better with int6 (by 0.0200 bits per byte" in found(folder).details[0]
 
 
 def test_every_started_seed_is_named(gptq: tuple[Path, Done], tmp_path: Path) -> None:
