@@ -18,6 +18,7 @@ from qat.study.significance import LEVEL, Effect, holm
 Effects = Mapping[str, Effect]  # by treatment
 ALIKE = "the baseline stored in the same way"
 AS_LARGE = "the solver's plan of the baseline in as many bytes"
+PAYS, COSTS, OPEN = "pays with", "does not pay with", "is not decided for"
 MOST_NAMED = 6  # arms, of one kind, in the headline
 
 
@@ -70,7 +71,7 @@ def sentences(
 
 
 def calls(effects: Effects) -> dict[str, str]:
-    """\"better\", \"worse\", or \"\" of what is not decided."""
+    """``better``, ``worse``, or nothing of what is not decided."""
     adjusted = iter(holm([e.p_value for e in effects.values() if e.p_value is not None]))
     return {
         name: ""
@@ -82,11 +83,10 @@ def calls(effects: Effects) -> dict[str, str]:
 
 def _answer(ways: Mapping[str, Effects], spent: str) -> str:
     called = [calls(effects) for effects in ways.values()]
-    pays, costs, is_open = [], [], []
+    kinds: dict[str, list[str]] = {verb: [] for verb in (PAYS, COSTS, OPEN)}
     for name in dict.fromkeys(name for effects in ways.values() for name in effects):
         of_arm = {of_way[name] for of_way in called if name in of_way}
-        (pays if of_arm == {"better"} else costs if "worse" in of_arm else is_open).append(name)
-    kinds = {"pays with": pays, "does not pay with": costs, "is not decided for": is_open}
+        kinds[PAYS if of_arm == {"better"} else COSTS if "worse" in of_arm else OPEN].append(name)
     said = [f"{verb} {_named(names)}" for verb, names in kinds.items() if names]
     seeds = _counted([e.num_seeds for effects in ways.values() for e in effects.values()])
     answer = f"At equal {spent} QAT {_listed(said)}"
