@@ -162,6 +162,12 @@ def train(s: TrainSettings, training_run) -> int:
             check_resumed(typed, CheckpointIdentity.held_by(state), identity)
             if state["choices"] != choices:
                 raise UserError(f"{typed}: its choices.json was changed; bring that back")
+            counted = state.get(CODE_BYTES)
+            if s.qat.to_bytes and counted != budget.code_bytes:
+                log.warning(
+                    f"{typed}: the code had {counted} bytes and has {budget.code_bytes} now, so "
+                    f"another part of limit_bytes is left: its bits are not those of one code"
+                )
         elif forked is not None:
             check_resumed(s.fork.typed, CheckpointIdentity.held_by(forked), identity, APART)
         held = {KEY: vars(identity), "choices": choices, CODE_BYTES: budget.code_bytes}

@@ -14,6 +14,7 @@ from qat.errors import TrainingError
 from qat.golf.bundle import count_code_bytes
 from qat.training import checkpoint
 from tests.conftest import Done, compiles, result_of
+from tests.runs.test_resume import Crash, crash_in
 from tests.test_torchrun import torchrun
 
 RUNS = Path("logs/runs")
@@ -120,6 +121,20 @@ def test_it_goes_on_with_the_same_bits(
     assert program("train.py", f"resume={RUNS / 'killed'}").code == 0
     whole, killed = ((RUNS / n / "artifact.qat").read_bytes() for n in ("whole", "killed"))
     assert whole == killed
+
+
+def test_it_says_if_the_code_has_another_size_when_it_goes_on(
+    train: Callable[..., Done], program: Callable[..., Done], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = ("qat=rd", "qat.start_step=5", f"limit_bytes={limit(3)}", "max_steps=8")
+    with monkeypatch.context() as patched:
+        crash_in(patched, 3)
+        with pytest.raises(Crash):
+            train(*given, "checkpoint.every_steps=2", "run_name=r")
+    monkeypatch.setattr("qat.golf.bundle.count_code_bytes", lambda: 12_345)
+    done = program("train.py", f"resume={RUNS / 'r'}")
+    assert done.code == 0, done.err
+    assert " bytes and has 12345 now, so another part of limit_bytes is left" in done.err
 
 
 def test_a_run_that_diverges_says_so(train: Callable[..., Done]) -> None:
