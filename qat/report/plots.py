@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import accumulate
+from itertools import accumulate, cycle
 from statistics import mean, stdev
 from typing import Any, NamedTuple
 
@@ -29,6 +29,7 @@ from qat.study.significance import BAR_NATS
 
 PANELS_ABREAST = 3
 SHOWN_FROM = 0.1  # of the clock: what comes before is steep and says nothing of the arms
+STORE_MARKS = "^v<>"
 WIDE = 10  # differences over so many bars are drawn as logarithms
 
 
@@ -197,7 +198,7 @@ def _files(findings: Findings) -> list[_File]:
         _File(t.name, t.is_qat, t.val_bpb, t.total_bytes) for t in findings.treatments if t.val_bpb
     ]
     for treatment in findings.treatments:
-        for reference in (treatment.alike, treatment.equal_bytes):
+        for reference in (treatment.alike, treatment.equal_bytes, *treatment.by_store.values()):
             if reference and reference.val_bpb not in [file.val_bpb for file in found]:
                 of_reference = reference.val_bpb, reference.total_bytes
                 found.append(_File(reference.against, False, *of_reference))
@@ -263,15 +264,22 @@ def _seeds(findings: Findings) -> Picture | None:
     compared = [(t, t.alike) for t in findings.treatments if t.alike]
     if not compared:
         return None
-    figure, axes = new_figure(8.6, 1.4 + 0.5 * len(compared))
+    stores = list(dict.fromkeys(store for t, _ in compared for store in t.by_store))
+    ways = 2 + len(stores)
+    figure, axes = new_figure(8.6, 1.4 + 0.25 * ways * len(compared))
     bars = [1000 * alike.verdict.bar_bpb for _, alike in compared]
     widest = 0.0
     for at, (treatment, alike) in enumerate(compared):
         axes.plot([-bars[at]] * 2, [at - 0.45, at + 0.45], color=INK, linewidth=1, linestyle=":")
-        rows = [(alike, "o", BETTER, -0.12), (treatment.equal_bytes, "D", WORSE, 0.22)]
-        for comparison, mark, colour, offset in rows:
+        rows = [(alike, "o", BETTER), (treatment.equal_bytes, "D", WORSE)]
+        rows += [
+            (treatment.by_store.get(store), mark, INK)
+            for store, mark in zip(stores, cycle(STORE_MARKS), strict=False)
+        ]
+        for place, (comparison, mark, colour) in enumerate(rows):
             if comparison:
-                _draw_seeds(axes, comparison, mark, colour, at + offset)
+                y = at - 0.5 + (place + 0.7) / ways
+                _draw_seeds(axes, comparison, mark, colour, y, y - 0.35 / ways)
                 widest = max(widest, *map(abs, comparison.by_seed.values()))
     if 1000 * widest > WIDE * max(bars):
         axes.set_xscale("asinh", linear_width=max(bars))
@@ -289,6 +297,8 @@ def _seeds(findings: Findings) -> Picture | None:
     axes.plot([], [], "o", color=BETTER, label="stored alike")
     if any(treatment.equal_bytes for treatment, _ in compared):
         axes.plot([], [], "D", color=WORSE, label="at equal bytes")
+    for store, mark in zip(stores, cycle(STORE_MARKS), strict=False):
+        axes.plot([], [], mark, color=INK, label=f"beside the baseline by {store}")
     axes.plot([], [], "o", color=MUTED, markerfacecolor=SURFACE, markersize=4, label="one seed")
     axes.plot([], [], ":", color=INK, label=f"better by {BAR_NATS} nats per token")
     figure.legend(*axes.get_legend_handles_labels(), loc="outside upper right", ncols=4)
@@ -303,13 +313,15 @@ def _seeds(findings: Findings) -> Picture | None:
     )
 
 
-def _draw_seeds(axes: Any, comparison: Contrast, mark: str, colour: str, y: float) -> None:
+def _draw_seeds(
+    axes: Any, comparison: Contrast, mark: str, colour: str, y: float, y_of_seeds: float
+) -> None:
     v = comparison.verdict
     if v.low is not None and v.high is not None:
         axes.plot([1000 * v.low, 1000 * v.high], [y, y], color=colour, linewidth=2)
     axes.plot(1000 * v.mean, y, mark, color=colour, markersize=7)
     differences = [1000 * difference for difference in comparison.by_seed.values()]
     axes.plot(
-        differences, [y - 0.16] * len(differences), mark, color=colour, markersize=4,
+        differences, [y_of_seeds] * len(differences), mark, color=colour, markersize=4,
         markerfacecolor=SURFACE,
     )  # fmt: skip
