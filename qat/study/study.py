@@ -188,16 +188,21 @@ def _check_prices_are_asked(s: TrainSettings, arm: str) -> None:
             raise UserError(f"schedule.{key}: arm {arm} has its price from study.prices")
 
 
-def _asked(s: TrainSettings) -> dict[str, Any]:
-    """Settings as a run's config.yaml keeps them, by dotted name."""
-    return conditions(asdict(replace(s, data=absolute_paths(s.data))), bookkeeping=())
+def _as_saved(s: TrainSettings) -> TrainSettings:
+    """As a run's config.yaml keeps them."""
+    return replace(s, data=absolute_paths(s.data))
 
 
-def _runs_in(folder: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """The runs of a sweep and their settings, as ``_asked`` names them."""
-    for run in run_folders(folder):
-        saved = from_yaml(read_config(run, "sweep_name")[0], str(run))
-        yield run, conditions(asdict(saved), bookkeeping=())
+def _by_name(s: TrainSettings) -> dict[str, Any]:
+    """Every setting, by dotted name."""
+    return conditions(asdict(s), bookkeeping=())
+
+
+def _runs_in(folder: Path) -> Iterator[tuple[Path, TrainSettings, dict[str, str | None]]]:
+    """The runs of a sweep, their settings and choices."""
+    for run in run_folders(folder) if folder.exists() else ():
+        config, choices = read_config(run, "sweep_name")
+        yield run, from_yaml(config, str(run)), choices
 
 
 def _check_plain(sweep: Sweep) -> None:
@@ -205,8 +210,9 @@ def _check_plain(sweep: Sweep) -> None:
     folder = sweep.folder
     if folder.exists() and not (folder / MULTIRUN).is_file():
         raise UserError(f"sweep_name={folder.name}: {folder} is there already; give another")
-    asked = [_asked(settings) for settings, _ in sweep.jobs]
-    for run, there in _runs_in(folder) if folder.exists() else ():
+    asked = [_by_name(_as_saved(settings)) for settings, _ in sweep.jobs]
+    for run, saved, _ in _runs_in(folder):
+        there = _by_name(saved)
         unlike = min((differing(there, of_job) for of_job in asked), key=len)
         if unlike:
             raise UserError(
@@ -217,8 +223,8 @@ def _check_plain(sweep: Sweep) -> None:
 
 def folder_of(s: TrainSettings, sweep_dir: Path) -> Path | None:
     """Where a plain sweep has run these settings, if it has."""
-    asked = _asked(s)
-    return next((run for run, there in _runs_in(sweep_dir) if there == asked), None)
+    asked = _by_name(_as_saved(s))
+    return next((run for run, saved, _ in _runs_in(sweep_dir) if _by_name(saved) == asked), None)
 
 
 def studies_in(folder: Path) -> list[Study]:
@@ -250,13 +256,11 @@ def _check_same(folder: Path, jobs: Sequence[tuple[str, TrainSettings]]) -> None
     """UserError if an arm was run in the study's folder, or is asked for, with other settings: its
     seeds are taken together."""
     there: dict[str, list[tuple[str, dict[str, Any]]]] = {}
-    for run in run_folders(folder) if folder.exists() else ():
-        config, choices = read_config(run, "sweep_name")
-        of_arm = there.setdefault(str(choices.get("arm")), [])
-        of_arm.append((run.name, conditions(asdict(from_yaml(config, str(run))))))
+    for run, saved, choices in _runs_in(folder):
+        there.setdefault(str(choices.get("arm")), []).append((run.name, conditions(asdict(saved))))
     first: dict[str, dict[str, Any]] = {}
     for arm, s in jobs:
-        asked = conditions(asdict(replace(s, data=absolute_paths(s.data))))
+        asked = conditions(asdict(_as_saved(s)))
         name = run_name(arm, s.seed)
         for of_run, settings in there.get(arm, ()):
             for key in differing(settings, asked, ("seed",)):
