@@ -113,7 +113,7 @@ def train(s: TrainSettings, training_run) -> int:
     from qat.runs.identity import KEY, CheckpointIdentity, check_resumed
     from qat.runs.storing import CalibrationText, Storage
     from qat.runs.teacher import open_teacher
-    from qat.text.batches import BatchShape
+    from qat.text.batches import BatchShape, drawn_token
     from qat.text.shards import TokenStream
     from qat.text.source import check_apart, check_length, from_settings
     from qat.text.tokenizer import Tokenizer
@@ -230,7 +230,10 @@ def train(s: TrainSettings, training_run) -> int:
         Checkpoints(write, s.checkpoint.every_steps, s.checkpoint.every_seconds),
     ]
     loop = build_loop(s, module, plan, hooks, teacher)
-    batches = BatchShape(s.batch_tokens, s.seq_len, machine.world_size(), loop.pace.micro_batches)
+    batches = BatchShape(
+        s.batch_tokens, s.seq_len, machine.world_size(), loop.pace.micro_batches,
+        drawn_token(train_stream, s.data_seed),
+    )  # fmt: skip
     outcome = fit(loop, train_stream, batches, trainer, state)
 
     # The file: written by rank 0, read back by all, scored.

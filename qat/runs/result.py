@@ -100,6 +100,7 @@ QUANTIZATION = (
     "schedule.update_price", "schedule.qat_update_price",
 )  # fmt: skip
 # Where a run goes and what is made of it: of no effect on it.
+SEEDS = ("seed", "data_seed")  # of the runs of one arm
 BOOKKEEPING = (
     "run_name", "sweep_name", "runs_dir", "logger", "resume", "checkpoint", "fork", "study",
     "ledger",

@@ -313,7 +313,8 @@ class StudySettings:  # of an experiment that is one; only its sweep reads them
 @dataclass
 class TrainSettings:
     profile: str = MISSING
-    seed: int = checked(1337, SEED)
+    seed: int = checked(1337, SEED)  # of first weights and of noise
+    data_seed: int | None = checked(None, SEED)  # draws where reading begins; null: at the start
     # training only; null = none
     budget_seconds: float | None = checked(MISSING, SECONDS)
     max_steps: int | None = checked(None, AT_LEAST_1)  # null = none

@@ -21,7 +21,7 @@ from rich.console import Console
 from qat.budget.budget import Budget
 from qat.errors import UserError
 from qat.golf.bundle import count_code_bytes
-from qat.runs.result import QUANTIZATION, Result, conditions, differing, is_baseline, row_of
+from qat.runs.result import QUANTIZATION, SEEDS, Result, conditions, differing, is_baseline, row_of
 from qat.runs.run_folder import CONFIG, read_config
 from qat.runs.store_again import export_again, storage_of
 from qat.settings.schema import StoreSettings, StudySettings
@@ -169,7 +169,7 @@ class StudyFiles:
                 continue
             label = row_of(run.result)["arm"]
             known = {
-                arm: _differing(other, run, ("seed",))
+                arm: _differing(other, run, SEEDS)
                 for arm, (its_label, other) in first.items()
                 if its_label == label
             }

@@ -20,7 +20,7 @@ from rich.console import Console
 
 from qat.errors import TrainingError, UserError
 from qat.runs.provenance import short
-from qat.runs.result import Result, arm_label, differing, row_of, row_without_result
+from qat.runs.result import SEEDS, Result, arm_label, differing, row_of, row_without_result
 from qat.runs.run_folder import DIRTY_DIFF
 from qat.study.curves import curve_of
 from qat.study.files import (
@@ -120,7 +120,7 @@ def _other_settings(files: StudyFiles, run: ArmRun) -> list[str]:
     said = f"in {first.folder.name}: not one training"
     return [
         f"{name} = {ours.get(name)}, and {theirs.get(name)} {said}"
-        for name in differing(ours, theirs, ("seed", "hardware"))
+        for name in differing(ours, theirs, (*SEEDS, "hardware"))
     ]
 
 
@@ -337,7 +337,7 @@ def best_shares(files: StudyFiles) -> dict[str, BestShare]:
 def _unlike(one: ArmRun, other: ArmRun) -> list[str]:
     """Names of what two runs differ in beside seed and start."""
     grid = [] if one.row.grid == other.row.grid else ["grid"]
-    return grid + differing(one.row.conditions, other.row.conditions, ("seed", *STARTS))
+    return grid + differing(one.row.conditions, other.row.conditions, (*SEEDS, *STARTS))
 
 
 def _scores(runs: Sequence[ArmRun]) -> dict[int, float]:

@@ -19,7 +19,7 @@ from rich.console import Console
 
 from qat.errors import UserError
 from qat.golf.bundle import count_code_bytes
-from qat.runs.result import Result, conditions, differing
+from qat.runs.result import SEEDS, Result, conditions, differing
 from qat.runs.run_folder import (
     kept_steps,
     read_config,
@@ -85,6 +85,7 @@ def begin(sweep: Sweep) -> list[Start]:
     jobs = [(str(choices["arm"]), s) for s, choices in sweep.jobs]
     for arm, s in jobs:
         _check_prices_are_asked(s, arm)
+    _check_seeds_differ(jobs)
     list_of_prices = sweep.folder / f"{sweep.study}{PRICES_SUFFIX}"
     prices = prices_of(list_of_prices, jobs, settings.baseline)
     if prices is not None:
@@ -180,6 +181,19 @@ def _starts(folder: Path, jobs: Sequence[tuple[str, TrainSettings]], baseline: s
     return starts
 
 
+def _check_seeds_differ(jobs: Sequence[tuple[str, TrainSettings]]) -> None:
+    """UserError if runs of an arm would be one run: with weights and order of text given, nothing
+    is left for their seeds."""
+    first: dict[str, int] = {}
+    for arm, s in jobs:
+        other = first.setdefault(arm, s.seed)
+        if other != s.seed and s.model.init_from is not None and s.data_seed is None:
+            raise UserError(
+                f"seed={other},{s.seed}: both begin with the weights of model.init_from and read "
+                "the same text; give 'data_seed=${seed}' too"
+            )
+
+
 def _check_prices_are_asked(s: TrainSettings, arm: str) -> None:
     if s.study.prices and s.study.clock != "priced":
         raise UserError("study.prices: only with study.clock=priced")
@@ -263,12 +277,12 @@ def _check_same(folder: Path, jobs: Sequence[tuple[str, TrainSettings]]) -> None
         asked = conditions(asdict(_as_saved(s)))
         name = run_name(arm, s.seed)
         for of_run, settings in there.get(arm, ()):
-            for key in differing(settings, asked, ("seed",)):
+            for key in differing(settings, asked, SEEDS):
                 raise UserError(
                     f"sweep_name={folder.name}: {of_run} was run there with {key} = "
                     f"{settings.get(key)}, not {asked.get(key)}; give another sweep_name"
                 )
-        for key in differing(first.setdefault(arm, asked), asked, ("seed",)):
+        for key in differing(first.setdefault(arm, asked), asked, SEEDS):
             raise UserError(
                 f"sweep_name={folder.name}: {name} is asked for with {key} = "
                 f"{first[arm].get(key)} and {asked.get(key)}; give each a sweep_name"

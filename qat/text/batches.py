@@ -1,12 +1,14 @@
 """Batches (B, T) as a pure function of the optimizer step: no loader state, nothing to restore.
 
-Step s takes tokens [s * (batch_tokens + 1), (s + 1) * (batch_tokens + 1)) of the stream; x is all
-but the last, y all but the first. Ranks and micro-batches cut that one span into consecutive
-pieces, so the data of a step does not depend on how many of them there are.
+Step s takes tokens [s * (batch_tokens + 1), (s + 1) * (batch_tokens + 1)) of the stream, counted
+from where its shape says; x is all but the last, y all but the first. Ranks and micro-batches cut
+that one span into consecutive pieces, so the data of a step does not depend on how many of them
+there are.
 """
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -19,16 +21,23 @@ from qat.text.shards import TokenStream
 
 @dataclass(frozen=True)
 class BatchShape:
-    """How a step is cut: tokens per step and sequence, ranks, micro-batches per rank."""
+    """How a step is cut: tokens per step and sequence, ranks, micro-batches per rank; and where in
+    the text step 0 begins."""
 
     batch_tokens: int
     seq_len: int
     world_size: int = 1
     micro_batches: int = 1
+    first_token: int = 0
 
     @property
     def micro_batch_tokens(self) -> int:
         return self.batch_tokens // (self.world_size * self.micro_batches)
+
+
+def drawn_token(stream: TokenStream, data_seed: int | None) -> int:
+    """To begin with: drawn by the seed, else the first."""
+    return 0 if data_seed is None else random.Random(data_seed).randrange(len(stream))
 
 
 def micro_batch(
@@ -36,7 +45,7 @@ def micro_batch(
 ) -> tuple[Tensor, Tensor]:
     """Inputs and targets (B, T), int64, of one rank's micro-batch of one step."""
     piece = (micro * shape.world_size + rank) * shape.micro_batch_tokens
-    start = step * (shape.batch_tokens + 1) + piece
+    start = shape.first_token + step * (shape.batch_tokens + 1) + piece
     span = torch.from_numpy(stream.take(start, shape.micro_batch_tokens + 1))
     return span[:-1].view(-1, shape.seq_len), span[1:].view(-1, shape.seq_len)
 

@@ -155,6 +155,19 @@ def test_the_gradient_rule_of_the_docs_is_one_file_and_its_state_survives(
     assert losses["identity"] != losses["whole"]
 
 
+def test_a_run_that_begins_elsewhere_in_its_text_goes_on_there(
+    train, program, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert train(*LONG, "run_name=plain").code == 0
+    assert train(*LONG, "data_seed=5", "run_name=whole").code == 0
+    crash_in(monkeypatch, 7)
+    crashed(train, *LONG, "data_seed=5", "run_name=torn")
+    assert program("train.py", f"resume={RUNS / 'torn'}").code == 0
+    same("whole", "torn")
+    losses = {name: result_of(RUNS / name)["val_loss_float"] for name in ("plain", "whole")}
+    assert losses["plain"] != losses["whole"]
+
+
 def test_a_run_that_died_in_its_export_does_not_train_again(
     train, program, monkeypatch: pytest.MonkeyPatch
 ) -> None:

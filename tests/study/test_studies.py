@@ -32,6 +32,7 @@ from tests.conftest import ROOT, Done, _call, first_on_path, result_of
 from tests.offline_run import read_offline_run
 
 RUNS = Path("logs/runs")
+QUIET = Console(quiet=True)
 EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
 ASKED = ("-m", "experiment=gptq", "seed=1,2", "max_steps=8", "ledger=full", "sweep_name=s")
 
@@ -48,7 +49,7 @@ def gptq(tiny: list[str], tmp_path_factory: pytest.TempPathFactory) -> tuple[Pat
 
 def found(folder: Path) -> Findings:
     (file,) = folder.glob("*.study.json")
-    return find_out(folder, Study.read(file), Console(quiet=True))
+    return find_out(folder, Study.read(file), QUIET)
 
 
 def own_copy(folder: Path, tmp_path: Path) -> Path:
@@ -384,6 +385,25 @@ def test_seeds_of_an_arm_differ_in_nothing_else(
     assert not (tmp_path / RUNS / "other").exists()
 
 
+def test_seeds_that_begin_with_the_same_weights_read_the_text_from_elsewhere(
+    train: Callable[..., Done], tmp_path: Path
+) -> None:
+    assert train("run_name=base", "max_steps=2").code == 0
+    asked = ("-m", "experiment=finetune", "arm=none", "seed=1,2", "model.init_from=base",
+             "max_steps=2", "schedule.warmdown_steps=null", "sweep_name=s")  # fmt: skip
+    done = train(*asked, "data_seed=null")
+    assert done.code == 2
+    assert "seed=1,2: both begin with the weights of model.init_from and read the same" in done.err
+    assert not (tmp_path / RUNS / "s").exists()
+    done = train(*asked)  # the study says data_seed=${seed}
+    assert done.code == 0, done.err
+    rows = [result_of(RUNS / "s" / f"none_s{seed}") for seed in (1, 2)]
+    assert [row["settings"]["data_seed"] for row in rows] == [1, 2]
+    assert rows[0]["val_loss_float"] != rows[1]["val_loss_float"]
+    findings = find_out(RUNS / "s", Study.read(RUNS / "s" / "finetune.study.json"), QUIET)
+    assert [t.notes for t in findings.treatments if t.name == "none"] == [{}]
+
+
 def test_seeds_of_an_arm_that_differ_in_more_are_noted(
     gptq: tuple[Path, Done], tmp_path: Path
 ) -> None:
@@ -407,7 +427,7 @@ def test_designs_share_the_arms_that_both_name(
     done = train("-m", *asked)
     assert done.code == 0, done.err
     assert (folder / "none_s1" / "train.log").read_text() == log
-    bits = find_out(folder, Study.read(folder / "bits.study.json"), Console(quiet=True))
+    bits = find_out(folder, Study.read(folder / "bits.study.json"), QUIET)
     stored = {"none", "none/gptq", "int3", "int3/gptq"}
     assert {t.name for t in bits.treatments} == stored
     (int3,) = (t for t in bits.treatments if t.name == "int3")

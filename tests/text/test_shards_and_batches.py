@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from qat.errors import UserError
-from qat.text.batches import BatchShape, TrainingBatches, micro_batch
+from qat.text.batches import BatchShape, TrainingBatches, drawn_token, micro_batch
 from qat.text.shards import ShardWriter, TokenStream
 from tests.conftest import GOLF
 
@@ -88,6 +88,19 @@ def test_a_step_takes_the_next_batch_tokens_plus_one(stream: TokenStream) -> Non
         assert np.array_equal(x.flatten(), span[:-1])
         assert np.array_equal(y.flatten(), span[1:])
         assert x.shape == (4, 16)
+
+
+def test_reading_begins_where_a_seed_draws_it(stream: TokenStream) -> None:
+    """And goes on at the first token after the last."""
+    assert drawn_token(stream, None) == 0
+    places = {drawn_token(stream, seed) for seed in range(20)}
+    assert len(places) == 20
+    assert all(0 <= place < len(stream) for place in places)
+    shape = BatchShape(batch_tokens=64, seq_len=16, first_token=4990)
+    x, _ = micro_batch(stream, shape, 0, 0, 0)
+    assert np.array_equal(x.flatten()[:20], [*stream.take(4990, 10), *stream.take(0, 10)])
+    x, _ = micro_batch(stream, shape, 3, 0, 0)
+    assert np.array_equal(x.flatten(), stream.take(4990 + 3 * 65 - 5000, 64))
 
 
 @pytest.mark.parametrize(("ranks", "micros"), [(1, 4), (2, 1), (2, 2), (4, 1), (8, 2)])
