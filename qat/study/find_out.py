@@ -34,7 +34,7 @@ from qat.study.files import (
     mean_file,
 )
 from qat.study.findings import Contrast, Findings, Treatment
-from qat.study.headline import sentences, ways_to_store
+from qat.study.headline import sentences, ways_to_store, where_stored
 from qat.study.law import BestShare, best_share
 from qat.study.ledger import Twin, ledger_of
 from qat.study.significance import bar_in_bpb, verdict
@@ -104,11 +104,13 @@ def _noted(pair: PairedRun, what: str) -> Iterator[None]:
 
 
 def _add_by_store(files: StudyFiles, pair: PairedRun, base: ArmRun) -> None:
-    """The baseline by each of the study's stores on the run's grid: what could be done in place of
-    QAT. Not by one that fills a limit: as many bytes are what ``as_large`` is for."""
+    """The baseline by each of the study's stores: what could be done in place of QAT. On the run's
+    grid, or under the limit that both fill; where the run fills none, not by a store that does."""
+    settings = pair.run.row.settings
+    has_filled = fills_limit(settings, files.target(pair.run))
     for name, store in files.study.settings.stores_of(pair.run.arm).items():
         target = files.target(pair.run, store)
-        if not fills_limit(pair.run.row.settings, target):
+        if has_filled or not fills_limit(settings, target):
             with _noted(pair, f"{base.folder.name} has no file by {name}"):
                 pair.by_store[name] = files.reference(base, pair.run, target)
 
@@ -171,7 +173,7 @@ def treatment_of(
     by_store = {
         way: _contrast(
             [(pair, pair.by_store.get(way)) for pair in pairs],
-            f"{baseline} by {way} on {other.grid or grid}",
+            f"{baseline} by {way} {where_stored(other, f'on {grid}')}",
         )
         for way, other in files.study.settings.stores_of(arm).items()
     }
@@ -264,8 +266,7 @@ def _findings(files: StudyFiles, commands: list[str]) -> Findings:
     budget_seconds = results[0].settings["budget_seconds"] if results else None
     priced_steps = _priced_steps(results)
     has_clock = budget_seconds is not None or priced_steps is not None
-    own_grids = {name: s.grid for name, s in study.settings.stores.items() if s.grid is not None}
-    ways = ways_to_store(treatments, own_grids)
+    ways = ways_to_store(treatments, study.settings.stores)
     headline, *details = sentences(treatments, ways, ledgers, shares, has_clock)
     return Findings(
         name=study.name,

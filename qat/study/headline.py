@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
+from qat.settings.schema import StoreSettings
 from qat.study.findings import Contrast, Ledger, Treatment
 from qat.study.law import BestShare
 from qat.study.significance import LEVEL, Effect, holm
@@ -23,17 +24,23 @@ MOST_NAMED = 6  # arms, of one kind, in the headline
 
 
 def ways_to_store(
-    treatments: Sequence[Treatment], grids_of_stores: Mapping[str, str] | None = None
+    treatments: Sequence[Treatment], stores: Mapping[str, StoreSettings]
 ) -> dict[str, dict[str, Effect]]:
-    """In words -> QAT as it stored itself less the baseline stored so, by treatment.
-    ``grids_of_stores``: of stores that have one of their own."""
-    own, qat = grids_of_stores or {}, [t for t in treatments if t.is_qat and t.store is None]
+    """In words -> QAT as it stored itself less the baseline stored so, by treatment."""
+    qat = [t for t in treatments if t.is_qat and t.store is None]
     ways = {ALIKE: _effects((t.name, t.alike) for t in qat)}
     for store in dict.fromkeys(store for t in qat for store in t.by_store):
-        way = f"the baseline by {store} on {own.get(store, 'the same grid')}"
+        way = f"the baseline by {store} {where_stored(stores[store], 'on the same grid')}"
         ways[way] = _effects((t.name, t.by_store.get(store)) for t in qat)
     ways[AS_LARGE] = _effects((t.name, t.equal_bytes) for t in qat)
     return {way: effects for way, effects in ways.items() if effects}
+
+
+def where_stored(store: StoreSettings, on_its_grid: str) -> str:
+    """``on_its_grid``: said of a store that has no grid of its own and fills no limit."""
+    if store.fill:
+        return "filled to the same limit"
+    return on_its_grid if store.grid is None else f"on {store.grid}"
 
 
 def sentences(

@@ -92,7 +92,7 @@ def make_findings(
         hardware=["2 cores of an AMD EPYC 9575F"], commits=["0123abcd"],
         commands=["python train.py -m experiment=pair seed=1,2,3", "python eval.py task=study"],
         treatments=treatments, ledgers=ledgers, curves=curves, rows=rows,
-        details=["Beside rounding, QAT is better with int8."], beside=ways_to_store(treatments),
+        details=["Beside rounding, QAT is better with int8."], beside=ways_to_store(treatments, {}),
     )  # fmt: skip
     return replace(findings, **changed)
 

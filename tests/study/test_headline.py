@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from qat.settings.schema import StoreSettings
 from qat.study.findings import Contrast, Ledger, Treatment
 from qat.study.headline import sentences, ways_to_store
 from qat.study.law import BestShare
@@ -28,7 +29,7 @@ HOLM = "Decided at 5 % after Holm over the arms of a sentence, beside plain 95 %
 
 
 def said_of(*treatments: Treatment, **more: Any) -> list[str]:
-    return sentences(treatments, ways_to_store(treatments, more.pop("grids", {})), **more)
+    return sentences(treatments, ways_to_store(treatments, more.pop("stores", {})), **more)
 
 
 @pytest.mark.parametrize(
@@ -93,7 +94,9 @@ def test_to_pay_is_to_beat_every_way_to_store_the_baseline() -> None:
     beaten = replace(beaten, by_store={"gptq": gptq}, equal_bytes=costs)
     open_ = replace(open_, by_store={"gptq": unknown}, equal_bytes=large)
     stored_so = replace(treatment("a/gptq", OPEN), arm="a", store="gptq")
-    headline, *details = said_of(arm, beaten, open_, stored_so, grids={"gptq": "int6_x"})
+    headline, *details = said_of(
+        arm, beaten, open_, stored_so, stores={"gptq": StoreSettings("int6_x")}
+    )
     assert headline == (
         "At equal wallclock QAT pays with a, does not pay with b and is not decided for c (3 "
         f"seeds). To pay is to be better than {ALIKE}, the baseline by gptq on int6_x and the "

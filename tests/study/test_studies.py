@@ -170,6 +170,15 @@ def test_a_store_that_fills_a_limit_is_not_beside_what_qat_stored(
     treatments = {t.name: t for t in found(folder).treatments}
     assert [*treatments] == ["none", "int6", "int6/gptq", "int6/full"]
     assert [*treatments["int6"].by_store] == ["gptq"]
+    for seed in (1, 2):  # as if it had filled its limit itself
+        settings = result_of(folder / f"int6_s{seed}")["settings"]
+        filled = settings | {"artifact": settings["artifact"] | {"fill": True}}
+        change(folder / f"int6_s{seed}", settings=filled)
+    findings = found(folder)
+    (int6,) = (t for t in findings.treatments if t.name == "int6")
+    assert [*int6.by_store] == ["gptq", "full"]
+    assert int6.by_store["full"].against == "none by full filled to the same limit"
+    assert "the baseline by full filled to the same limit" in findings.beside
 
 
 def test_the_ledger_adds_up_and_equal_steps_are_measured(gptq: tuple[Path, Done]) -> None:
