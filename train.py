@@ -22,7 +22,7 @@ from qat.settings.schema import TrainSettings
 
 log = logging.getLogger("qat")
 # Imported by name: what only a study needs is no part of train_gpt.py, which is one run.
-STUDY, STUDY_RUNS = "qat.study.study", "qat.study.runs"
+STUDY, SWEEP_RUN = "qat.study.study", "qat.study.sweep_run"
 REPORT_TASK = "qat.report.report_task"
 
 
@@ -45,7 +45,7 @@ def resolve(settings: TrainSettings, choices) -> TrainSettings:
 def run(s: TrainSettings, job: Job) -> int:
     """One run to its row, or one of a sweep with all that belongs to it; the exit code."""
     if job.sweep_dir is not None:
-        return import_module(STUDY_RUNS).run_in_sweep(s, job, run_one)
+        return import_module(SWEEP_RUN).run_in_sweep(s, job, run_one)
     if s.resume is not None:
         from qat.runs.resume import is_finished, saved_job
 
