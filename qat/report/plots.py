@@ -264,18 +264,16 @@ def _seeds(findings: Findings) -> Picture | None:
     compared = [(t, t.alike) for t in findings.treatments if t.alike]
     if not compared:
         return None
-    stores = list(dict.fromkeys(store for t, _ in compared for store in t.by_store))
-    ways = 2 + len(stores)
+    stores = dict.fromkeys(store for t, _ in compared for store in t.by_store)
+    marks = dict(zip(stores, cycle(STORE_MARKS), strict=False))
+    ways = 2 + len(marks)
     figure, axes = new_figure(8.6, 1.4 + 0.25 * ways * len(compared))
     bars = [1000 * alike.verdict.bar_bpb for _, alike in compared]
     widest = 0.0
     for at, (treatment, alike) in enumerate(compared):
         axes.plot([-bars[at]] * 2, [at - 0.45, at + 0.45], color=INK, linewidth=1, linestyle=":")
         rows = [(alike, "o", BETTER), (treatment.equal_bytes, "D", WORSE)]
-        rows += [
-            (treatment.by_store.get(store), mark, INK)
-            for store, mark in zip(stores, cycle(STORE_MARKS), strict=False)
-        ]
+        rows += [(treatment.by_store.get(store), mark, INK) for store, mark in marks.items()]
         for place, (comparison, mark, colour) in enumerate(rows):
             if comparison:
                 y = at - 0.5 + (place + 0.7) / ways
@@ -297,7 +295,7 @@ def _seeds(findings: Findings) -> Picture | None:
     axes.plot([], [], "o", color=BETTER, label="stored alike")
     if any(treatment.equal_bytes for treatment, _ in compared):
         axes.plot([], [], "D", color=WORSE, label="at equal bytes")
-    for store, mark in zip(stores, cycle(STORE_MARKS), strict=False):
+    for store, mark in marks.items():
         axes.plot([], [], mark, color=INK, label=f"beside the baseline by {store}")
     axes.plot([], [], "o", color=MUTED, markerfacecolor=SURFACE, markersize=4, label="one seed")
     axes.plot([], [], ":", color=INK, label=f"better by {BAR_NATS} nats per token")

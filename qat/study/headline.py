@@ -81,11 +81,13 @@ def calls(effects: Effects) -> dict[str, str]:
     """``better``, ``worse``, or nothing of what is not decided."""
     adjusted = iter(holm([e.p_value for e in effects.values() if e.p_value is not None]))
     return {
-        name: ""
-        if effect.p_value is None or next(adjusted) >= LEVEL
-        else ("worse" if effect.mean > 0.0 else "better")
+        name: "" if effect.p_value is None or next(adjusted) >= LEVEL else _direction(effect)
         for name, effect in effects.items()
     }
+
+
+def _direction(effect: Effect) -> str:
+    return "worse" if effect.mean > 0.0 else "better"
 
 
 def _answer(ways: Mapping[str, Effects], spent: str) -> str:
@@ -100,8 +102,7 @@ def _answer(ways: Mapping[str, Effects], spent: str) -> str:
     if len(ways) == 1 and len(called[0]) == 1:
         ((way, effects),) = ways.items()
         (effect,) = effects.values()
-        way_off = "worse" if effect.mean > 0.0 else "better"
-        return f"{answer}: {way_off} than {way} by {_size(effect)}{seeds}."
+        return f"{answer}: {_direction(effect)} than {way} by {_size(effect)}{seeds}."
     if len(ways) == 1:
         return f"{answer}, beside {next(iter(ways))}{seeds}."
     return f"{answer}{seeds}. To pay is to be better than {_listed([*ways])}."
@@ -145,13 +146,13 @@ def _sorted_out(effects: Effects) -> str:
     for name, call in calls(effects).items():
         effect = effects[name]
         if effect.p_value is None:
-            way_off = "worse" if effect.mean > 0.0 else "better"
-            kinds[call].append(f"{name} ({way_off} by {_size(effect)} in its one seed)")
+            found = f"{_direction(effect)} by {_size(effect)} in its one seed"
+            kinds[call].append(f"{name} ({found})")
         else:
             kinds[call].append(f"{name} (by {_size(effect)})" if call else name)
     words = {"better": "better with", "worse": "worse with", "": "not decided for"}
-    found = [f"{words[call]} {_listed(names)}" for call, names in kinds.items() if names]
-    return _listed(found) + _counted([effect.num_seeds for effect in effects.values()])
+    said = [f"{words[call]} {_listed(names)}" for call, names in kinds.items() if names]
+    return _listed(said) + _counted([effect.num_seeds for effect in effects.values()])
 
 
 def _size(effect: Effect) -> str:
