@@ -11,6 +11,10 @@ turns, against the challenge's trainer:
     bare loop    this project's model and optimizers in the simplest loop: what is left is what
                  Lightning, the switch and the clock add
 
+Each side has a process of its own, as it has when its own script is run: ``train.py`` asks glibc to
+keep freed memory, which the challenge's script does not. ``challenge, keeping`` is what the
+challenge's trainer would take with that line (on CPUs; a GPU's memory is torch's).
+
 ``--micro-tokens`` are the tokens of a forward pass of the engine (several: an arm each); the
 challenge's are 65,536 at the golf shapes, as its script takes them on one GPU.
 
@@ -26,7 +30,10 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 
 import torch
@@ -45,6 +52,7 @@ from qat.model.spec import ModelSpec  # noqa: E402
 from qat.qat_model import QatModel  # noqa: E402
 from qat.quantize.grid import Grid  # noqa: E402
 from qat.quantize.plan import Plan  # noqa: E402
+from qat.settings.machine import keep_freed_memory  # noqa: E402
 from qat.settings.schema import OptimizerSettings  # noqa: E402
 from qat.text.batches import BatchShape, TrainingBatches, micro_batch  # noqa: E402
 from qat.text.shards import TokenStream  # noqa: E402
@@ -189,6 +197,97 @@ def largest_distance(
     return max(abs(a - b) for a, b in zip(losses.found, theirs, strict=True)), theirs[-1]
 
 
+@dataclass(frozen=True)
+class Asked:
+    """What all processes are told."""
+
+    profile: str
+    compiled: bool
+    micro_tokens: list[int]  # of the engine
+
+    @property
+    def pass_tokens(self) -> int:
+        """Tokens of a forward pass of the challenge."""
+        _, sequences, length = PROFILES[self.profile]
+        return sequences * length
+
+    @property
+    def step_tokens(self) -> int:
+        return GOLF_STEP_TOKENS if self.profile == "golf" else self.pass_tokens
+
+    def cut(self, pass_tokens: int) -> BatchShape:
+        length = PROFILES[self.profile][2]
+        return BatchShape(self.step_tokens, length, 1, self.step_tokens // pass_tokens)
+
+
+def challenges_arms(asked: Asked) -> dict[str, Turn]:
+    spec, stream = PROFILES[asked.profile][0], TokenStream([TEXT], "the text of this benchmark")
+    return {"challenge": challenge(spec, stream, asked.cut(asked.pass_tokens), asked.compiled)}
+
+
+def challenges_arms_keeping(asked: Asked) -> dict[str, Turn]:
+    keep_freed_memory()
+    return {"challenge, keeping": challenges_arms(asked)["challenge"]}
+
+
+def our_arms(asked: Asked) -> dict[str, Turn]:
+    keep_freed_memory()
+    spec, stream = PROFILES[asked.profile][0], TokenStream([TEXT], "the text of this benchmark")
+    arms = {}
+    for size in asked.micro_tokens:
+        label = f", {size:,}" if len(asked.micro_tokens) > 1 else ""
+        for name, qat in (("engine", False), ("engine, int6", True)):
+            arms[f"{name}{label}"] = engine(spec, stream, asked.cut(size), asked.compiled, qat)
+    arms["bare loop"] = bare(spec, stream, asked.cut(asked.micro_tokens[0]), asked.compiled)
+    return arms
+
+
+@dataclass(frozen=True)
+class Taken:
+    seconds: float  # an update
+    graphs: int  # new
+    peak_bytes: int  # of a GPU
+
+
+_arms: dict[str, Turn] = {}  # of this process
+
+
+def begin(build: Callable[[Asked], dict[str, Turn]], asked: Asked) -> list[str]:
+    _arms.update(build(asked))
+    return list(_arms)
+
+
+def take_turn(name: str, steps: int) -> Taken:
+    graphs, peak_bytes = counters["stats"]["unique_graphs"], 0
+    if DEVICE.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    seconds = _arms[name](steps)
+    if DEVICE.type == "cuda":
+        peak_bytes = torch.cuda.max_memory_allocated()
+        torch.cuda.empty_cache()  # for the other process
+    return Taken(seconds, counters["stats"]["unique_graphs"] - graphs, peak_bytes)
+
+
+def in_turns(asked: Asked, steps: int, turns: int) -> Mapping[str, list[Taken]]:
+    """Of every arm the first turn, which compiles, and ``turns`` more."""
+    builders = [challenges_arms, our_arms]
+    if DEVICE.type == "cpu":
+        builders.insert(1, challenges_arms_keeping)
+    pools = [ProcessPoolExecutor(1, get_context("spawn")) for _ in builders]
+    try:
+        begun = [pool.submit(begin, b, asked) for pool, b in zip(pools, builders, strict=True)]
+        arms = [(name, p) for p, b in zip(pools, begun, strict=True) for name in b.result()]
+        taken: dict[str, list[Taken]] = {name: [] for name, _ in arms}
+        for turn in range(turns + 1):
+            for name, pool in arms:
+                found = pool.submit(take_turn, name, steps if turn else 1).result()
+                taken[name].append(found)
+        return taken
+    finally:
+        for pool in pools:
+            pool.shutdown(cancel_futures=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("profile", nargs="?", choices=PROFILES, default="laptop")
@@ -197,42 +296,21 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=6)
     parser.add_argument("--micro-tokens", default="", help="of the engine: 65536,131072")
     parser.add_argument("--peak-tflops", type=float, help="to say MFU")
-    asked = parser.parse_args()
-    spec, sequences, length = PROFILES[asked.profile]
-    pass_tokens = sequences * length
-    step_tokens = GOLF_STEP_TOKENS if asked.profile == "golf" else pass_tokens
-    stream = TokenStream([TEXT], "the text of this benchmark")
-    sizes = [int(size) for size in asked.micro_tokens.split(",") if size] or [pass_tokens]
+    typed = parser.parse_args()
+    spec, _, length = PROFILES[typed.profile]
+    sizes = [int(size) for size in typed.micro_tokens.split(",") if size]
+    asked = Asked(typed.profile, typed.compile, sizes)
+    step_tokens = asked.step_tokens
     if odd := [size for size in sizes if step_tokens % size or size % length]:
         parser.error(f"--micro-tokens: {odd[0]} does not divide {step_tokens} into {length}s")
-
-    def cut(size: int) -> BatchShape:
-        return BatchShape(step_tokens, length, 1, step_tokens // size)
-
-    arms = {"challenge": challenge(spec, stream, cut(pass_tokens), asked.compile)}
-    for size in sizes:
-        label = f", {size:,}" if len(sizes) > 1 else ""
-        arms[f"engine{label}"] = engine(spec, stream, cut(size), asked.compile, False)
-        arms[f"engine, int6{label}"] = engine(spec, stream, cut(size), asked.compile, True)
-    arms["bare loop"] = bare(spec, stream, cut(sizes[0]), asked.compile)
-    seconds: dict[str, list[float]] = {name: [] for name in arms}
-    peak_bytes = dict.fromkeys(arms, 0)
-    graphs: dict[str, int] = {}
-    for turn in range(asked.turns + 1):  # the first one compiles
-        for name, arm in arms.items():
-            before = counters["stats"]["unique_graphs"]
-            if DEVICE.type == "cuda":
-                torch.cuda.empty_cache()
-                torch.cuda.reset_peak_memory_stats()
-            taken = arm(asked.steps if turn else 1)
-            graphs.setdefault(name, counters["stats"]["unique_graphs"] - before)
-            if turn:
-                seconds[name].append(taken)
-            if DEVICE.type == "cuda":
-                peak_bytes[name] = torch.cuda.max_memory_allocated()
+    sizes[:] = sizes or [asked.pass_tokens]
+    taken = in_turns(asked, typed.steps, typed.turns)
+    seconds = {name: [turn.seconds for turn in turns[1:]] for name, turns in taken.items()}
+    peak_bytes = {name: max(turn.peak_bytes for turn in turns) for name, turns in taken.items()}
+    graphs = {name: turns[0].graphs for name, turns in taken.items()}
     flops = 6 * sum(p.numel() for p in GPT(spec).parameters()) * step_tokens
     where = torch.cuda.get_device_name() if DEVICE.type == "cuda" else "CPU"
-    how = "compiled" if asked.compile else "eager"
+    how = "compiled" if asked.compiled else "eager"
     print(
         f"{asked.profile}, {how}, {where}, {torch.get_num_threads()} threads, {torch.__version__}"
     )
@@ -245,13 +323,14 @@ def main() -> None:
         median = statistics.median(times)
         pairs = zip(seconds["challenge"], times, strict=True)
         ratios[name] = statistics.median(base / own for base, own in pairs)
-        mfu = f"{flops / median / asked.peak_tflops / 1e12:6.1%}" if asked.peak_tflops else "     -"
+        mfu = f"{flops / median / typed.peak_tflops / 1e12:6.1%}" if typed.peak_tflops else "     -"
         peak = f"{peak_bytes[name] / 1e6:8.0f}" if peak_bytes[name] else "       -"
         print(
             f"{name:22} {1e3 * median:9.1f} {step_tokens / median:10,.0f} {ratios[name]:11.3f} "
             f"{mfu} {peak} {graphs[name]:10d}"
         )
-    distance, last = largest_distance(spec, stream, cut(sizes[0]), asked.compile)
+    stream = TokenStream([TEXT], "the text of this benchmark")
+    distance, last = largest_distance(spec, stream, asked.cut(sizes[0]), asked.compiled)
     print(
         f"losses of {UPDATES_COMPARED} updates, engine to challenge: at most {distance:.4f} nats "
         f"apart (the last is {last:.3f})"

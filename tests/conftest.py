@@ -93,6 +93,23 @@ class Done:
     err: str
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _composed_once() -> Iterator[None]:
+    """Hydra composes once to see whether a file sets ``hydra.mode``, and then for the run: a fifth
+    of a tiny one. No file of ``conf/`` does."""
+    from hydra._internal.hydra import Hydra
+
+    asked = Hydra.get_mode
+
+    def mode(hydra: Hydra, config_name: str | None, overrides: list[str]) -> Any:
+        may_say = any(word.startswith(("hydra.mode", "--config-dir")) for word in sys.argv)
+        return asked(hydra, config_name, overrides) if may_say else None
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Hydra, "get_mode", mode)
+        yield
+
+
 def _call(script: str, arguments: list[str]) -> Done:
     """Run train.py or eval.py in this process, as its ``__main__`` would."""
     import eval as eval_program

@@ -42,6 +42,7 @@ def test_the_opponent_has_the_recorded_losses() -> None:
         assert loss == pytest.approx(recorded[number], abs=1e-3), number
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_the_table_names_every_arm(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
@@ -59,6 +60,6 @@ def test_the_table_names_every_arm(
     monkeypatch.setattr(sys, "argv", told[:-2])
     train_step.main()
     said = capsys.readouterr().out
-    for arm in ("challenge", "engine", "engine, int6", "bare loop"):
+    for arm in ("challenge", "challenge, keeping", "engine", "engine, int6", "bare loop"):
         assert f"\n{arm} " in said
     assert "apart" in said

@@ -207,7 +207,8 @@ class Jobs:
     process: int = field(default_factory=os.getpid)  # where the command was typed
 
     def __call__(self, config: DictConfig) -> None:
-        options.look_also_in(self.users_folders)
+        if os.getpid() != self.process:
+            options.look_also_in(self.users_folders)
         run = HydraConfig.get()
         job = Job(
             _choices(run),
