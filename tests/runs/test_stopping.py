@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,15 @@ from tests.runs.test_resume import crash_in
 
 SWEEP = Path("logs/runs/mine")
 ASKED = ("-m", "seed=1,2", "max_steps=8", "schedule.warmdown_steps=3")
+
+
+@pytest.fixture(autouse=True)
+def _not_ignored() -> Iterator[None]:
+    """Where the suite itself was started by nohup, too."""
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in STOPPING}
+    yield
+    for number, old in before.items():
+        signal.signal(number, old)
 
 
 def _interrupted(number: int, seen: list[str]) -> None:
