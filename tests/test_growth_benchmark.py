@@ -55,6 +55,7 @@ def test_missed_goals_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     ]
 
 
+@pytest.mark.slow
 def test_a_part_in_its_process(tmp_path: Path) -> None:
     found = {r["name"]: r for r in growth.measured("snap", "2.6M", tmp_path, 120)}
     assert set(found) >= {"plan", "snap"}

@@ -13,6 +13,7 @@ RUNS = Path("logs/runs")
 ASKED = ("model.num_layers=1", "max_steps=4", "qat.start_step=2")
 
 
+@pytest.mark.slow
 def test_it_is_trained_and_stored_in_all_ways(train, program) -> None:
     done = train(*ASKED, "qat=int6", "run_name=r")
     assert done.code == 0, done.err

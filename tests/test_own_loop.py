@@ -229,6 +229,7 @@ def _rank(rank: int, port: int, out: str) -> None:
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_ranks_are_one(tmp_path: Path) -> None:
     """Gradients meet in the masters: two halves of a batch move them as the whole one does."""
     import socket

@@ -174,6 +174,7 @@ def test_shards_given_by_path_replace_any_source(program) -> None:
     assert program("eval.py", f"artifact={path}").code == 2
 
 
+@pytest.mark.slow
 def test_ctrl_c_is_recorded_and_exits_130(tiny: list[str], tmp_path: Path) -> None:
     """A real process, interrupted in the middle of training."""
     command = [sys.executable, str(ROOT / "train.py"), *tiny, "max_steps=null", "budget_seconds=99",

@@ -65,6 +65,7 @@ def test_trained_scored_sampled_and_stored_again(llama, program, cache_dir: Path
     assert not Path("f.ptz").exists()
 
 
+@pytest.mark.slow
 def test_trained_to_bytes_and_by_gptq(llama) -> None:
     assert llama("qat=none", "grid=int4", "artifact.method=gptq", "run_name=gptq").code == 0
     row = result_of(RUNS / "gptq")
@@ -74,6 +75,7 @@ def test_trained_to_bytes_and_by_gptq(llama) -> None:
     assert result_of(RUNS / "rd")["status"] == "finished"
 
 
+@pytest.mark.slow
 def test_everything_measured(llama, program, cache_dir: Path) -> None:
     assert llama("qat=none", "grid=int4", "run_name=r").code == 0
     quick = (f"data.cache_dir={cache_dir}", "eval.batch_tokens=2048", "eval.resamples=20",

@@ -33,6 +33,7 @@ def torchrun(
     )
 
 
+@pytest.mark.slow
 def test_two_ranks_train_one_run(tiny: list[str], tmp_path: Path, program, cache_dir: Path) -> None:
     done = torchrun(*tiny, "qat=int6", "qat.start_step=5", "run_name=two", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -161,6 +162,7 @@ def test_one_two_and_four_ranks_at_the_same_global_batch(tmp_path: Path) -> None
         assert max(off) < 1e-4
 
 
+@pytest.mark.slow
 def test_a_mistake_is_said_once_though_rank_0_is_late(tiny: list[str], tmp_path: Path) -> None:
     late = tmp_path / "late.py"
     late.write_text(

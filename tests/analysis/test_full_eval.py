@@ -206,6 +206,7 @@ def documented() -> list[re.Pattern[str]]:
     return patterns
 
 
+@pytest.mark.slow
 def test_every_number_has_a_unit_and_a_definition(finished: Path, program, cache_dir: Path) -> None:
     asked = (f"artifact={finished / 'artifact.qat'}", "eval=full", f"data.cache_dir={cache_dir}")
     done = program("eval.py", *asked, *QUICK, "out=found")

@@ -131,6 +131,7 @@ assert mix_coder.encode(raw, matrices) == coded
 """
 
 
+@pytest.mark.slow
 def test_without_the_compiler_the_bytes_are_the_same() -> None:
     matrices = [Matrix(20, 30, 6, False, "a"), Matrix(10, 20, 3, True, "b")]
     coded = mix_coder.encode(draw_codes(4, matrices), matrices)

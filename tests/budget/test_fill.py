@@ -74,6 +74,7 @@ def test_after_qat_the_trained_grid_is_kept_where_it_fits(train, program, cache_
     assert "is there already" in again.err
 
 
+@pytest.mark.slow
 def test_a_limit_that_nothing_meets_ends_oversize(train) -> None:
     done = train("qat=none", *FIT, f"limit_bytes={CODE + 1000}", "run_name=big")
     assert done.code == 3
@@ -90,6 +91,7 @@ def test_learned_scales_are_kept(train, program) -> None:
     assert all(torch.equal(kept.weights[name], w) for name, w in trained.weights.items())
 
 
+@pytest.mark.slow
 def test_a_baseline_is_filled_beside_an_arm_that_fills(train, program) -> None:
     assert train("qat=none", "grid=int6", "run_name=n").code == 0
     assert train("qat=int6", *FIT, f"limit_bytes={CODE + 45_000}", "run_name=q").code == 0

@@ -78,6 +78,7 @@ def test_nothing_of_the_model_is_compiled_again(train: Callable[..., Done]) -> N
     assert graphs["rd"] == graphs["none"] > 0
 
 
+@pytest.mark.slow
 def test_where_bits_are_free_it_is_learned_scale_qat(train: Callable[..., Done]) -> None:
     given = ("qat.start_step=5", "max_steps=12")
     assert train("qat=rd", "qat.bit_price=0", "run_name=free", *given).code == 0

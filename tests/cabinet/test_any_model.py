@@ -98,6 +98,7 @@ ONE_OF_EACH = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "variants", [pytest.param(ONE_OF_EACH, id="few"), pytest.param(None, marks=pytest.mark.slow)]
 )
@@ -145,6 +146,7 @@ def test_every_variant_is_a_row_and_what_is_kept_stays(
     assert (tmp_path / "pareto_bytes.png").stat().st_size > 0
 
 
+@pytest.mark.slow
 def test_nothing_is_measured_twice(model: Encoder, tmp_path: Path) -> None:
     cabinet_of(model, tmp_path, variants=["fp32", "rtn_int8"])
 
@@ -322,6 +324,7 @@ def test_mistakes_are_one_line(model: Encoder, tmp_path: Path) -> None:
     assert not list((tmp_path / "c").rglob("metrics.json"))
 
 
+@pytest.mark.slow
 def test_rows_of_something_else_are_not_mixed(model: Encoder, tmp_path: Path) -> None:
     cabinet_of(model, tmp_path, variants=["fp32"])
     for changed, key in (

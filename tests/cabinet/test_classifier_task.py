@@ -122,6 +122,7 @@ def test_mistakes_get_one_line(
     assert not Path("c/manifest.json").exists()
 
 
+@pytest.mark.slow
 def test_folders_that_are_no_classifier(folder: Path, program) -> None:
     task = write(rows_of())
 

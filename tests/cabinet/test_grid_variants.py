@@ -211,6 +211,7 @@ def test_an_untied_embedding_is_rounded_and_its_head_is_not() -> None:
     assert not rounded["lm_head.weight"].equal(better["lm_head.weight"])
 
 
+@pytest.mark.slow
 def test_written_text_is_the_models_own(model: Frozen) -> None:
     ids = torch.cat(model.batches("self"))
     assert ids.shape == (SEQUENCES, SELF_TOKENS)

@@ -111,6 +111,7 @@ def test_rows_report_and_choice(model: TwoHeads, tmp_path: Path) -> None:
     assert choose(found, {"macro_f1": 1.5}, MACRO_F1).chosen is None
 
 
+@pytest.mark.slow
 def test_rows_of_other_texts_or_labels_are_not_mixed(model: TwoHeads, tmp_path: Path) -> None:
     task = task_of(model)
 
@@ -134,6 +135,7 @@ def test_rows_of_other_texts_or_labels_are_not_mixed(model: TwoHeads, tmp_path: 
         again(replace(task, heads={**task.heads, "book": replace(book, is_ordered=True)}))
 
 
+@pytest.mark.slow
 def test_the_choice_as_typed(model: TwoHeads, tmp_path: Path, program) -> None:
     cabinet.run(
         model, batches(), task_of(model), folder=tmp_path, variants=["fp32", "rtn_ternary"],

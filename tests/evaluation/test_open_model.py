@@ -56,6 +56,7 @@ def test_forged_meta(meta: dict, finished: Path, program, tmp_path: Path) -> Non
     assert len(done.err.splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_text_given_by_hand_is_split_as_in_training(train, program, corpus, cache_dir) -> None:
     """Another split would score documents that were trained on."""
     assert train("data.val_fraction=0.2", "run_name=r", "max_steps=1").code == 0
@@ -120,6 +121,7 @@ def test_a_model_that_its_tensors_are_not(
     assert re.fullmatch(rf"artifact={path}: its (tensors|header) .*", str(caught.value))
 
 
+@pytest.mark.slow
 def test_a_run_brings_its_text_along(train, program, prepared_text: Path, tmp_path: Path) -> None:
     """Its own cache, wherever it is asked from; and shards that were given."""
     assert train("run_name=own", "max_steps=1", "data.cache_dir=ca").code == 0

@@ -258,6 +258,7 @@ def test_documents_without_a_single_bos_are_refused(tmp_path: Path) -> None:
         scorer(silent, by_document=True)
 
 
+@pytest.mark.slow
 def test_train_scores_in_the_windows_asked_for(train) -> None:
     done = train("qat=none", "max_steps=2", "eval.stride=8", "eval.seq_len=48", "run_name=r")
     assert done.code == 0, done.err

@@ -225,6 +225,7 @@ def test_a_runs_data_is_taken_from_it(tmp_path: Path) -> None:
         with_source(asked, asked)
 
 
+@pytest.mark.slow
 def test_trained_on(finished: Path, folder: Path, train, program) -> None:
     """The first loss is that of the stored model; of another tokenizer's there is none."""
     done = program("eval.py", "task=export", f"run={finished}", "out=m.safetensors")

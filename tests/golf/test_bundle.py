@@ -87,6 +87,7 @@ def test_unpacked_it_is_the_project_and_makes_itself_again(file: Path) -> None:
         assert message in done.stderr
 
 
+@pytest.mark.slow
 def test_what_is_typed_wins_and_nothing_is_left(file: Path, tmp_path: Path) -> None:
     before = set(file.parent.iterdir()) | {file.parent / "other"}
     os.environ["TMPDIR"], kept = str(tmp_path), os.environ.get("TMPDIR")

@@ -253,6 +253,7 @@ PICKLES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("program", PICKLES.values(), ids=PICKLES)
 def test_a_pickle_that_would_take_for_ever_is_refused(program: bytes, tmp_path: Path) -> None:
     """Nothing of it is built: hashing or writing out such tuples would not end, or overflow."""

@@ -80,6 +80,7 @@ def content_of(path: Path) -> dict[str, Any]:
     return torch.load(io.BytesIO(zlib.decompress(path.read_bytes())), weights_only=True)
 
 
+@pytest.mark.slow
 def test_the_reference_trainers_file_scores_as_the_reference_says(program) -> None:
     expected = json.loads((GOLF / "expected.json").read_text())
     done = program("eval.py", f"artifact={FIXTURE}", "eval.seq_len=128", *TEXT)

@@ -200,6 +200,7 @@ def refused(program, run: Path, *more: str) -> str:
     return done.err
 
 
+@pytest.mark.slow
 def test_an_oversize_run_is_refused(program, train) -> None:
     limit = count_code_bytes() + 1000
     assert train(f"limit_bytes={limit}", "run_name=big", "max_steps=1").code == 3
@@ -226,6 +227,7 @@ def test_rows_that_are_refused(program, finished: Path, tmp_path: Path, values, 
     assert message in refused(program, copy_of(finished, tmp_path, **values))
 
 
+@pytest.mark.slow
 def test_folders_that_are_refused(program, finished: Path, tmp_path: Path) -> None:
     run = copy_of(finished, tmp_path)
     with open(run / "overrides.yaml", "a") as file:

@@ -96,6 +96,7 @@ def test_the_switch_recompiles_nothing(model: GPT, plan: Plan) -> None:
     assert counters["stats"]["unique_graphs"] == graphs
 
 
+@pytest.mark.slow
 @compiles
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 @pytest.mark.usefixtures("_fresh_dynamo")

@@ -171,6 +171,7 @@ def test_exported_baseline_equals_a_run_that_stored_itself_there(train, program)
     assert file.read_bytes() == (RUNS / "own" / "artifact.qat").read_bytes()
 
 
+@pytest.mark.slow
 def test_a_failed_and_an_oversize_job_are_rows_and_the_rest_runs(train) -> None:
     done = train("-m", f"limit_bytes=16000000,{count_code_bytes() + 1000}", "max_steps=2")
     assert done.code == 3
@@ -199,6 +200,7 @@ def test_nothing_starts_if_one_job_is_impossible(train, tmp_path: Path) -> None:
     assert not (tmp_path / "logs").exists()
 
 
+@pytest.mark.slow
 def test_a_run_that_died_is_a_row_too(train, program) -> None:
     train("run_name=alive", "max_steps=2")
     dead = RUNS / "dead"
@@ -210,6 +212,7 @@ def test_a_run_that_died_is_a_row_too(train, program) -> None:
     assert [row["status"] for row in table] == ["finished", "unfinished"]
 
 
+@pytest.mark.slow
 def test_unequal_settings_do_not_pair(train, program) -> None:
     train("run_name=base", "max_steps=4")
     train("qat=int8", "run_name=arm", "max_steps=5")
@@ -230,6 +233,7 @@ def change(run: str, **values: object) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | values))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("values", "named"),
     [
@@ -247,6 +251,7 @@ def test_other_hardware_and_other_text_do_not_pair(values, named: str, train, pr
     assert named in arm["note"]
 
 
+@pytest.mark.slow
 def test_the_same_text_at_another_path_pairs(train, program, corpus: Path, tmp_path: Path) -> None:
     train("run_name=base", "max_steps=2")
     (tmp_path / "copy.txt").write_bytes(corpus.read_bytes())
@@ -254,6 +259,7 @@ def test_the_same_text_at_another_path_pairs(train, program, corpus: Path, tmp_p
     assert report_rows(program)[-1]["delta_bpb"] is not None
 
 
+@pytest.mark.slow
 def test_of_two_baselines_none_is_picked(train, program) -> None:
     for name in ("base1", "base2"):
         train(f"run_name={name}", "max_steps=2")
@@ -269,6 +275,7 @@ def test_of_two_baselines_none_is_picked(train, program) -> None:
     assert [row["run_name"] for row in table] == ["base1", "base2", "base1", "base2", "arm"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "damage",
     ["truncate", *(pytest.param(d, marks=pytest.mark.slow) for d in ("empty", "remove"))],
@@ -308,6 +315,7 @@ def test_the_report_needs_no_training_text_and_no_working_folder(
     assert arm["delta_bpb"] is not None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "content",
     [

@@ -34,6 +34,7 @@ def test_a_point_at_the_end_of_each_part(train) -> None:
     assert float(last[2]) == pytest.approx(row["val_bpb_snapped"], abs=1e-12)
 
 
+@pytest.mark.slow
 def test_it_changes_nothing_and_goes_through_forks(train) -> None:
     assert train("qat=none", *ASKED, "run_name=trunk", "fork.keep_steps=[6]").code == 0
     arm = ("qat=int4", "qat.start_step=6")
@@ -46,6 +47,7 @@ def test_it_changes_nothing_and_goes_through_forks(train) -> None:
     assert files[0] == files[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("asked", "steps"),
     [

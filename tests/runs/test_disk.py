@@ -154,6 +154,7 @@ def test_a_cache_that_is_full_or_anothers(
     assert found.tokenizer.parent == prepared_text
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_is_something_else(train, program) -> None:
     assert train("run_name=r", "max_steps=2").code == 0
     (RUNS / "r" / "result.json").unlink()

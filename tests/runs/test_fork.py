@@ -83,6 +83,7 @@ def test_trained_to_bytes(train) -> None:
     fork_is_whole(train, arm, 70 - OBSERVED_STEPS, ("max_steps=80",))
 
 
+@pytest.mark.slow
 def test_trained_to_bytes_beside_other_code(train, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the code leaves to the file is another, so the updates after the switch are."""
     arm = ("qat=rd", "limit_bytes=300000", "qat.start_step=3")
@@ -96,6 +97,7 @@ def test_trained_to_bytes_beside_other_code(train, monkeypatch: pytest.MonkeyPat
     assert train(*arm, "run_name=tail", "fork.run=trunk", "fork.step=3").code == 0
 
 
+@pytest.mark.slow
 def test_a_fork_of_a_fork_resumes_to_the_same_bits(train, program) -> None:
     assert train("qat=none", "run_name=trunk", "fork.keep_steps=[4]").code == 0
     ema = ("averaging=ema", "averaging.start_fraction=0.8")

@@ -93,6 +93,7 @@ def test_what_stores_again_counts_for_exports(changed_code: Callable[[str], None
     assert (storing_code() != before[0], export_code() != before[1]) == (False, True)
 
 
+@pytest.mark.slow
 def test_an_unpacked_file_of_the_code_has_the_same_hash(tmp_path: Path) -> None:
     (tmp_path / "train_gpt.py").write_bytes(bundle([]))
     subprocess.run(

@@ -67,6 +67,7 @@ def crashed(train, *overrides: str) -> None:
         train(*overrides)
 
 
+@pytest.mark.slow
 def test_a_run_that_moved_names_all_that_made_it(
     train, program, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -139,6 +140,7 @@ def test_resumed_runs_end_in_the_same_bits(
     same("whole", "torn")
 
 
+@pytest.mark.slow
 def test_the_gradient_rule_of_the_docs_is_one_file_and_its_state_survives(
     train, program, plug_in, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -168,6 +170,7 @@ def test_a_run_that_begins_elsewhere_in_its_text_goes_on_there(
     assert losses["plain"] != losses["whole"]
 
 
+@pytest.mark.slow
 def test_a_run_that_died_in_its_export_does_not_train_again(
     train, program, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -185,6 +188,7 @@ def test_a_run_that_died_in_its_export_does_not_train_again(
     same("whole", "torn")
 
 
+@pytest.mark.slow
 def test_a_full_disk_keeps_the_last_checkpoint(
     train, program, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -266,6 +270,7 @@ def test_a_run_folder_that_goes_away(train, monkeypatch: pytest.MonkeyPatch) -> 
     assert "cannot write logs/runs/gone/metrics.csv: No such file or directory" in errors[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "damage",
     [None, *(pytest.param(d, marks=pytest.mark.slow) for d in (b"", b"not a checkpoint"))],
@@ -314,6 +319,7 @@ def test_an_interrupted_run_goes_on(train, program, monkeypatch: pytest.MonkeyPa
     same("whole", "torn")
 
 
+@pytest.mark.slow
 def test_the_clock_goes_on(train, program, monkeypatch: pytest.MonkeyPatch) -> None:
     """No time lost or charged twice beyond the last checkpoint."""
     clock = ["max_steps=null", "budget_seconds=2", "checkpoint.every_seconds=0.1"]
@@ -339,6 +345,7 @@ def test_a_finished_run_says_so(train, program) -> None:
     assert {p: p.read_bytes() for p in before} == before
 
 
+@pytest.mark.slow
 def test_resume_mistakes(train, program, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     assert train("run_name=r", "max_steps=2").code == 0
@@ -365,6 +372,7 @@ def _edited(config: str, setting: str, value: str) -> str:
     return yaml.safe_dump(settings, sort_keys=False)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_its_own_text_and_settings_only(
     train, program, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -408,6 +416,7 @@ def test_a_run_goes_on_with_its_own_text_and_settings_only(
     assert "going on after step 4" in done.err
 
 
+@pytest.mark.slow
 def test_shards_and_tokenizer_of_a_run_that_goes_on(
     train, program, prepared_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -496,6 +505,7 @@ def test_what_was_made_of_something_else_is_named() -> None:
         )
 
 
+@pytest.mark.slow
 def test_two_processes_never_share_a_run(train, program, monkeypatch: pytest.MonkeyPatch) -> None:
     crash_in(monkeypatch, 5)
     crashed(train, "run_name=r")

@@ -117,6 +117,7 @@ def test_a_sweep_stops_at_once_and_the_same_command_goes_on(
     assert {p: p.read_bytes() for p in before} == before
 
 
+@pytest.mark.slow
 def test_a_sweep_goes_on_with_its_own_runs_alone(train) -> None:
     done = train(*ASKED, "sweep_name=mine", "seed=1")
     assert done.code == 0, done.err

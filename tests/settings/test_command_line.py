@@ -42,6 +42,7 @@ def grid_shown(out: str) -> list[str]:
     return [line for line in out.splitlines() if line.startswith(("bits", "scale_rule"))]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("setting", ["grid=mine", "qat=mine"])
 def test_options_of_a_users_folder(setting: str, program, users_folder: Path) -> None:
     shown = ("-c", "job", "-p", "grid")
@@ -110,6 +111,7 @@ def test_a_users_file_that_is_of_no_use(
     assert message in done.err
 
 
+@pytest.mark.slow
 def test_a_study_of_a_users_folder_runs(train, users_folder: Path) -> None:
     asked = ("experiment=mine", "max_steps=2", "sweep_name=s")
     done = train("-m", *asked, f"--config-dir={users_folder}")

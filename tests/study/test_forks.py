@@ -179,6 +179,7 @@ def test_a_study_makes_shared_updates_once_and_the_bits_are_those_of_whole_runs(
     assert (RUNS / "s" / "int4_s2" / "train.log").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_a_trunk_that_kept_nothing_costs_only_time(study: Callable[..., Done]) -> None:
     assert study("seed=1", "arm=none").code == 0  # alone it has nobody to keep anything for
     assert not kept_steps(RUNS / "s" / "none_s1")
@@ -244,6 +245,7 @@ def test_an_arm_with_qat_is_not_free(settings: TrainSettings) -> None:
     assert given(arms, {"int6": 1.5, "int4": 1.0}).arms["int4"] == Price()
 
 
+@pytest.mark.slow
 def test_a_study_whose_prices_are_measured(
     study: Callable[..., Done], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -350,6 +352,7 @@ class MadeUpUpdates:
         return self.seconds * math.exp(self.chooser.gauss(0.0, 0.05))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [1, 2])
 def test_the_interval_of_a_race_holds_the_price(
     count: int, monkeypatch: pytest.MonkeyPatch

@@ -138,6 +138,7 @@ def test_of_many_arms_without_an_effect_few_studies_declare_one() -> None:
 FORKED_STD = 3e-4  # bits per byte, of forked arms of 8 bits less their trunk (logs/LOG.md)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("effect", "least", "most"),
     [

@@ -25,6 +25,7 @@ def study(random: np.random.Generator, effect: float, count: int) -> Verdict:
     return verdict(arm.tolist(), baseline.tolist(), 0.003)
 
 
+@pytest.mark.slow
 def test_identical_arms_are_called_equal() -> None:
     """In 93 to 97 of 100 studies, at level 0.05."""
     random = np.random.default_rng(8)

@@ -209,6 +209,7 @@ def test_again_runs_nothing_and_finds_the_same(
     assert found(folder).treatments == found(gptq[0]).treatments
 
 
+@pytest.mark.slow
 def test_a_run_that_died_goes_on_and_only_that(
     gptq: tuple[Path, Done], tmp_path: Path, train: Callable[..., Done]
 ) -> None:
@@ -254,6 +255,7 @@ def test_every_started_seed_is_named(gptq: tuple[Path, Done], tmp_path: Path) ->
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_seed_that_is_compared_is_not_called_missing(
     gptq: tuple[Path, Done], tmp_path: Path, program: Callable[..., Done]
 ) -> None:
@@ -379,6 +381,7 @@ def test_other_settings_in_the_same_folder_are_refused(
     assert "sweep_name=s: none_s1 was run there with max_steps = 8, not 9" in done.err
 
 
+@pytest.mark.slow
 def test_seeds_of_an_arm_differ_in_nothing_else(
     gptq: tuple[Path, Done], tmp_path: Path, train: Callable[..., Done]
 ) -> None:
@@ -515,6 +518,7 @@ def test_a_study_on_all_ranks_of_a_node(tiny: list[str], tmp_path: Path) -> None
     assert result_of(folder / "int6_s1")["status"] == "finished"
 
 
+@pytest.mark.slow
 def test_what_a_study_on_a_node_runs(
     train: Callable[..., Done], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -118,6 +118,7 @@ def joined(documents: list[list[int]]) -> Tokens:
     return [token for document in documents for token in [BOS_ID, *document]] or [BOS_ID]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("multiplier", [audit_module.HASH_MULTIPLIER, 0, 1 << 40])
 @given(
     val=few_documents.map(joined) | some_tokens,

@@ -22,6 +22,7 @@ def words(tmp_path: Path) -> str:
     return str(path)
 
 
+@pytest.mark.slow
 def test_the_same_shards_whatever_is_encoded_at_a_time(
     words: str, tmp_path: Path, monkeypatch: Patch
 ) -> None:

@@ -229,6 +229,7 @@ def test_without_bos_what_needs_it_is_refused(tmp_path: Path) -> None:
         tokenizer.encode_documents(["a fox"])
 
 
+@pytest.mark.slow
 def test_programs_take_the_bos_of_the_tokenizer(
     program: Callable[..., Done], tmp_path: Path
 ) -> None:

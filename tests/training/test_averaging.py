@@ -87,6 +87,7 @@ def test_the_average_is_what_is_stored(of: str, qat: str, train, program) -> Non
     assert f"swa of {of}" in scored.out
 
 
+@pytest.mark.slow
 def test_an_average_survives_a_crash(train, program, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = ["qat=lsq4", "averaging=ema", "checkpoint.every_steps=4", "max_steps=16"]
     assert train(*asked, "run_name=whole").code == 0

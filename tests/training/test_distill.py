@@ -72,6 +72,7 @@ def test_it_begins_at_the_switch(train) -> None:
     assert (result["on_grid_share"], result["qat_steps"]) == (1.0, 7)
 
 
+@pytest.mark.slow
 def test_a_teacher_survives_a_kill(train) -> None:
     asked = ["qat=int4", "qat.start_step=4", "qat.distill.weight=1", "qat.distill.temperature=2"]
     assert train(*asked, "run_name=whole").code == 0
@@ -82,6 +83,7 @@ def test_a_teacher_survives_a_kill(train) -> None:
     assert same[0] == same[1]
 
 
+@pytest.mark.slow
 def test_another_run_teaches(train, tmp_path: Path) -> None:
     assert train("model.dim=96", "run_name=large", "qat=none", "grid=int8").code == 0
     asked = ["qat=int4", "qat.start_step=5", "qat.distill.weight=1"]

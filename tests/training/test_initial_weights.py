@@ -25,6 +25,7 @@ def same(path: str, spec, expected: dict[str, torch.Tensor]) -> bool:
     return all(torch.equal(state[name], w) for name, w in expected.items())
 
 
+@pytest.mark.slow
 def test_a_run_its_files_and_its_name(train) -> None:
     assert train("averaging=ema", "run_name=base", "model.num_layers=3").code == 0
     folder = RUNS / "base"

@@ -77,6 +77,7 @@ def test_every_optimizer_learns(train) -> None:
     assert len(first) == 3
 
 
+@pytest.mark.slow
 def test_weight_decay_is_decoupled_and_only_of_the_matrices(train) -> None:
     asked = ["max_steps=1", "optimizer.matrix_lr=0.5", "schedule.warmdown_steps=0"]
     masters = {}
@@ -104,6 +105,7 @@ def test_start_step_counts_updates(train) -> None:
     assert result["tokens"] == 12 * 256
 
 
+@pytest.mark.slow
 def test_always_on_by_fraction_and_the_default(train) -> None:
     train("qat=int4", "qat.start_step=0", "run_name=always")
     assert result_of(RUNS / "always")["qat_steps"] == 12
@@ -138,6 +140,7 @@ def test_float_steps_before_the_switch_are_the_baselines(train) -> None:
     assert none[6] != qat[6]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("warmup_steps", [0, 1, 4])
 def test_priming_leaves_no_trace(train, warmup_steps: int) -> None:
     train("qat=int6", "qat.start_step=6", f"schedule.warmup_steps={warmup_steps}", "run_name=p")
