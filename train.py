@@ -46,6 +46,8 @@ def run(s: TrainSettings, job: Job) -> int:
     """One run to its row, or one of a sweep with all that belongs to it; the exit code."""
     if job.sweep_dir is not None:
         return import_module(SWEEP_RUN).run_in_sweep(s, job, run_one)
+    if s.study.clock == "priced" and job.choices.get("arm") and s.resume is None:
+        s = import_module(STUDY).priced_alone(s, job.choices["arm"])
     if s.resume is not None:
         from qat.runs.resume import is_finished, saved_job
 
@@ -243,7 +245,9 @@ def train(s: TrainSettings, training_run) -> int:
     last, last_scales = placed(loop.masters), placed(loop.switch.learned_scales)
     trained = {"weights": last, "learned_scales": last_scales, "averaging": averaging.state()}
     weights, scales = map(placed, tensors_to_store(trained))
-    model = TrainedModel(spec, weights, plan, scales, outcome.qat_last_step == outcome.steps)
+    was_on = outcome.qat_last_step == outcome.steps
+    is_on_grid = was_on and loop.switch.gradient.is_on_grid
+    model = TrainedModel(spec, weights, plan, scales, is_on_grid)
     path, plot = training_run.path(ARTIFACT), training_run.path(PLOT)
     is_writer = machine.rank() == 0
     done = storage.store(model, path, plot, training_run.console) if is_writer else None

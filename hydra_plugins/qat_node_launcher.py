@@ -55,6 +55,15 @@ class NodeLauncher(BasicLauncher):
         start = [*torchrun, f"--nproc_per_node={self.ranks}", str(TRAIN)]
         if name is not None and (folder / name / "config.yaml").is_file():
             return [*start, f"resume={folder / name}"]
+        from qat.runs.run_folder import kept_checkpoint
+
+        fork = {key: value for key, value in _typed(overrides).items() if key.startswith("fork.")}
+        trunk, step = fork.get("fork.run"), int(fork.get("fork.step", 0))
+        if trunk and not kept_checkpoint(folder / trunk, step).exists():
+            print(f"{trunk} kept nothing after {step} updates: {name} makes them all")
+            overrides = [
+                word for word in overrides if not word.startswith(("fork.run=", "fork.step="))
+            ]
         named = [f"run_name={name}"] if name is not None else []
         return [*start, *overrides, f"runs_dir={folder}", *named]
 
@@ -70,9 +79,13 @@ def exit_code(command: list[str]) -> int:
             raise
 
 
+def _typed(overrides: Sequence[str]) -> dict[str, str]:
+    return dict(override.partition("=")[::2] for override in overrides)
+
+
 def _name(overrides: Sequence[str]) -> str | None:
     """Of a study's run; others take a name of their own."""
-    typed = dict(override.partition("=")[::2] for override in overrides)
+    typed = _typed(overrides)
     if "arm" not in typed:
         return None
     name: str = import_module(STUDY_RUNS).run_name(typed["arm"], int(typed["seed"]))

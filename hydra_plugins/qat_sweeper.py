@@ -84,6 +84,11 @@ class CheckedSweeper(BasicSweeper):
             os.environ.update(RAY_KEEPS_TO_ITSELF)
         if config.hydra.launcher._target_.endswith(".SlurmLauncher") and which("srun") is None:
             raise UserError("hydra/launcher: no srun here; give the command where SLURM is")
+        if launcher == "node" and config.get("ledger") == "full":
+            raise UserError(
+                "ledger=full: by hydra/launcher=node its runs of equal steps would have one rank; "
+                "give ledger=estimate"
+            )
         check_settings(self._parse_config(), config.hydra.job.config_name)
         folder = Path(config.hydra.sweep.dir)  # asked first: jobs take over the time in its name
         parser = OverridesParser.create(loader)

@@ -102,8 +102,8 @@ def _draw_ledger(axes: Any, ledger: Ledger) -> None:
 
 
 def _curves(findings: Findings) -> Picture | None:
-    curves = [curve for curve in findings.curves if curve.seconds]
-    if not curves:
+    curves = [curve for curve in findings.curves if curve.seconds or curve.val_seconds]
+    if not any(curve.seconds for curve in curves):
         return None
     height = 0.26 * len(curves) + 0.6
     figure, (axes, ends) = new_figure(
@@ -126,10 +126,11 @@ def _curves(findings: Findings) -> Picture | None:
     figure.legend(*ends.get_legend_handles_labels(), loc="outside lower right", ncols=2)
     return Picture(
         "curves",
-        "Above: training loss, mean over seeds; dots are validation on a part of the text "
-        "(eval.curve_points), of the weights that a file would hold while QAT is on, else of the "
-        "float weights; a diamond marks the mean start of QAT. The first "
-        f"{100 * SHOWN_FROM:.0f} % of the clock may rise out of the picture. Below: validation at "
+        "Above: training loss, mean over seeds, with a teacher until QAT starts; dots are "
+        "validation on a part of the text (eval.curve_points), of the weights that a file would "
+        "hold while QAT is on, else of the float weights; a diamond marks the mean start of QAT. "
+        f"The first {100 * SHOWN_FROM:.0f} % of the clock may rise out of the picture. Below: "
+        "validation at "
         "the end of each arm; the line from float weights to artifact is the quantization gap.",
         "Training curves of " + ", ".join(curve.arm for curve in curves),
         figure,
@@ -146,11 +147,14 @@ def _arm_style(at: int) -> dict[str, str]:
 def _draw_curves(axes: Any, curves: Sequence[Curve]) -> None:
     from numpy import interp
 
-    highest, lowest, end = 0.0, 1e9, max(curve.seconds[-1] for curve in curves)
+    highest, lowest = 0.0, 1e9
+    end = max(seconds[-1] for c in curves for seconds in (c.seconds, c.val_seconds) if seconds)
     for at, curve in enumerate(curves):
         axes.plot(
             curve.seconds, curve.bpb, linewidth=1.4, label=wrapped(curve.arm), **_arm_style(at)
         )
+        if not curve.seconds:
+            continue
         highest = max(highest, float(interp(SHOWN_FROM * end, curve.seconds, curve.bpb)))
         lowest = min(lowest, *curve.bpb)
     for at, curve in enumerate(curves):
@@ -169,7 +173,7 @@ def _draw_curves(axes: Any, curves: Sequence[Curve]) -> None:
     if any(curve.val_seconds for curve in curves):
         axes.plot([], [], "o", color=MUTED, markersize=4, label="validation, as stored")
     for at, curve in enumerate(curves):
-        if curve.switch_seconds is not None:
+        if curve.switch_seconds is not None and curve.seconds:
             there = float(interp(curve.switch_seconds, curve.seconds, curve.bpb))
             axes.plot(
                 curve.switch_seconds, there, "D", color=_arm_style(at)["color"], markersize=7,

@@ -77,11 +77,11 @@ def _tables(findings: Findings) -> dict[str, wandb.Table]:
 def _charts(findings: Findings) -> dict[str, Any]:
     """W&B's own charts, drawn from tables of their own."""
     charts = {}
-    if findings.curves:
+    if curves := [curve for curve in findings.curves if curve.seconds]:
         charts["charts/bpb_over_seconds"] = wandb.plot.line_series(
-            xs=[curve.seconds for curve in findings.curves],
-            ys=[curve.bpb for curve in findings.curves],
-            keys=[curve.arm for curve in findings.curves],
+            xs=[curve.seconds for curve in curves],
+            ys=[curve.bpb for curve in curves],
+            keys=[curve.arm for curve in curves],
             title="training loss, bits per byte",
             xname="seconds of the clock",
         )

@@ -20,6 +20,7 @@ from qat.budget.fill import TrainedModel, stored_label
 from qat.errors import UserError
 from qat.evaluation.open_model import artifact_meta
 from qat.evaluation.score import Score, Scorer
+from qat.quantize.gradients import rule_kinds
 from qat.quantize.grid import Grid
 from qat.quantize.plan import Plan
 from qat.runs.identity import CheckpointIdentity, check_same
@@ -113,7 +114,9 @@ class FinishedRun:
         )
         # Learned scales and what training saw belong to the grid that was trained on.
         is_own = plan == self.plan
-        is_on_grid = is_own and self.result.qat_last_step == self.result.steps
+        was_on = self.result.qat_last_step == self.result.steps
+        sees_grid = rule_kinds()[settings["qat"]["gradient"]].is_on_grid
+        is_on_grid = is_own and was_on and sees_grid
         model = TrainedModel(spec, weights, plan, scales if is_own else {}, is_on_grid)
         storage = Storage(artifact, budget, meta, text)
         done, _ = storage.store(model, file, file.with_suffix(".png"), self.console)
@@ -167,9 +170,10 @@ def export_again(
     files = file, Path(f"{file}{OVERSIZE_SUFFIX}")
     if known.is_file() and any(path.is_file() for path in files):
         row = json.loads(known.read_text(encoding="utf-8"))
-        if row.get("export_code") == export_code():
+        has_room = not artifact.fill or row["code_bytes"] == budget.code_bytes
+        if row.get("export_code") == export_code() and has_room:
             return row
-        for path in files:  # other code made it, and may have made another size of it
+        for path in files:  # made by or beside other code; perhaps another size of it
             path.unlink(missing_ok=True)
     known.parent.mkdir(exist_ok=True)
     done, score = FinishedRun(folder, result, console).store(plan, artifact, budget, file)

@@ -24,6 +24,7 @@ from qat.settings.schema import (
     LoggerSettings,
     ModelSettings,
     QatSettings,
+    StudySettings,
     TrainSettings,
     check_each,
     require,
@@ -71,6 +72,7 @@ def resolve_train(settings: TrainSettings, choices: Mapping[str, str | None]) ->
     price, is_read = s.artifact.gptq_bit_price, s.artifact.method == "gptq"
     only = "only with artifact.method=gptq"
     require(price == 0.0 or is_read, "artifact.gptq_bit_price", price, only)
+    _check_stores(s.study)
     check_logger(s.logger)
     check_eval(s.eval, s.seq_len)
     _check_model(s.model)
@@ -112,6 +114,18 @@ def check_logger(s: LoggerSettings) -> None:
         said = os.environ.get(variable)
         if said and said not in alike.get(variable, ()):
             raise UserError(f"logger=wandb: {variable}={said} is not obeyed: {instead}; unset it")
+
+
+def _check_stores(s: StudySettings) -> None:
+    for name, store in s.stores.items():
+        typed = f"study.stores.{name}"
+        has_price = store.gptq_bit_price is not None
+        only = "only with method: gptq"
+        is_read = store.method == "gptq" or not has_price
+        require(is_read, f"{typed}.gptq_bit_price", store.gptq_bit_price, only)
+        for arm in store.arms or ():
+            known = f"no such arm; choose from {', '.join(s.arms)}"
+            require(arm in s.arms, f"{typed}.arms", arm, known)
 
 
 def _check_prices(s: TrainSettings) -> None:

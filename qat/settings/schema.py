@@ -98,6 +98,10 @@ def check_each(settings: Any, prefix: str = "") -> None:
         value, name = getattr(settings, of.name), prefix + of.name
         if is_dataclass(value):
             check_each(value, f"{name}.")
+        elif isinstance(value, dict):
+            for key, one in value.items():
+                if is_dataclass(one):
+                    check_each(one, f"{name}.{key}.")
         elif check := of.metadata.get("check"):
             holds, remedy = check
             for one in value if isinstance(value, list) else [value]:
@@ -284,8 +288,9 @@ class LoggerSettings:
 @dataclass
 class StoreSettings:  # one more way to store what an arm trained
     grid: str | None = None  # a grid= option; null = the arm's own
-    method: str | None = None  # as artifact.method, and so on; null = the arm's own
-    gptq_bit_price: float | None = None
+    # as artifact.method, and so on; null = the arm's own
+    method: str | None = checked(None, one_of("round", "gptq"))
+    gptq_bit_price: float | None = checked(None, AT_LEAST_0)
     fill: bool | None = None
     arms: list[str] | None = None  # that are stored so; null = all
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -20,32 +20,39 @@ SMOOTHING = 0.04  # of the run's steps: the time constant of the moving average
 
 def curve_of(arm: str, runs: Mapping[Path, Result]) -> Curve:
     """Mean over runs (folder -> row) of the smoothed loss of their steps, in bits per byte of
-    validation text: nats are converted at its tokens per byte."""
+    validation text: nats are converted at its tokens per byte. With a teacher it ends at the
+    switch: from there on the loss is another."""
     times, losses, switches = [], [], []
     for folder, result in runs.items():
         rows = read_metrics(folder / METRICS)
+        on = [float(row["elapsed_seconds"]) for row in rows if row["qat_on"] == "1"]
+        switches += on[:1]
+        if result.settings["qat"]["distill"]["weight"] > 0.0:
+            rows = [row for row in rows if row["qat_on"] != "1"]
         if not rows or not result.val_bpb_float or not result.val_loss_float:
             continue
         bits_per_nat = result.val_bpb_float / result.val_loss_float
         loss = np.array([float(row["train_loss"]) for row in rows]) * bits_per_nat
         times.append(np.array([float(row["elapsed_seconds"]) for row in rows]))
         losses.append(_smoothed(loss))
-        on = [float(row["elapsed_seconds"]) for row in rows if row["qat_on"] == "1"]
-        switches += on[:1]
-    scored = [r for r in runs.values() if r.val_bpb_float is not None]
-    if not times:
-        return Curve(arm, [], [], None, None, None)
-    shared = np.linspace(max(t[0] for t in times), min(t[-1] for t in times), POINTS)
-    together = np.mean([np.interp(shared, t, y) for t, y in zip(times, losses, strict=True)], 0)
+    shared, together = np.array([]), np.array([])
+    if times:
+        shared = np.linspace(max(t[0] for t in times), min(t[-1] for t in times), POINTS)
+        together = np.mean([np.interp(shared, t, y) for t, y in zip(times, losses, strict=True)], 0)
     return Curve(
         arm=arm,
         **validation_curve([read_metrics(f / CURVE) for f in runs if (f / CURVE).is_file()]),
         seconds=shared.tolist(),
         bpb=together.tolist(),
         switch_seconds=mean(switches) if switches else None,
-        val_bpb_float=mean(r.val_bpb_float for r in scored if r.val_bpb_float),
-        val_bpb_artifact=mean(r.val_bpb_artifact for r in scored if r.val_bpb_artifact),
+        val_bpb_float=_mean(r.val_bpb_float for r in runs.values()),
+        val_bpb_artifact=_mean(r.val_bpb_artifact for r in runs.values()),
     )
+
+
+def _mean(scores: Iterable[float | None]) -> float | None:
+    found = [score for score in scores if score is not None]
+    return mean(found) if found else None
 
 
 def validation_curve(of_runs: Sequence[Sequence[Mapping[str, str]]]) -> dict[str, Any]:

@@ -37,6 +37,8 @@ class StoredFile(NamedTuple):
     val_bpb: float
     val_loss: float
     total_bytes: int
+    code_bytes: int  # of these
+    limit_bytes: int
     grid: str
     storing_code: str | None
     exported: dict[str, Any] | None  # what it changes in the run's row; None: the run's own file
@@ -47,6 +49,7 @@ class Target(NamedTuple):
 
     settings: Settings  # grid, plan, artifact
     limit_bytes: int | None = None
+    code_bytes: int | None = None  # that the limit holds too; None: of the code here
 
     def is_file_of(self, settings: Settings) -> bool:
         """A run of these settings stored it so itself."""
@@ -63,23 +66,26 @@ def fills_limit(settings: Settings, storage: Settings) -> bool:
     return settings["qat"]["to_bytes"] or storage["artifact"]["fill"]
 
 
-def beside(own: Settings, settings: Settings, storage: Settings) -> Target:
-    """How a baseline is stored to be compared with a run of these settings that is stored so.
+def beside(own: Settings, settings: Settings, storage: Settings, file: StoredFile) -> Target:
+    """How a baseline is stored to be compared with the ``file`` of a run of these settings that is
+    stored so.
 
     Alike; but beside what was made to fill a limit it is what the solver makes of the baseline for
-    that limit, on grids of the baseline's ``own`` storage: there is no grid to share.
+    that limit, on grids of the baseline's ``own`` storage: there is no grid to share. As much of
+    the limit is code as was then.
     """
     if not fills_limit(settings, storage):
         return Target(storage)
     artifact = storage["artifact"] | {"fill": True}
-    return Target(own | {"artifact": artifact}, settings["limit_bytes"])
+    return Target(own | {"artifact": artifact}, settings["limit_bytes"], file.code_bytes)
 
 
-def as_large(own: Settings, total_bytes: int) -> Target:
+def as_large(own: Settings, file: StoredFile) -> Target:
     """The baseline stored by the solver in as many bytes as the run's file, which may have left
     some of its limit."""
     rounded = {"fill": True, "method": "round", "gptq_bit_price": 0.0}
-    return Target(own | {"artifact": own["artifact"] | rounded}, total_bytes)
+    artifact = own["artifact"] | rounded
+    return Target(own | {"artifact": artifact}, file.total_bytes, file.code_bytes)
 
 
 def mean_file(files: Sequence[StoredFile]) -> StoredFile:
@@ -198,14 +204,18 @@ class StudyFiles:
 
     def _made(self, run: ArmRun, target: Target) -> StoredFile:
         row, again = asdict(run.row), None
-        if not target.is_file_of(row["settings"]):
-            budget = Budget(target.limit_bytes or row["limit_bytes"], count_code_bytes())
+        is_own = target.is_file_of(row["settings"])
+        if not (is_own and target.code_bytes in (None, row["code_bytes"])):
+            code_bytes = target.code_bytes or count_code_bytes()
+            budget = Budget(target.limit_bytes or row["limit_bytes"], code_bytes)
             again = export_again(run.folder, run.row, target.settings, budget, self.console)
             row |= again
         return StoredFile(
             row["val_bpb_artifact"],
             row["val_loss_artifact"],
             (row["artifact_bytes"] or 0) + (row["code_bytes"] or 0),
+            row["code_bytes"] or 0,
+            row["limit_bytes"],
             row["grid"],
             row["storing_code"],
             again,
@@ -214,11 +224,13 @@ class StudyFiles:
     def target(self, run: ArmRun, store: StoreSettings | None = None) -> Settings:
         return storage_of(run.row.settings, self.study.settings, store or StoreSettings())
 
-    def reference(self, base: ArmRun, run: ArmRun, storage: Settings) -> StoredFile:
-        """The baseline stored to be compared with ``run``, which is stored so; its own file beside
-        what another store makes of it."""
+    def reference(
+        self, base: ArmRun, run: ArmRun, storage: Settings, file: StoredFile
+    ) -> StoredFile:
+        """The baseline stored to be compared with the ``file`` of ``run``, which is stored so; its
+        own file beside what another store makes of it."""
         own = self.target(base)
-        target = Target(own) if base is run else beside(own, run.row.settings, storage)
+        target = Target(own) if base is run else beside(own, run.row.settings, storage, file)
         return self.stored(base, target)
 
     def is_baseline(self, run: ArmRun) -> bool:

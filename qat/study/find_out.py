@@ -69,20 +69,22 @@ def pair_of(files: StudyFiles, run: ArmRun, store: str | None) -> PairedRun:
     pair.notes += _other_settings(files, run)
     try:
         pair.file = files.stored(run, Target(target))
+        pair.notes += _oversize("its file", pair.file)
         if store is None and files.is_baseline(run):
             return pair
         for base in files.baselines(run):
             with _noted(pair, f"baseline {base.folder.name} has no file on this grid"):
-                file = files.reference(base, run, target)
+                file = files.reference(base, run, target, pair.file)
                 pair.baselines.append((base, file))
                 pair.notes += _other_code(pair, base, file)
+                pair.notes += _oversize(f"that of {base.folder.name}", file)
         if not pair.baselines:
             pair.problem = "; ".join(pair.notes)
         elif run.is_qat:
             base = pair.baselines[0][0]
             if settings.equal_bytes:
                 with _noted(pair, f"{base.folder.name} has no file of as many bytes"):
-                    filled = as_large(files.target(base), pair.file.total_bytes)
+                    filled = as_large(files.target(base), pair.file)
                     pair.as_large = files.stored(base, filled)
             if store is None:
                 _add_by_store(files, pair, base)
@@ -106,13 +108,14 @@ def _noted(pair: PairedRun, what: str) -> Iterator[None]:
 def _add_by_store(files: StudyFiles, pair: PairedRun, base: ArmRun) -> None:
     """The baseline by each of the study's stores: what could be done in place of QAT. On the run's
     grid, or under the limit that both fill; where the run fills none, not by a store that does."""
+    assert pair.file is not None
     settings = pair.run.row.settings
     has_filled = fills_limit(settings, files.target(pair.run))
     for name, store in files.study.settings.stores_of(pair.run.arm).items():
         target = files.target(pair.run, store)
         if has_filled or not fills_limit(settings, target):
             with _noted(pair, f"{base.folder.name} has no file by {name}"):
-                pair.by_store[name] = files.reference(base, pair.run, target)
+                pair.by_store[name] = files.reference(base, pair.run, target, pair.file)
 
 
 def _other_settings(files: StudyFiles, run: ArmRun) -> list[str]:
@@ -124,6 +127,13 @@ def _other_settings(files: StudyFiles, run: ArmRun) -> list[str]:
         f"{name} = {ours.get(name)}, and {theirs.get(name)} {said}"
         for name in differing(ours, theirs, (*SEEDS, "hardware"))
     ]
+
+
+def _oversize(whose: str, file: StoredFile) -> list[str]:
+    """What a reader should know of a file that no limit allows."""
+    if file.total_bytes <= file.limit_bytes:
+        return []
+    return [f"{whose} is over the limit: {file.total_bytes:,} of {file.limit_bytes:,} bytes"]
 
 
 def _other_code(pair: PairedRun, base: ArmRun, file: StoredFile) -> list[str]:
@@ -356,7 +366,9 @@ def _twins(files: StudyFiles, arm: str) -> list[Twin]:
     for run in files.of(arm):
         for other in files.twins(run)[:1]:
             try:
-                stored = files.reference(other, run, files.target(run))
+                target = files.target(run)
+                own = files.stored(run, Target(target))
+                stored = files.reference(other, run, target, own)
             except (UserError, TrainingError) as error:
                 files.console.print(f"no ledger of {run.folder.name}: {error}", highlight=False)
                 continue

@@ -4,7 +4,8 @@ QAT pays with an arm that is better than *every* way in which its baseline was s
 way as the arm, by each of the study's stores on the same grid, and by the budget solver in as many
 bytes. Decided is what has a p below ``LEVEL`` after Holm's correction for all arms beside one way:
 without it, one of 14 arms that do nothing is called better or worse in half of all studies. That an
-arm has to be better than each of several ways needs no further correction.
+arm has to be better than each of several ways needs no further correction; without a file in one of
+them it is not decided.
 """
 
 from __future__ import annotations
@@ -94,7 +95,7 @@ def _answer(ways: Mapping[str, Effects], spent: str) -> str:
     called = [calls(effects) for effects in ways.values()]
     kinds: dict[str, list[str]] = {verb: [] for verb in (PAYS, COSTS, OPEN)}
     for name in dict.fromkeys(name for effects in ways.values() for name in effects):
-        of_arm = {of_way[name] for of_way in called if name in of_way}
+        of_arm = {of_way.get(name, "") for of_way in called}
         kinds[PAYS if of_arm == {"better"} else COSTS if "worse" in of_arm else OPEN].append(name)
     said = [f"{verb} {_named(names)}" for verb, names in kinds.items() if names]
     seeds = _counted([e.num_seeds for effects in ways.values() for e in effects.values()])

@@ -26,8 +26,9 @@ from torch import Tensor
 from qat.budget.budget import Budget
 from qat.budget.price_control import File, PriceControl
 from qat.errors import UserError
+from qat.quantize.gradients import rule_kinds
 from qat.runs import provenance
-from qat.runs.result import QUANTIZATION, conditions, differing
+from qat.runs.result import conditions, differing
 from qat.runs.run_folder import write_atomically
 from qat.runs.teacher import open_teacher
 from qat.settings.schema import TrainSettings
@@ -40,7 +41,10 @@ KNOWN_TO = 0.003  # half the width of a price's interval
 SECONDS_PER_ARM = 60.0
 FEWEST_PAIRS = 20
 WARM_UPDATES = 3
-EVERY_ARM = "qat"  # among given prices
+# Among given prices those of all arms that are not named: with plain QAT, trained to their bytes,
+# with a teacher. So is the name of a gradient rule, and learned scales are one.
+PLAIN, TO_BYTES, DISTILLED, LEARNED = "qat", "to_bytes", "distill", "learned"
+PLAIN_RULE = "identity"
 FIRST_QAT_STEP = 1  # training to bytes looks at the gradients of one update first
 NEVER = 10**9
 TRAINING = ("quantize", "model", "budget", "training", "qat_model.py", "compiled.py")
@@ -127,28 +131,46 @@ def what_costs(s: TrainSettings) -> dict[str, Any]:
     }
 
 
+def kind_of(s: TrainSettings) -> str | None:
+    """What decides the price of an arm with QAT; None if several things do."""
+    learned = s.grid.scale_rule == "learned" and not s.qat.to_bytes  # which learns them anyway
+    found = {
+        *([s.qat.gradient] if s.qat.gradient != PLAIN_RULE else []),
+        *([LEARNED] if learned else []),
+        *([TO_BYTES] if s.qat.to_bytes else []),
+        *([DISTILLED] if s.qat.distill.weight > 0.0 else []),
+    }
+    return PLAIN if not found else found.pop() if len(found) == 1 else None
+
+
 def given(arms: Mapping[str, TrainSettings], prices: Mapping[str, Any]) -> Prices:
-    """Prices as ``study.prices`` says them: a number, or [before the switch, after it]; under
-    ``EVERY_ARM``, that of all arms with QAT that are not named. UserError if one has none."""
-    prices = dict(prices)
-    if EVERY_ARM in prices:
-        said = prices.pop(EVERY_ARM)
-        prices = {arm: said for arm, s in arms.items() if s.qat.enabled} | prices
-    found = dict.fromkeys(arms, Price())
-    for arm, said in prices.items():
+    """Prices as ``study.prices`` says them: a number, or [before the switch, after it], of an arm
+    or of all of a kind. UserError if an arm with QAT has none."""
+    kinds = [PLAIN, TO_BYTES, DISTILLED, *(rule for rule in rule_kinds() if rule != PLAIN_RULE)]
+    pairs: dict[str, Price] = {}
+    for name, said in prices.items():
         pair = said if isinstance(said, list) else [1.0, said]
         numbers = [p for p in pair if isinstance(p, int | float) and 0 < p < math.inf]
-        if arm not in arms:
-            raise UserError(f"study.prices.{arm}: no such arm; choose from {', '.join(arms)}")
-        if len(numbers) != 2 or len(pair) != 2:
-            raise UserError(f"study.prices.{arm} = {said}: give a price, or [before, after]")
-        found[arm] = Price(before=float(numbers[0]), after=float(numbers[1]))
-    for arm, s in arms.items():
-        if s.qat.enabled and arm not in prices:
+        known = dict.fromkeys([*arms, *(arm for s in arms.values() for arm in s.study.arms)])
+        if name not in known and name not in kinds:
             raise UserError(
-                f"study.prices: arm {arm} trains with QAT and has no price; give {arm}: PRICE, or "
-                f"{EVERY_ARM}: PRICE, that of every arm with QAT that is not named"
+                f"study.prices.{name}: no such arm; choose from {', '.join(known)}, or for all "
+                f"arms of a kind from {', '.join(kinds)}"
             )
+        if len(numbers) != 2 or len(pair) != 2:
+            raise UserError(f"study.prices.{name} = {said}: give a price, or [before, after]")
+        pairs[name] = Price(before=float(numbers[0]), after=float(numbers[1]))
+    found = {}
+    for arm, s in arms.items():
+        kind = kind_of(s) if s.qat.enabled else None
+        price = pairs.get(arm) or (pairs.get(kind) if kind else None)
+        if s.qat.enabled and price is None:
+            of_kind = f", or {kind}: PRICE, that of every such arm" if kind else ""
+            raise UserError(
+                f"study.prices: arm {arm} trains with QAT and has no price; give "
+                f"{arm}: PRICE{of_kind}"
+            )
+        found[arm] = price or Price()
     return Prices(provenance.hardware(1), training_code(), None, found, {})
 
 
@@ -157,7 +179,7 @@ def measure(arms: Mapping[str, TrainSettings], baseline: str, console: Console) 
     base = arms[baseline]
     timed: dict[tuple[str, bool], _Updates] = {}  # (arm, whether QAT is on)
     for arm, s in arms.items():
-        if arm != baseline and differing(_conditions(s), _conditions(base), QUANTIZATION):
+        if arm != baseline and differing(_before_switch(s), _before_switch(base)):
             timed[arm, False] = _Updates(s, is_on=False)
         if s.qat.enabled:
             timed[arm, True] = _Updates(s, is_on=True)
@@ -181,8 +203,9 @@ def measure(arms: Mapping[str, TrainSettings], baseline: str, console: Console) 
     return Prices(provenance.hardware(1), training_code(), ratios.base_seconds, found, timed_with)
 
 
-def _conditions(s: TrainSettings) -> dict[str, Any]:
-    return conditions(asdict(s))
+def _before_switch(s: TrainSettings) -> dict[str, Any]:
+    """What an update without QAT costs."""
+    return what_costs(replace(s, qat=replace(s.qat, enabled=False)))
 
 
 @dataclass

@@ -76,8 +76,10 @@ def begin(sweep: Sweep) -> list[Start]:
     """Before the first run: say in the folder which study it is, beside the arms and commands given
     before, and at which prices; how each run is started. UserError if a run of it is there that was
     another."""
+    there = [saved for _, saved, _ in _runs_in(sweep.folder)]
     if sweep.study is None:
         _check_plain(sweep)
+        _check_seeds_differ(there, [s for s, _ in sweep.jobs])
         return [Start() for _ in sweep.jobs]
     settings: StudySettings = sweep.jobs[0][0].study  # the design, and what was typed beside it
     path = study_file(sweep.folder, sweep.study)
@@ -85,12 +87,13 @@ def begin(sweep: Sweep) -> list[Start]:
     jobs = [(str(choices["arm"]), s) for s, choices in sweep.jobs]
     for arm, s in jobs:
         _check_prices_are_asked(s, arm)
-    _check_seeds_differ(jobs)
+    _check_named_once(jobs)
     list_of_prices = sweep.folder / f"{sweep.study}{PRICES_SUFFIX}"
     prices = prices_of(list_of_prices, jobs, settings.baseline)
     if prices is not None:
         jobs = [(arm, at_price(s, prices, arm)) for arm, s in jobs]
     _check_same(sweep.folder, jobs)
+    _check_seeds_differ(there, [s for _, s in jobs])
     asked = dict.fromkeys([*known.arms, *(arm for arm, _ in jobs)])
     arms = sorted(asked, key=lambda arm: [*settings.arms, *asked].index(arm))
     commands = list(dict.fromkeys([*known.commands, sweep.command]))
@@ -146,6 +149,19 @@ def at_price(s: TrainSettings, prices: Prices, arm: str) -> TrainSettings:
     return replace(s, max_steps=steps, budget_seconds=None, schedule=schedule)
 
 
+def priced_alone(s: TrainSettings, arm: str) -> TrainSettings:
+    """A run of a study on a priced clock, outside a sweep: at the price that is given, or that a
+    sweep gave it. UserError if there is none."""
+    if not s.qat.enabled or {s.schedule.update_price, s.schedule.qat_update_price} != {1.0}:
+        return s
+    if not s.study.prices:
+        raise UserError(
+            f"study.clock = priced: one run cannot time its price; give study.prices={{{arm}: "
+            "PRICE}, or -m"
+        )
+    return at_price(s, given({arm: s}, s.study.prices), arm)
+
+
 def _starts(folder: Path, jobs: Sequence[tuple[str, TrainSettings]], baseline: str) -> list[Start]:
     """Trunks before what goes on from them, with the settings that are not typed."""
     runs = {run_name(arm, s.seed): s for arm, s in jobs}
@@ -181,16 +197,33 @@ def _starts(folder: Path, jobs: Sequence[tuple[str, TrainSettings]], baseline: s
     return starts
 
 
-def _check_seeds_differ(jobs: Sequence[tuple[str, TrainSettings]]) -> None:
-    """UserError if runs of an arm would be one run: with weights and order of text given, nothing
-    is left for their seeds."""
+def _check_seeds_differ(there: Sequence[TrainSettings], asked: Sequence[TrainSettings]) -> None:
+    """UserError if two seeds are one run: with weights and order of text given, nothing is left for
+    them."""
     first: dict[str, int] = {}
-    for arm, s in jobs:
-        other = first.setdefault(arm, s.seed)
-        if other != s.seed and s.model.init_from is not None and s.data_seed is None:
+    for s in (*there, *asked):
+        if s.model.init_from is None:
+            continue
+        settings = conditions(asdict(_as_saved(s)))
+        del settings["seed"]
+        other = first.setdefault(json.dumps(settings, sort_keys=True), s.seed)
+        if other != s.seed:
             raise UserError(
                 f"seed={other},{s.seed}: both begin with the weights of model.init_from and read "
-                "the same text; give 'data_seed=${seed}' too"
+                f"the same text (data_seed = {s.data_seed}); give 'data_seed=${{seed}}' too"
+            )
+
+
+def _check_named_once(jobs: Sequence[tuple[str, TrainSettings]]) -> None:
+    """A study's run is an arm and a seed. UserError if two jobs are one run."""
+    first: dict[str, TrainSettings] = {}
+    for arm, s in jobs:
+        other = first.setdefault(name := run_name(arm, s.seed), s)
+        if other is not s:
+            unlike = differing(_by_name(other), _by_name(s))[0]
+            raise UserError(
+                f"{unlike}: two runs of arm {arm} and seed {s.seed} would differ in it and share "
+                f"{name}/; give each value a sweep_name, or arms"
             )
 
 
@@ -268,7 +301,7 @@ def run_name(arm: str, seed: int) -> str:
 
 def _check_same(folder: Path, jobs: Sequence[tuple[str, TrainSettings]]) -> None:
     """UserError if an arm was run in the study's folder, or is asked for, with other settings: its
-    seeds are taken together."""
+    seeds are taken together. Of a run that is there, all of them are asked for again."""
     there: dict[str, list[tuple[str, dict[str, Any]]]] = {}
     for run, saved, choices in _runs_in(folder):
         there.setdefault(str(choices.get("arm")), []).append((run.name, conditions(asdict(saved))))
@@ -277,7 +310,7 @@ def _check_same(folder: Path, jobs: Sequence[tuple[str, TrainSettings]]) -> None
         asked = conditions(asdict(_as_saved(s)))
         name = run_name(arm, s.seed)
         for of_run, settings in there.get(arm, ()):
-            for key in differing(settings, asked, SEEDS):
+            for key in differing(settings, asked, () if of_run == name else SEEDS):
                 raise UserError(
                     f"sweep_name={folder.name}: {of_run} was run there with {key} = "
                     f"{settings.get(key)}, not {asked.get(key)}; give another sweep_name"

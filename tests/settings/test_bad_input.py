@@ -76,6 +76,22 @@ CASES: list[tuple[tuple[str, ...], str]] = [
     (("plan.rules={skip_weights: int9}",), "plan.rules: 'int9' for skip_weights"),
     (("-m", "seed=1,2", "run_name=same"), "run_name=same: 2 jobs would share it"),
     (("-m", "experiment=pair,bits"), "experiment=pair,bits: give one study at a time"),
+    (
+        ("-m", "experiment=start", "study.stores.gptq.method=gtpq"),
+        "study.stores.gptq.method = gtpq: choose from round, gptq",
+    ),
+    (
+        ("-m", "experiment=start", "+study.stores.x={gptq_bit_price: 2}"),
+        "study.stores.x.gptq_bit_price = 2: only with method: gptq",
+    ),
+    (
+        ("-m", "experiment=pair", "+study.stores.x={arms: [int33]}"),
+        "study.stores.x.arms = int33: no such arm; choose from none, int6",
+    ),
+    (
+        ("-m", "experiment=pair", "hydra/launcher=node", "ledger=full"),
+        "ledger=full: by hydra/launcher=node its runs of equal steps would have one rank",
+    ),
     (("-m", "seed=1,-2"), "seed = -2: give 0 to 2^63"),
     (("-m", "qat=none,int6", "grid=int4"), "qat=int6 grid=int4"),
 ]  # fmt: skip

@@ -21,7 +21,13 @@ from qat.quantize.grid import Grid
 from qat.runs.fork import Course
 from qat.runs.result import Result
 from qat.runs.run_folder import kept_steps, read_config
-from qat.settings.schema import AveragingSettings, QatSettings, TrainSettings, from_yaml
+from qat.settings.schema import (
+    AveragingSettings,
+    DistillSettings,
+    QatSettings,
+    TrainSettings,
+    from_yaml,
+)
 from qat.study import prices
 from qat.study.find_out import find_out
 from qat.study.forks import Fork, find_forks, kept_by
@@ -190,7 +196,9 @@ def test_a_trunk_that_kept_nothing_costs_only_time(study: Callable[..., Done]) -
     assert (row.status, row.forked_from) == ("finished", None)
 
 
-def test_a_priced_study_counts_what_updates_cost(study: Callable[..., Done]) -> None:
+def test_a_priced_study_counts_what_updates_cost(
+    study: Callable[..., Done], train: Callable[..., Done]
+) -> None:
     priced = ("study.clock=priced", "study.prices={int6: 1.5, int4: [1.0, 2.0]}", "seed=1")
     done = study(*priced, "ledger=full")
     assert done.code == 0, done.err
@@ -199,6 +207,15 @@ def test_a_priced_study_counts_what_updates_cost(study: Callable[..., Done]) -> 
         row = Result.read(RUNS / "s" / f"{arm}_s1")
         assert row is not None
         steps[arm] = row.steps, row.qat_steps
+    prices_of_one = ("study.clock=priced", "study.prices={int4: [1.0, 2.0]}", "seed=1")
+    alone = train("experiment=start", "arm=int4", *prices_of_one, "run_name=alone")
+    assert alone.code == 0, alone.err
+    assert same_run(RUNS / "alone", RUNS / "s" / "int4_s1")
+    alone = train("experiment=start", "arm=int4", "study.clock=priced")
+    assert alone.err == (
+        "error: study.clock = priced: one run cannot time its price; give study.prices={int4: "
+        "PRICE}, or -m\n"
+    )
     # 12 updates, 6 of them before the switch: the other 6 buy 4 at 1.5, 3 at 2.
     assert steps == {"none": (12, 0), "int6": (10, 4), "int4": (9, 3)}
     equal = {path.parent.name: Result.read(path) for path in (RUNS / "s").glob("*/equal_steps")}
@@ -236,6 +253,25 @@ def test_one_price_of_every_arm_with_qat(settings: TrainSettings) -> None:
     }  # fmt: skip
 
 
+def test_what_takes_longer_has_a_price_of_its_own(settings: TrainSettings) -> None:
+    plain = qat(settings, 4, 0.5)
+    noise = replace(plain, qat=replace(plain.qat, gradient="noise"))
+    taught = replace(plain, qat=replace(plain.qat, distill=DistillSettings(weight=1.0)))
+    both = replace(noise, qat=replace(noise.qat, distill=DistillSettings(weight=1.0)))
+    learned = replace(plain, grid=replace(plain.grid, scale_rule="learned"))
+    rd = replace(learned, qat=replace(learned.qat, to_bytes=True))
+    arms = {"a": plain, "b": noise, "c": taught, "d": learned, "e": rd, "f": both}
+    asked = {"qat": 1.1, "noise": 1.2, "distill": 1.3, "learned": 1.4, "to_bytes": 1.5, "f": 1.6}
+    found = [price.after for price in given(arms, asked).arms.values()]
+    assert found == [1.1, 1.2, 1.3, 1.4, 1.5, 1.6]
+    for missing, arm in (("noise", "b"), ("distill", "c"), ("learned", "d"), ("f", "f")):
+        few = {name: price for name, price in asked.items() if name != missing}
+        with pytest.raises(UserError, match=f"arm {arm} trains with QAT and has no price"):
+            given(arms, few)
+    with pytest.raises(UserError, match=r"study\.prices\.nosie: no such arm"):
+        given(arms, asked | {"nosie": 1.2})
+
+
 def test_an_arm_with_qat_is_not_free(settings: TrainSettings) -> None:
     arms = {"none": settings, "int6": qat(settings, 6, 0.5), "int4": qat(settings, 4, 0.5)}
     with pytest.raises(
@@ -243,6 +279,25 @@ def test_an_arm_with_qat_is_not_free(settings: TrainSettings) -> None:
     ):
         given(arms, {"int6": 1.5})
     assert given(arms, {"int6": 1.5, "int4": 1.0}).arms["int4"] == Price()
+
+
+def test_only_what_costs_something_is_timed(
+    settings: TrainSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    timed: list[tuple[str, bool]] = []
+
+    def race(base: object, others: dict[tuple[str, bool], object], console: Console) -> object:
+        timed.extend(others)
+        return prices._Ratios(0.1, {key: [1.2] * 20 for key in others})
+
+    monkeypatch.setattr(prices, "_race", race)
+    monkeypatch.setattr(prices, "_Updates", lambda s, is_on: s)
+    long = replace(settings, schedule=replace(settings.schedule, warmdown_steps=9))
+    averaged = replace(settings, averaging=AveragingSettings(kind="ema"))
+    arms = {"none": settings, "long": long, "ema": averaged, "int4": qat(settings, 4, 0.5)}
+    found = prices.measure(arms, "none", Console(quiet=True)).arms
+    assert timed == [("ema", False), ("int4", True)]
+    assert [(p.before, p.after) for p in found.values()] == [(1, 1), (1, 1), (1.2, 1.2), (1, 1.2)]
 
 
 @pytest.mark.slow
@@ -305,7 +360,7 @@ def test_prices_are_of_updates_that_cost_the_same(
     ("asked", "said"),
     [
         (("study.prices={int4: 2}",), "study.prices: only with study.clock=priced"),
-        (("study.clock=priced", "study.prices={int3: 2}"), "study.prices.int3: no such arm"),
+        (("study.clock=priced", "study.prices={int33: 2}"), "study.prices.int33: no such arm"),
         (("study.clock=priced", "study.prices={int4: 0}"), "study.prices.int4 = 0: give a price"),
         (("study.clock=priced", "study.prices={int4: [1]}"), "give a price, or [before, after]"),
         (("study.clock=priced", "study.prices={qat: 2}", "budget_seconds=9", "max_steps=null"),

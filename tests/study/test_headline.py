@@ -32,6 +32,13 @@ def said_of(*treatments: Treatment, **more: Any) -> list[str]:
     return sentences(treatments, ways_to_store(treatments, more.pop("stores", {})), **more)
 
 
+def test_it_pays_only_beside_every_way_to_store() -> None:
+    both = replace(treatment("a", PAYS), equal_bytes=treatment("", PAYS).alike)
+    said = said_of(both, treatment("b", PAYS), treatment("c", COSTS))[0]
+    answer = "QAT pays with a, does not pay with c and is not decided for b (3 seeds)"
+    assert said.startswith(f"At equal wallclock {answer}")
+
+
 @pytest.mark.parametrize(
     ("treatments", "said"),
     [

@@ -19,6 +19,7 @@ from omegaconf import OmegaConf
 from rich.console import Console
 
 from hydra_plugins import qat_node_launcher
+from qat.runs.run_folder import kept_checkpoint
 from qat.settings import checks
 from qat.settings.arguments import groups
 from qat.settings.arms import with_arms
@@ -403,10 +404,13 @@ def test_seeds_that_begin_with_the_same_weights_read_the_text_from_elsewhere(
     assert train("run_name=base", "max_steps=2").code == 0
     asked = ("-m", "experiment=finetune", "arm=none", "seed=1,2", "model.init_from=base",
              "max_steps=2", "schedule.warmdown_steps=null", "sweep_name=s")  # fmt: skip
-    done = train(*asked, "data_seed=null")
-    assert done.code == 2
-    assert "seed=1,2: both begin with the weights of model.init_from and read the same" in done.err
-    assert not (tmp_path / RUNS / "s").exists()
+    plain = ("-m", "seed=1,2", "model.init_from=base", "sweep_name=s", "max_steps=2")
+    for one_run in ((*asked, "data_seed=null"), (*asked, "data_seed=7"), plain):
+        done = train(*one_run)
+        assert done.code == 2
+        same = "seed=1,2: both begin with the weights of model.init_from and read the same text"
+        assert same in done.err
+        assert not (tmp_path / RUNS / "s").exists()
     done = train(*asked)  # the study says data_seed=${seed}
     assert done.code == 0, done.err
     rows = [result_of(RUNS / "s" / f"none_s{seed}") for seed in (1, 2)]
@@ -414,6 +418,20 @@ def test_seeds_that_begin_with_the_same_weights_read_the_text_from_elsewhere(
     assert rows[0]["val_loss_float"] != rows[1]["val_loss_float"]
     findings = find_out(RUNS / "s", Study.read(RUNS / "s" / "finetune.study.json"), QUIET)
     assert [t.notes for t in findings.treatments if t.name == "none"] == [{}]
+    done = train(*asked, "data_seed=7")
+    assert done.code == 2
+    assert "sweep_name=s: none_s1 was run there with data_seed = 1, not 7" in done.err
+    done = train(*asked, "seed=3", "data_seed=2")  # by one seed a command
+    assert done.code == 2
+    assert "seed=2,3: both begin with the weights of model.init_from" in done.err
+
+
+@pytest.mark.parametrize("more", ["data_seed=1,2", "ledger=full,estimate"])
+def test_a_run_is_an_arm_and_a_seed(train: Callable[..., Done], more: str) -> None:
+    done = train("-m", "experiment=gptq", "arm=none", "seed=1", "sweep_name=s", more)
+    assert done.code == 2
+    what = more.partition("=")[0]
+    assert f"error: {what}: two runs of arm none and seed 1 would differ in it" in done.err
 
 
 def test_seeds_of_an_arm_that_differ_in_more_are_noted(
@@ -532,6 +550,10 @@ def test_what_a_study_on_a_node_runs(
 
     def exit_code(command: list[str]) -> int:
         asked.append(command)
+        if command[-1].startswith("resume="):
+            kept = kept_checkpoint(folder / "none_s2", 2)
+            kept.parent.mkdir()
+            kept.touch()
         return 3
 
     monkeypatch.setattr(qat_node_launcher, "exit_code", exit_code)
@@ -547,6 +569,11 @@ def test_what_a_study_on_a_node_runs(
         assert {f"seed={seed}", "arm=int6", "experiment=pair"} <= set(command)
     assert "fork.run=none_s2" in forked
     assert not any(word.startswith("fork.") for word in whole)
+    kept_checkpoint(folder / "none_s2", 2).unlink()
+    asked.clear()
+    done = train(*NODE, "seed=2")
+    assert "none_s2 kept nothing after 2 updates: int6_s2 makes them all" in done.out
+    assert not any(word.startswith(("fork.run", "fork.step")) for word in asked[-1])
 
 
 @pytest.mark.slow
