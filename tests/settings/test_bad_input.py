@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import time
@@ -18,7 +19,12 @@ from qat.errors import UserError
 from qat.settings.arguments import groups
 from qat.settings.checks import resolve_eval
 from qat.settings.command_line import INTERRUPTED, Program, main
-from qat.settings.schema import EvalTaskSettings, TrainSettings
+from qat.settings.schema import (
+    EvalTaskSettings,
+    StoreSettings,
+    StudySettings,
+    TrainSettings,
+)
 from qat.text.shards import ShardWriter
 from tests.conftest import GOLF, ROOT
 from train import resolve
@@ -77,19 +83,7 @@ CASES: list[tuple[tuple[str, ...], str]] = [
     (("-m", "seed=1,2", "run_name=same"), "run_name=same: 2 jobs would share it"),
     (("-m", "experiment=pair,bits"), "experiment=pair,bits: give one study at a time"),
     (
-        ("-m", "experiment=start", "study.stores.gptq.method=gtpq"),
-        "study.stores.gptq.method = gtpq: choose from round, gptq",
-    ),
-    (
-        ("-m", "experiment=start", "+study.stores.x={gptq_bit_price: 2}"),
-        "study.stores.x.gptq_bit_price = 2: only with method: gptq",
-    ),
-    (
-        ("-m", "experiment=pair", "+study.stores.x={arms: [int33]}"),
-        "study.stores.x.arms = int33: no such arm; choose from none, int6",
-    ),
-    (
-        ("-m", "experiment=pair", "hydra/launcher=node", "ledger=full"),
+        ("-m", "experiment=pair", "hydra/launcher=node", "hydra.launcher.ranks=2", "ledger=full"),
         "ledger=full: by hydra/launcher=node its runs of equal steps would have one rank",
     ),
     (("-m", "seed=1,-2"), "seed = -2: give 0 to 2^63"),
@@ -206,6 +200,23 @@ def test_values_that_the_checks_refuse(
     assert message in str(refused.value)
     assert "\n" not in str(refused.value)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("store", "message"),
+    [
+        (StoreSettings(method="gtpq"), "study.stores.x.method = gtpq: choose from round, gptq"),
+        (StoreSettings(gptq_bit_price=2.0), "study.stores.x.gptq_bit_price = 2: only with method"),
+        (StoreSettings(arms=["int33"]), "study.stores.x.arms = int33: no such arm; choose from no"),
+    ],
+)
+def test_stores_of_a_study_that_the_checks_refuse(
+    store: StoreSettings, message: str, composed
+) -> None:
+    settings, choices = composed()
+    study = StudySettings(stores={"x": store}, arms={"none": {}})
+    with pytest.raises(UserError, match=re.escape(message)):
+        resolve(replace(settings, study=study), choices)
 
 
 def test_a_used_name_is_refused_and_the_first_run_kept(train, tmp_path: Path) -> None:
