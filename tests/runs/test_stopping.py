@@ -25,8 +25,9 @@ ASKED = ("-m", "seed=1,2", "max_steps=8", "schedule.warmdown_steps=3")
 
 @pytest.fixture(autouse=True)
 def _not_ignored() -> Iterator[None]:
-    """Where the suite itself was started by nohup, too."""
-    before = {number: signal.signal(number, signal.SIG_DFL) for number in STOPPING}
+    """Where the suite itself was started by nohup, or in the background, too."""
+    usual = dict.fromkeys(STOPPING, signal.SIG_DFL) | {signal.SIGINT: signal.default_int_handler}
+    before = {number: signal.signal(number, handler) for number, handler in usual.items()}
     yield
     for number, old in before.items():
         signal.signal(number, old)
