@@ -55,10 +55,11 @@ def _grow(
     while left:
         name = max(left, key=lambda run: fork.step if (fork := nearest[run]) else 0)
         left.remove(name)
+        start = 0  # of the updates that this run makes itself
         if (fork := nearest[name]) is not None:
-            found[name] = fork
+            found[name], start = fork, fork.step
         for other in left:
             best = nearest[other]
             step = last_kept(name, courses[name].shared(courses[other]))
-            if step > (best.step if best else 0):
+            if step > max(start, best.step if best else 0):
                 nearest[other] = Fork(name, step)

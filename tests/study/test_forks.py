@@ -77,6 +77,24 @@ def test_arms_leave_the_run_that_they_share_most_with(settings: TrainSettings) -
     assert kept_by("none_s1", forks) == [500, 850, 899]
 
 
+def test_a_fork_keeps_nothing_from_before_it(settings: TrainSettings) -> None:
+    """The trunk is finished and kept its state after update 500 alone."""
+    runs = {
+        "none_s1": settings,
+        "early_s1": qat(settings, 4, 0.25),
+        "early_int3_s1": qat(settings, 3, 0.25),
+        "late_s1": qat(settings, 4, 0.75),
+        "late_int3_s1": qat(settings, 3, 0.75),
+    }
+    kept = {"none_s1": 500}
+    forks = find_forks(runs, lambda run, step: kept.get(run, step) * (step >= kept.get(run, 0)))
+    assert forks == {
+        "early_int3_s1": Fork("early_s1", 250),
+        "late_s1": Fork("none_s1", 500),
+        "late_int3_s1": Fork("late_s1", 750),
+    }
+
+
 def test_trunks_run_before_what_goes_on_from_them() -> None:
     after = [None, 0, 3, None, 2]  # jobs 0 to 4; the last waits for one that waits
     assert batches_of(after, in_turn=False) == [[0, 3], [1, 2], [4]]
