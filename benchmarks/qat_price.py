@@ -46,6 +46,7 @@ from qat.quantize.gradients import rule_kinds  # noqa: E402
 from qat.quantize.grid import Grid  # noqa: E402
 from qat.quantize.plan import build_plan  # noqa: E402
 from qat.quantize.switch import QatSwitch  # noqa: E402
+from qat.settings.machine import keep_freed_memory  # noqa: E402
 from qat.settings.schema import OptimizerSettings  # noqa: E402
 from qat.training.distill import Distillation, Teacher  # noqa: E402
 from qat.training.optimizers import build_optimizers  # noqa: E402
@@ -169,6 +170,9 @@ class Rated(Ours):
         self.control = PriceControl(
             plan, Budget(limit_bytes), PROBE_TOKENS, lambda *_: File(0, 0.0), None
         )
+        for master in self.masters.values():
+            if not master.any():  # nothing starts at zero, which no gradient gets through
+                torch.nn.init.normal_(master, std=0.02)
         self.gpt(tokens[:, :-1], tokens[:, 1:]).backward()
         self.control.observe(self.masters)
         self.gpt.zero_grad()
@@ -278,6 +282,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     asked = parser.parse_args()
     torch.set_num_threads(asked.threads)
+    keep_freed_memory()  # as train.py does
     torch._dynamo.config.recompile_limit = 64  # arms share the code of one function
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if asked.profile == "golf" and device.type != "cuda":
