@@ -154,6 +154,7 @@ def test_exactly_at_the_limit_is_within_it(train) -> None:
     assert train(f"limit_bytes={total - 1}", "run_name=over").code == 3
 
 
+@pytest.mark.slow
 def test_shards_given_by_path_replace_any_source(program) -> None:
     arguments = (
         f"data.val_files={GOLF}/fineweb_val_*.bin", f"data.tokenizer={GOLF}/tokenizer.model",

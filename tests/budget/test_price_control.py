@@ -29,6 +29,7 @@ def share_of_limit(run: str, limit_bytes: int) -> float:
     return result_of(RUNS / run)["artifact_bytes"] / (limit_bytes - count_code_bytes())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [2, 4])
 def test_it_ends_at_the_limit(bits: int, train: Callable[..., Done]) -> None:
     done = train("qat=rd", f"limit_bytes={limit(bits)}", "max_steps=60", "run_name=r")
@@ -124,6 +125,7 @@ def test_it_goes_on_with_the_same_bits(
     assert whole == killed
 
 
+@pytest.mark.slow
 def test_it_says_if_the_code_has_another_size_when_it_goes_on(
     train: Callable[..., Done], program: Callable[..., Done], monkeypatch: pytest.MonkeyPatch
 ) -> None:

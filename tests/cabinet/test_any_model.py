@@ -236,6 +236,7 @@ def test_bytes_are_true(model: Encoder) -> None:
     assert inner_bytes(held_tensors(frozen.module)) == 4 * parameters + buffers
 
 
+@pytest.mark.slow
 def test_a_file_of_qat_is_a_row(model: Encoder, tmp_path: Path) -> None:
     grid = Grid(bits=4)  # of attention too, whose first matrix is in no nn.Linear
     plan = Plan.for_model(model, grid, keep=["classifier*"], rules={"*in_proj_weight": grid})

@@ -66,6 +66,7 @@ def write(rows: list[Any], path: str = "task.jsonl") -> str:
     return path
 
 
+@pytest.mark.slow
 def test_rows_are_of_the_classifier(folder: Path, program) -> None:
     task = write(rows_of())
     asked = ("eval.py", "task=cabinet", f"model={folder}", f"task_data={task}", "out=c",

@@ -19,6 +19,7 @@ def points(name: str) -> list[tuple[str, str, str]]:
     return [(row["step"], row["val_bpb_float"], row["val_bpb_snapped"]) for row in rows]
 
 
+@pytest.mark.slow
 def test_a_point_at_the_end_of_each_part(train) -> None:
     done = train("qat=int4", "qat.start_step=6", *ASKED, "run_name=r")
     assert done.code == 0, done.err

@@ -59,7 +59,10 @@ def fork_is_whole(train, arm: tuple[str, ...], step: int, common: tuple[str, ...
 @pytest.mark.parametrize(
     "arm",
     [
-        ("qat=int4", "averaging=ema", "averaging.start_fraction=0.6", "qat.ramp_steps=2"),
+        pytest.param(
+            ("qat=int4", "averaging=ema", "averaging.start_fraction=0.6", "qat.ramp_steps=2"),
+            marks=pytest.mark.slow,
+        ),
         ("qat=lsq4", "optimizer.learned_scale_lr=0.01", "schedule.qat_update_price=1.3"),
     ],
     ids=" ".join,

@@ -116,12 +116,14 @@ def same(a: str, b: str) -> None:
     ("arm", "step"),
     [
         ("int6", 7),
-        *((arm, 13) for arm in ("none", "lsq4")),
         *(
             pytest.param(arm, step, marks=pytest.mark.slow)
             for arm, step in (
                 *(("int6", step) for step in (2, 4, 13, 19)),
-                *((arm, 13) for arm in ("noise", "lsq4 stopped", "soft_round", "ramp")),
+                *(
+                    (arm, 13)
+                    for arm in ("none", "lsq4", "noise", "lsq4 stopped", "soft_round", "ramp")
+                ),
             )
         ),
     ],
@@ -157,6 +159,7 @@ def test_the_gradient_rule_of_the_docs_is_one_file_and_its_state_survives(
     assert losses["identity"] != losses["whole"]
 
 
+@pytest.mark.slow
 def test_a_run_that_begins_elsewhere_in_its_text_goes_on_there(
     train, program, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -216,6 +219,7 @@ def test_a_full_disk_keeps_the_last_checkpoint(
     same("whole", "torn")
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_last_checkpoint(
     train, program, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -313,7 +313,16 @@ def test_prose_is_taken_as_typed(prose: str, monkeypatch: pytest.MonkeyPatch) ->
     assert (seen[0].prompt, seen[0].submission.name) == (prose, prose)
 
 
-@pytest.mark.parametrize("flag", ["--help", "--hydra-help", "--version", "--cfg=job", "--info=all"])
+@pytest.mark.parametrize(
+    "flag",
+    [
+        "--help",
+        pytest.param("--hydra-help", marks=pytest.mark.slow),
+        "--version",
+        "--cfg=job",
+        "--info=all",
+    ],
+)
 @pytest.mark.parametrize("script", ["train.py", "eval.py"])
 def test_questions_are_answered_and_nothing_else_said(script: str, flag: str, program) -> None:
     done = program(script, flag)

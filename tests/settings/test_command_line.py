@@ -152,6 +152,7 @@ def test_habits_that_are_refused(arguments: tuple[str, ...], message: str, progr
     assert not Path("logs").exists()
 
 
+@pytest.mark.slow
 def test_help_is_cut_short_in_silence(tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "train.py"), "--help"]
     asked = subprocess.Popen(

@@ -214,6 +214,7 @@ def test_a_trunk_that_kept_nothing_costs_only_time(study: Callable[..., Done]) -
     assert (row.status, row.forked_from) == ("finished", None)
 
 
+@pytest.mark.slow
 def test_a_priced_study_counts_what_updates_cost(
     study: Callable[..., Done], train: Callable[..., Done]
 ) -> None:

@@ -398,6 +398,7 @@ def test_seeds_of_an_arm_differ_in_nothing_else(
     assert not (tmp_path / RUNS / "other").exists()
 
 
+@pytest.mark.slow
 def test_seeds_that_begin_with_the_same_weights_read_the_text_from_elsewhere(
     train: Callable[..., Done], tmp_path: Path
 ) -> None:

@@ -225,7 +225,7 @@ def fit(module: TrainingLoop) -> None:
 # What is captured, and what makes it be captured again, is the same whatever compiles it: C++ in
 # half a minute, or nothing.
 @compiles
-@pytest.mark.parametrize("distilled", [False, True])
+@pytest.mark.parametrize("distilled", [pytest.param(False, marks=pytest.mark.slow), True])
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 def test_one_model_graph_before_and_after_the_switch(
