@@ -1,9 +1,9 @@
 """Causal attention with grouped queries, by whatever is fastest where it runs.
 
-CUDA has flash kernels. On a CPU torch's flash attention, forward and backward, takes more than twice
-as long as the same sums written as matrix products over blocks of queries, each against the keys
-before its end only (4x288 model, T = 256, compiled: 52 ms flash, 24 ms blocks with their gradient
-written out, 41 ms with torch's). Forward alone it is the fast one, so scoring uses it.
+CUDA has flash kernels. On a CPU torch's flash attention, forward and backward, takes twice as long
+as the same sums written as matrix products over blocks of queries, each against the keys before its
+end only (4x288 model, T = 256, compiled: 52 ms flash, 24 ms blocks with their gradient written out,
+41 ms with torch's). Forward alone it is the fast one, so scoring uses it.
 """
 
 from __future__ import annotations
