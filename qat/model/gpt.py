@@ -35,7 +35,8 @@ def rotate(x_BTHD: Tensor, first_position: int = 0) -> Tensor:
     """Rotary position embedding over the two halves of the head dimension."""
     cos, sin = rotary_angles(x_BTHD, ROPE_BASE, first_position)
     a, b = x_BTHD.chunk(2, dim=-1)
-    return torch.cat((a * cos + b * sin, b * cos - a * sin), dim=-1)
+    turned = torch.addcmul(a * cos, b, sin), torch.addcmul(b * cos, a, sin, value=-1)
+    return torch.cat(turned, dim=-1)
 
 
 class Attention(nn.Module):
@@ -107,11 +108,11 @@ class Block(nn.Module):
 
     def forward(self, x_BTC: Tensor, first_BTC: Tensor, tail: int | None = None) -> Tensor:
         keep, again = self.resid_mix.to(x_BTC.dtype)
-        x = keep * x_BTC + again * first_BTC
+        x = torch.addcmul(again * first_BTC, keep, x_BTC)
         attended = self.attn(rms_norm(x), tail)
         x = x if tail is None else x[:, -tail:]
-        x = x + self.attn_scale.to(x.dtype) * attended
-        return x + self.mlp_scale.to(x.dtype) * self.mlp(rms_norm(x))
+        x = torch.addcmul(x, self.attn_scale.to(x.dtype), attended)
+        return torch.addcmul(x, self.mlp_scale.to(x.dtype), self.mlp(rms_norm(x)))
 
 
 class GPT(nn.Module):
