@@ -46,14 +46,14 @@ def run(s: TrainSettings, job: Job) -> int:
     """One run to its row, or one of a sweep with all that belongs to it; the exit code."""
     if job.sweep_dir is not None:
         return import_module(SWEEP_RUN).run_in_sweep(s, job, run_one)
-    if s.study.clock == "priced" and job.choices.get("arm") and s.resume is None:
-        s = import_module(STUDY).priced_alone(s, job.choices["arm"])
     if s.resume is not None:
         from qat.runs.resume import is_finished, saved_job
 
         job = saved_job(s.resume, job)
         if is_finished(s.resume):
             return 0
+    elif s.study.clock == "priced" and job.choices.get("arm"):
+        s = import_module(STUDY).priced_alone(s, job.choices["arm"])
     return run_one(s, job)
 
 

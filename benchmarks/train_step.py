@@ -203,26 +203,41 @@ class Asked:
 
     profile: str
     compiled: bool
-    micro_tokens: list[int]  # of the engine
+    micro_tokens: list[int]  # of the engine; none: as many as the challenge takes
+
+    @property
+    def spec(self) -> ModelSpec:
+        return PROFILES[self.profile][0]
+
+    @property
+    def seq_len(self) -> int:
+        return PROFILES[self.profile][2]
+
+    @property
+    def stream(self) -> TokenStream:
+        return TokenStream([TEXT], "the text of this benchmark")
 
     @property
     def pass_tokens(self) -> int:
         """Tokens of a forward pass of the challenge."""
-        _, sequences, length = PROFILES[self.profile]
-        return sequences * length
+        return PROFILES[self.profile][1] * self.seq_len
+
+    @property
+    def sizes(self) -> list[int]:
+        """Tokens of the engine's forward passes."""
+        return self.micro_tokens or [self.pass_tokens]
 
     @property
     def step_tokens(self) -> int:
         return GOLF_STEP_TOKENS if self.profile == "golf" else self.pass_tokens
 
     def cut(self, pass_tokens: int) -> BatchShape:
-        length = PROFILES[self.profile][2]
-        return BatchShape(self.step_tokens, length, 1, self.step_tokens // pass_tokens)
+        return BatchShape(self.step_tokens, self.seq_len, 1, self.step_tokens // pass_tokens)
 
 
 def challenges_arms(asked: Asked) -> dict[str, Turn]:
-    spec, stream = PROFILES[asked.profile][0], TokenStream([TEXT], "the text of this benchmark")
-    return {"challenge": challenge(spec, stream, asked.cut(asked.pass_tokens), asked.compiled)}
+    batch = asked.cut(asked.pass_tokens)
+    return {"challenge": challenge(asked.spec, asked.stream, batch, asked.compiled)}
 
 
 def challenges_arms_keeping(asked: Asked) -> dict[str, Turn]:
@@ -232,13 +247,13 @@ def challenges_arms_keeping(asked: Asked) -> dict[str, Turn]:
 
 def our_arms(asked: Asked) -> dict[str, Turn]:
     keep_freed_memory()
-    spec, stream = PROFILES[asked.profile][0], TokenStream([TEXT], "the text of this benchmark")
+    spec, stream = asked.spec, asked.stream
     arms = {}
-    for size in asked.micro_tokens:
-        label = f", {size:,}" if len(asked.micro_tokens) > 1 else ""
+    for size in asked.sizes:
+        label = f", {size:,}" if len(asked.sizes) > 1 else ""
         for name, qat in (("engine", False), ("engine, int6", True)):
             arms[f"{name}{label}"] = engine(spec, stream, asked.cut(size), asked.compiled, qat)
-    arms["bare loop"] = bare(spec, stream, asked.cut(asked.micro_tokens[0]), asked.compiled)
+    arms["bare loop"] = bare(spec, stream, asked.cut(asked.sizes[0]), asked.compiled)
     return arms
 
 
@@ -297,13 +312,11 @@ def main() -> None:
     parser.add_argument("--micro-tokens", default="", help="of the engine: 65536,131072")
     parser.add_argument("--peak-tflops", type=float, help="to say MFU")
     typed = parser.parse_args()
-    spec, _, length = PROFILES[typed.profile]
     sizes = [int(size) for size in typed.micro_tokens.split(",") if size]
     asked = Asked(typed.profile, typed.compile, sizes)
-    step_tokens = asked.step_tokens
+    spec, length, step_tokens = asked.spec, asked.seq_len, asked.step_tokens
     if odd := [size for size in sizes if step_tokens % size or size % length]:
         parser.error(f"--micro-tokens: {odd[0]} does not divide {step_tokens} into {length}s")
-    sizes[:] = sizes or [asked.pass_tokens]
     taken = in_turns(asked, typed.steps, typed.turns)
     seconds = {name: [turn.seconds for turn in turns[1:]] for name, turns in taken.items()}
     peak_bytes = {name: max(turn.peak_bytes for turn in turns) for name, turns in taken.items()}
@@ -329,8 +342,8 @@ def main() -> None:
             f"{name:22} {1e3 * median:9.1f} {step_tokens / median:10,.0f} {ratios[name]:11.3f} "
             f"{mfu} {peak} {graphs[name]:10d}"
         )
-    stream = TokenStream([TEXT], "the text of this benchmark")
-    distance, last = largest_distance(spec, stream, asked.cut(sizes[0]), asked.compiled)
+    batch = asked.cut(asked.sizes[0])
+    distance, last = largest_distance(spec, asked.stream, batch, asked.compiled)
     print(
         f"losses of {UPDATES_COMPARED} updates, engine to challenge: at most {distance:.4f} nats "
         f"apart (the last is {last:.3f})"

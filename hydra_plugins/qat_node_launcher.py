@@ -14,7 +14,7 @@ from hydra._internal.core_plugins.basic_launcher import BasicLauncher
 from qat.settings.command_line import Jobs
 
 # By name: studies are no part of train_gpt.py, where Hydra finds this file too.
-STUDY_RUNS = "qat.study.study"
+STUDY, SWEEP_RUN = "qat.study.study", "qat.study.sweep_run"
 TRAIN = Path(__file__).resolve().parents[1] / "train.py"
 
 
@@ -55,12 +55,9 @@ class NodeLauncher(BasicLauncher):
         start = [*torchrun, f"--nproc_per_node={self.ranks}", str(TRAIN)]
         if name is not None and (folder / name / "config.yaml").is_file():
             return [*start, f"resume={folder / name}"]
-        from qat.runs.run_folder import kept_checkpoint
-
-        fork = {key: value for key, value in _typed(overrides).items() if key.startswith("fork.")}
-        trunk, step = fork.get("fork.run"), int(fork.get("fork.step", 0))
-        if trunk and not kept_checkpoint(folder / trunk, step).exists():
-            print(f"{trunk} kept nothing after {step} updates: {name} makes them all")
+        typed = _typed(overrides)
+        trunk, step = typed.get("fork.run"), int(typed.get("fork.step", 0))
+        if trunk and import_module(SWEEP_RUN).is_lost(folder, trunk, step, name):
             overrides = [
                 word for word in overrides if not word.startswith(("fork.run=", "fork.step="))
             ]
@@ -88,5 +85,5 @@ def _name(overrides: Sequence[str]) -> str | None:
     typed = _typed(overrides)
     if "arm" not in typed:
         return None
-    name: str = import_module(STUDY_RUNS).run_name(typed["arm"], int(typed["seed"]))
+    name: str = import_module(STUDY).run_name(typed["arm"], int(typed["seed"]))
     return name

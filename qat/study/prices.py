@@ -133,13 +133,12 @@ def what_costs(s: TrainSettings) -> dict[str, Any]:
 
 def kind_of(s: TrainSettings) -> str | None:
     """What decides the price of an arm with QAT; None if several things do."""
-    learned = s.grid.scale_rule == "learned" and not s.qat.to_bytes  # which learns them anyway
-    found = {
-        *([s.qat.gradient] if s.qat.gradient != PLAIN_RULE else []),
-        *([LEARNED] if learned else []),
-        *([TO_BYTES] if s.qat.to_bytes else []),
-        *([DISTILLED] if s.qat.distill.weight > 0.0 else []),
+    kinds = {
+        TO_BYTES: s.qat.to_bytes,
+        LEARNED: s.grid.scale_rule == "learned" and not s.qat.to_bytes,  # which learns them anyway
+        DISTILLED: s.qat.distill.weight > 0.0,
     }
+    found = {kind for kind, holds in kinds.items() if holds} | {s.qat.gradient} - {PLAIN_RULE}
     return PLAIN if not found else found.pop() if len(found) == 1 else None
 
 
@@ -147,11 +146,11 @@ def given(arms: Mapping[str, TrainSettings], prices: Mapping[str, Any]) -> Price
     """Prices as ``study.prices`` says them: a number, or [before the switch, after it], of an arm
     or of all of a kind. UserError if an arm with QAT has none."""
     kinds = [PLAIN, TO_BYTES, DISTILLED, *(rule for rule in rule_kinds() if rule != PLAIN_RULE)]
-    pairs: dict[str, Price] = {}
+    known = dict.fromkeys([*arms, *(arm for s in arms.values() for arm in s.study.arms)])
+    named: dict[str, Price] = {}
     for name, said in prices.items():
         pair = said if isinstance(said, list) else [1.0, said]
         numbers = [p for p in pair if isinstance(p, int | float) and 0 < p < math.inf]
-        known = dict.fromkeys([*arms, *(arm for s in arms.values() for arm in s.study.arms)])
         if name not in known and name not in kinds:
             raise UserError(
                 f"study.prices.{name}: no such arm; choose from {', '.join(known)}, or for all "
@@ -159,11 +158,11 @@ def given(arms: Mapping[str, TrainSettings], prices: Mapping[str, Any]) -> Price
             )
         if len(numbers) != 2 or len(pair) != 2:
             raise UserError(f"study.prices.{name} = {said}: give a price, or [before, after]")
-        pairs[name] = Price(before=float(numbers[0]), after=float(numbers[1]))
+        named[name] = Price(before=float(numbers[0]), after=float(numbers[1]))
     found = {}
     for arm, s in arms.items():
         kind = kind_of(s) if s.qat.enabled else None
-        price = pairs.get(arm) or (pairs.get(kind) if kind else None)
+        price = named.get(arm) or (named.get(kind) if kind else None)
         if s.qat.enabled and price is None:
             of_kind = f", or {kind}: PRICE, that of every such arm" if kind else ""
             raise UserError(

@@ -76,9 +76,9 @@ def begin(sweep: Sweep) -> list[Start]:
     """Before the first run: say in the folder which study it is, beside the arms and commands given
     before, and at which prices; how each run is started. UserError if a run of it is there that was
     another."""
-    there = [saved for _, saved, _ in _runs_in(sweep.folder)]
+    there = list(_runs_in(sweep.folder))
     if sweep.study is None:
-        _check_plain(sweep)
+        _check_plain(sweep, there)
         _check_seeds_differ(there, [s for s, _ in sweep.jobs])
         return [Start() for _ in sweep.jobs]
     settings: StudySettings = sweep.jobs[0][0].study  # the design, and what was typed beside it
@@ -92,7 +92,7 @@ def begin(sweep: Sweep) -> list[Start]:
     prices = prices_of(list_of_prices, jobs, settings.baseline)
     if prices is not None:
         jobs = [(arm, at_price(s, prices, arm)) for arm, s in jobs]
-    _check_same(sweep.folder, jobs)
+    _check_same(sweep.folder, jobs, there)
     _check_seeds_differ(there, [s for _, s in jobs])
     asked = dict.fromkeys([*known.arms, *(arm for arm, _ in jobs)])
     arms = sorted(asked, key=lambda arm: [*settings.arms, *asked].index(arm))
@@ -197,11 +197,11 @@ def _starts(folder: Path, jobs: Sequence[tuple[str, TrainSettings]], baseline: s
     return starts
 
 
-def _check_seeds_differ(there: Sequence[TrainSettings], asked: Sequence[TrainSettings]) -> None:
+def _check_seeds_differ(there: Sequence[SavedRun], asked: Sequence[TrainSettings]) -> None:
     """UserError if two seeds are one run: with weights and order of text given, nothing is left for
     them."""
     first: dict[str, int] = {}
-    for s in (*there, *asked):
+    for s in (*(saved for _, saved, _ in there), *asked):
         if s.model.init_from is None:
             continue
         settings = conditions(asdict(_as_saved(s)))
@@ -245,26 +245,29 @@ def _by_name(s: TrainSettings) -> dict[str, Any]:
     return conditions(asdict(s), bookkeeping=())
 
 
-def _runs_in(folder: Path) -> Iterator[tuple[Path, TrainSettings, dict[str, str | None]]]:
-    """The runs of a sweep, their settings and choices."""
+SavedRun = tuple[Path, TrainSettings, dict[str, str | None]]  # its settings and choices
+
+
+def _runs_in(folder: Path) -> Iterator[SavedRun]:
+    """The runs of a sweep."""
     for run in run_folders(folder) if folder.exists() else ():
         config, choices = read_config(run, "sweep_name")
         yield run, from_yaml(config, str(run)), choices
 
 
-def _check_plain(sweep: Sweep) -> None:
+def _check_plain(sweep: Sweep, there: Sequence[SavedRun]) -> None:
     """UserError if the folder is not this sweep's: every run that is there is one of its own."""
     folder = sweep.folder
     if folder.exists() and not (folder / MULTIRUN).is_file():
         raise UserError(f"sweep_name={folder.name}: {folder} is there already; give another")
     asked = [_by_name(_as_saved(settings)) for settings, _ in sweep.jobs]
-    for run, saved, _ in _runs_in(folder):
-        there = _by_name(saved)
-        unlike = min((differing(there, of_job) for of_job in asked), key=len)
+    for run, saved, _ in there:
+        of_run = _by_name(saved)
+        unlike = min((differing(of_run, of_job) for of_job in asked), key=len)
         if unlike:
             raise UserError(
                 f"sweep_name={folder.name}: {run.name} was run there with {unlike[0]} = "
-                f"{there.get(unlike[0])}, which is none of these runs; give another sweep_name"
+                f"{of_run.get(unlike[0])}, which is none of these runs; give another sweep_name"
             )
 
 
@@ -299,17 +302,20 @@ def run_name(arm: str, seed: int) -> str:
     return f"{arm}_s{seed}"
 
 
-def _check_same(folder: Path, jobs: Sequence[tuple[str, TrainSettings]]) -> None:
+def _check_same(
+    folder: Path, jobs: Sequence[tuple[str, TrainSettings]], there: Sequence[SavedRun]
+) -> None:
     """UserError if an arm was run in the study's folder, or is asked for, with other settings: its
     seeds are taken together. Of a run that is there, all of them are asked for again."""
-    there: dict[str, list[tuple[str, dict[str, Any]]]] = {}
-    for run, saved, choices in _runs_in(folder):
-        there.setdefault(str(choices.get("arm")), []).append((run.name, conditions(asdict(saved))))
+    of_arms: dict[str, list[tuple[str, dict[str, Any]]]] = {}
+    for run, saved, choices in there:
+        found = run.name, conditions(asdict(saved))
+        of_arms.setdefault(str(choices.get("arm")), []).append(found)
     first: dict[str, dict[str, Any]] = {}
     for arm, s in jobs:
         asked = conditions(asdict(_as_saved(s)))
         name = run_name(arm, s.seed)
-        for of_run, settings in there.get(arm, ()):
+        for of_run, settings in of_arms.get(arm, ()):
             for key in differing(settings, asked, () if of_run == name else SEEDS):
                 raise UserError(
                     f"sweep_name={folder.name}: {of_run} was run there with {key} = "

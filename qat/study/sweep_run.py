@@ -44,8 +44,7 @@ def run_in_sweep(s: TrainSettings, job: Job, run_one: RunOne) -> int:
         return _run_once(s, job, folder_of(s, job.sweep_dir), run_one)
     folder = job.sweep_dir / run_name(str(job.choices["arm"]), s.seed)
     fork = s.fork
-    if fork.run and fork.step and not kept_checkpoint(job.sweep_dir / fork.run, fork.step).exists():
-        print(f"{fork.run} kept nothing after {fork.step} updates: {folder.name} makes them all")
+    if fork.run and fork.step and is_lost(job.sweep_dir, fork.run, fork.step, folder.name):
         s = replace(s, fork=ForkSettings(fork.keep_steps))
     code = _run_once(replace(s, run_name=folder.name), job, folder, run_one)
     result = Result.read(folder)
@@ -65,6 +64,14 @@ def run_in_sweep(s: TrainSettings, job: Job, run_one: RunOne) -> int:
     if s.ledger == "full" and result.qat_steps and is_cut_short:
         code = max(code, _run_equal_steps(s, job, folder, result, run_one))
     return code
+
+
+def is_lost(sweep_dir: Path, trunk: str, step: int, run: str) -> bool:
+    """What ``run`` was to go on from; then it is said."""
+    if kept_checkpoint(sweep_dir / trunk, step).exists():
+        return False
+    print(f"{trunk} kept nothing after {step} updates: {run} makes them all")
+    return True
 
 
 def _store_baseline_for(job: Job, seed: int) -> None:
