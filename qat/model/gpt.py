@@ -17,7 +17,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qat.model.attention import causal_attention
-from qat.model.layers import asks_for_kernels, heads_fit, in_autocast_dtype, mlp_fits, rotary_angles
+from qat.model.layers import (
+    asks_for_kernels,
+    heads_fit,
+    in_autocast_dtype,
+    mlp_fits,
+    rms_norm,
+    rotary_angles,
+)
 from qat.model.losses import softcap, softcap_cross_entropy
 from qat.model.spec import ModelSpec
 
@@ -25,10 +32,6 @@ OUTPUT_STD_TIED = 0.005
 ROPE_BASE = 10_000.0
 QUERY_GAIN = 1.5
 LOGIT_SOFTCAP = 30.0
-
-
-def rms_norm(x: Tensor) -> Tensor:
-    return F.rms_norm(x, (x.size(-1),))
 
 
 def rotate(x_BTHD: Tensor, first_position: int = 0) -> Tensor:

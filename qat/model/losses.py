@@ -50,12 +50,14 @@ class _SoftcapCrossEntropy(torch.autograd.Function):
         hidden_gradients, head_gradient, losses = [], torch.zeros_like(head_VC), []
         for hidden, targets in zip(hidden_NC.split(chunk), targets_N.split(chunk), strict=True):
             at_target = targets[:, None]
-            logits = softcap(hidden @ head_VC.mT, cap)
+            # In place, for caches: a chunk's logits are some megabytes.
+            capped = (hidden @ head_VC.mT).float().div_(cap).tanh_()
+            logits = capped * cap
             log_sum = logits.logsumexp(-1, keepdim=True)
             losses.append((log_sum - logits.gather(1, at_target)).sum())
-            d_logits = (logits - log_sum).exp()
-            d_logits = d_logits.scatter_add(1, at_target, torch.full_like(log_sum, -1.0))
-            d_raw = d_logits * (1 - (logits / cap).square()) / tokens
+            d_raw = logits.sub_(log_sum).exp_()
+            d_raw.scatter_add_(1, at_target, torch.full_like(log_sum, -1.0))
+            d_raw.mul_(capped.square_().neg_().add_(1)).div_(tokens)
             hidden_gradients.append((d_raw @ head_VC).to(hidden_NC.dtype))
             head_gradient += d_raw.mT @ hidden
         ctx.save_for_backward(torch.cat(hidden_gradients), head_gradient)
