@@ -36,6 +36,7 @@ from qat.quantize.levels import nearest_of_format, nearest_of_mantissa
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # of storage
 SCALE_DTYPES = DTYPES | {"e8m0": torch.float8_e8m0fnu, "e4m3": torch.float8_e4m3fn}
+LARGEST = torch.finfo(torch.float32).max
 LARGEST_E4M3, LEAST_NORMAL_E4M3 = 448.0, 2.0**-6
 LEAST_E8M0 = 2.0**-127
 ROTATED_AT_ONCE = 1 << 20  # weights, so that a reader needs no second copy of a large tensor
@@ -248,8 +249,7 @@ def nearest_e4m3(x: Tensor) -> Tensor:
 
 def _reciprocal(x: Tensor) -> Tensor:
     """1 / x, rounded once on every device; 0 of 0, and the largest number where it overflows."""
-    largest = torch.finfo(torch.float32).max
-    return torch.where(x != 0, torch.ones_like(x) / x, 0.0).clamp(-largest, largest)
+    return torch.where(x != 0, torch.ones_like(x) / x, 0.0).clamp(-LARGEST, LARGEST)
 
 
 class Coding(NamedTuple):
@@ -288,7 +288,7 @@ def _coding(
         # In this order, and by the reciprocal: the bits of NVFP4 as torchao makes it.
         units = in_scale_units(scale, tensor_scale).clamp(LEAST_NORMAL_E4M3, LARGEST_E4M3)
         stored = nearest_e4m3(units)
-        inverse = _reciprocal(tensor_scale) / stored
+        inverse = (_reciprocal(tensor_scale) / stored).clamp_max(LARGEST)  # by which 0 stays 0
         tensor_scale = tensor_scale.expand_as(scale)
         return Coding(stored, stored * tensor_scale, inverse=inverse, tensor_scale=tensor_scale)
     stored = stored_scales(scale, grid)

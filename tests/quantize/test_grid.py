@@ -110,6 +110,16 @@ def test_snap_is_decode_of_encode(w: torch.Tensor, grid: Grid) -> None:
         assert not (torch.signbit(snapped) & (snapped == 0)).any()
 
 
+@pytest.mark.parametrize("levels", ["fp8_e5m2", "fp8_e4m3", "e2m1"])
+@pytest.mark.parametrize("tiny", [2.9e-31, 1e-35, 1e-38, 1e-42])
+def test_zeros_beside_tiny_weights_stay_zeros(levels: str, tiny: float) -> None:
+    """Where the scale of the tensor is so small that its reciprocal overflows."""
+    w = torch.tensor([[0.0, 0.0], [0.0, -tiny]])
+    snapped = snap(w, Grid(levels=levels, bits=None, scale_dtype="e4m3"))
+    assert torch.isfinite(snapped).all()
+    assert (snapped[w == 0] == 0).all()
+
+
 @given(weights(), grids())
 def test_a_snapped_weight_stays_with_the_scale_held(w: torch.Tensor, grid: Grid) -> None:
     """decode(encode(snap(w), scale), scale) == snap(w), where coding and decoding share a scale."""
