@@ -191,7 +191,7 @@ def test_a_copy_and_a_state_dict_go_on_alike(
 
 @compiles
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
-@pytest.mark.parametrize("gradient", ["identity", "clipped"])
+@pytest.mark.parametrize("gradient", ["identity", pytest.param("clipped", marks=pytest.mark.slow)])
 def test_compiled_nothing_recompiles_at_the_switch(gradient: str) -> None:
     torch._dynamo.reset()
     counters.clear()

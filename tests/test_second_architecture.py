@@ -30,6 +30,7 @@ def llama(train):
     return lambda *overrides: train(*LLAMA, *overrides)
 
 
+@pytest.mark.slow
 def test_trained_scored_sampled_and_stored_again(llama, program, cache_dir: Path) -> None:
     """One int6 run, and what is made of it."""
     done = llama("qat=int6", "qat.start_step=2", "run_name=r")

@@ -117,6 +117,7 @@ def test_an_effect_needs_its_interval_and_its_flips() -> None:
     assert not is_real(Interval(0.2, None, None, 1), 1_000)
 
 
+@pytest.mark.slow
 def test_many_documents_take_seconds() -> None:
     start = time.monotonic()
     paired_bootstrap(*texts(100_000, seed=1), seed=1)

@@ -85,6 +85,7 @@ def test_damaged_sections_never_grow_and_never_crash(coder: str) -> None:
         assert len(back) == len(raw)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("coder", [name for name in CODERS if name != "mix"])
 def test_a_bomb_stops_at_the_declared_size(coder: str) -> None:
     bomb = CODERS[coder].encode(bytes(50_000_000), [])
@@ -152,6 +153,7 @@ def test_the_bytes_of_version_2_never_change() -> None:
     assert (len(coded), hashlib.sha256(coded).hexdigest()[:16]) == (6729, "167111a4bc0e66df")
 
 
+@pytest.mark.slow
 def test_torch_and_numpy_alone_write_and_read_a_file(tmp_path: Path) -> None:
     """Coders import their libraries when needed; one that is missing is one line."""
     program = """

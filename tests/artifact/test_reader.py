@@ -126,6 +126,7 @@ def refused_elsewhere(tmp_path_factory: pytest.TempPathFactory) -> dict[str, lis
     return json.loads(done.stdout)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("used", [*CODERS])
 def test_a_section_without_the_codes_it_declares_costs_nothing(
     used: str, refused_elsewhere: dict[str, list]

@@ -98,7 +98,8 @@ def test_a_given_price_is_kept_and_bits_follow_it(train: Callable[..., Done]) ->
     assert sizes[0] > 1.3 * sizes[1]
 
 
-@pytest.mark.parametrize("at", [38, pytest.param(19, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("at", [38, 19])
 def test_it_goes_on_with_the_same_bits(
     at: int,
     train: Callable[..., Done],

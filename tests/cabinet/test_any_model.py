@@ -275,6 +275,7 @@ def test_what_is_not_installed_is_a_reason(
     assert all("pip install -e '.[cabinet]'" in row["reason"] for row in rows.values())
 
 
+@pytest.mark.slow
 def test_a_variant_that_is_not_finite_is_a_reason(model: Encoder, tmp_path: Path) -> None:
     evaluate = error_from(model)
 

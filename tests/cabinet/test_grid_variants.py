@@ -81,6 +81,7 @@ def test_weights_are_those_of_a_file(model: Frozen, tmp_path: Path) -> None:
             assert w.equal(read.weights[name]), name
 
 
+@pytest.mark.slow
 def test_bytes_are_those_held(made: dict[str, Kept]) -> None:
     codes = sum(w.numel() for n, w in weights_of(made["fp32"]).items() if n.endswith(".weight"))
     rows = sum(w.shape[0] for n, w in weights_of(made["fp32"]).items() if n.endswith(".weight"))
@@ -110,6 +111,7 @@ def test_matrices_smaller_than_the_rank_are_corrected_as_far_as_they_go() -> Non
     assert variant.make().memory_bytes > 0
 
 
+@pytest.mark.slow
 def test_real_zero_points_are_counted(made: dict[str, Kept]) -> None:
     found, rounded = made["hqq_int4_g64_e8"], made["rtn_int4_g64_e8"]
     groups = sum(w.shape[0] * -(-w.shape[1] // 64) for n, w in weights_of(found).items()
@@ -117,6 +119,7 @@ def test_real_zero_points_are_counted(made: dict[str, Kept]) -> None:
     assert found.memory_bytes - rounded.memory_bytes == 2 * groups
 
 
+@pytest.mark.slow
 def test_gptq_makes_the_outputs_better(model: Frozen, made: dict[str, Kept]) -> None:
     """On the text it was calibrated on, matrix by matrix, the tied head among them."""
     inputs = model.inputs("train")
@@ -141,6 +144,7 @@ def test_gptq_makes_the_outputs_better(model: Frozen, made: dict[str, Kept]) -> 
         assert errors["gptq_plain_int4_g64_e8"] <= errors["rtn_int4_g64_e8"], name
 
 
+@pytest.mark.slow
 def test_sequential_gptq_reads_what_came_before(model: Frozen, made: dict[str, Kept]) -> None:
     one, two = (weights_of(made[f"gptq_{kind}int4_g64_e8"]) for kind in ("", "sequential_"))
     first = [n for n in one if n.startswith("blocks.0.") and n.endswith(".weight")]
@@ -183,6 +187,7 @@ def test_folding_channel_scales_changes_no_output(
     assert not seen["blocks.0.mlp.proj.weight"].equal(model.weights["blocks.0.mlp.proj.weight"])
 
 
+@pytest.mark.slow
 def test_smoothquant_reads_int8_activations(model: Frozen, made: dict[str, Kept]) -> None:
     found = made["smoothquant_w8a8"]
     ids = torch.cat(model.batches("random"))[:4]

@@ -78,6 +78,7 @@ def model() -> TwoHeads:
     return model
 
 
+@pytest.mark.slow
 def test_rows_report_and_choice(model: TwoHeads, tmp_path: Path) -> None:
     task = task_of(model)
     rows = {

@@ -61,6 +61,7 @@ def test_files_that_are_found_by_looking_are_in_it() -> None:
         assert files <= set(code_files())
 
 
+@pytest.mark.slow
 def test_unpacked_it_is_the_project_and_makes_itself_again(file: Path) -> None:
     done = call(file, "--unpack", "sources")
     assert done.returncode == 0, done.stderr

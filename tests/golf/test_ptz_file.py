@@ -295,6 +295,7 @@ def test_flipped_bits_are_refused(tmp_path: Path) -> None:
         refuse(bytes(flipped), tmp_path)
 
 
+@pytest.mark.slow
 def test_damage_below_the_checksum_is_refused_or_harmless(tmp_path: Path) -> None:
     """Someone who flips bits may also mend the checksums: still one line, whatever was hit."""
     raw = raw_of(small())

@@ -207,6 +207,7 @@ def test_mistakes(arguments: tuple[str, ...], line: str, program, tmp_path: Path
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_written_as_the_reference_writes(program, tmp_path: Path) -> None:
     """The same sections, names in the same order, types, shapes and strides as in its own file;
     and a reader that knows only the format gets this artifact's weights, bit for bit."""

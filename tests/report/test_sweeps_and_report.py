@@ -31,6 +31,7 @@ def rows() -> list[dict]:
     return json.loads((sweep / "report.json").read_text())
 
 
+@pytest.mark.slow
 def test_the_fields_own_sweep(train, tmp_path: Path) -> None:
     """qat=none exports int8 itself; the report stores it on int6 too, for the int6 arm."""
     done = train("-m", "qat=none,int8,int6", "seed=1,2", "qat.start_step=5", "max_steps=8")
@@ -157,6 +158,7 @@ def test_launcher_mistakes(train, monkeypatch: pytest.MonkeyPatch) -> None:
         assert not RUNS.exists()
 
 
+@pytest.mark.slow
 def test_exported_baseline_equals_a_run_that_stored_itself_there(train, program) -> None:
     train("qat=none", "grid=int6", "run_name=own", "max_steps=8")
     train("qat=none", "run_name=plain", "max_steps=8")
@@ -178,6 +180,7 @@ def test_a_failed_and_an_oversize_job_are_rows_and_the_rest_runs(train) -> None:
     assert sorted(row["status"] for row in rows()) == ["finished", "oversize"]
 
 
+@pytest.mark.slow
 def test_a_job_whose_data_is_bad_is_recorded_and_the_others_run(train, tmp_path: Path) -> None:
     (tmp_path / "bad.jsonl").write_text("not json\n")
     done = train("-m", "data.files=[bad.jsonl],[${oc.env:GOOD_TEXT}]", "max_steps=2")
@@ -351,6 +354,7 @@ def test_a_report_that_cannot_be_written_is_one_line(train, program) -> None:
     assert "cannot write logs/runs/report.md" in done.err
 
 
+@pytest.mark.slow
 def test_runs_of_several_folders_are_reported_in_runs_dir(train, program, tmp_path: Path) -> None:
     for folder in ("one", "two"):
         assert train(f"runs_dir={folder}", "run_name=r", "max_steps=1").code == 0

@@ -66,6 +66,7 @@ def changed_code(
     storing_code.cache_clear()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("file", "stores", "trains"),
     [

@@ -296,6 +296,7 @@ def test_without_a_usable_checkpoint_it_starts_again(
     same("whole", "torn")
 
 
+@pytest.mark.slow
 def test_sigterm_saves_and_says_how_to_go_on(
     train, program, monkeypatch: pytest.MonkeyPatch
 ) -> None:

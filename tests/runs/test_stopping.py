@@ -71,6 +71,7 @@ def test_a_rank_that_waits_for_others_is_ended_as_ever(monkeypatch: pytest.Monke
         assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "where", "code"),
     [
@@ -137,6 +138,7 @@ def test_a_sweep_goes_on_with_its_own_runs_alone(train) -> None:
     assert [result_of(run)["seed"] for run in run_folders(SWEEP)] == [1, 2]
 
 
+@pytest.mark.slow
 def test_a_sweep_that_was_named_by_its_time_is_told_its_name(
     train, monkeypatch: pytest.MonkeyPatch
 ) -> None:

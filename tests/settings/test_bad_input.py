@@ -275,7 +275,14 @@ def test_validation_text_that_is_gone_names_the_settings(program, finished: Path
     assert "data.files" in done.err
 
 
-@pytest.mark.parametrize("arguments", [["seeed=1"], ["--help"], ["-m", "seed=1,2", "qat=int77"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["seeed=1"],
+        pytest.param(["--help"], marks=pytest.mark.slow),
+        pytest.param(["-m", "seed=1,2", "qat=int77"], marks=pytest.mark.slow),
+    ],
+)
 def test_mistakes_and_help_do_not_wait_for_torch(arguments: list[str], tmp_path: Path) -> None:
     """As a real process: exit code, one line, and torch never imported."""
     command = [sys.executable, "-X", "importtime", str(ROOT / "train.py"), *arguments]
@@ -316,7 +323,7 @@ def test_prose_is_taken_as_typed(prose: str, monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.parametrize(
     "flag",
     [
-        "--help",
+        pytest.param("--help", marks=pytest.mark.slow),
         pytest.param("--hydra-help", marks=pytest.mark.slow),
         "--version",
         "--cfg=job",

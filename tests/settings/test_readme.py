@@ -63,8 +63,8 @@ COMMANDS = list(
 
 
 def _param(name: str, line: str):
-    """The jobs of a sweep are composed one by one, which takes seconds."""
-    marks = [pytest.mark.slow] if line.startswith("-m ") else []
+    """The jobs of a sweep are composed one by one; a help lists each file of settings."""
+    marks = [pytest.mark.slow] if line.startswith(("-m ", "--help")) else []
     return pytest.param(name, line, marks=marks, id=f"{name} {line}")
 
 
@@ -199,7 +199,8 @@ def _programs() -> list:
             code = "\n".join(blocks)
             if "QatModel" in code:
                 title = section.partition("\n")[0]
-                found.append(pytest.param(code, id=f"{_named(path)}, {title}"))
+                marks = [pytest.mark.slow] if path.stem == "cabinet" else []
+                found.append(pytest.param(code, marks=marks, id=f"{_named(path)}, {title}"))
     return found
 
 

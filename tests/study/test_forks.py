@@ -185,6 +185,7 @@ def study(train: Callable[..., Done]) -> Callable[..., Done]:
     return lambda *more: train(*ASKED, *more)
 
 
+@pytest.mark.slow
 def test_a_study_makes_shared_updates_once_and_the_bits_are_those_of_whole_runs(
     train: Callable[..., Done], study: Callable[..., Done]
 ) -> None:

@@ -199,6 +199,7 @@ def test_the_ledger_adds_up_and_equal_steps_are_measured(gptq: tuple[Path, Done]
     assert ledger.gap.mean == pytest.approx((sum(gap) - sum(gap_none)) / 2, abs=1e-12)
 
 
+@pytest.mark.slow
 def test_again_runs_nothing_and_finds_the_same(
     gptq: tuple[Path, Done], tmp_path: Path, train: Callable[..., Done]
 ) -> None:

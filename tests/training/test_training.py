@@ -152,6 +152,7 @@ def test_priming_leaves_no_trace(train, warmup_steps: int) -> None:
     assert a.read_bytes() == b.read_bytes()
 
 
+@pytest.mark.slow
 def test_micro_batches_change_nothing_but_rounding(train) -> None:
     train("run_name=whole")
     train("micro_batch_tokens=64", "run_name=pieces")
@@ -160,6 +161,7 @@ def test_micro_batches_change_nothing_but_rounding(train) -> None:
     assert whole == pytest.approx(pieces, abs=1e-3)
 
 
+@pytest.mark.slow
 def test_the_clock_ends_the_run_within_one_step(train) -> None:
     done = train("budget_seconds=1.5", "max_steps=null", "run_name=clock")
     assert done.code == 0, done.err
@@ -296,6 +298,7 @@ def test_the_clock_stands_still_while_paused(monkeypatch: pytest.MonkeyPatch) ->
     assert clock.agree() == 8.0
 
 
+@pytest.mark.slow
 def test_initial_weights_from_a_file(train, tmp_path: Path) -> None:
     torch.manual_seed(7)
     gpt = GPT(ModelSpec(320, 2, 64, 4, 2, 2, True))
