@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -44,6 +45,14 @@ def is_fusable(entry: Entry) -> bool:
     grid = entry.grid
     views = group_views(torch.empty(entry.shape, device="meta"), grid)
     return all(order_statistics(view, grid) for view in views)
+
+
+@cache
+def has_one_statistic(shape: tuple[int, ...], grid: Grid) -> bool:
+    """Whether a group's scale is made of one number that a pass over the group may find."""
+    view = group_views(torch.empty(shape, device="meta"), grid)[0]
+    is_found = grid.table.fuses and not grid.refit and len(order_statistics(view, grid)) == 1
+    return is_found and not _has_many_parts(shape, grid)
 
 
 def has_kernel(entry: Entry) -> bool:

@@ -144,11 +144,17 @@ def split_scales(scales: Tensor, views: list[Tensor]) -> list[Tensor]:
 
 
 def by_group(
-    function: Callable[[Tensor, Tensor], tuple[Tensor, ...]], w: Tensor, scales: Tensor, grid: Grid
+    function: Callable[..., tuple[Tensor, ...]],
+    w: Tensor,
+    scales: Tensor,
+    grid: Grid,
+    *others: Tensor,
 ) -> list[Tensor]:
-    """What ``function`` makes of every view of ``w`` and its scales, in ``w``'s shape."""
+    """What ``function`` makes of every view of ``w``, its scales and the same views of ``others``,
+    in ``w``'s shape."""
     views = group_views(w, grid)
-    made = [function(*pair) for pair in zip(views, split_scales(scales, views), strict=True)]
+    given = [views, split_scales(scales, views), *(group_views(other, grid) for other in others)]
+    made = [function(*parts) for parts in zip(*given, strict=True)]
     return [join_groups(list(parts), w.shape) for parts in zip(*made, strict=True)]
 
 

@@ -77,6 +77,8 @@ class QatSwitch(nn.Module):
             if not self.gradient.supports(entry.grid) or rotates > self.gradient.takes_rotated:
                 name = type(self.gradient).__module__.rpartition(".")[2]
                 raise ValueError(f"gradient = {name}: not for {entry.grid.label}")
+        self._of_scales = Learned()
+        self.gradient.compiles = self._of_scales.compiles = fused
         self.plan, self.seed = plan, seed
         self.is_on = False
         self._fused = FusedSnap(plan) if fused and self.gradient.snaps_only else None
@@ -135,7 +137,7 @@ class QatSwitch(nn.Module):
             generator = torch.Generator(w.device)
             generator.manual_seed(zlib.crc32(f"{self.seed} {step} {entry.name}".encode()))
         scales = self.learned_scales.get(entry.name)
-        rule = self.gradient if scales is None else Learned()
+        rule = self.gradient if scales is None else self._of_scales
         seen = rule.see(
             rotated(w, entry.grid), entry.grid.unrotated, name=entry.name, scales=scales,
             progress=progress if rule.anneals else 0.0, generator=generator,

@@ -265,10 +265,26 @@ class TrainingLoop(LightningModule):
         if self.is_priming:
             self._before_priming = _Snapshot(self)
             if self.schedule.asks_for_qat:
-                self.model.qat(True).refresh()  # primes the snapping
+                self._prime_qat()
         else:
             self._start_timing()
         self._step_started_at = time.perf_counter()
+
+    def _prime_qat(self) -> None:
+        """Twice, since a gradient rule has something to remember from the second time on."""
+        self.model.qat(True).refresh()
+        for _ in range(2):
+            for master in self.masters.values():
+                master.grad = torch.zeros_like(master)
+            self._pull()
+            self.model.refresh()
+        for optimizer in self.all_optimizers:
+            optimizer.zero_grad()
+
+    def _pull(self) -> None:
+        """What the gradient rule does beside the loss."""
+        if self.switch.gradient.pulls:
+            self.switch.before_update(self.masters, self._rates(), self.done_since_switch)
 
     def on_train_batch_start(self, batch: object, batch_idx: int) -> None:
         """Only the last backward pass of a step exchanges gradients between ranks."""
@@ -306,8 +322,7 @@ class TrainingLoop(LightningModule):
         if not self.is_priming:
             for hook in self.hooks:
                 hook.before_update(self)
-            if self.switch.gradient.pulls:
-                self.switch.before_update(self.masters, self._rates(), self.done_since_switch)
+        self._pull()
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
@@ -325,6 +340,7 @@ class TrainingLoop(LightningModule):
         return {name: rates[id(master)] for name, master in self.masters.items()}
 
     def _finish_priming_step(self) -> None:
+        self.model.refresh()
         self._wait_for_device()
         now = time.perf_counter()
         self._priming_seconds.append(now - self._step_started_at)

@@ -16,6 +16,7 @@ from qat.quantize.plan import Plan, build_plan
 from qat.quantize.rounding import encode, scales_of, snap
 from qat.quantize.switch import QatSwitch
 from qat.settings.options import read_grid
+from tests.conftest import compiles
 
 GRID = Grid(bits=4, scale_rule="sigma", sigma=2.0, group_size=10, scale_dtype="fp32")
 
@@ -40,6 +41,51 @@ def gradient(w: torch.Tensor, rule: str, grid: Grid = GRID, scale_gradient: bool
     (c * seen).sum().backward()
     scales = next(iter(switch.parameters()), None)
     return seen.detach(), master.grad, c, scales
+
+
+COMPILED = {
+    "int": Grid(bits=4, scale_dtype="fp16"),
+    "groups": Grid(bits=3, group_size=7),
+    "sums": GRID,
+    "e2m1": Grid("e2m1", group_size=5, scale_rule="power", scale_dtype="e8m0"),
+    "learned": Grid(bits=3, scale_rule="learned", group_size=10),
+}
+
+
+@compiles
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.slow
+@pytest.mark.parametrize("rule", sorted(rule_kinds()))
+def test_compiled_it_is_the_same(w: torch.Tensor, rule: str) -> None:
+    """Weights that are on their grid bit for bit, all else but for rounding."""
+    plain, fused = make_rule(rule), make_rule(rule)
+    fused.compiles = True
+    w[0] = 0.0
+    w[1, :3] = torch.tensor([0.5, -0.5, 1.5])
+    for grid in (grid for grid in COMPILED.values() if plain.supports(grid)):
+        scales = (
+            encode(w, read_grid("int3")).scales.float() if grid.scale_rule == "learned" else None
+        )
+        masters = w.clone(), w.clone()
+        for turn in range(3):
+            asked = {"name": grid.label, "progress": 0.3 * turn}
+            if scales is not None:
+                asked["scales"] = scales.expand(6, 3)
+            seen = []
+            for made, master in zip((plain, fused), masters, strict=True):
+                generator = torch.Generator().manual_seed(turn)
+                seen.append(made.see(master, grid, generator=generator, **asked))
+                gradient = w.flip(0) * 0.1
+                if made.pulls:
+                    made.before_update(master, gradient, seen[-1], grid, rate=0.1, **asked)
+                master.add_(gradient, alpha=0.1)
+            for one, other in zip(*seen, strict=True):
+                assert (one is None) == (other is None)
+                if one is not None and plain.is_on_grid:
+                    assert torch.equal(one, other)
+                elif one is not None:
+                    assert torch.allclose(one, other, atol=1e-6)
+            assert torch.allclose(*masters, atol=1e-6)
 
 
 def test_identity(w: torch.Tensor) -> None:

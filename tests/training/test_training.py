@@ -152,6 +152,20 @@ def test_priming_leaves_no_trace(train, warmup_steps: int) -> None:
     assert a.read_bytes() == b.read_bytes()
 
 
+@pytest.mark.parametrize(
+    "gradient",
+    ["lotion", *(pytest.param(g, marks=pytest.mark.slow) for g in ("cage", "dampen", "freeze"))],
+)
+def test_priming_leaves_no_trace_in_a_rule(train, gradient: str) -> None:
+    """One that remembers, or does something beside the loss."""
+    for warmup_steps in (0, 2):
+        rule = f"qat.gradient={gradient}", f"schedule.warmup_steps={warmup_steps}"
+        done = train("qat=int4", *rule, "qat.start_step=4", f"run_name=after_{warmup_steps}")
+        assert done.code == 0, done.err
+    a, b = (RUNS / f"after_{steps}" / "artifact.qat" for steps in (0, 2))
+    assert a.read_bytes() == b.read_bytes()
+
+
 @pytest.mark.slow
 def test_micro_batches_change_nothing_but_rounding(train) -> None:
     train("run_name=whole")

@@ -7,8 +7,8 @@ runs inside the model's graph.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from functools import cache
+from collections.abc import Callable, Mapping
+from functools import cache, partial
 from importlib import import_module
 from pkgutil import iter_modules
 from typing import NamedTuple
@@ -16,7 +16,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from qat.compiled import compiled
+from qat.quantize.fused import has_one_statistic
 from qat.quantize.grid import Grid
+from qat.quantize.rounding import by_group, scales_of
 
 
 class Seen(NamedTuple):
@@ -41,6 +44,7 @@ class GradientRule:
     pulls = False  # does something in ``before_update``
     strength: float | None = None  # of what pulls, in that which the file says; None: nothing does
     takes_rotated = True  # also works where ``see`` is given a rotated copy of the master
+    compiles = False  # set by the switch where training is compiled: see ``by_group``
 
     def supports(self, grid: Grid) -> bool:
         """The relaxations need levels 1 apart, and one scale for coding and decoding."""
@@ -63,6 +67,34 @@ class GradientRule:
         ``generator`` is the same on every rank, another for every tensor and update.
         """
         raise NotImplementedError
+
+    def by_group(
+        self,
+        function: Callable[..., tuple[Tensor, ...]],
+        w: Tensor,
+        grid: Grid,
+        *others: Tensor,
+        scales: Tensor | None = None,
+        number: float = 0.0,
+    ) -> list[Tensor]:
+        """What ``function(view, scale, *others' views, grid=, number=)`` makes of every group of
+        ``w`` and of tensors of its shape, in one pass where training is compiled (on a CPU).
+
+        So the function is one of a module, does the same to every element, and holds nothing else
+        that changes: ``number`` is a tensor of no dimensions. Scales are those that a file stores.
+        """
+        is_compiled = self.compiles and not w.is_cuda
+        if scales is not None or not (is_compiled and has_one_statistic(tuple(w.shape), grid)):
+            scales = scales_of(w, grid, scales)
+
+        def one_pass(
+            w: Tensor, scales: Tensor | None, number: Tensor, *others: Tensor
+        ) -> list[Tensor]:
+            found = scales_of(w, grid) if scales is None else scales
+            return by_group(partial(function, grid=grid, number=number), w, found, grid, *others)
+
+        run = compiled((function, grid), lambda: one_pass) if is_compiled else one_pass
+        return run(w, scales, torch.tensor(number), *others)
 
     def before_update(
         self,

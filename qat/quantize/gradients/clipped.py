@@ -13,7 +13,16 @@ from torch import Tensor
 
 from qat.quantize.gradients import GradientRule, Seen
 from qat.quantize.grid import Grid
-from qat.quantize.rounding import by_group, in_scale_units, round_to_levels, scales_of
+from qat.quantize.rounding import in_scale_units, round_to_levels
+
+
+def clip(view: Tensor, scale: Tensor, *, grid: Grid, number: Tensor) -> tuple[Tensor, Tensor]:
+    """``number``: so much of the last level's own range is inside."""
+    (low, high), margin = grid.table.limits, grid.table.margin
+    assert margin is not None
+    x = in_scale_units(view, scale)
+    inside = (x >= low - margin * number) & (x <= high + margin * number)
+    return round_to_levels(x, grid) * scale + 0.0, inside.float()
 
 
 class Clipped(GradientRule):
@@ -24,16 +33,7 @@ class Clipped(GradientRule):
         return grid.table.margin is not None and grid.range != "asymmetric" and plain
 
     def see(self, w: Tensor, grid: Grid, **_: Any) -> Seen:
-        (low, high), margin = grid.table.limits, grid.table.margin
-        assert margin is not None
-        beyond = margin * self.beyond
-
-        def of_group(view: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-            x = in_scale_units(view, scale)
-            inside = (x >= low - beyond) & (x <= high + beyond)
-            return round_to_levels(x, grid) * scale + 0.0, inside.float()
-
-        return Seen(*by_group(of_group, w, scales_of(w, grid), grid))
+        return Seen(*self.by_group(clip, w, grid, number=self.beyond))
 
 
 RULE = Clipped

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from qat.quantize.gradients import Seen
-from qat.quantize.gradients.clipped import Clipped
+from qat.quantize.gradients.clipped import Clipped, clip
 from qat.quantize.grid import Grid
 from qat.quantize.rounding import by_group, in_scale_units, round_to_levels, scales_of
 
@@ -29,13 +29,38 @@ def limit(progress: float) -> float:
 
 
 class Memory(NamedTuple):
-    """Of one tensor, each of its shape."""
+    """Of one tensor, each of its shape. Small numbers are int8."""
 
-    level: Tensor  # seen last
+    code: Tensor  # seen last
     direction: Tensor  # of its last change: -1, 0 (none yet), 1
     flips: Tensor  # running mean
     average: Tensor  # of its levels
-    held: Tensor  # whether it is frozen
+    held: Tensor  # 1 where it is frozen
+
+
+def settle(
+    view: Tensor, scale: Tensor, code: Tensor, *memory: Tensor, grid: Grid, number: Tensor
+) -> tuple[Tensor, ...]:
+    """Masters where they belong, and what is remembered; more flips than ``number`` freeze one."""
+    # In float32: a loop over what is narrower is not vectorized.
+    direction, flips, average, held = (part.float() for part in memory)
+    level = round_to_levels(in_scale_units(view, scale), grid)
+    change = (level - grid.table.from_codes(code)).sign()
+    flipped = (change * direction < 0).float()
+    flips = flips + (1.0 - MEMORY) * (flipped - flips)
+    average = torch.where(held > 0, average, average + (1.0 - MEMORY) * (level - average))
+    direction = torch.where(change == 0, direction, change)
+    held = torch.maximum(held, (flips > number).float())
+    placed = torch.where(held > 0, round_to_levels(average, grid) * scale, view)
+    code = grid.table.to_codes(level)
+    return placed, code, direction.to(torch.int8), flips, average, held.to(torch.int8)
+
+
+def clip_free(
+    view: Tensor, scale: Tensor, held: Tensor, *, grid: Grid, number: Tensor
+) -> tuple[Tensor, Tensor]:
+    seen, inside = clip(view, scale, grid=grid, number=number)
+    return seen, inside * (held == 0)
 
 
 class Freeze(Clipped):
@@ -49,36 +74,15 @@ class Freeze(Clipped):
     def see(
         self, w: Tensor, grid: Grid, *, name: str = "", progress: float = 0.0, **_: Any
     ) -> Seen:
-        scales = scales_of(w, grid)
-
-        def levels_of(view: Tensor, scale: Tensor) -> tuple[Tensor]:
-            return (round_to_levels(in_scale_units(view, scale), grid),)
-
-        (level,) = by_group(levels_of, w, scales, grid)
-        self.memory[name] = memory = self._remember(level, self.memory.get(name), progress)
-        if memory.held.any():
-            still = round_to_levels(memory.average, grid)
-
-            def placed(view: Tensor, scale: Tensor) -> tuple[Tensor]:
-                return (view * scale,)
-
-            (at,) = by_group(placed, still, scales, grid)
-            w.copy_(torch.where(memory.held, at, w))
-        seen = super().see(w, grid)
-        assert seen.slope is not None
-        return seen._replace(slope=seen.slope * ~memory.held)
-
-    def _remember(self, level: Tensor, before: Memory | None, progress: float) -> Memory:
-        if before is None:
-            none = torch.zeros_like(level)
-            return Memory(level, none, none.clone(), level.clone(), none.bool())
-        change = (level - before.level).sign()
-        flipped = (change * before.direction < 0).float()
-        flips = before.flips.lerp(flipped, 1.0 - MEMORY)
-        average = torch.where(before.held, before.average, before.average.lerp(level, 1.0 - MEMORY))
-        direction = torch.where(change == 0, before.direction, change)
-        is_over = self.strength * flips > limit(progress)
-        return Memory(level, direction, flips, average, before.held | is_over)
+        if name in self.memory:
+            most = limit(progress) / self.strength if self.strength else math.inf
+            placed, *memory = self.by_group(settle, w, grid, *self.memory[name], number=most)
+            self.memory[name] = Memory(*memory)
+            w.copy_(placed)
+        else:
+            self.memory[name] = _begin(w, grid)
+        held = self.memory[name].held
+        return Seen(*self.by_group(clip_free, w, grid, held, number=self.beyond))
 
     def state(self) -> dict[str, Tensor]:
         return {
@@ -91,6 +95,16 @@ class Freeze(Clipped):
         names = {key.split(" ", 1)[1] for key in state}
         parts = Memory._fields
         self.memory = {n: Memory(*(state[f"{part} {n}"].clone() for part in parts)) for n in names}
+
+
+def _begin(w: Tensor, grid: Grid) -> Memory:
+    def level_of(view: Tensor, scale: Tensor) -> tuple[Tensor]:
+        return (round_to_levels(in_scale_units(view, scale), grid),)
+
+    (level,) = by_group(level_of, w, scales_of(w, grid), grid)
+    code = grid.table.to_codes(level)
+    none = torch.zeros_like(code)
+    return Memory(code, none, torch.zeros_like(w), level, none)
 
 
 RULE = Freeze

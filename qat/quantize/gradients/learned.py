@@ -17,15 +17,25 @@ from qat.quantize.gradients import GradientRule, Seen
 from qat.quantize.grid import Grid
 from qat.quantize.rounding import (
     Codes,
-    by_group,
     decode,
     group_views,
     in_scale_units,
     products_in_scale_units,
     round_to_levels,
-    scales_of,
     stored_scales,
 )
+
+
+def clamp(view: Tensor, scale: Tensor, *, grid: Grid, **_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    low, high = grid.table.limits
+    # Without a zero, levels are the middles of equal parts: only beyond the outer parts' ends is a
+    # weight clamped (ParetoQ, arXiv 2502.02631).
+    beyond = 0.0 if grid.table.has_zero else grid.table.margin or 0.0
+    x = in_scale_units(view, scale)
+    code = round_to_levels(x, grid)
+    inside = (x > low - beyond) & (x < high + beyond)
+    slope = (code - x * inside) / math.sqrt(view.size(-1) * high)
+    return code * scale + 0.0, inside.float(), slope
 
 
 class Learned(GradientRule):
@@ -37,19 +47,7 @@ class Learned(GradientRule):
         assert scales is not None
         if grid.column_scales:
             return self._see_products(w, grid, scales)
-        low, high = grid.table.limits
-        # Without a zero, levels are the middles of equal parts: only beyond the outer parts' ends
-        # is a weight clamped (ParetoQ, arXiv 2502.02631).
-        beyond = 0.0 if grid.table.has_zero else grid.table.margin or 0.0
-
-        def of_group(view: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            x = in_scale_units(view, scale)
-            code = round_to_levels(x, grid)
-            inside = (x > low - beyond) & (x < high + beyond)
-            slope = (code - x * inside) / math.sqrt(view.size(-1) * high)
-            return code * scale + 0.0, inside.float(), slope
-
-        return Seen(*by_group(of_group, w, scales_of(w, grid, scales), grid))
+        return Seen(*self.by_group(clamp, w, grid, scales=scales))
 
     def _see_products(self, w: Tensor, grid: Grid, scales: Tensor) -> Seen:
         stored = stored_scales(scales, grid)

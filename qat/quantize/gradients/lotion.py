@@ -18,9 +18,20 @@ from torch import Tensor
 
 from qat.quantize.gradients import GradientRule, Seen
 from qat.quantize.grid import Grid
-from qat.quantize.rounding import by_group, in_scale_units, scales_of
+from qat.quantize.rounding import in_scale_units
 
 MEMORY = 0.95
+
+
+def look_around(
+    view: Tensor, scale: Tensor, gradient: Tensor, before: Tensor, *, grid: Grid, number: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The curvature, of which this update's is the share ``number``; times d variance / d w."""
+    low, high = grid.table.limits
+    curvature = before + number * (gradient.square() - before)
+    x = in_scale_units(view, scale)
+    inside = (x > low) & (x < high)
+    return curvature, curvature * (1.0 - 2.0 * (x - x.floor())) * scale * inside
 
 
 class Lotion(GradientRule):
@@ -38,19 +49,11 @@ class Lotion(GradientRule):
     def before_update(
         self, w: Tensor, gradient: Tensor, seen: Seen, grid: Grid, *, name: str = "", **_: Any
     ) -> None:
-        square = gradient.square()
-        if name in self.curvature:
-            square = self.curvature[name].lerp(square, 1.0 - MEMORY)
-        self.curvature[name] = square
-        low, high = grid.table.limits
-
-        def of_group(view: Tensor, scale: Tensor) -> tuple[Tensor]:
-            x = in_scale_units(view, scale)
-            inside = (x > low) & (x < high)
-            return ((1.0 - 2.0 * (x - x.floor())) * scale * inside,)  # d variance / d w
-
-        (slope,) = by_group(of_group, w, scales_of(w, grid), grid)
-        gradient.addcmul_(square, slope, value=self.strength / 2)
+        share = 1.0 - MEMORY if name in self.curvature else 1.0
+        before = self.curvature.get(name, torch.zeros_like(w))
+        others = gradient, before
+        self.curvature[name], slope = self.by_group(look_around, w, grid, *others, number=share)
+        gradient.add_(slope, alpha=self.strength / 2)
 
     def state(self) -> dict[str, Tensor]:
         return self.curvature

@@ -9,7 +9,10 @@ from torch import Tensor
 
 from qat.quantize.gradients import GradientRule, Seen
 from qat.quantize.grid import Grid
-from qat.quantize.rounding import group_views, join_groups, scales_of, split_scales
+
+
+def disturb(view: Tensor, scale: Tensor, noise: Tensor, **_: Any) -> tuple[Tensor]:
+    return (view + scale * (noise - 0.5),)
 
 
 class Noise(GradientRule):
@@ -19,11 +22,8 @@ class Noise(GradientRule):
     def see(
         self, w: Tensor, grid: Grid, *, generator: torch.Generator | None = None, **_: Any
     ) -> Seen:
-        noise = torch.rand(w.shape, generator=generator, device=w.device) - 0.5
-        views = group_views(w, grid)
-        cut = split_scales(scales_of(w, grid), views)
-        parts = zip(views, cut, group_views(noise, grid), strict=True)
-        return Seen(join_groups([view + scale * part for view, scale, part in parts], w.shape))
+        noise = torch.rand(w.shape, generator=generator, device=w.device)
+        return Seen(*self.by_group(disturb, w, grid, noise))
 
 
 RULE = Noise

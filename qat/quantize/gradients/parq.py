@@ -15,7 +15,7 @@ from torch import Tensor
 
 from qat.quantize.gradients import GradientRule, Seen
 from qat.quantize.grid import Grid
-from qat.quantize.rounding import by_group, in_scale_units, scales_of, snap
+from qat.quantize.rounding import in_scale_units, snap
 
 STEEPNESS = 10.0  # of the sigmoid
 HARD = 0.9  # share of the time after the switch
@@ -30,6 +30,15 @@ def inverse_slope(progress: float) -> float:
     return (1 / (1 + math.exp(STEEPNESS * (done - 0.5))) - last) / (first - last)
 
 
+def steepen(view: Tensor, scale: Tensor, *, grid: Grid, number: Tensor) -> tuple[Tensor]:
+    """``number`` is the inverse of the slope."""
+    low, high = grid.table.limits
+    x = in_scale_units(view, scale)
+    below = x.floor().clamp(low, high - 1)
+    part = ((x - below - 0.5) / number + 0.5).clamp(0.0, 1.0)
+    return ((below + part) * scale,)
+
+
 class Parq(GradientRule):
     is_on_grid = False
     anneals = True
@@ -38,15 +47,7 @@ class Parq(GradientRule):
         inverse = inverse_slope(progress)
         if inverse == 0.0:
             return Seen(snap(w, grid))
-        low, high = grid.table.limits
-
-        def of_group(view: Tensor, scale: Tensor) -> tuple[Tensor]:
-            x = in_scale_units(view, scale)
-            below = x.floor().clamp(low, high - 1)
-            part = ((x - below - 0.5) / inverse + 0.5).clamp(0.0, 1.0)
-            return ((below + part) * scale,)
-
-        return Seen(*by_group(of_group, w, scales_of(w, grid), grid))
+        return Seen(*self.by_group(steepen, w, grid, number=inverse))
 
 
 RULE = Parq

@@ -5,7 +5,6 @@ It hardens from nearly linear at the switch to nearly rounding at the end.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from qat.quantize.gradients import GradientRule, Seen
 from qat.quantize.grid import Grid
-from qat.quantize.rounding import by_group, in_scale_units, scales_of
+from qat.quantize.rounding import in_scale_units
 
 COLDEST = 0.05
 
@@ -23,12 +22,16 @@ def temperature(progress: float) -> float:
     return COLDEST ** min(max(progress, 0.0), 1.0)
 
 
-def _soft_round(x: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """A smooth staircase through the half-integers, and its slope."""
+def soften(view: Tensor, scale: Tensor, *, grid: Grid, number: Tensor) -> tuple[Tensor, Tensor]:
+    """A smooth staircase through the half-integers, and its slope; ``number`` is a temperature."""
+    low, high = grid.table.limits
+    x = in_scale_units(view, scale)
+    inside = (x >= low - 0.5) & (x <= high + 0.5)
     floor = x.floor()
-    tanh = torch.tanh((x - floor - 0.5) / temperature)
-    height = 2 * math.tanh(0.5 / temperature)
-    return floor + 0.5 + tanh / height, (1 - tanh.square()) / (temperature * height)
+    tanh = torch.tanh((x - floor - 0.5) / number)
+    height = 2 * torch.tanh(0.5 / number)
+    soft, slope = floor + 0.5 + tanh / height, (1 - tanh.square()) / (number * height)
+    return soft.clamp(low, high) * scale, slope * inside
 
 
 class SoftRound(GradientRule):
@@ -36,15 +39,7 @@ class SoftRound(GradientRule):
     anneals = True
 
     def see(self, w: Tensor, grid: Grid, *, progress: float = 0.0, **_: Any) -> Seen:
-        low, high = grid.table.limits
-
-        def of_group(view: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-            x = in_scale_units(view, scale)
-            inside = (x >= low - 0.5) & (x <= high + 0.5)
-            soft, slope = _soft_round(x, temperature(progress))
-            return soft.clamp(low, high) * scale, slope * inside
-
-        return Seen(*by_group(of_group, w, scales_of(w, grid), grid))
+        return Seen(*self.by_group(soften, w, grid, number=temperature(progress)))
 
 
 RULE = SoftRound
