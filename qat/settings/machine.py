@@ -16,7 +16,7 @@ import sysconfig
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 from qat.errors import UserError
@@ -192,11 +192,15 @@ def no_compiler() -> str | None:
     else gcc or clang). Both need the headers of Python, which some systems pack apart.
     """
     variable, usual = ("CC", ("gcc", "clang")) if has_cuda() else ("CXX", ("g++",))
-    typed = os.environ.get(variable)
-    for name in filter(shutil.which, (typed,) if typed else usual):
+    return _no_compiler(variable, os.environ.get(variable), usual, os.environ.get("PATH", ""))
+
+
+@cache  # a sweep asks for each of its jobs
+def _no_compiler(variable: str, typed: str | None, usual: tuple[str, ...], path: str) -> str | None:
+    for name in filter(partial(shutil.which, path=path), (typed,) if typed else usual):
         if subprocess.run([name, "--version"], capture_output=True).returncode:
             continue
-        language = "c" if has_cuda() else "c++"
+        language = "c" if variable == "CC" else "c++"
         flags = ("-x", language, "-fsyntax-only", f"-I{sysconfig.get_path('include')}", "-")
         done = subprocess.run([name, *flags], input=b"#include <Python.h>", capture_output=True)
         if not done.returncode:

@@ -74,10 +74,25 @@ def test_there_are_commands() -> None:
 
 
 @pytest.mark.parametrize("profile", ["laptop", pytest.param("golf", marks=pytest.mark.slow)])
-@pytest.mark.parametrize(("name", "line"), [_param(*command) for command in COMMANDS])
-def test_command(
+@pytest.mark.parametrize(
+    ("name", "line"), [_param(*command) for command in COMMANDS if "profile=" not in command[1]]
+)
+def test_command_without_a_profile(
     name: str, line: str, profile: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    """As if this machine were the one or the other."""
+    monkeypatch.setattr(machine, "detect_profile", lambda: (profile, "asked for by the test"))
+    _check_command(name, line, monkeypatch, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "line"), [_param(*command) for command in COMMANDS if "profile=" in command[1]]
+)
+def test_command(name: str, line: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    _check_command(name, line, monkeypatch, tmp_path)
+
+
+def _check_command(name: str, line: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     for folder in ("RUN", "bits", "llama"):
         (tmp_path / "logs/runs" / folder).mkdir(parents=True)
@@ -85,7 +100,6 @@ def test_command(
         spec, data = ModelSpec(1024, 4, 288, 6, 3, 2, True), DataSettings(source="web_bible")
         of_run = yaml.safe_dump({"model": vars(spec), "data": vars(data)})
         (tmp_path / "logs/runs/RUN/config.yaml").write_text(of_run)
-    monkeypatch.setattr(machine, "detect_profile", lambda: (profile, "asked for by the test"))
     words = shlex.split(line)
     launchers = [word for word in words if word.startswith("hydra/launcher=")]
     for launcher in launchers:  # its presence is checked, SLURM is not here
