@@ -300,11 +300,11 @@ def main() -> None:
     for name, (seconds, ratio) in measured.items():
         print(f"{name:18} {1e3 * seconds:9.1f} {ratio:7.3f}")
 
-    if asked.gradients:
-        return
     stalls = {}
-    print(f"\n{'switched on':18} {'stall in steps':>15} {'new graphs':>11}")
-    for name in [*GRIDS, "torchao int8"]:
+    switched = [] if asked.gradients else [*GRIDS, "torchao int8"]
+    if switched:
+        print(f"\n{'switched on':18} {'stall in steps':>15} {'new graphs':>11}")
+    for name in switched:
         torch._dynamo.reset()
         grid = GRIDS.get(name)
         arm = Ours(shape, device, asked.compile, grid) if grid else None
