@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 from contextlib import suppress
+from types import FunctionType
 from typing import Any
 
 import torch
 
-MAX_KEPT = 32  # then all are dropped, or a long sweep over shapes would fill the memory
-MAX_GRAPHS = 4 * MAX_KEPT  # of one function; torch's own limit (8) counts those of all runs
+MAX_KEPT = 32  # by the next model, or a long sweep over shapes would fill the memory
+MAX_GRAPHS = 1024  # of one function, a graph each shape; torch's own limit is 8
 
 _kept: dict[Hashable, Callable[..., Any]] = {}
 
@@ -25,12 +26,28 @@ def compiled(key: Hashable, make: Callable[[], Callable[..., Any]]) -> Callable[
     autocast make another graph of it.
     """
     if key not in _kept:
-        if len(_kept) == MAX_KEPT:
-            forget()
         config = torch._dynamo.config
         config.recompile_limit = max(config.recompile_limit, MAX_GRAPHS)
-        _kept[key] = torch.compile(make(), fullgraph=True, dynamic=False)
+        _kept[key] = torch.compile(_alone(make()), fullgraph=True, dynamic=False)
     return _kept[key]
+
+
+def _alone(function: Any) -> Any:
+    """With code of its own: torch looks for graphs, and counts them, by the code they are of."""
+    if not isinstance(function, FunctionType):
+        return function
+    alone = FunctionType(
+        function.__code__.replace(), function.__globals__, function.__name__,
+        function.__defaults__, function.__closure__,
+    )  # fmt: skip
+    alone.__kwdefaults__ = function.__kwdefaults__
+    return alone
+
+
+def make_room() -> None:
+    """Before a model's functions are compiled; one model may have any number of them."""
+    if len(_kept) >= MAX_KEPT:
+        forget()
 
 
 def machine_code(function: Callable[..., Any]) -> Callable[..., Any]:

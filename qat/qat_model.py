@@ -137,6 +137,10 @@ class QatModel(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return torch.func.functional_call(self.model, self.weights(), args, kwargs)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._snapped = ()  # a copy has parameters of its own
+
     def get_extra_state(self) -> dict[str, Any]:
         return {
             "is_on": self._is_on,

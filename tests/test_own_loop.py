@@ -189,6 +189,14 @@ def test_a_copy_and_a_state_dict_go_on_alike(
         assert torch.equal(w, loaded.snapped()[name]), name
 
 
+def test_a_copy_is_evaluated_whose_rule_does_something_beside_the_loss() -> None:
+    model = wrapped(INT4, "cage").qat(True)
+    ids = batch(0)[0]
+    with torch.no_grad():
+        logits = model(ids)
+        assert torch.equal(copy.deepcopy(model)(ids), logits)
+
+
 @compiles
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 @pytest.mark.parametrize("gradient", ["identity", pytest.param("clipped", marks=pytest.mark.slow)])

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn.attention.bias import causal_lower_right
 
 QUERY_BLOCK = 64
@@ -68,6 +69,7 @@ class _ByBlocks(torch.autograd.Function):
         return torch.cat(attended, dim=3).reshape(batch, heads, time, dim)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad_BHTD: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         k_BGSD, v_BGSD, *kept = ctx.saved_tensors
         batch, heads, time, dim = grad_BHTD.shape

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 HAS_KERNELS = torch.cuda.is_available() and find_spec("triton") is not None
 if HAS_KERNELS:
@@ -45,6 +46,7 @@ class _RmsNorm(torch.autograd.Function):
         return normed
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         normed, inverse = ctx.saved_tensors
         along = (grad * normed).float().mean(-1, keepdim=True)
@@ -54,9 +56,10 @@ class _RmsNorm(torch.autograd.Function):
 
 def rms_norm(x: Tensor) -> Tensor:
     """``x`` over its root mean square along the last dimension, taken in float32."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or x.dtype == torch.float64:
         return F.rms_norm(x, (x.size(-1),))
-    return _RmsNorm.apply(x)
+    normed: Tensor = _RmsNorm.apply(x)
+    return normed
 
 
 @lru_cache(maxsize=16)

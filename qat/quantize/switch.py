@@ -15,6 +15,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from qat.compiled import make_room
 from qat.quantize.fused import FusedSnap
 from qat.quantize.gradients import GradientRule, Seen, make_rule
 from qat.quantize.gradients.learned import Learned, sum_per_scale
@@ -77,6 +78,8 @@ class QatSwitch(nn.Module):
             if not self.gradient.supports(entry.grid) or rotates > self.gradient.takes_rotated:
                 name = type(self.gradient).__module__.rpartition(".")[2]
                 raise ValueError(f"gradient = {name}: not for {entry.grid.label}")
+        if fused:
+            make_room()
         self._of_scales = Learned()
         self.gradient.compiles = self._of_scales.compiles = fused
         self.plan, self.seed = plan, seed

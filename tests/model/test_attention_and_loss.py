@@ -10,11 +10,37 @@ from hypothesis import strategies as st
 
 from qat.model import losses as cross_entropy
 from qat.model.attention import causal_attention
+from qat.model.layers import rms_norm
 from qat.model.losses import softcap_cross_entropy
 
 
 def _gradients(loss: torch.Tensor, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return torch.autograd.grad(loss, inputs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_a_norm_is_torchs(dtype: torch.dtype) -> None:
+    """Bit for bit; its gradient as near to that of float64 as torch's is."""
+    make = torch.Generator().manual_seed(0)
+    x = torch.randn(3, 5, 48, generator=make, dtype=torch.float64).to(dtype).requires_grad_()
+    upstream = torch.randn(x.shape, generator=make, dtype=torch.float64).to(dtype)
+    exact = x.detach().double().requires_grad_()
+    F.rms_norm(exact, (48,)).backward(upstream.double())
+    found = []
+    for norm in (rms_norm, lambda x: F.rms_norm(x, (48,))):
+        y = norm(x)
+        (gradient,) = torch.autograd.grad(y, x, upstream)
+        found.append((y, (gradient.double() - exact.grad).norm()))
+    (ours, off), (theirs, their_off) = found
+    assert torch.equal(ours, theirs)
+    assert off <= 1.1 * their_off + 1e-12 * exact.grad.norm()
+
+
+def test_what_has_no_second_derivative_says_so() -> None:
+    x = torch.randn(2, 48, requires_grad=True)
+    (gradient,) = torch.autograd.grad(rms_norm(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
 
 
 @given(

@@ -94,7 +94,8 @@ class GradientRule:
             return by_group(partial(function, grid=grid, number=number), w, found, grid, *others)
 
         run = compiled((function, grid), lambda: one_pass) if is_compiled else one_pass
-        return run(w, scales, torch.tensor(number), *others)
+        as_tensor = torch.tensor(number, dtype=torch.float32, device="cpu")
+        return run(w, scales, as_tensor, *(other.to(w.device) for other in others))
 
     def before_update(
         self,

@@ -45,7 +45,7 @@ def settle(
     # In float32: a loop over what is narrower is not vectorized.
     direction, flips, average, held = (part.float() for part in memory)
     level = round_to_levels(in_scale_units(view, scale), grid)
-    change = (level - grid.table.from_codes(code)).sign()
+    change = (level - grid.table.from_codes(code.contiguous())).sign()
     flipped = (change * direction < 0).float()
     flips = flips + (1.0 - MEMORY) * (flipped - flips)
     average = torch.where(held > 0, average, average + (1.0 - MEMORY) * (level - average))
