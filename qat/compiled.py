@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-MAX_KEPT = 32  # by the next model, or a long sweep over shapes would fill the memory
+MAX_KEPT = 32  # when the next model comes, or a long sweep over shapes would fill the memory
 MAX_GRAPHS = 1024  # of one function, a graph each shape; torch's own limit is 8
 
 _kept: dict[Hashable, Callable[..., Any]] = {}

@@ -1,8 +1,8 @@
 """What the blocks of several architectures share.
 
 Each part is written so that a compiler has little left to read and write twice: on a GPU a training
-step of a small model is bound by memory as much as by products (docs/price.md). Where
-nothing is compiled, the gradient of a norm is written out: torch's takes twice as many passes.
+step of a small model is bound by memory as much as by products (docs/price.md). Where nothing is
+compiled, the gradient of a norm is written out: torch's takes twice as many passes.
 """
 
 from __future__ import annotations

@@ -49,10 +49,12 @@ def is_fusable(entry: Entry) -> bool:
 
 @cache
 def has_one_statistic(shape: tuple[int, ...], grid: Grid) -> bool:
-    """Whether a group's scale is made of one number that a pass over the group may find."""
+    """Whether a group's scale is made of one number that a pass over the group may find, and
+    nothing else is made of it."""
+    if not grid.table.fuses or grid.refit or grid.has_tensor_scale or grid.table.multiplies:
+        return False
     view = group_views(torch.empty(shape, device="meta"), grid)[0]
-    is_found = grid.table.fuses and not grid.refit and len(order_statistics(view, grid)) == 1
-    return is_found and not _has_many_parts(shape, grid)
+    return len(order_statistics(view, grid)) == 1
 
 
 def has_kernel(entry: Entry) -> bool:
@@ -119,7 +121,7 @@ class CompiledSnap:
         grids = {entry.name: entry.grid for entry in entries if entry.grid is not None}
         shapes = {entry.name: entry.shape for entry in entries}
         self._grids = grids
-        self._scaled_first = [name for name in grids if _has_many_parts(shapes[name], grids[name])]
+        self._scaled_first = [n for n in grids if not has_one_statistic(shapes[n], grids[n])]
         self._signed = [name for name in self._scaled_first if grids[name].table.scale_has_sign]
 
         def look(weights: Mapping[str, Tensor]) -> tuple[dict[str, Codings], Tensor]:
@@ -146,12 +148,6 @@ class CompiledSnap:
         self._write(weights, into, codings)
         for name in tied:
             _mend_ties(weights[name], into[name], self._grids[name])
-
-
-def _has_many_parts(shape: tuple[int, ...], grid: Grid) -> bool:
-    """Whether a group's scale is made of more than one number, or more than one is made of it."""
-    view = group_views(torch.empty(shape, device="meta"), grid)[0]
-    return grid.has_tensor_scale or grid.table.multiplies or len(order_statistics(view, grid)) > 1
 
 
 def _look(

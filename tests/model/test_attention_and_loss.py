@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -36,9 +38,12 @@ def test_a_norm_is_torchs(dtype: torch.dtype) -> None:
     assert off <= 1.1 * their_off + 1e-12 * exact.grad.norm()
 
 
-def test_what_has_no_second_derivative_says_so() -> None:
-    x = torch.randn(2, 48, requires_grad=True)
-    (gradient,) = torch.autograd.grad(rms_norm(x).square().sum(), x, create_graph=True)
+@pytest.mark.parametrize("function", [rms_norm, lambda x: causal_attention(x, x, x)])
+def test_what_has_no_second_derivative_says_so(
+    function: Callable[[torch.Tensor], torch.Tensor],
+) -> None:
+    x = torch.randn(1, 2, 4, 48, requires_grad=True)
+    (gradient,) = torch.autograd.grad(function(x).square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         gradient.sum().backward()
 

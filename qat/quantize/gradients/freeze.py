@@ -18,7 +18,7 @@ from torch import Tensor
 from qat.quantize.gradients import Seen
 from qat.quantize.gradients.clipped import Clipped, clip
 from qat.quantize.grid import Grid
-from qat.quantize.rounding import by_group, in_scale_units, round_to_levels, scales_of
+from qat.quantize.rounding import encode, in_scale_units, round_to_levels
 
 MEMORY = 0.98
 FIRST, LAST = 0.04, 0.01  # flips an update
@@ -98,13 +98,9 @@ class Freeze(Clipped):
 
 
 def _begin(w: Tensor, grid: Grid) -> Memory:
-    def level_of(view: Tensor, scale: Tensor) -> tuple[Tensor]:
-        return (round_to_levels(in_scale_units(view, scale), grid),)
-
-    (level,) = by_group(level_of, w, scales_of(w, grid), grid)
-    code = grid.table.to_codes(level)
+    code = encode(w, grid).codes
     none = torch.zeros_like(code)
-    return Memory(code, none, torch.zeros_like(w), level, none)
+    return Memory(code, none, torch.zeros_like(w), grid.table.from_codes(code), none)
 
 
 RULE = Freeze

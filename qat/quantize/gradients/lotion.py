@@ -49,8 +49,9 @@ class Lotion(GradientRule):
     def before_update(
         self, w: Tensor, gradient: Tensor, seen: Seen, grid: Grid, *, name: str = "", **_: Any
     ) -> None:
-        share = 1.0 - MEMORY if name in self.curvature else 1.0
-        before = self.curvature.get(name, torch.zeros_like(w))
+        before, share = self.curvature.get(name), 1.0 - MEMORY
+        if before is None:
+            before, share = torch.zeros_like(w), 1.0
         others = gradient, before
         self.curvature[name], slope = self.by_group(look_around, w, grid, *others, number=share)
         gradient.add_(slope, alpha=self.strength / 2)
