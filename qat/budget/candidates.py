@@ -108,20 +108,30 @@ class TrainedTensor:
         return self._by_product(choice.rule.exponent, choice.size, zoom)
 
     def _by_sigma(self, rule: ScaleRule, size: float, zoom: float) -> Stored:
-        planned, largest = self.entry.grid, 0.0
-        # One scale moves all codes of a tensor at once: it needs digits to end in the window.
-        dtype = "fp32" if rule.per_tensor else "fp16"
-        shape = Grid(
-            bits=MAX_BITS, group_size=rule.group_size, per_tensor=rule.per_tensor,
-            scale_dtype=dtype, rotate=None if planned is None else planned.rotate,
-        )  # fmt: skip
-        for view in group_views(rotated(self.reference, shape), shape):
-            sigmas = view.abs().amax(-1) / view.std(-1, correction=0)
-            largest = max(largest, float(sigmas.nan_to_num(0.0).max()) / size)
-        bits = _bits_for(largest)
+        shape, largest_sigma = self._largest_sigmas[rule]
+        bits = _bits_for(largest_sigma / size)
         sigma = float(f"{size * zoom * _largest_code(bits):.6g}")  # digits are bytes of the header
         grid = replace(shape, bits=bits, scale_rule="sigma", sigma=sigma)
         return Stored(Entry(self.entry.name, self.entry.shape, grid), self.reference)
+
+    @cached_property
+    def _largest_sigmas(self) -> dict[ScaleRule, tuple[Grid, float]]:
+        """By rule its grid of most bits, and the largest weight in standard deviations of those
+        that share its scale."""
+        planned, found = self.entry.grid, {}
+        for rule in (rule for rule in SCALE_RULES if rule.exponent is None):
+            # One scale moves all codes of a tensor at once: it needs digits to end in the window.
+            dtype = "fp32" if rule.per_tensor else "fp16"
+            shape = Grid(
+                bits=MAX_BITS, group_size=rule.group_size, per_tensor=rule.per_tensor,
+                scale_dtype=dtype, rotate=None if planned is None else planned.rotate,
+            )  # fmt: skip
+            largest = 0.0
+            for view in group_views(rotated(self.reference, shape), shape):
+                sigmas = view.abs().amax(-1) / view.std(-1, correction=0)
+                largest = max(largest, float(sigmas.nan_to_num(0.0).max()))
+            found[rule] = shape, largest
+        return found
 
     @cached_property
     def _log_sensitivity(self) -> tuple[Tensor, Tensor]:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from rich import box
 from rich.console import Console
 from rich.progress import track
@@ -123,12 +127,38 @@ class BudgetSolver:
         """Increase of the loss on the calibration text, beside the predicted one."""
         device = next(iter(self.masters.values())).device
         snapped = filled.plan.snap(filled.weights, filled.scales)
-        stored = {n: w.to(device) for n, w in snapped.items()}
-        before, after = (
-            mean_loss(self.empty, weights, self.batches, self.precision)
-            for weights in (self.reference, stored)
-        )
-        return after - before
+        return self._loss({n: w.to(device) for n, w in snapped.items()}) - self._reference_loss
+
+    @cached_property
+    def _reference_loss(self) -> float:
+        return self._loss(self.reference)
+
+    def _loss(self, weights: Mapping[str, Tensor]) -> float:
+        return mean_loss(self.empty, weights, self.batches, self.precision)
+
+
+_kept: dict[str, BudgetSolver] = {}  # the last one, by what it was made of
+
+
+def solver_for(
+    model: TrainedModel, batches: Sequence[Batch], precision: str, console: Console
+) -> BudgetSolver:
+    """The last one again if it was made of the very same: a study fills one limit after the other
+    with its baseline."""
+    sha256 = hashlib.sha256()
+    known = [asdict(model.spec), model.plan.as_json(), model.is_on_grid, precision]
+    sha256.update(json.dumps(known).encode())
+    tensors = [*sorted(model.weights.items()), *sorted(model.scales.items())]
+    tensors += [(str(number), t) for number, batch in enumerate(batches) for t in batch]
+    for name, tensor in tensors:
+        sha256.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} {tensor.device}".encode())
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        sha256.update(flat.view(torch.uint8).numpy())
+    key = sha256.hexdigest()
+    if key not in _kept:
+        _kept.clear()  # before the next one needs the memory
+        _kept[key] = BudgetSolver(model, batches, precision, console)
+    return _kept[key]
 
 
 def stored_label(plan: Plan, artifact: ArtifactSettings) -> str:
@@ -155,7 +185,7 @@ def fill_budget(
     """
     started = time.monotonic()
     try:
-        solver = BudgetSolver(model, batches, precision, console)
+        solver = solver_for(model, batches, precision, console)
         filled, solution = solver.solve(budget, meta, coder)
     except ValueError as error:
         raise TrainingError(
