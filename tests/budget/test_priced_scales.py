@@ -124,8 +124,10 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
     folder = tmp_path_factory.mktemp("trained")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        asked = ("profile=laptop", "budget_seconds=null", "max_steps=100", "run_name=t")
-        done: Done = _call("train.py", [*asked, "schedule.warmdown_steps=30"])
+        done: Done = _call("train.py", [
+            "profile=laptop", "budget_seconds=null", "max_steps=100", "run_name=t",
+            "schedule.warmdown_steps=30", "batch_tokens=1024", "eval.max_tokens=1024",
+        ])  # fmt: skip
     assert done.code == 0, done.err
     state = load_checkpoint(folder / "logs" / "runs" / "t" / "checkpoint.ckpt")
     assert state is not None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import multiprocessing
 import os
 import random
 import shutil
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import filelock
@@ -24,10 +26,12 @@ from qat.errors import UserError
 from qat.quantize import gradients
 from qat.runs import provenance, run_folder
 from qat.runs.identity import KEY, CheckpointIdentity, check_resumed, check_same
+from qat.settings.command_line import main
 from qat.text.shards import ShardWriter
 from qat.training.checkpoint import load_checkpoint
 from qat.training.loop import TrainingLoop
 from tests.conftest import ROOT, code_in, result_of
+from train import PROGRAM
 
 RUNS = Path("logs/runs")
 LONG = ["max_steps=20", "schedule.warmdown_steps=8", "logger.every_steps=3"]
@@ -521,7 +525,16 @@ def test_two_processes_never_share_a_run(train, program, monkeypatch: pytest.Mon
     assert program("train.py", "resume=r").code == 0
 
 
-def _kill(command: list[str], cwd: Path, checkpoints: int, pause_seconds: float) -> None:
+def _main(cwd: Path, arguments: list[str]) -> None:
+    """train.py as another process runs it."""
+    os.chdir(cwd)
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), sys.stderr.fileno())
+    sys.argv = [str(ROOT / "train.py"), *arguments]
+    sys.exit(main(PROGRAM))
+
+
+def _kill(process: BaseProcess, cwd: Path, checkpoints: int, pause_seconds: float) -> None:
     """kill -9 a little after the process has written so many checkpoints.
 
     Counting what it wrote, not the time, keeps the run from ending before the last kill however
@@ -532,15 +545,17 @@ def _kill(command: list[str], cwd: Path, checkpoints: int, pause_seconds: float)
     def written() -> int:
         return checkpoint.stat().st_mtime_ns if checkpoint.exists() else 0
 
-    with subprocess.Popen(command, cwd=cwd, stderr=subprocess.DEVNULL) as process:
-        last = written()
-        while checkpoints and process.poll() is None:
-            if (now := written()) != last:
-                last, checkpoints = now, checkpoints - 1
-            time.sleep(0.0005)
-        time.sleep(pause_seconds)
-        assert process.poll() is None, "it ended before it was killed"
-        process.kill()
+    last = written()
+    process.start()
+    while checkpoints and process.is_alive():
+        if (now := written()) != last:
+            last, checkpoints = now, checkpoints - 1
+        time.sleep(0.0005)
+    time.sleep(pause_seconds)
+    assert process.is_alive(), "it ended before it was killed"
+    process.kill()
+    process.join()
+    process.close()
 
 
 @pytest.mark.slow
@@ -548,16 +563,20 @@ def test_twenty_kills(tiny: list[str], tmp_path: Path, train) -> None:
     """Real processes, killed wherever they are: starting, training, saving (export: above)."""
     asked = [*tiny, "qat=int6", "max_steps=1500", "schedule.warmdown_steps=300",
              "qat.start_step=500", "checkpoint.every_steps=7"]  # fmt: skip
-    start = [sys.executable, str(ROOT / "train.py")]
-    resume, command = [*start, "resume=torn"], [*start, *asked, "run_name=torn"]
+    resume, arguments = ["resume=torn"], [*asked, "run_name=torn"]
     chooser = random.Random(5)
+    # Processes that are as good as new, and need not import torch again.
+    processes = multiprocessing.get_context("forkserver")
+    processes.set_forkserver_preload(["tests.runs.test_resume", "lightning.pytorch", "hydra.main"])
     for kill in range(20):
+        process = processes.Process(target=_main, args=(tmp_path, arguments))
         if kill % 5 == 0:  # on its way to the first step
-            _kill(command, tmp_path, checkpoints=0, pause_seconds=chooser.uniform(0.1, 1.5))
+            _kill(process, tmp_path, checkpoints=0, pause_seconds=chooser.uniform(0.1, 1.5))
         else:
-            _kill(command, tmp_path, chooser.randint(1, 9), chooser.uniform(0.0, 0.1))
+            _kill(process, tmp_path, chooser.randint(1, 9), chooser.uniform(0.0, 0.1))
         if (tmp_path / RUNS / "torn").is_dir():
-            command = resume
+            arguments = resume
+    command = [sys.executable, str(ROOT / "train.py"), *arguments]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert train(*asked[len(tiny) :], "run_name=whole").code == 0
