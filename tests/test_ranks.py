@@ -9,11 +9,12 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT, result_of
+from tests.conftest import ROOT, Done, result_of
 from tests.test_torchrun import ENVIRONMENT, process_of_rank, torchrun, torchrun_command
 
 # train.py with a rank 1 whose steps take longer and whose clock runs at double speed; at the end
@@ -112,16 +113,18 @@ def _free_port() -> int:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks_per_node", [1, 2])
-def test_two_nodes_train_one_run(ranks_per_node: int, tiny: list[str], tmp_path: Path) -> None:
+def test_two_nodes_train_one_run(
+    ranks_per_node: int, tiny: list[str], tmp_path: Path, train: Callable[..., Done]
+) -> None:
     """Two launchers, as SLURM starts one on each node; the curve is that of one node."""
-    asked = [*tiny, "qat=int6", "qat.start_step=11", "optimizer.newton_schulz_dtype=fp32"]
+    asked = ["qat=int6", "qat.start_step=11", "optimizer.newton_schulz_dtype=fp32"]
     port = _free_port()
     nodes = [
         subprocess.Popen(
             [
                 sys.executable, "-m", "torch.distributed.run", "--nnodes=2", f"--node_rank={node}",
                 f"--nproc_per_node={ranks_per_node}", "--master_addr=127.0.0.1",
-                f"--master_port={port}", str(ROOT / "train.py"), *asked, "run_name=nodes",
+                f"--master_port={port}", str(ROOT / "train.py"), *tiny, *asked, "run_name=nodes",
             ],
             cwd=tmp_path, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True,
         )
@@ -131,8 +134,8 @@ def test_two_nodes_train_one_run(ranks_per_node: int, tiny: list[str], tmp_path:
     assert [node.returncode for node in nodes] == [0, 0], errors
     assert "QAT on since step 12" in errors[0]
     assert "QAT on since" not in errors[1]
-    done = torchrun(*asked, "run_name=one", cwd=tmp_path, ranks=1)
-    assert done.returncode == 0, done.stderr
+    done = train(*asked, "run_name=one")
+    assert done.code == 0, done.err
     folders = [tmp_path / "logs/runs" / name for name in ("nodes", "one")]
     assert [result_of(folder)["qat_steps"] for folder in folders] == [1, 1]
     curves = [

@@ -279,21 +279,19 @@ def test_train_scores_in_the_windows_asked_for(train) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "asked", [(), ("eval.stride=8",), ("eval.stride=8", "eval.by_document=true")]
+    ("ranks", "asked"),
+    [(2, ()), (3, ("eval.stride=8",)), (3, ("eval.stride=8", "eval.by_document=true"))],
 )
 def test_ranks_share_the_windows(
-    asked: tuple[str, ...], finished: Path, cache_dir: Path, tmp_path: Path
+    ranks: int, asked: tuple[str, ...], finished: Path, cache_dir: Path, tmp_path: Path, program
 ) -> None:
-    """1, 2 and 3 processes: the same sums, no window twice and none left out."""
-    outputs = []
-    for ranks in (1, 2, 3):
-        done = torchrun(
-            f"artifact={finished / 'artifact.qat'}", f"data.cache_dir={cache_dir}",
-            "eval.batch_tokens=512", *asked,
-            cwd=tmp_path, ranks=ranks, script="eval.py",
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
-        outputs.append(dict(line.split() for line in done.stdout.splitlines()))
+    """The same sums as of one process: no window twice and none left out."""
+    asked = (f"artifact={finished / 'artifact.qat'}", f"data.cache_dir={cache_dir}",
+             "eval.batch_tokens=512", *asked)  # fmt: skip
+    one = program("eval.py", *asked)
+    many = torchrun(*asked, cwd=tmp_path, ranks=ranks, script="eval.py")
+    assert (one.code, many.returncode) == (0, 0), one.err + many.stderr
+    outputs = [dict(line.split() for line in text.splitlines()) for text in (one.out, many.stdout)]
     for other in outputs[1:]:
         assert other.keys() == outputs[0].keys()
         assert float(other["val_loss"]) == pytest.approx(float(outputs[0]["val_loss"]), abs=1e-9)

@@ -521,7 +521,7 @@ def test_a_study_on_all_ranks_of_a_node(tiny: list[str], tmp_path: Path) -> None
             [*command, *more], cwd=tmp_path, env=environment, capture_output=True, text=True
         )
 
-    done = launch("model.init_from=no.pt")
+    done = launch("model.init_from=no.pt", "arm=none")
     assert done.returncode == 2, done.stderr
     assert "none_s1: exit code" in done.stderr
     done = launch()
