@@ -153,7 +153,7 @@ def solver_for(
     for name, tensor in tensors:
         sha256.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} {tensor.device}".encode())
         flat = tensor.detach().cpu().contiguous().reshape(-1)
-        sha256.update(flat.view(torch.uint8).numpy())
+        sha256.update(flat.view(torch.uint8).numpy().data)
     key = sha256.hexdigest()
     if key not in _kept:
         _kept.clear()  # before the next one needs the memory

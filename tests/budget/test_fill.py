@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -165,6 +166,33 @@ def test_ten_seeds_three_limits_on_the_laptop_model(seed: int) -> None:
         low, high = window(limit - CODE)
         assert fitted.note is None
         assert low <= fitted.num_bytes <= high, bits
+
+
+def test_one_solver_for_all_limits_of_one_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And another one as soon as anything that it is made of is another."""
+    monkeypatch.setattr(fill_file, "BudgetSolver", lambda *_: object())
+    monkeypatch.setattr(fill_file, "_kept", {})
+    weights = {"w": torch.arange(16.0).view(4, 4)}
+    plans = [build_plan({"w": (4, 4)}, {"g": Grid(bits=bits)}, {"*": "g"}) for bits in (6, 5)]
+    model = TrainedModel(LAPTOP, weights, plans[0], {}, is_on_grid=False)
+    batches = [(torch.zeros(1, 4, dtype=torch.long), torch.ones(1, 4, dtype=torch.long))]
+
+    def solver(model: TrainedModel, batches=batches, precision: str = "fp32") -> object:
+        return fill_file.solver_for(model, batches, precision, Console(quiet=True))
+
+    kept = solver(model)
+    assert solver(replace(model, weights={"w": weights["w"].clone()})) is kept
+    for others in (
+        (replace(model, weights={"w": weights["w"].nextafter(torch.tensor(99.0))}),),
+        (replace(model, plan=plans[1]),),
+        (replace(model, scales={"w": torch.ones(4, 1)}),),
+        (replace(model, is_on_grid=True),),
+        (replace(model, spec=replace(LAPTOP, num_heads=3)),),
+        (model, [(batches[0][1], batches[0][1])]),
+        (model, batches, "bf16"),
+    ):
+        assert solver(*others) is not kept
+        kept = solver(model)
 
 
 def test_what_takes_long_is_said_while_it_is_young(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -89,9 +89,10 @@ def test_compiled_it_is_the_same(w: torch.Tensor, rule: str) -> None:
             state = fused.state()
             assert set(state) == set(plain.state())
             for key, one in plain.state().items():
-                assert torch.allclose(one.float(), state[key].float(), atol=1e-6), key
+                atol = 1e-3 if one.dtype == torch.float16 else 1e-6
+                assert torch.allclose(one.float(), state[key].float(), atol=atol), key
         if rule == "freeze":
-            assert 0 < int(plain.memory[grid.label].held.sum()) < w.numel()
+            assert 0 < int(plain.memory[grid.label].is_held.sum()) < w.numel()
 
 
 @pytest.mark.parametrize("rule", ["freeze", "lotion"])
@@ -357,7 +358,7 @@ def test_freezing_holds_what_flips_and_nothing_else(w: torch.Tensor) -> None:
     assert master[0, 0] in (scale[0, 0], 2 * scale[0, 0])
     again = make_rule("freeze")
     again.load_state(switch.gradient.state())
-    held = again.state()["held w"]
+    held = again.memory["w"].is_held
     assert held.sum() == 1
     assert held[0, 0]
 
@@ -372,7 +373,7 @@ def test_freezing_by_less_holds_nothing(w: torch.Tensor) -> None:
             with torch.no_grad():
                 master[0, 0] = encode(w, Grid(bits=4)).scales[0, 0] * (1.6 if step % 2 else 1.4)
             switch.refresh({"w": master}, True, progress=step / 40)
-        held[strength] = int(rule.state()["held w"].sum())
+        held[strength] = int(rule.memory["w"].is_held.sum())
     assert held == {1.0: 1, 0.01: 0}
 
 

@@ -91,11 +91,13 @@ class GradientRule:
             w: Tensor, scales: Tensor | None, number: Tensor, *others: Tensor
         ) -> list[Tensor]:
             found = scales_of(w, grid) if scales is None else scales
-            return by_group(partial(function, grid=grid, number=number), w, found, grid, *others)
+            made = by_group(partial(function, grid=grid, number=number), w, found, grid, *others)
+            # Scales as well: what is given back is made once for each group, else again and again.
+            return [*made, found]
 
         run = compiled((function, grid), lambda: one_pass) if is_compiled else one_pass
         as_tensor = torch.tensor(number, dtype=torch.float32, device="cpu")
-        return run(w, scales, as_tensor, *(other.to(w.device) for other in others))
+        return run(w, scales, as_tensor, *(other.to(w.device) for other in others))[:-1]
 
     def before_update(
         self,
