@@ -13,7 +13,6 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
-from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -134,6 +133,8 @@ def test_minifloats_round_as_ml_dtypes(name: str, numbers: list[float]) -> None:
 
 @given(w=blocks(smallest=-6))
 def test_nf4_is_that_of_bitsandbytes(w: Tensor) -> None:
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit  # a second to import
+
     w = w[:, :64].contiguous()
     packed, state = quantize_4bit(w, blocksize=64, quant_type="nf4")
     theirs = dequantize_4bit(packed, state)

@@ -37,7 +37,9 @@ def test_identical_arms_are_called_equal() -> None:
     assert sum(v.p_over_bar < 0.05 for v in found) == 0
 
 
-@pytest.mark.parametrize("effect", [-0.004, -0.001, 0.002])
+@pytest.mark.parametrize(
+    "effect", [-0.004, *(pytest.param(e, marks=pytest.mark.slow) for e in (-0.001, 0.002))]
+)
 def test_a_planted_effect_is_found_with_its_size(effect: float) -> None:
     random = np.random.default_rng(3)
     found = [study(random, effect, 5) for _ in range(400)]
