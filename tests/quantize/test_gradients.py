@@ -168,7 +168,15 @@ def test_noise_is_half_a_scale_uniform_and_equal_for_equal_seeds(w: torch.Tensor
     assert torch.equal(grad, c)
     noise = (seen - w) / per_weight(encode(w, GRID).scales)
     assert noise.abs().max() <= 0.5 + 1e-5
-    assert noise.std() == pytest.approx(1 / math.sqrt(12), rel=0.15)
+    many = torch.zeros(40, 1000)
+    many[:, 0] = 7.0  # so that a scale is 1
+    generator = torch.Generator().manual_seed(1)
+    drawn = make_rule("noise").see(many, Grid(bits=4), generator=generator).weight
+    noise = (drawn - many).flatten()
+    assert noise.mean() == pytest.approx(0.0, abs=0.01)
+    assert noise.std() == pytest.approx(1 / math.sqrt(12), rel=0.01)
+    assert noise.abs().max() == pytest.approx(0.5, abs=0.01)
+    assert torch.corrcoef(torch.stack([noise[1:], noise[:-1]]))[0, 1].abs() < 0.02
 
 
 def test_learned_scale_has_the_lsq_gradient(w: torch.Tensor) -> None:
