@@ -1,4 +1,4 @@
-"""One variant measured: its row of ``results.json``, keys named as in docs/metrics.md."""
+"""One variant measured: its row of ``results.json``."""
 
 from __future__ import annotations
 

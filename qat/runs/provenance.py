@@ -95,7 +95,7 @@ def hash_of_code(parts: Iterable[str]) -> str:
 
 
 def hardware(world_size: int) -> str:
-    """Ranks and processors, such as ``8x NVIDIA H100`` or ``AMD EPYC, 2 cores``."""
+    """Ranks and processors, such as ``8x NVIDIA H100`` or ``AMD EPYC, 2 threads``."""
     if torch.cuda.is_available():
         return f"{world_size}x {torch.cuda.get_device_name()}"
     name = platform.processor() or platform.machine()

@@ -209,7 +209,7 @@ class TrainingRun:
         if s.compile == "false" and machine.has_cuda() and (missing := machine.no_compiler()):
             compiled = f"eager (nothing compiles here: {missing})"
         log.info(
-            "%s, %s; the plan (bits with steps):\n%s", s.precision, compiled, plan_table(self.plan)
+            "%s, %s; the plan (bits with scales):\n%s", s.precision, compiled, plan_table(self.plan)
         )
 
     def _compare_with_source(self, source: Path) -> None:

@@ -235,7 +235,7 @@ def keep_freed_memory() -> None:
     """Let glibc keep large blocks that are freed: torch asks for as many again in the next step.
 
     Given back, their pages are cleared anew each time. Measured on 2 cores, laptop model: scoring
-    takes 8 to 15 % less time, training 2 to 5 %. Other C libraries do as they like.
+    takes 8 to 15 % less time, training 2 to 17 %. Other C libraries do as they like.
     """
     if platform.libc_ver()[0] == "glibc":
         mallopt = ctypes.CDLL(None).mallopt

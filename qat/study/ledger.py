@@ -9,7 +9,7 @@ a run of its own, with its whole schedule (``ledger=full``), or else an estimate
 falls, the baseline's training loss is fitted as a + b * log(step), and a run of other length is
 taken to end b * log(ratio of steps) elsewhere. It knows nothing of the warmdown.
 
-With grids as coarse as ternary, and with learned steps, the float masters are no model any more;
+With grids as coarse as ternary, and with learned scales, the float masters are no model any more;
 then training and gap are large and of opposite sign, and only their sum means something.
 """
 

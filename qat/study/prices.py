@@ -3,7 +3,7 @@
 All arms take their updates in turn on this machine, each between two of the baseline's, on random
 tokens; an arm's price is the median of its times over the mean of its neighbours'. So what slows
 the machine slows both. An arm whose updates before the switch do what the baseline's do has the
-same price there, by construction. Not priced: files that training to bytes encodes once or twice.
+same price there, by construction. Not priced: files that training to bytes encodes a few times.
 """
 
 from __future__ import annotations
