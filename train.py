@@ -14,6 +14,7 @@ import sys
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 from qat.errors import PreemptedError, TrainingError, UserError, of_system
 from qat.settings import checks, machine
@@ -112,7 +113,7 @@ def train(s: TrainSettings, training_run) -> int:
     from qat.evaluation.score import Score, Scorer
     from qat.golf.bundle import count_code_bytes
     from qat.runs.fork import APART, CODE_BYTES
-    from qat.runs.identity import KEY, CheckpointIdentity, check_resumed
+    from qat.runs.identity import INITIAL, KEY, TEACHER, CheckpointIdentity, check_resumed
     from qat.runs.storing import CalibrationText, Storage
     from qat.runs.teacher import open_teacher
     from qat.text.batches import BatchShape, drawn_token
@@ -151,17 +152,29 @@ def train(s: TrainSettings, training_run) -> int:
     state = load_checkpoint(training_run.checkpoint) if s.resume is not None else None
     budget = Budget(s.limit_bytes, count_code_bytes())
     forked = training_run.forked_state(budget.code_bytes) if state is None else None
-    held, choices = {}, dict(training_run.job.choices)
+    # A checkpoint has all weights: what they came from may be gone.
+    begins = replace(s.model, init_from=None) if state is not None else s.model
+    module, teacher = build_model(begins, s.seed, tokenizer), open_teacher(s, tokenizer.sha256)
+    given = {INITIAL: module.state_dict()} if begins.init_from is not None else {}
+    if teacher is not None:
+        given[TEACHER] = teacher.weights
+    held: dict[str, Any] = {}
+    data: dict[str, str] = {}
+    choices = dict(training_run.job.choices)
     if machine.rank() == 0:  # reads every token
         for stream in (train_stream, val_stream):
             stream.check_ids(s.model.vocab_size)
         tokenizer.check_unknown(val_stream)
         check_apart(source, train_stream, val_stream)
         streams = {"train": train_stream, "val": val_stream}
-        identity = CheckpointIdentity.of(training_run.row.settings, source, tokenizer, streams)
+        settings = training_run.row.settings
+        identity = CheckpointIdentity.of(settings, source, tokenizer, streams, given)
         if state is not None:
             typed = f"resume={s.resume}"
-            check_resumed(typed, CheckpointIdentity.held_by(state), identity)
+            before = CheckpointIdentity.held_by(state)
+            check_resumed(typed, before, identity)
+            assert before is not None
+            identity = replace(identity, data={**before.data, **identity.data})
             if state["choices"] != choices:
                 raise UserError(f"{typed}: its choices.json was changed; bring that back")
             counted = state.get(CODE_BYTES)
@@ -172,10 +185,10 @@ def train(s: TrainSettings, training_run) -> int:
                 )
         elif forked is not None:
             check_resumed(s.fork.typed, CheckpointIdentity.held_by(forked), identity, APART)
+        data = identity.data
         held = {KEY: vars(identity), "choices": choices, CODE_BYTES: budget.code_bytes}
     state = forked if state is None else state
     plan, spec = training_run.plan, training_run.spec
-    module, teacher = build_model(s.model, s.seed, tokenizer), open_teacher(s, tokenizer.sha256)
     device = join_ranks()
     scorer = Scorer(
         spec, val_stream, tokenizer.byte_table, s.seq_len, s.eval, device, training_run.console,
@@ -183,7 +196,7 @@ def train(s: TrainSettings, training_run) -> int:
     )  # fmt: skip
     check_coder(s.artifact.coder)
     scored_tokens = scorer.windows.num_targets
-    training_run.start(source, tokenizer, train_stream, val_stream, scored_tokens)
+    training_run.start(source, tokenizer, train_stream, val_stream, scored_tokens, data)
 
     # How the weights will be stored.
     meta = artifact_meta(spec, s.seq_len, tokenizer.sha256, source.identity)

@@ -96,7 +96,10 @@ class CheckedSweeper(BasicSweeper):
         for asked in overrides:
             if not asked.is_sweep_override():
                 continue
-            values = list(asked.sweep_string_iterator())
+            try:
+                values = list(asked.sweep_string_iterator())
+            except ValueError as error:  # range(1,2,0)
+                raise UserError(f"{asked.input_line}: {error}") from None
             if not values:
                 raise UserError(f"{asked.input_line}: no values, so nothing to run")
             if twice := [value for n, value in enumerate(values) if value in values[:n]]:

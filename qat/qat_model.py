@@ -103,7 +103,8 @@ class QatModel(nn.Module):
         ``blend`` mixes masters (0) and snapped weights (1).
         """
         seed = self._num_snaps if step is None else step
-        with self._exact():
+        # A loop may evaluate first; what inference mode makes cannot be trained on.
+        with torch.inference_mode(False), torch.no_grad(), self._exact():
             self.switch.refresh(self.masters, self._is_on, seed, progress, blend)
         if self._is_on:
             self._num_snaps += 1
@@ -151,7 +152,7 @@ class QatModel(nn.Module):
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         self.qat(state["is_on"])
-        self._num_snaps = state["num_snaps"]
+        self._num_snaps, self._snapped = state["num_snaps"], ()  # its masters are loaded as well
         self.switch.has_scales = state["has_scales"]
         self.switch.gradient.load_state(state["gradient_rule"])
 

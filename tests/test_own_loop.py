@@ -263,6 +263,32 @@ def test_two_ranks_are_one(tmp_path: Path) -> None:
     assert min(same) > 0.9
 
 
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_loop_may_evaluate_between_update_and_forward_pass(fused: bool) -> None:
+    """Under inference mode, whose tensors cannot be trained on."""
+    plain, evaluated = wrapped(), wrapped()
+    for model in (plain, evaluated):
+        model.switch.fused = fused
+        model.qat(True)
+    for number in range(3):
+        train(plain, range(number, number + 1))
+        train(evaluated, range(number, number + 1))
+        with torch.inference_mode():
+            evaluated(*batch(50))
+    ids, targets = batch(60)
+    assert torch.equal(plain(ids, targets), evaluated(ids, targets))
+
+
+def test_loaded_masters_are_no_update_that_a_rule_missed() -> None:
+    model = wrapped(gradient="cage").qat(True)
+    before = model(*batch(1))
+    state = copy.deepcopy(model.state_dict())
+    with torch.no_grad():
+        next(model.parameters()).add_(1.0)
+    model.load_state_dict(state)
+    assert torch.equal(model(*batch(1)), before)
+
+
 def test_liveness_says_what_happens() -> None:
     model = wrapped()
     ids, targets = batch(0)

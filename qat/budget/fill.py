@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import time
@@ -12,7 +11,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from rich import box
 from rich.console import Console
 from rich.progress import track
@@ -28,7 +26,7 @@ from qat.model.registry import empty_model
 from qat.model.spec import ModelSpec
 from qat.ptq.calibration import Batch
 from qat.ptq.sensitivity import fisher_diagonal, mean_loss
-from qat.quantize.plan import Plan, Scales
+from qat.quantize.plan import Plan, Scales, digest_of
 from qat.settings.terminal import as_text
 
 if TYPE_CHECKING:
@@ -66,7 +64,7 @@ class BudgetSolver:
     ) -> None:
         self.model, self.batches, self.precision, self.console = model, batches, precision, console
         self.empty = empty_model(model.spec)
-        self.masters = {name: w.detach() for name, w in model.weights.items()}
+        self.masters = {name: w.detach().clone() for name, w in model.weights.items()}
         self.reference = self.masters
         if model.is_on_grid:
             self.reference = model.plan.snap(self.masters, model.scales)
@@ -145,16 +143,9 @@ def solver_for(
 ) -> BudgetSolver:
     """The last one again if it was made of the very same: a study fills one limit after the other
     with its baseline."""
-    sha256 = hashlib.sha256()
-    known = [asdict(model.spec), model.plan.as_json(), model.is_on_grid, precision]
-    sha256.update(json.dumps(known).encode())
-    tensors = [*sorted(model.weights.items()), *sorted(model.scales.items())]
-    tensors += [(str(number), t) for number, batch in enumerate(batches) for t in batch]
-    for name, tensor in tensors:
-        sha256.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} {tensor.device}".encode())
-        flat = tensor.detach().cpu().contiguous().reshape(-1)
-        sha256.update(flat.view(torch.uint8).numpy().data)
-    key = sha256.hexdigest()
+    text = {f"{n}.{k}": t for n, batch in enumerate(batches) for k, t in enumerate(batch)}
+    said = [asdict(model.spec), model.plan.as_json(), model.is_on_grid, precision]
+    key = json.dumps([*said, *map(digest_of, (model.weights, model.scales, text))])
     if key not in _kept:
         _kept.clear()  # before the next one needs the memory
         _kept[key] = BudgetSolver(model, batches, precision, console)

@@ -21,13 +21,14 @@ from torch.utils import _pytree as pytree
 
 from qat.analysis.cost import Calls
 from qat.cabinet.grid_variants import file_variant
-from qat.cabinet.measure import choose_variants, claim, digest_of, float_kept, measure_all
+from qat.cabinet.measure import choose_variants, claim, float_kept, measure_all
 from qat.cabinet.objective import Objective, Row
 from qat.cabinet.roofline import Traffic, traffic_of
 from qat.cabinet.row import Bench
 from qat.cabinet.variant import Frozen, Kept
 from qat.errors import UserError
 from qat.model.wiring import arguments
+from qat.quantize.plan import digest_of
 
 SAME_RTOL, SAME_ATOL = 1e-4, 1e-5  # of two calls: kernels may add up in another order
 NO_FILES: Mapping[str, str | Path] = {}

@@ -17,7 +17,7 @@ from qat.analysis.full import TRAINING_TOKENS, encode_pairs, pairs_of
 from qat.analysis.token_scores import ScoredText
 from qat.artifact.container import ARTIFACT
 from qat.cabinet.grid_variants import file_variant
-from qat.cabinet.measure import choose_variants, claim, digest_of, float_kept, measure_all
+from qat.cabinet.measure import choose_variants, claim, float_kept, measure_all
 from qat.cabinet.row import Bench, LanguageEvaluation
 from qat.cabinet.variant import Frozen
 from qat.errors import UserError
@@ -29,6 +29,7 @@ from qat.ptq.calibration import (
     training_sequences,
     written_sequences,
 )
+from qat.quantize.plan import digest_of
 from qat.runs.float_model import FloatModel, open_float
 from qat.runs.run_folder import CHECKPOINT
 from qat.text.shards import TokenStream

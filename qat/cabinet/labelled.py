@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 from qat.analysis.damage import tier_by_token
 from qat.analysis.labels import damage_by_class_tier, halves, label_metrics, label_reliability
-from qat.cabinet.measure import digest_of
 from qat.cabinet.objective import Objective
 from qat.errors import UserError
 from qat.model.wiring import arguments
+from qat.quantize.plan import digest_of
 
 MACRO_F1 = Objective("macro_f1", "macro_f1", 0.005, True, "delta_macro_f1", "classes")
 SPREAD = ("macro_f1", "accuracy", "mcc", "val_loss")  # of an ensemble's members

@@ -6,9 +6,8 @@ folder, and ``manifest.json`` says what they were all measured on.
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -17,7 +16,6 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import track
-from torch import Tensor
 
 from qat.cabinet.bitsandbytes_variants import bitsandbytes_variants
 from qat.cabinet.grid_variants import grid_variants
@@ -33,16 +31,6 @@ from qat.runs import provenance
 from qat.runs.run_folder import write_atomically
 
 MANIFEST, RESULTS, ROW, ROOFLINE = "manifest.json", "results.json", "metrics.json", "roofline.json"
-
-
-def digest_of(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 of names and values."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        digest.update(name.encode())
-        raw = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
-        digest.update(raw.numpy().tobytes())
-    return digest.hexdigest()
 
 
 def claim(folder: Path, same: dict[str, Any], objective: Objective) -> dict[str, Any]:

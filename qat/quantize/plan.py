@@ -256,6 +256,16 @@ class Plan:
         return Plan(entries)
 
 
+def digest_of(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of names, dtypes, shapes and values, wherever the tensors are."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        raw = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
+        digest.update(raw.numpy().data)
+    return digest.hexdigest()
+
+
 def kept_parameters(module: nn.Module, keep: Collection[str]) -> set[nn.Parameter]:
     """Those that a glob of ``keep`` matches, by name or by that of a module they are in. ValueError
     names a glob that matches none."""

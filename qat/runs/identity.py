@@ -12,15 +12,20 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from qat.errors import UserError
+from qat.quantize.plan import digest_of
 from qat.runs.result import conditions, differing
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from qat.text.shards import TokenStream
     from qat.text.source import Source
     from qat.text.tokenizer import Tokenizer
 
 KEY = "identity"  # in a checkpoint
 WHAT = {"train": "the training text", "val": "the validation text", "tokenizer": "the tokenizer"}
+INITIAL, TEACHER = "initial", "teacher"
+WEIGHTS = {INITIAL: "model.init_from has other weights", TEACHER: "the teacher has other weights"}
 # Settings that say where the text is: they count only if it is another one.
 PLACES = ("data.files", "data.train_files", "data.val_files", "data.tokenizer")
 MOST_NAMED = 4  # changes in a line
@@ -29,7 +34,8 @@ MOST_NAMED = 4  # changes in a line
 @dataclass(frozen=True)
 class CheckpointIdentity:
     """``settings`` by dotted name, without bookkeeping; ``data``: hashes of the tokens of train
-    and val and of the tokenizer; ``files``: path -> hash of what the text was read from."""
+    and val, of the tokenizer, and of weights of others that a run is made with; ``files``: path ->
+    hash of what the text was read from."""
 
     settings: dict[str, Any]
     data: dict[str, str]
@@ -41,15 +47,18 @@ class CheckpointIdentity:
         source: Source,
         tokenizer: Tokenizer,
         streams: Mapping[str, TokenStream],
+        weights: Mapping[str, Mapping[str, Tensor]] | None = None,
     ) -> CheckpointIdentity:
-        """``settings`` of a row, ``streams`` of train, val or both (reads every token)."""
+        """``settings`` of a row, ``streams`` of train, val or both (reads every token),
+        ``weights`` that it began with and those of its teacher."""
         files = {str(tokenizer.path.absolute()): tokenizer.sha256}
         for stream in streams.values():
             files |= stream.digests
         return CheckpointIdentity(
             conditions(settings),
             {side: stream.fingerprint for side, stream in streams.items()}
-            | {"tokenizer": tokenizer.sha256},
+            | {"tokenizer": tokenizer.sha256}
+            | {whose: digest_of(tensors) for whose, tensors in (weights or {}).items()},
             source.files or files,
         )
 
@@ -63,18 +72,23 @@ class CheckpointIdentity:
         apart_from = (*apart_from, *PLACES, "data.cache_dir")
         names = differing(self.settings, now.settings, apart_from)
         found = [self._setting(now, name) for name in names]
+        both = [whose for whose in WEIGHTS if whose in self.data and whose in now.data]
+        found += [WEIGHTS[whose] for whose in both if self.data[whose] != now.data[whose]]
         return found + self._changes_of_text(now)
 
     def _changes_of_text(self, now: CheckpointIdentity) -> list[str]:
         """Of what ``now`` holds of it."""
-        sides = [side for side in now.data if now.data[side] != self.data[side]]
+        asked = [side for side in WHAT if side in now.data]
+        sides = [side for side in asked if now.data[side] != self.data[side]]
         if not sides:
             return []
         there, here = set(self.files.values()), set(now.files.values())
         gone = {path for path, digest in self.files.items() if digest not in here}
         new = {path for path, digest in now.files.items() if digest not in there}
         found = [f"{path} has other content" for path in sorted(gone & new)]
-        if now.data.keys() == self.data.keys():  # else some of the files are not asked for
+        if asked == [
+            side for side in WHAT if side in self.data
+        ]:  # else some of the files are not asked for
             found += [f"{path} is gone" for path in sorted(gone - new)]
             found += [f"{path} is new" for path in sorted(new - gone)]
         names = [n for n in differing(self.settings, now.settings) if n in PLACES]

@@ -32,7 +32,7 @@ class Result:
     grid: str  # the grid of the artifact, as its label
     hardware: str  # of a run that went on elsewhere: a, then b
     commit: str  # in the same way
-    data: dict[str, str] | None  # fingerprints of train and val tokens, hash of the tokenizer
+    data: dict[str, str] | None  # hashes: see CheckpointIdentity
     limit_bytes: int  # for artifact and code together, decimal
     steps: int | None = None  # optimizer updates
     forked_from: str | None = None  # the run that its first updates were made in ...

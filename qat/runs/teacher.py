@@ -22,7 +22,11 @@ def open_teacher(s: TrainSettings, tokenizer_sha256: str | None = None) -> Teach
     path = Path(named)
     if not path.is_file():
         path = artifact_in(find_run(SETTING, named, s.runs_dir), f"{SETTING}={named}")
-    opened = open_artifact(path)
+    try:
+        opened = open_artifact(path)
+    except UserError as error:
+        said = str(error).removeprefix(f"artifact={path}: ")
+        raise UserError(f"{SETTING}={named}: {said}") from None
     if tokenizer_sha256 not in (None, opened.artifact.meta.get("tokenizer_sha256")):
         raise UserError(f"{SETTING}={named}: it was trained with another tokenizer than this run's")
     return Teacher(opened.spec, opened.artifact.weights)

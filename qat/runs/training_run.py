@@ -169,8 +169,9 @@ class TrainingRun:
         train: TokenStream,
         val: TokenStream,
         scored_tokens: int,
+        data: dict[str, str],
     ) -> None:
-        """Called when settings and data are known to be good."""
+        """Called when settings and data are known to be good; ``data`` are its hashes."""
         if not self.speaks:
             return
         s = self.settings
@@ -182,9 +183,7 @@ class TrainingRun:
         if s.resume is not None:
             made_by = run_folder.note_resumption(self.path(""), machine.world_size())
             self.row.commit, self.row.hardware = made_by
-        self.row.data = {
-            "train": train.fingerprint, "val": val.fingerprint, "tokenizer": tokenizer.sha256
-        }  # fmt: skip
+        self.row.data = data
         self.row.val_xz_bits_per_byte = source.notes.get("val_xz_bits_per_byte")
         log.info(
             "run %s (qat=%s, grid %s, seed %d)", self.folder, self.row.qat, self.row.grid, s.seed
@@ -215,7 +214,13 @@ class TrainingRun:
     def _compare_with_source(self, source: Path) -> None:
         """Warn where the run that weights come from had other text: it may have seen what is
         validation text here, and its bits per byte are of another."""
-        before = Result.read(source if source.is_dir() else source.parent)
+        folder = source if source.is_dir() else source.parent
+        try:
+            before = Result.read(folder)
+        except UserError:  # of a file beside the weights that is none of ours
+            return
+        if before is None and (folder / run_folder.CONFIG).is_file():
+            log.warning("warning: model.init_from=%s: that run did not finish", source)
         if before is None or not before.data or not self.row.data:
             return
         sides = {"train": "training", "val": "validation"}

@@ -36,6 +36,12 @@ def with_arms(arguments: list[str], groups: Collection[str], is_sweep: bool) -> 
         if ARM in typed:
             raise UserError(f"arm={typed[ARM]}: goes with an experiment that has arms")
         return arguments
+    of_grid = next((key for key in typed if key.split(".")[0] == "grid"), None)
+    if of_grid is not None and (study.grid or any(s.grid for s in study.stores.values())):
+        raise UserError(
+            f"{of_grid}={typed[of_grid]}: experiment={experiment} has grids of its own, which its "
+            "baseline is stored on; give another experiment"
+        )
     chosen = typed.get(ARM, ",".join(study.arms) if is_sweep else "")
     arms = study.arms | {qat: {"qat": qat} for qat in options("qat") if qat not in study.arms}
     for name in filter(None, chosen.split(",")):

@@ -251,7 +251,7 @@ class StudyFiles:
             found = [base for base in self.of(design.baseline) if base.seed == run.seed]
             if not found:
                 raise UserError("no baseline of this seed has a score")
-            varied = {key for arm in design.arms.values() for key in arm}
+            varied = {*design.arms.get(run.arm, {}), *design.arms[design.baseline]}
             if names := _differing(run, found[0], (*QUANTIZATION, *varied)):
                 raise UserError(f"its baseline had other {', '.join(names)}")
             return found

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 
 from qat.budget.budget import Budget
 from qat.budget.price_control import File, PriceControl, Tensors
-from qat.errors import TrainingError
+from qat.errors import TrainingError, UserError
 from qat.qat_model import QatModel
 from qat.quantize.plan import Plan
 from qat.settings import machine
@@ -242,7 +242,12 @@ def fit(
     TrainingError if a loss is not finite or the disk is full; PreemptedError after a signal.
     """
     if state is not None:
-        loop.load_state(state)
+        try:
+            loop.load_state(state)
+        except (KeyError, TypeError) as error:
+            raise UserError(
+                f"the checkpoint is of another version of this program ({error}); start a new run"
+            ) from None
         log.info("going on after step %d", loop.progress.step)
     if loop.is_over:  # it was stopped after its last update
         trainer.strategy.setup_environment()

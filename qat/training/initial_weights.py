@@ -58,7 +58,8 @@ def spec_of_source(path: Path) -> ModelSpec | None:
             said = yaml.safe_load(config.read_text("utf-8"))["model"]
             return ModelSpec.from_json({f.name: said[f.name] for f in fields(ModelSpec)})
         if path.suffix == ".qat" and path.is_file():
-            return ModelSpec.from_json(read_header_of(path).meta["model"])
+            meta = read_header_of(path).meta  # of an own loop it says nothing
+            return ModelSpec.from_json(meta["model"]) if meta else None
     except (LookupError, TypeError, ArithmeticError, yaml.YAMLError) as error:
         raise ValueError(f"it describes no model ({type(error).__name__}: {error})") from None
     return spec_at(path)
@@ -67,7 +68,7 @@ def spec_of_source(path: Path) -> ModelSpec | None:
 def data_of_source(path: Path) -> dict[str, Any]:
     """The settings ``data.*`` of the run that it is of; {} of anything else."""
     config = path / RUN if path.is_dir() else path.with_name(RUN)
-    if path.suffix not in ("", ".ckpt") or not config.is_file():
+    if not (path.is_dir() or path.suffix == ".ckpt") or not config.is_file():
         return {}
     try:
         said = yaml.safe_load(config.read_text("utf-8"))["data"]
@@ -86,6 +87,7 @@ def initial_weights(
     UserError that they say to be of another vocabulary than ``tokenizer``."""
     try:
         held = _of_folder(path) if path.is_dir() else _of_file(path)
+        _check_tensors(held.weights)
         found, source = _without_prefix(held.weights, expected), spec_of_source(path)
     except OSError as error:
         raise ValueError(error.strerror or error) from None
@@ -114,6 +116,15 @@ def initial_weights(
             "give its own by data.tokenizer, and shards made with it"
         )
     return found
+
+
+def _check_tensors(found: Mapping[Any, Any]) -> None:
+    """ValueError if they are not names and tensors that hold numbers."""
+    for name, w in found.items():
+        if not isinstance(name, str) or not isinstance(w, Tensor):
+            raise ValueError("not a dict of name -> tensor")
+        if w.layout != torch.strided or w.is_meta or w.is_quantized:
+            raise ValueError(f"{name} is no plain tensor")
 
 
 def _without_prefix(found: dict[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -156,7 +167,7 @@ def _of_file(path: Path) -> Held:
             raise ValueError("a checkpoint, but none of this version") from None
     wrapped = [found[key] for key in WRAPPED if isinstance(found, dict) and key in found]
     found = next((inner for inner in wrapped if isinstance(inner, dict)), found)
-    if not isinstance(found, dict) or not all(isinstance(w, Tensor) for w in found.values()):
+    if not isinstance(found, dict):
         raise ValueError("not a dict of name -> tensor")
     return Held(found)
 

@@ -195,6 +195,30 @@ def test_one_solver_for_all_limits_of_one_model(monkeypatch: pytest.MonkeyPatch)
         kept = solver(model)
 
 
+def test_the_measured_loss_is_that_of_the_file(tmp_path: Path) -> None:
+    spec = ModelSpec(64, 1, 32, 2, 2, 2, True)
+    torch.manual_seed(0)
+    gpt = GPT(spec)
+    weights = {name: p.detach() for name, p in gpt.named_parameters()}
+    for w in weights.values():  # what begins as zeros would hide all else
+        w.add_(0.1 * torch.randn_like(w))
+    shapes = {name: tuple(w.shape) for name, w in weights.items()}
+    plan = build_plan(shapes, {"g": Grid(bits=6)}, {"*.weight": "g", "*": "fp32"})
+    batches = [tuple(torch.randint(64, (2, 2, 16)).unbind())]
+    solver = BudgetSolver(
+        TrainedModel(spec, weights, plan, {}, False), batches, "fp32", Console(quiet=True)
+    )
+    for num_bytes in (4_000, 6_000):
+        filled, _ = solver.solve(Budget(num_bytes, 0), {}, "zlib")
+        measured = solver.measured_loss(filled)
+        with torch.no_grad():
+            before = float(gpt(*batches[0]))
+            stored = filled.plan.snap(filled.weights, filled.scales)
+            after = float(torch.func.functional_call(gpt, stored, batches[0]))
+        assert measured == pytest.approx(after - before, abs=1e-6)
+        assert abs(measured) > 1e-5
+
+
 def test_what_takes_long_is_said_while_it_is_young(monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[str] = []
     monkeypatch.setattr(fill_file.log, "info", lambda line, *values: told.append(line % values))

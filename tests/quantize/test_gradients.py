@@ -124,6 +124,14 @@ def test_clipped_is_zero_outside_the_clip(w: torch.Tensor) -> None:
     assert torch.equal(grad, torch.where(outside, torch.zeros(()), c))
 
 
+@pytest.mark.parametrize("rule", ["clipped", "dampen", "freeze"])
+def test_where_a_floor_makes_a_file_clamp_earlier_it_is_refused(rule: str) -> None:
+    floored = {"scale_rule": "percentile", "percentile": 0.9, "scale_floor": 0.5}
+    assert not make_rule(rule).supports(Grid(bits=6, **floored))
+    assert make_rule(rule).supports(Grid(bits=6, **floored | {"scale_floor": 0.0}))
+    assert make_rule(rule).supports(Grid(bits=6, scale_floor=0.5))
+
+
 def test_clipped_floats_are_clamped_beyond_half_of_their_last_gap(w: torch.Tensor) -> None:
     """OCP's rule for scales clips up to a quarter of a binade: 6 of e2m1 reaches to 7."""
     grid = Grid("e2m1", group_size=5, scale_rule="power", scale_dtype="e8m0")

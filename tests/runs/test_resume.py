@@ -583,6 +583,19 @@ def test_twenty_kills(tiny: list[str], tmp_path: Path, train) -> None:
     same("whole", "torn")
 
 
+def test_the_state_of_another_version_is_one_line(train, program, monkeypatch) -> None:
+    assert train("qat=none", "run_name=r", "max_steps=2").code == 0
+    (RUNS / "r" / "result.json").unlink()
+
+    def load_state(*_) -> None:
+        raise KeyError("offset w")
+
+    monkeypatch.setattr(TrainingLoop, "load_state", load_state)
+    done = program("train.py", "resume=r")
+    assert (done.code, done.err.count("error:")) == (2, 1), done.err
+    assert "the checkpoint is of another version of this program ('offset w')" in done.err
+
+
 def test_choices_that_were_edited_are_refused(train, program) -> None:
     """They say which row of a table a run is."""
     assert train("qat=none", "run_name=r", "max_steps=2").code == 0

@@ -471,7 +471,7 @@ def test_the_best_share_of_a_study_of_starts(train: Callable[..., Done]) -> None
 def test_a_priced_clock_agrees_with_that_of_the_wall(train: Callable[..., Done]) -> None:
     """The same arms under two clocks: what they say of QAT overlaps."""
     asked = ("-m", "experiment=pair", "arm=none,int4", "seed=1,2,3", "budget_seconds=2",
-             "max_steps=null", "schedule.warmdown_steps=10", "study.equal_bytes=false")  # fmt: skip
+             "max_steps=null", "schedule.warmdown_steps=10")  # fmt: skip
     verdicts = {}
     for clock in ("wall", "priced"):
         done = train(*asked, f"sweep_name={clock}", f"study.clock={clock}")

@@ -473,6 +473,8 @@ def test_designs_share_the_arms_that_both_name(
     [
         (("experiment=bits", "arm=int9"), "arm=int9: choose from none, int8, int6, int5, int4, i"),
         (("experiment=bits", "arm=int4", "grid=int6"), "drop grid=int6"),
+        (("-m", "experiment=gptq", "grid.bits=3"), "grid.bits=3: experiment=gptq has grids of its"),
+        (("-m", "experiment=bits", "seed=range(1,2,0)"), "seed=range(1,2,0): range() arg 3 must"),
         (("experiment=bits", "arm=int4", "qat=int6"), "qat=int6: arm=int4 of the experiment sets"),
         (("experiment=bits",), "give one arm=NAME, or -m"),
         (("arm=int4",), "arm=int4: goes with an experiment that has arms"),
@@ -487,6 +489,19 @@ def test_mistakes(asked: tuple[str, ...], message: str, train: Callable[..., Don
     assert (done.code, done.err.count("error:")) == (2, 1), done.err
     assert message in done.err
     assert not RUNS.exists()
+
+
+@pytest.mark.slow
+def test_what_another_arm_varies_is_no_excuse(train: Callable[..., Done]) -> None:
+    """A baseline without an average is not that of an arm which was typed with one."""
+    asked = ("-m", "experiment=averaging", "seed=1", "sweep_name=s", "max_steps=8")
+    assert train(*asked, "arm=none").code == 0
+    assert train(*asked, "arm=int4", "averaging=swa").code == 0
+    folder = RUNS / "s"
+    findings = find_out(folder, Study.read(folder / "averaging.study.json"), QUIET)
+    (int4,) = (t for t in findings.treatments if t.name == "int4")
+    assert int4.alike is None
+    assert "its baseline had other averaging" in int4.missing_seeds[1]
 
 
 def test_one_arm_alone(train: Callable[..., Done]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import shutil
 from pathlib import Path
 
 import pytest
@@ -102,6 +103,23 @@ def test_a_micro_batch_has_to_leave_room_for_its_logits(train, monkeypatch) -> N
     assert done.code == 2
     assert "micro_batch_tokens" in done.err
     assert "give at most 100" in done.err
+
+
+@pytest.mark.slow
+def test_a_teacher_is_known_by_content(train, program) -> None:
+    for seed in (1, 2):
+        assert train(f"run_name=t{seed}", f"seed={seed}", "max_steps=2", "grid=int8").code == 0
+    asked = ["qat=int4", "qat.distill.weight=1", "qat.distill.teacher=t1", "run_name=r"]
+    assert train(*asked, "max_steps=4", "qat.start_step=2").code == 0
+    (RUNS / "r" / "result.json").unlink()
+    shutil.copy(RUNS / "t2" / "artifact.qat", RUNS / "t1" / "artifact.qat")
+    done = program("train.py", "resume=r")
+    assert (done.code, done.err.count("error:")) == (2, 1), done.err
+    assert "the teacher has other weights" in done.err
+    (RUNS / "t1" / "artifact.qat").write_bytes(b"QATMODEL and no more")
+    done = program("train.py", "resume=r")
+    assert done.code == 2
+    assert "error: qat.distill.teacher=" in done.err
 
 
 def test_a_teacher_without_weight_is_refused(train) -> None:

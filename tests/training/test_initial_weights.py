@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,13 +11,19 @@ import torch
 
 from qat.artifact.container import read_artifact
 from qat.errors import UserError
+from qat.model.registry import model_of
+from qat.model.spec import ModelSpec
+from qat.qat_model import QatModel
+from qat.quantize.grid import Grid
+from qat.quantize.plan import Plan
 from qat.runs.store_again import stored_tensors
 from qat.settings.schema import ModelSettings
 from qat.training.build import build_model
-from qat.training.initial_weights import spec_of_source
+from qat.training.initial_weights import data_of_source, spec_of_source
 from tests.conftest import result_of
 
 RUNS = Path("logs/runs")
+TINY = ModelSpec(64, 1, 32, 2, 2, 2, True)
 
 
 def same(path: str, spec, expected: dict[str, torch.Tensor]) -> bool:
@@ -90,3 +97,54 @@ def test_damaged_sources(train) -> None:
     (folder / "config.yaml").write_text("model: [1]")
     with pytest.raises(ValueError, match="it describes no model"):
         spec_of_source(folder)
+
+
+def test_a_run_may_have_a_dot_in_its_name(tmp_path: Path) -> None:
+    folder = tmp_path / "int6_sigma12.85"
+    folder.mkdir()
+    (folder / "config.yaml").write_text("data: {source: files, files: [a.txt], " + "}")
+    with pytest.raises(ValueError, match="damaged"):  # not all of its settings: they are read
+        data_of_source(folder)
+
+
+@pytest.mark.parametrize(
+    ("held", "said"),
+    [
+        ({0: torch.zeros(2)}, "not a dict of name -> tensor"),
+        ({"w": 3}, "not a dict of name -> tensor"),
+        ({"w": torch.zeros(2).to_sparse()}, "w is no plain tensor"),
+        ({"w": torch.zeros(2, device="meta")}, "w is no plain tensor"),
+    ],
+)
+def test_what_is_no_plain_tensor_is_named(held: dict, said: str, tmp_path: Path) -> None:
+    torch.save(held, tmp_path / "w.pt")
+    with pytest.raises(UserError, match=said):
+        build_model(ModelSettings(**vars(TINY), init_from=str(tmp_path / "w.pt")), 1)
+
+
+def test_the_file_of_an_own_loop(tmp_path: Path) -> None:
+    """It says nothing of its model."""
+    torch.manual_seed(0)
+    model = QatModel(model_of(TINY), Plan.for_model(model_of(TINY), Grid(bits=8)))
+    model.save(tmp_path / "own.qat")
+    assert spec_of_source(tmp_path / "own.qat") is None
+    assert same(str(tmp_path / "own.qat"), TINY, model.snapped())
+
+
+@pytest.mark.slow
+def test_what_a_run_began_with_is_known_by_content_and_needed_once(train, program) -> None:
+    assert train("run_name=base", "max_steps=2").code == 0
+    assert train("run_name=other", "seed=2", "max_steps=2").code == 0
+    asked = ("model.init_from=base", "max_steps=4", "fork.keep_steps=[2]")
+    assert train(*asked, "run_name=r").code == 0
+    before = result_of(RUNS / "r")
+    shutil.rmtree(RUNS / "base")
+    shutil.copytree(RUNS / "other", RUNS / "base")
+    done = train(*asked, "run_name=tail", "fork.run=r", "fork.step=2")
+    assert done.code == 2
+    assert "model.init_from has other weights" in done.err
+    shutil.rmtree(RUNS / "base")
+    (RUNS / "r" / "result.json").unlink()
+    done = program("train.py", "resume=r")
+    assert done.code == 0, done.err
+    assert result_of(RUNS / "r")["data"] == before["data"]

@@ -30,6 +30,8 @@ class Clipped(GradientRule):
 
     def supports(self, grid: Grid) -> bool:
         plain = grid.code_scale_dtype is None and not grid.refit and not grid.has_tensor_scale
+        if grid.scale_floor > 0.0 and grid.scale_rule in ("percentile", "sigma"):
+            return False  # under its floor such a grid clamps weights to the clip, not to levels
         return grid.table.margin is not None and grid.range != "asymmetric" and plain
 
     def see(self, w: Tensor, grid: Grid, **_: Any) -> Seen:
