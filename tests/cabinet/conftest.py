@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from qat.analysis import cost
 from qat.cabinet.variant import Frozen, Kept, Variant
 from qat.model.gpt import GPT
 from qat.model.spec import ModelSpec
@@ -22,6 +23,12 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def _timed_in_passing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which variant is faster takes half a second each to say, and no test here asks."""
+    monkeypatch.setattr(cost, "IN_TURN_SECONDS", 0.0)
 
 
 @pytest.fixture(scope="session")

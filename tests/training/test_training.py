@@ -241,8 +241,10 @@ def fit(module: TrainingLoop) -> None:
 # What is captured, and what makes it be captured again, is the same whatever compiles it: C++ in
 # half a minute, or nothing.
 @compiles
-@pytest.mark.parametrize("distilled", [pytest.param(False, marks=pytest.mark.slow), True])
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("backend", "distilled"),
+    [("aot_eager", True), pytest.param("inductor", False, marks=pytest.mark.slow)],
+)
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 def test_one_model_graph_before_and_after_the_switch(
     backend: str, distilled: bool, monkeypatch: pytest.MonkeyPatch
