@@ -86,9 +86,8 @@ class CheckpointIdentity:
         gone = {path for path, digest in self.files.items() if digest not in here}
         new = {path for path, digest in now.files.items() if digest not in there}
         found = [f"{path} has other content" for path in sorted(gone & new)]
-        if asked == [
-            side for side in WHAT if side in self.data
-        ]:  # else some of the files are not asked for
+        is_all = asked == [side for side in WHAT if side in self.data]
+        if is_all:  # else some of the files are not asked for
             found += [f"{path} is gone" for path in sorted(gone - new)]
             found += [f"{path} is new" for path in sorted(new - gone)]
         names = [n for n in differing(self.settings, now.settings) if n in PLACES]
