@@ -95,7 +95,6 @@ class QatModel(nn.Module):
     def is_on(self) -> bool:
         return self._is_on
 
-    @torch.no_grad()
     def refresh(self, step: int | None = None, progress: float = 0.0, blend: float = 1.0) -> None:
         """Snap the masters as they are now; with QAT off nothing is computed.
 

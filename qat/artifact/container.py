@@ -220,36 +220,38 @@ def write_whole(path: Path, data: bytes) -> None:
         file.write(data)
 
 
-def read_artifact(path: Path) -> Artifact:
-    """Read, check and decode a file. UserError names the file and what is wrong with it."""
-    with _opened(path) as file:
+def read_artifact(path: Path, typed: str | None = None) -> Artifact:
+    """Read, check and decode a file. UserError begins with what was ``typed`` (None: artifact=PATH)
+    and says what is wrong."""
+    with _opened(path, typed) as file:
         return _read(file, os.fstat(file.fileno()).st_size)
 
 
-def read_header_of(path: Path) -> Header:
+def read_header_of(path: Path, typed: str | None = None) -> Header:
     """What a file says of itself, its bytes not hashed: for choosing what is then read whole.
     UserError as of ``read_artifact``."""
-    with _opened(path) as file:
+    with _opened(path, typed) as file:
         header_bytes = _header_bytes(file.read(PREFIX.size))
         check_length(header_bytes)
         return read_header(file.read(header_bytes))
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[BufferedReader]:
+def _opened(path: Path, typed: str | None) -> Iterator[BufferedReader]:
     """Whatever goes wrong in the body is one line that names the file."""
+    typed = typed or f"artifact={path}"
     try:
         if not stat.S_ISREG(path.stat().st_mode):  # a pipe or device may have no end
-            raise UserError(f"artifact={path}: not a file")
+            raise UserError(f"{typed}: not a file")
         with open(path, "rb") as file:
             yield file
     except OSError as error:
-        raise UserError(f"artifact={path}: {error.strerror or error}") from None
+        raise UserError(f"{typed}: {error.strerror or error}") from None
     except MemoryError:
-        raise UserError(f"artifact={path}: there is not enough memory to read it") from None
+        raise UserError(f"{typed}: there is not enough memory to read it") from None
     except (ValueError, TypeError, LookupError, ArithmeticError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:300]
-        raise UserError(f"artifact={path}: not a readable artifact ({reason})") from None
+        raise UserError(f"{typed}: not a readable artifact ({reason})") from None
 
 
 def _header_bytes(start: bytes | bytearray) -> int:

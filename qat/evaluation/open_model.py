@@ -76,9 +76,11 @@ def open_model(path: Path, s: EvalTaskSettings) -> OpenedModel:
     return open_artifact(path)
 
 
-def open_artifact(path: Path) -> OpenedModel:
-    """Read a file and check that it holds the tensors of the model it names. UserError if not."""
-    artifact = read_artifact(path)
+def open_artifact(path: Path, typed: str | None = None) -> OpenedModel:
+    """Read a file and check that it holds the tensors of the model it names. UserError if not, as
+    of ``read_artifact``."""
+    typed = typed or f"artifact={path}"
+    artifact = read_artifact(path, typed)
     try:
         spec = ModelSpec.from_json(artifact.meta["model"])
         seq_len, data = artifact.meta["seq_len"], artifact.meta["data"]
@@ -93,9 +95,9 @@ def open_artifact(path: Path) -> OpenedModel:
         expected = tensor_shapes(spec, max_tensors=2 * len(artifact.plan.entries))
     except (KeyError, TypeError, ValueError, RuntimeError, ArithmeticError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"artifact={path}: its header names no usable model ({reason})") from None
+        raise UserError(f"{typed}: its header names no usable model ({reason})") from None
     if expected != {entry.name: entry.shape for entry in artifact.plan}:
-        raise UserError(f"artifact={path}: its tensors are not those of the model it names")
+        raise UserError(f"{typed}: its tensors are not those of the model it names")
     return OpenedModel(artifact, spec, seq_len)
 
 

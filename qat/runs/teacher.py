@@ -19,14 +19,10 @@ def open_teacher(s: TrainSettings, tokenizer_sha256: str | None = None) -> Teach
     named = s.qat.distill.teacher
     if named is None or not s.qat.enabled:
         return None
-    path = Path(named)
+    path, typed = Path(named), f"{SETTING}={named}"
     if not path.is_file():
-        path = artifact_in(find_run(SETTING, named, s.runs_dir), f"{SETTING}={named}")
-    try:
-        opened = open_artifact(path)
-    except UserError as error:
-        said = str(error).removeprefix(f"artifact={path}: ")
-        raise UserError(f"{SETTING}={named}: {said}") from None
+        path = artifact_in(find_run(SETTING, named, s.runs_dir), typed)
+    opened = open_artifact(path, typed)
     if tokenizer_sha256 not in (None, opened.artifact.meta.get("tokenizer_sha256")):
-        raise UserError(f"{SETTING}={named}: it was trained with another tokenizer than this run's")
+        raise UserError(f"{typed}: it was trained with another tokenizer than this run's")
     return Teacher(opened.spec, opened.artifact.weights)

@@ -37,6 +37,7 @@ from qat.training.llama_config import metadata_of, spec_at
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 RUN, CHECKPOINT = "config.yaml", "checkpoint.ckpt"  # of a run's folder
+SETTING = "model.init_from"
 TOKENIZER = "tokenizer_sha256"  # of the metadata
 WRAPPED = ("model", "state_dict")
 PREFIXES = ("_orig_mod.", "module.", "model.")  # of torch.compile, DDP, LightningModule
@@ -58,7 +59,7 @@ def spec_of_source(path: Path) -> ModelSpec | None:
             said = yaml.safe_load(config.read_text("utf-8"))["model"]
             return ModelSpec.from_json({f.name: said[f.name] for f in fields(ModelSpec)})
         if path.suffix == ".qat" and path.is_file():
-            meta = read_header_of(path).meta  # of an own loop it says nothing
+            meta = read_header_of(path, f"{SETTING}={path}").meta  # of an own loop it says nothing
             return ModelSpec.from_json(meta["model"]) if meta else None
     except (LookupError, TypeError, ArithmeticError, yaml.YAMLError) as error:
         raise ValueError(f"it describes no model ({type(error).__name__}: {error})") from None
@@ -112,7 +113,7 @@ def initial_weights(
             raise ValueError(f"its {size} is {value}, in the model {asked.get(size)}")
     if tokenizer is not None and held.tokenizer_sha256 not in (None, tokenizer.sha256):
         raise UserError(
-            f"model.init_from={path}: trained with another tokenizer than {tokenizer.path}; "
+            f"{SETTING}={path}: trained with another tokenizer than {tokenizer.path}; "
             "give its own by data.tokenizer, and shards made with it"
         )
     return found
@@ -147,7 +148,7 @@ def _of_file(path: Path) -> Held:
     if path.suffix == ".safetensors":
         return Held(_of_safetensors(path), metadata_of(path).get(TOKENIZER))
     if path.suffix == ".qat":
-        artifact = read_artifact(path)
+        artifact = read_artifact(path, f"{SETTING}={path}")
         return Held(artifact.weights, artifact.meta.get(TOKENIZER))
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)

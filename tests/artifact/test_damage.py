@@ -44,7 +44,7 @@ def test_damage_is_refused_or_harmless(goods: list[bytes], tmp_path: Path) -> No
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("which", "count"), [("qat", 12_000), ("ptz", 3_000)])
+@pytest.mark.parametrize(("which", "count"), [("qat", 24_000), ("ptz", 3_000)])
 def test_thousands_within_bounds_of_time_and_memory(which: str, count: int) -> None:
     """In a process of its own: it could crash, and its memory is bounded as a whole."""
     done = subprocess.run(

@@ -195,7 +195,7 @@ def test_one_solver_for_all_limits_of_one_model(monkeypatch: pytest.MonkeyPatch)
         kept = solver(model)
 
 
-def test_the_measured_loss_is_that_of_the_file(tmp_path: Path) -> None:
+def test_the_measured_loss_is_that_of_the_file() -> None:
     spec = ModelSpec(64, 1, 32, 2, 2, 2, True)
     torch.manual_seed(0)
     gpt = GPT(spec)
